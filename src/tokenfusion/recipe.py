@@ -1,0 +1,172 @@
+"""Recipe: everything that decides a run, as one frozen value that is written to and read from TOML."""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from tokenfusion.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is trained, on what, and how. Every field is an option of `tokenfusion train`."""
+
+    data: str = ""
+    """Images: a folder with a subfolder per class, Parquet files, a CSV or JSONL, a tar, or `digits`."""
+    model: str = "tokenfusion_early_tiny"
+    """Name of the model; `tokenfusion models` lists them."""
+
+    epochs: int = 30
+    """Passes over the training images."""
+    batch_size: int = 128
+    """Images per optimiser step, accumulation included."""
+    accumulate: int = 1
+    """Parts that a batch is computed in, to save memory; the gradient is that of the whole batch."""
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the learning rate rises from 0 to its peak; then it falls along a cosine to 0."""
+    weight_decay: float = 0.05
+    """AdamW's decoupled weight decay; none on biases, norms and gates."""
+    clip_grad: float = 1.0
+    """Largest norm of the gradient; 0 leaves it as it is."""
+    ema: float = 0.0
+    """Decay of the exponential moving average of weights that is evaluated and shipped; 0 for none."""
+    patience: int = 0
+    """Epochs without a better held-out accuracy before training stops and the best epoch is kept; 0 trains to the end."""
+
+    img_size: tuple[int, ...] = ()
+    """Height and width that images are resized to, or one number for both; the model's own when not given."""
+    in_chans: Literal[1, 3] = 3
+    """Channels: 3 for colour, 1 for grayscale."""
+    crop_scale: float = 0.35
+    """Smallest share of an image's area that a random-resized crop keeps; 1 for no crop."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    trivial_augment: bool = False
+    """TrivialAugment: one random colour or geometric change per image."""
+    mixup: float = 0.0
+    """Mixup's alpha; 0 for none."""
+    cutmix: float = 0.0
+    """CutMix's alpha; 0 for none. With both, each batch draws one of the two."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+    drop_path: float = 0.0
+    """Largest rate of stochastic depth."""
+
+    seed: int = 0
+    """Decides weights, split, order, augmentation and dropout."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the matrix products; auto takes bf16 where the hardware has it."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    workers: int = 0
+    """Processes that augment images; 0 does it between steps. The result does not depend on it."""
+    val_fraction: float = 0.2
+    """Share of each class that is held out when the data has no split of its own."""
+    max_skipped: float = 0.01
+    """Largest share of unreadable training images that is put up with."""
+    max_pixels: int = 100_000_000
+    """Largest image, in pixels, that is decoded at all."""
+    cache_mb: int = 4096
+    """Largest data set, decoded, that is kept in memory; larger ones are decoded anew each epoch."""
+    save_minutes: float = 5.0
+    """Minutes between checkpoints inside an epoch; there is one after every epoch."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if len(self.img_size) == 1:
+            object.__setattr__(self, "img_size", self.img_size * 2)
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}")
+        if len(self.img_size) > 2 or any(side < 1 for side in self.img_size):
+            raise InputError(f"img_size={self.img_size} is not a size; give a height and a width, or one number for both")
+        if self.batch_size % self.accumulate:
+            raise InputError(
+                f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} equal parts; "
+                f"try batch_size={self.batch_size // self.accumulate * self.accumulate or self.accumulate}"
+            )
+
+
+INFINITY = float("inf")
+RANGES: dict[str, tuple[float, float]] = {
+    "epochs": (1, 100_000),
+    "batch_size": (1, 1_000_000),
+    "accumulate": (1, 1_000_000),
+    "lr": (0, 100),
+    "warmup_epochs": (0, 100_000),
+    "weight_decay": (0, 100),
+    "clip_grad": (0, INFINITY),
+    "ema": (0, 0.999999),
+    "patience": (0, 100_000),
+    "crop_scale": (0.01, 1),
+    "hflip": (0, 1),
+    "mixup": (0, 100),
+    "cutmix": (0, 100),
+    "label_smoothing": (0, 0.99),
+    "drop_path": (0, 0.99),
+    "seed": (0, 2**63 - 1),
+    "workers": (0, 256),
+    "val_fraction": (0.01, 0.9),
+    "max_skipped": (0, 1),
+    "max_pixels": (1, 2**40),
+    "cache_mb": (0, 2**40),
+    "save_minutes": (0, INFINITY),
+}
+
+
+def check_types(recipe: Recipe) -> None:
+    """Refuse a value of the wrong type, as a recipe file may hold; whole numbers pass as floats."""
+    for name, kind in get_type_hints(Recipe).items():
+        value = getattr(recipe, name)
+        if kind is float and type(value) is int:
+            object.__setattr__(recipe, name, float(value))
+        elif get_origin(kind) is Literal:
+            if value not in get_args(kind):
+                options = ", ".join(map(str, get_args(kind)))
+                raise InputError(f"{name}={value!r} is not known; choose one of: {options}")
+        elif get_origin(kind) is tuple:
+            sides = value if isinstance(value, list | tuple) else (value,)
+            if not all(type(side) is int for side in sides):
+                raise InputError(f"{name}={value!r} must be whole numbers, such as {name} = [128, 96]")
+            object.__setattr__(recipe, name, tuple(sides))
+        elif type(value) is not kind:
+            raise InputError(f"{name}={value!r} is of type {type(value).__name__}; give a value of type {kind.__name__}")
+
+
+def preset(model: str, data: str) -> dict[str, Any]:
+    """The fields that suit a model's size and the built-in data better than Recipe's defaults."""
+    values: dict[str, Any] = {"model": model, "data": data}
+    if data == "digits":  # 1,437 training images of 8×8 pixels; a mirrored digit is another sign
+        values |= {"epochs": 40, "batch_size": 64, "lr": 2e-3, "hflip": 0.0, "crop_scale": 0.6, "warmup_epochs": 2.0, "ema": 0.98}
+    elif model.endswith("_micro"):
+        values |= {"lr": 2e-3, "crop_scale": 0.5, "ema": 0.99}
+    return values
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read the fields that a TOML file sets.
+
+    Raises:
+        InputError: the file is missing, is not TOML, or has a field that Recipe lacks.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise InputError(f"recipe {path}: {error}; give a readable TOML file") from error
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    for name in values:
+        if name not in known:
+            raise InputError(f"recipe {path}: no field is called {name!r}; known fields: {', '.join(known)}")
+    return values
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as TOML, every field stated."""
+    import tomli_w
+
+    return tomli_w.dumps({name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(recipe).items()})
