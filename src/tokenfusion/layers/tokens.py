@@ -1,0 +1,109 @@
+"""Images and feature maps as tokens, where the tokens stand, and what each of them is."""
+
+from dataclasses import dataclass
+from math import ceil
+
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn, zeros
+
+
+@dataclass(frozen=True)
+class TokenGroup:
+    """Consecutive tokens of one source.
+
+    Attributes:
+        source: "cls", "patch" or "pixel".
+        grid: rows and columns that the tokens fill, row by row; None for tokens without a place.
+        count: number of tokens.
+    """
+
+    source: str
+    grid: tuple[int, int] | None = None
+
+    @property
+    def count(self) -> int:
+        return self.grid[0] * self.grid[1] if self.grid else 1
+
+
+TokenLayout = tuple[TokenGroup, ...]
+
+
+def num_prefix_tokens(layout: TokenLayout) -> int:
+    """Tokens before the first one that has a place in the image."""
+    return next(i for i, group in enumerate(layout) if group.grid)
+
+
+def grid_of(size: tuple[int, int], reduction: int) -> tuple[int, int]:
+    """Rows and columns left of an image (H, W) by strides of `reduction` in all, edges padded."""
+    return ceil(size[0] / reduction), ceil(size[1] / reduction)
+
+
+def map_to_tokens(feature_map: Tensor) -> Tensor:
+    """(B, C, h, w) to (B, h·w, C), row by row."""
+    return feature_map.flatten(2).transpose(1, 2)
+
+
+def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, h·w, C), row by row, to (B, C, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, grid)
+
+
+class PatchTokens(nn.Module):
+    """Image patches as tokens (ViT, arXiv 2010.11929, equation 1); the image is padded to whole patches.
+
+    Args:
+        in_chans: channels of the images.
+        dim: width of the tokens.
+        patch_size: side of a patch in pixels.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to (B, N, dim)."""
+        bottom, right = (-side % self.patch_size for side in images.shape[-2:])
+        if bottom or right:
+            images = F.pad(images, (0, right, 0, bottom))
+        return map_to_tokens(self.proj(images))
+
+
+class PixelTokens(nn.Module):
+    """Every pixel of a CNN's feature map as a token: projected to the transformer's width and normalised.
+
+    Args:
+        channels: channels of the feature map.
+        dim: width of the tokens.
+    """
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(channels, dim)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """(B, channels, h, w) to (B, h·w, dim)."""
+        return self.norm(self.proj(map_to_tokens(feature_map)))
+
+
+class Positions(nn.Module):
+    """A learned position for every place of a reference grid, resized to the grid at hand.
+
+    Args:
+        dim: width of the tokens.
+        grid: rows and columns of the reference grid.
+    """
+
+    def __init__(self, dim: int, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.table = nn.Parameter(trunc_normal_(zeros(1, dim, *grid), std=0.02))
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """Positions (1, h·w, dim) for a grid (h, w)."""
+        table = self.table
+        if grid != tuple(table.shape[-2:]):
+            table = F.interpolate(table, grid, mode="bicubic", antialias=True)
+        return map_to_tokens(table)

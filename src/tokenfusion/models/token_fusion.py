@@ -1,0 +1,303 @@
+"""Token Fusion: pixels of a CNN's feature map as tokens beside image patches, fused early, late or layer by layer.
+
+Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so the
+widths and the fusion operators are this project's own, chosen by measurement.
+
+Parts. CNN: the residual blocks of `layers/conv.py`. Transformer: timm's pre-norm `Block`. Positions: one learned table for
+both kinds of token, resized to each grid, so that a pixel and a patch at the same place know it. The head reads CLS.
+
+Letters: B batch, N tokens, C channels, h w grid; P patch tokens, M pixel tokens.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tokenfusion.errors import InputError
+from tokenfusion.layers.conv import ConvTrunk
+from tokenfusion.layers.intermediates import FeaturePoint, collect_intermediates
+from tokenfusion.layers.tokens import (
+    PatchTokens,
+    PixelTokens,
+    Positions,
+    TokenGroup,
+    TokenLayout,
+    grid_of,
+    tokens_to_map,
+)
+
+CLS = TokenGroup("cls")
+
+
+class TokenFusion(nn.Module):
+    """What the three strategies share: a CNN, patch tokens with CLS, transformer blocks, and a head on CLS.
+
+    Args:
+        img_size: height and width that the position table is made for; any other size may be given to `forward`.
+        in_chans: channels of the images.
+        num_classes: outputs of the head; 0 for none.
+        dim, num_heads, depth, mlp_ratio: width, heads, blocks and MLP expansion of the transformer.
+        patch_size: side of a patch in pixels.
+        stem, stem_stride, conv_dims, conv_depths: the CNN, as in `ConvTrunk`.
+        drop_rate: dropout before the head.
+        drop_path_rate: largest rate of stochastic depth; it grows linearly with depth.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        depth: int,
+        mlp_ratio: float,
+        patch_size: int,
+        stem: int,
+        stem_stride: int,
+        conv_dims: Sequence[int],
+        conv_depths: Sequence[int],
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = dim
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.patch_size = patch_size
+        self.grad_checkpointing = False
+
+        self.cnn = ConvTrunk(in_chans, stem, stem_stride, conv_dims, conv_depths)
+        self.patches = PatchTokens(in_chans, dim, patch_size)
+        self.positions = Positions(dim, grid_of(self.img_size, patch_size))
+        self.cls_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
+        self.blocks = nn.Sequential(
+            *[
+                Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path_rate * i / max(depth - 1, 1))
+                for i in range(depth)
+            ]
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+
+    def embed_patches(self, images: Tensor) -> Tensor:
+        """[CLS; patch tokens] (B, 1 + P, C) of images (B, in_chans, H, W)."""
+        patches = self.patches(images) + self.positions(grid_of(tuple(images.shape[-2:]), self.patch_size))
+        return torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+
+    def run(self, layer: Callable[..., Any], *inputs: Tensor) -> Any:
+        """Call a layer, recomputing it in the backward pass when gradient checkpointing is on."""
+        if self.grad_checkpointing and self.training:
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def feature_points(self) -> list[FeaturePoint]:
+        """Where intermediate features are taken: after each stage of the CNN, then after each block (patch tokens)."""
+        stages = zip(self.cnn.dims, self.cnn.reductions, strict=True)
+        return [
+            *[FeaturePoint(f"cnn.stages.{i}", channels, reduction) for i, (channels, reduction) in enumerate(stages)],
+            *[FeaturePoint(f"blocks.{i}", self.embed_dim, self.patch_size, 1) for i in range(len(self.blocks))],
+        ]
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        return [point.as_feature_info() for point in self.feature_points()]
+
+    def forward_intermediates(
+        self,
+        images: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Features of CNN stages and transformer blocks, with timm's signature; `stop_early` saves nothing here.
+
+        Returns:
+            The features in the order of `feature_info`, or (final tokens, features).
+        """
+        del stop_early  # both branches are needed to the end in two strategies of three
+        final, features = collect_intermediates(
+            self,
+            self.feature_points(),
+            images,
+            indices=indices,
+            return_prefix_tokens=return_prefix_tokens,
+            norm=self.norm if norm else None,
+            output_fmt=output_fmt,
+        )
+        return features if intermediates_only else (final, features)
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Replace the head by a new one; 0 classes for none."""
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head.to(self.cls_token.device)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith(("cls_token", "table", "source", "gate"))}
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to normalised tokens (B, N, C), CLS first, laid out as `token_layout` says."""
+        raise NotImplementedError
+
+    def token_layout(self, img_size: tuple[int, int] | None = None) -> TokenLayout:
+        """What each token of `forward_features` is, for images of `img_size` (H, W), by default the model's own size."""
+        return CLS, TokenGroup("patch", grid_of(img_size or self.img_size, self.patch_size))
+
+    def attention_layouts(self, img_size: tuple[int, int] | None = None) -> dict[str, TokenLayout]:
+        """What each token is that an attention module sees, by the module's dotted name, in order."""
+        return {f"blocks.{i}.attn": self.token_layout(img_size) for i in range(len(self.blocks))}
+
+    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, N, C) to logits (B, num_classes), or to the head's input (B, C)."""
+        cls = self.head_drop(tokens[:, 0])
+        return cls if pre_logits else self.head(cls)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(images))
+
+
+class PixelSource(nn.Module):
+    """The last map of a CNN as tokens that stand beside patch tokens: projected, placed, and marked by a source embedding."""
+
+    def __init__(self, channels: int, dim: int) -> None:
+        super().__init__()
+        self.pixels = PixelTokens(channels, dim)
+        self.source = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
+
+    def forward(self, feature_map: Tensor, positions: Tensor) -> Tensor:
+        """Map (B, channels, h, w) and positions (1, h·w, C) to tokens (B, M, C)."""
+        return self.pixels(feature_map) + positions + self.source
+
+
+class JointFusion(TokenFusion):
+    """[CLS; patch tokens; pixel tokens] meet by self-attention; early and late differ in where."""
+
+    def __init__(self, **config: Any) -> None:
+        super().__init__(**config)
+        self.pixel_source = PixelSource(self.cnn.dims[-1], self.embed_dim)
+
+    def embed_pixels(self, images: Tensor) -> Tensor:
+        """Pixel tokens (B, M, C) of the CNN's last map."""
+        feature_map = self.cnn.stem(images)
+        for stage in self.cnn.stages:
+            feature_map = self.run(stage, feature_map)
+        return self.pixel_source(feature_map, self.positions(tuple(feature_map.shape[-2:])))
+
+    def token_layout(self, img_size: tuple[int, int] | None = None) -> TokenLayout:
+        size = img_size or self.img_size
+        return *super().token_layout(size), TokenGroup("pixel", grid_of(size, self.cnn.reductions[-1]))
+
+
+class EarlyFusion(JointFusion):
+    """The tokens are joined at the entrance; one encoder carries them together."""
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        tokens = torch.cat([self.embed_patches(images), self.embed_pixels(images)], dim=1)
+        for block in self.blocks:
+            tokens = self.run(block, tokens)
+        return self.norm(tokens)
+
+
+class LateFusion(JointFusion):
+    """Each side runs to its end; then the last `fusion_depth` blocks carry the tokens of both."""
+
+    def __init__(self, *, fusion_depth: int, **config: Any) -> None:
+        super().__init__(**config)
+        self.fusion_depth = fusion_depth
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        tokens, pixels = self.embed_patches(images), self.embed_pixels(images)
+        for block in self.blocks[: -self.fusion_depth]:
+            tokens = self.run(block, tokens)
+        tokens = torch.cat([tokens, pixels], dim=1)
+        for block in self.blocks[-self.fusion_depth :]:
+            tokens = self.run(block, tokens)
+        return self.norm(tokens)
+
+    def attention_layouts(self, img_size: tuple[int, int] | None = None) -> dict[str, TokenLayout]:
+        patches_only = TokenFusion.token_layout(self, img_size)
+        alone = len(self.blocks) - self.fusion_depth
+        layouts = super().attention_layouts(img_size)
+        return {name: patches_only if i < alone else layout for i, (name, layout) in enumerate(layouts.items())}
+
+
+class PixelsToPatches(nn.Module):
+    """Add to every patch token the pixels of a feature map that lie in its place, through a gate."""
+
+    def __init__(self, channels: int, dim: int, gate: float) -> None:
+        super().__init__()
+        self.pixels = PixelTokens(channels, dim)
+        self.gate = nn.Parameter(torch.full((dim,), gate))
+
+    def forward(self, feature_map: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Map (B, channels, h, w) and [CLS; patch tokens] (B, 1 + P, C) on `grid` to new tokens (B, 1 + P, C)."""
+        cls, patches = tokens[:, :1], tokens[:, 1:]
+        update = self.pixels(F.adaptive_avg_pool2d(feature_map, grid))
+        return torch.cat([cls, patches + self.gate * update], dim=1)
+
+
+class PatchesToPixels(nn.Module):
+    """Add to every pixel of a feature map the patch token that covers it, through a gate."""
+
+    def __init__(self, dim: int, channels: int, gate: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.proj = nn.Linear(dim, channels)
+        self.gate = nn.Parameter(torch.full((channels, 1, 1), gate))
+
+    def forward(self, tokens: Tensor, feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
+        """[CLS; patch tokens] (B, 1 + P, C) on `grid` and map (B, channels, h, w) to a new map (B, channels, h, w)."""
+        update = tokens_to_map(self.proj(self.norm(tokens[:, 1:])), grid)
+        return feature_map + self.gate * F.adaptive_avg_pool2d(update, feature_map.shape[-2:])
+
+
+class LayerwiseFusion(TokenFusion):
+    """The two exchange tokens after every stage of the CNN; the transformer's blocks are spread over as many groups.
+
+    Args:
+        gate: start of the gates that every exchange ends in. 0 leaves each side as it was alone, for parents that are
+            trained; the presets start from random weights and open the gates.
+    """
+
+    def __init__(self, *, gate: float = 0.0, **config: Any) -> None:
+        super().__init__(**config)
+        stages, depth = len(self.cnn.dims), len(self.blocks)
+        if depth % stages:
+            raise InputError(f"depth={depth} does not spread over {stages} CNN stages; try {max(depth // stages, 1) * stages}")
+        self.group_depth = depth // stages
+        self.to_patches = nn.ModuleList(PixelsToPatches(channels, self.embed_dim, gate) for channels in self.cnn.dims)
+        # after the last stage nobody reads the map any more
+        self.to_pixels = nn.ModuleList(PatchesToPixels(self.embed_dim, channels, gate) for channels in self.cnn.dims[:-1])
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        grid = grid_of(tuple(images.shape[-2:]), self.patch_size)
+        feature_map, tokens = self.cnn.stem(images), self.embed_patches(images)
+        for i, stage in enumerate(self.cnn.stages):
+            feature_map = self.run(stage, feature_map)
+            tokens = self.to_patches[i](feature_map, tokens, grid)
+            for block in self.blocks[i * self.group_depth : (i + 1) * self.group_depth]:
+                tokens = self.run(block, tokens)
+            if i < len(self.to_pixels):
+                feature_map = self.to_pixels[i](tokens, feature_map, grid)
+        return self.norm(tokens)
+
