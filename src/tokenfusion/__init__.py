@@ -1,10 +1,15 @@
 """tokenfusion: image classifiers that fuse CNN and transformer tokens.
 
-The public names are loaded when they are first used, so that `import tokenfusion` costs nothing; asking for any of
-the models' names also registers them with timm.
+The public names are loaded when they are first used, so that the command's help answers at once. The models are
+registered with timm as soon as both packages are imported, in either order.
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
+import sys
+from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from tokenfusion.errors import InputError
@@ -28,3 +33,30 @@ def __getattr__(name: str) -> Any:
     if name in HOMES:
         return getattr(importlib.import_module(HOMES[name]), name)
     raise AttributeError(f"module 'tokenfusion' has no attribute {name!r}")
+
+
+class RegisterAfterTimm(importlib.abc.MetaPathFinder):
+    """Imports the models, and so registers them, at the end of the first `import timm`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != "timm":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
+        if spec and spec.loader:
+            load = spec.loader.exec_module
+
+            def load_and_register(module: ModuleType) -> None:
+                load(module)
+                importlib.import_module("tokenfusion.models")
+
+            spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if "timm" in sys.modules:
+    importlib.import_module("tokenfusion.models")
+else:
+    sys.meta_path.insert(0, RegisterAfterTimm())

@@ -10,7 +10,7 @@ from typing import Any
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into place.
 
-    Whatever happens on the way (a kill, a full disk, an exception), `path` holds either its old bytes or all of its new ones.
+    Whatever happens on the way (a kill, a full disk, an exception), `path` holds its old bytes or all of its new ones.
 
     Args:
         path: the file to replace; its folder must exist.
@@ -28,7 +28,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` as UTF-8, whole or not at all."""
-    write_atomic(path, lambda temporary: temporary.write_bytes(text.encode()) and None)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(text.encode())
+
+    write_atomic(path, write)
 
 
 def write_json(path: Path, value: Any) -> None:

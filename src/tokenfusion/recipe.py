@@ -2,19 +2,20 @@
 
 import dataclasses
 import tomllib
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tokenfusion.errors import InputError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Recipe:
     """What is trained, on what, and how. Every field is an option of `tokenfusion train`."""
 
     data: str = ""
     """Images: a folder with a subfolder per class, Parquet files, a CSV or JSONL, a tar, or `digits`."""
+    _: KW_ONLY
     model: str = "tokenfusion_early_tiny"
     """Name of the model; `tokenfusion models` lists them."""
 
@@ -23,7 +24,7 @@ class Recipe:
     batch_size: int = 128
     """Images per optimiser step, accumulation included."""
     accumulate: int = 1
-    """Parts that a batch is computed in, to save memory; the gradient is that of the whole batch."""
+    """Parts that a batch is computed in, to save memory; BatchNorm sees a part at a time."""
     lr: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup_epochs: float = 1.0
@@ -35,7 +36,7 @@ class Recipe:
     ema: float = 0.0
     """Decay of the exponential moving average of weights that is evaluated and shipped; 0 for none."""
     patience: int = 0
-    """Epochs without a better held-out accuracy before training stops and the best epoch is kept; 0 trains to the end."""
+    """Epochs without a better held-out accuracy before training stops and keeps the best epoch; 0 trains to the end."""
 
     img_size: tuple[int, ...] = ()
     """Height and width that images are resized to, or one number for both; the model's own when not given."""
@@ -84,7 +85,9 @@ class Recipe:
             if not low <= value <= high:
                 raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}")
         if len(self.img_size) > 2 or any(side < 1 for side in self.img_size):
-            raise InputError(f"img_size={self.img_size} is not a size; give a height and a width, or one number for both")
+            raise InputError(
+                f"img_size={self.img_size} is not a size; give a height and a width, or one number for both"
+            )
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} equal parts; "
@@ -92,6 +95,7 @@ class Recipe:
             )
 
 
+FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 INFINITY = float("inf")
 RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, 100_000),
@@ -121,8 +125,9 @@ RANGES: dict[str, tuple[float, float]] = {
 
 def check_types(recipe: Recipe) -> None:
     """Refuse a value of the wrong type, as a recipe file may hold; whole numbers pass as floats."""
-    for name, kind in get_type_hints(Recipe).items():
-        value = getattr(recipe, name)
+    kinds = get_type_hints(Recipe)
+    for name in FIELDS:
+        kind, value = kinds[name], getattr(recipe, name)
         if kind is float and type(value) is int:
             object.__setattr__(recipe, name, float(value))
         elif get_origin(kind) is Literal:
@@ -135,14 +140,24 @@ def check_types(recipe: Recipe) -> None:
                 raise InputError(f"{name}={value!r} must be whole numbers, such as {name} = [128, 96]")
             object.__setattr__(recipe, name, tuple(sides))
         elif type(value) is not kind:
-            raise InputError(f"{name}={value!r} is of type {type(value).__name__}; give a value of type {kind.__name__}")
+            raise InputError(
+                f"{name}={value!r} is of type {type(value).__name__}; give a value of type {kind.__name__}"
+            )
 
 
 def preset(model: str, data: str) -> dict[str, Any]:
     """The fields that suit a model's size and the built-in data better than Recipe's defaults."""
     values: dict[str, Any] = {"model": model, "data": data}
     if data == "digits":  # 1,437 training images of 8×8 pixels; a mirrored digit is another sign
-        values |= {"epochs": 40, "batch_size": 64, "lr": 2e-3, "hflip": 0.0, "crop_scale": 0.6, "warmup_epochs": 2.0, "ema": 0.98}
+        values |= {
+            "epochs": 40,
+            "batch_size": 64,
+            "lr": 2e-3,
+            "hflip": 0.0,
+            "crop_scale": 0.6,
+            "warmup_epochs": 2.0,
+            "ema": 0.98,
+        }
     elif model.endswith("_micro"):
         values |= {"lr": 2e-3, "crop_scale": 0.5, "ema": 0.99}
     return values
@@ -158,10 +173,9 @@ def load_recipe(path: Path) -> dict[str, Any]:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise InputError(f"recipe {path}: {error}; give a readable TOML file") from error
-    known = [field.name for field in dataclasses.fields(Recipe)]
     for name in values:
-        if name not in known:
-            raise InputError(f"recipe {path}: no field is called {name!r}; known fields: {', '.join(known)}")
+        if name not in FIELDS:
+            raise InputError(f"recipe {path}: no field is called {name!r}; known fields: {', '.join(FIELDS)}")
     return values
 
 
@@ -169,4 +183,6 @@ def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML, every field stated."""
     import tomli_w
 
-    return tomli_w.dumps({name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(recipe).items()})
+    return tomli_w.dumps(
+        {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(recipe).items()}
+    )

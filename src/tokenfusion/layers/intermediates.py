@@ -7,7 +7,7 @@ from typing import Any
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tokenfusion.layers.tokens import grid_of, map_to_tokens, tokens_to_map
+from tokenfusion.layers.tokens import grid_of, map_to_tokens, size_of, tokens_to_map
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def collect_intermediates(
         if point.prefix_tokens is None:
             prefix, feature_map = output.new_zeros(len(output), 0, point.num_chs), output
         else:
-            grid = grid_of(tuple(images.shape[-2:]), point.reduction)
+            grid = grid_of(size_of(images), point.reduction)
             tokens = norm(output) if norm else output
             first, last = point.prefix_tokens, point.prefix_tokens + grid[0] * grid[1]
             prefix, feature_map = tokens[:, :first], tokens_to_map(tokens[:, first:last], grid)

@@ -34,6 +34,12 @@ def num_prefix_tokens(layout: TokenLayout) -> int:
     return next(i for i, group in enumerate(layout) if group.grid)
 
 
+def size_of(images: Tensor) -> tuple[int, int]:
+    """Height and width of images or maps (..., H, W)."""
+    height, width = images.shape[-2:]
+    return height, width
+
+
 def grid_of(size: tuple[int, int], reduction: int) -> tuple[int, int]:
     """Rows and columns left of an image (H, W) by strides of `reduction` in all, edges padded."""
     return ceil(size[0] / reduction), ceil(size[1] / reduction)
@@ -46,7 +52,7 @@ def map_to_tokens(feature_map: Tensor) -> Tensor:
 
 def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, h·w, C), row by row, to (B, C, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, grid)
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
 class PatchTokens(nn.Module):
@@ -103,7 +109,6 @@ class Positions(nn.Module):
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
         """Positions (1, h·w, dim) for a grid (h, w)."""
-        table = self.table
-        if grid != tuple(table.shape[-2:]):
-            table = F.interpolate(table, grid, mode="bicubic", antialias=True)
-        return map_to_tokens(table)
+        if grid == size_of(self.table):
+            return map_to_tokens(self.table)
+        return map_to_tokens(F.interpolate(self.table, grid, mode="bicubic", antialias=True))

@@ -1,0 +1,59 @@
+"""The papers' models by name: built, listed, counted. Importing this room registers them with timm."""
+
+import difflib
+import fnmatch
+from typing import Any, cast
+
+import timm
+from torch import nn
+
+from tokenfusion.errors import InputError
+from tokenfusion.models import token_fusion
+
+PAPERS = (token_fusion,)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """Names of this package's models that match a shell pattern, paper by paper."""
+    return [name for paper in PAPERS for name in paper.VARIANTS if fnmatch.fnmatch(name, pattern)]
+
+
+def default_config(model: nn.Module) -> dict[str, Any]:
+    """What timm's registry says of a built model: `input_size` (C, H, W), `mean`, `std` and more."""
+    return cast(dict[str, Any], model.default_cfg)
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    img_size: int | tuple[int, int] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build a model of this package, or any of timm's, from random weights unless `pretrained=True` is given.
+
+    Args:
+        name: as `list_models` or timm gives it.
+        num_classes: outputs of the head; the variant's own when not given.
+        in_chans: channels of the images.
+        img_size: height and width in pixels that the model is made for; the variant's own when not given.
+        **kwargs: further arguments of the model's class, such as `drop_path_rate`.
+
+    Raises:
+        InputError: no such name (the nearest are offered), or arguments that the model does not take.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, [*list_models(), *timm.list_models()], n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "`tokenfusion models` lists the names"
+        raise InputError(f"no model is called {name!r}; {hint}")
+    arguments: dict[str, Any] = {"in_chans": in_chans, **kwargs}
+    if num_classes is not None:
+        arguments["num_classes"] = num_classes
+    config = timm.get_pretrained_cfg(name)
+    if img_size is not None and (config is None or config.fixed_input_size):  # plain CNNs take any size and no argument
+        arguments["img_size"] = img_size
+    try:
+        return timm.create_model(name, **arguments)
+    except TypeError as error:
+        raise InputError(f"{name} cannot be built with {arguments}: {error}; leave that argument out") from error

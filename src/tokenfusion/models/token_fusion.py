@@ -1,10 +1,11 @@
 """Token Fusion: pixels of a CNN's feature map as tokens beside image patches, fused early, late or layer by layer.
 
-Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so the
-widths and the fusion operators are this project's own, chosen by measurement.
+Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so
+the widths and the fusion operators are this project's own, chosen by measurement.
 
-Parts. CNN: the residual blocks of `layers/conv.py`. Transformer: timm's pre-norm `Block`. Positions: one learned table for
-both kinds of token, resized to each grid, so that a pixel and a patch at the same place know it. The head reads CLS.
+Parts. CNN: the residual blocks of `layers/conv.py`. Transformer: the pre-norm block of `layers/transformer.py`.
+Positions: one learned table for both kinds of token, resized to each grid, so that a pixel and a patch at the same
+place know it. The head reads CLS.
 
 Letters: B batch, N tokens, C channels, h w grid; P patch tokens, M pixel tokens.
 """
@@ -15,8 +16,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -30,8 +29,11 @@ from tokenfusion.layers.tokens import (
     TokenGroup,
     TokenLayout,
     grid_of,
+    size_of,
     tokens_to_map,
 )
+from tokenfusion.layers.transformer import Block
+from tokenfusion.models.registration import register_variants
 
 CLS = TokenGroup("cls")
 
@@ -71,7 +73,7 @@ class TokenFusion(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
         self.patch_size = patch_size
         self.grad_checkpointing = False
 
@@ -80,10 +82,7 @@ class TokenFusion(nn.Module):
         self.positions = Positions(dim, grid_of(self.img_size, patch_size))
         self.cls_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
         self.blocks = nn.Sequential(
-            *[
-                Block(dim, num_heads, mlp_ratio, qkv_bias=True, drop_path=drop_path_rate * i / max(depth - 1, 1))
-                for i in range(depth)
-            ]
+            *[Block(dim, num_heads, mlp_ratio, drop_path_rate * i / max(depth - 1, 1)) for i in range(depth)]
         )
         self.norm = nn.LayerNorm(dim)
         self.head_drop = nn.Dropout(drop_rate)
@@ -91,7 +90,7 @@ class TokenFusion(nn.Module):
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """[CLS; patch tokens] (B, 1 + P, C) of images (B, in_chans, H, W)."""
-        patches = self.patches(images) + self.positions(grid_of(tuple(images.shape[-2:]), self.patch_size))
+        patches = self.patches(images) + self.positions(grid_of(size_of(images), self.patch_size))
         return torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
 
     def run(self, layer: Callable[..., Any], *inputs: Tensor) -> Any:
@@ -159,7 +158,7 @@ class TokenFusion(nn.Module):
         raise NotImplementedError
 
     def token_layout(self, img_size: tuple[int, int] | None = None) -> TokenLayout:
-        """What each token of `forward_features` is, for images of `img_size` (H, W), by default the model's own size."""
+        """What each token of `forward_features` is, for images of `img_size` (H, W) or the model's own size."""
         return CLS, TokenGroup("patch", grid_of(img_size or self.img_size, self.patch_size))
 
     def attention_layouts(self, img_size: tuple[int, int] | None = None) -> dict[str, TokenLayout]:
@@ -177,7 +176,7 @@ class TokenFusion(nn.Module):
 
 
 class PixelSource(nn.Module):
-    """The last map of a CNN as tokens that stand beside patch tokens: projected, placed, and marked by a source embedding."""
+    """The last map of a CNN as tokens beside patch tokens: projected, placed, and marked by a source embedding."""
 
     def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
@@ -201,7 +200,7 @@ class JointFusion(TokenFusion):
         feature_map = self.cnn.stem(images)
         for stage in self.cnn.stages:
             feature_map = self.run(stage, feature_map)
-        return self.pixel_source(feature_map, self.positions(tuple(feature_map.shape[-2:])))
+        return self.pixel_source(feature_map, self.positions(size_of(feature_map)))
 
     def token_layout(self, img_size: tuple[int, int] | None = None) -> TokenLayout:
         size = img_size or self.img_size
@@ -268,7 +267,7 @@ class PatchesToPixels(nn.Module):
     def forward(self, tokens: Tensor, feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
         """[CLS; patch tokens] (B, 1 + P, C) on `grid` and map (B, channels, h, w) to a new map (B, channels, h, w)."""
         update = tokens_to_map(self.proj(self.norm(tokens[:, 1:])), grid)
-        return feature_map + self.gate * F.adaptive_avg_pool2d(update, feature_map.shape[-2:])
+        return feature_map + self.gate * F.adaptive_avg_pool2d(update, size_of(feature_map))
 
 
 class LayerwiseFusion(TokenFusion):
@@ -283,14 +282,18 @@ class LayerwiseFusion(TokenFusion):
         super().__init__(**config)
         stages, depth = len(self.cnn.dims), len(self.blocks)
         if depth % stages:
-            raise InputError(f"depth={depth} does not spread over {stages} CNN stages; try {max(depth // stages, 1) * stages}")
+            raise InputError(
+                f"depth={depth} does not spread over {stages} CNN stages; try {max(depth // stages, 1) * stages}"
+            )
         self.group_depth = depth // stages
         self.to_patches = nn.ModuleList(PixelsToPatches(channels, self.embed_dim, gate) for channels in self.cnn.dims)
         # after the last stage nobody reads the map any more
-        self.to_pixels = nn.ModuleList(PatchesToPixels(self.embed_dim, channels, gate) for channels in self.cnn.dims[:-1])
+        self.to_pixels = nn.ModuleList(
+            PatchesToPixels(self.embed_dim, channels, gate) for channels in self.cnn.dims[:-1]
+        )
 
     def forward_features(self, images: Tensor) -> Tensor:
-        grid = grid_of(tuple(images.shape[-2:]), self.patch_size)
+        grid = grid_of(size_of(images), self.patch_size)
         feature_map, tokens = self.cnn.stem(images), self.embed_patches(images)
         for i, stage in enumerate(self.cnn.stages):
             feature_map = self.run(stage, feature_map)
@@ -301,3 +304,52 @@ class LayerwiseFusion(TokenFusion):
                 feature_map = self.to_pixels[i](tokens, feature_map, grid)
         return self.norm(tokens)
 
+
+TRANSFORMER = {
+    "micro": {
+        "img_size": 32,
+        "patch_size": 4,
+        "dim": 96,
+        "num_heads": 3,
+        "mlp_ratio": 2.0,
+        "stem_stride": 1,
+        "num_classes": 10,
+    },
+    "tiny": {"img_size": 224, "patch_size": 16, "dim": 192, "num_heads": 3, "mlp_ratio": 4.0, "stem_stride": 2},
+    "small": {"img_size": 224, "patch_size": 16, "dim": 384, "num_heads": 6, "mlp_ratio": 4.0, "stem_stride": 2},
+    "base": {"img_size": 224, "patch_size": 16, "dim": 768, "num_heads": 12, "mlp_ratio": 4.0, "stem_stride": 2},
+}
+CNN = {
+    "micro": {"stem": 32, "conv_dims": (48, 96, 192)},
+    "tiny": {"stem": 32, "conv_dims": (64, 128, 256)},
+    "small": {"stem": 64, "conv_dims": (96, 192, 384)},
+    "base": {"stem": 64, "conv_dims": (128, 256, 512)},
+}
+# Spend what the budget (docs/design.md) allows: MACs of micro at 32×32, of the others at 224×224.
+DEPTHS: dict[type[TokenFusion], dict[str, dict[str, Any]]] = {
+    EarlyFusion: {
+        "micro": {"conv_depths": (1, 1, 1), "depth": 2},
+        "tiny": {"conv_depths": (1, 2, 1), "depth": 3},
+        "small": {"conv_depths": (2, 2, 1), "depth": 4},
+        "base": {"conv_depths": (2, 3, 2), "depth": 4},
+    },
+    LateFusion: {
+        "micro": {"conv_depths": (1, 1, 1), "depth": 2, "fusion_depth": 1},
+        "tiny": {"conv_depths": (1, 2, 1), "depth": 5, "fusion_depth": 1},
+        "small": {"conv_depths": (2, 2, 1), "depth": 6, "fusion_depth": 2},
+        "base": {"conv_depths": (2, 3, 2), "depth": 6, "fusion_depth": 2},
+    },
+    LayerwiseFusion: {
+        "micro": {"conv_depths": (1, 1, 1), "depth": 3, "gate": 1.0},
+        "tiny": {"conv_depths": (1, 2, 1), "depth": 6, "gate": 1.0},
+        "small": {"conv_depths": (2, 2, 1), "depth": 6, "gate": 1.0},
+        "base": {"conv_depths": (2, 3, 2), "depth": 9, "gate": 1.0},
+    },
+}
+STRATEGIES: dict[str, type[TokenFusion]] = {"late": LateFusion, "early": EarlyFusion, "layerwise": LayerwiseFusion}
+VARIANTS = {
+    f"tokenfusion_{strategy}_{size}": (model_cls, TRANSFORMER[size] | CNN[size] | DEPTHS[model_cls][size])
+    for strategy, model_cls in STRATEGIES.items()
+    for size in TRANSFORMER
+}
+register_variants(__name__, VARIANTS)

@@ -1,0 +1,3 @@
+from tokenfusion.cli import main
+
+main()

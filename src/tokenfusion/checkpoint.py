@@ -1,0 +1,93 @@
+"""Tensors and descriptions on disk: safetensors and JSON, versioned, written whole or not at all, never pickled."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from tokenfusion.errors import InputError
+from tokenfusion.files import write_atomic
+
+FORMAT = 1  # of the run folder; a reader refuses a newer one
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any] | None = None) -> None:
+    """Write tensors, with a JSON description in the file's header, whole or not at all."""
+    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    metadata = {"description": json.dumps(description or {})}
+    write_atomic(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        InputError: the file is missing, cut short, or not safetensors (a pickled `.pth` is never opened).
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            description = json.loads((file.metadata() or {}).get("description", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise InputError(
+            f"{path} cannot be read as safetensors: {error}; pickled weights are refused because they can carry code, "
+            "and a damaged file must be written anew"
+        ) from error
+    return tensors, description
+
+
+def load_weights_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy tensors into a model that has exactly these names and shapes, or leave it as it was.
+
+    Raises:
+        InputError: names or shapes differ; the first differences are listed.
+    """
+    own = model.state_dict()
+    differences = [
+        *[f"{name} is missing" for name in own if name not in tensors],
+        *[f"{name} is unknown" for name in tensors if name not in own],
+        *[
+            f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
+            for name in own
+            if name in tensors and tensors[name].shape != own[name].shape
+        ],
+    ]
+    if differences:
+        raise InputError(
+            f"{source} does not fit this model: {'; '.join(differences[:3])}; was it written for another model?"
+        )
+    model.load_state_dict(tensors)
+
+
+def load_description(run: Path) -> dict[str, Any]:
+    """Read a run folder's `model.json`.
+
+    Raises:
+        InputError: no such folder, not a run, or a run of a newer version.
+    """
+    path = run / "model.json"
+    if not run.is_dir():
+        raise InputError(f"{run} is not a folder; give the folder that `tokenfusion train --out` wrote")
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        version = description["format"]
+    except FileNotFoundError as error:
+        remedy = "train it again with another --out, or give another folder"
+        if (run / "recipe.toml").exists():
+            raise InputError(f"{run} is a run that ended before its first step; {remedy}") from error
+        raise InputError(
+            f"{run} is not a run (it has no model.json); give the folder that `tokenfusion train --out` wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise InputError(
+            f"{path} cannot be read: {error}; the run folder is damaged, train again with another --out"
+        ) from error
+    if version > FORMAT:
+        raise InputError(
+            f"{run} is of format {version}, newer than the {FORMAT} that this version reads; update tokenfusion"
+        )
+    return description

@@ -1,0 +1,252 @@
+"""Classifier: a model, its preprocessing and its class names; what every verb after training starts from."""
+
+import platform
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as transforms
+
+from tokenfusion.checkpoint import FORMAT, load_description, load_tensors, load_weights_exactly, save_tensors
+from tokenfusion.data.decode import UnreadableImage, decode_image, to_rgb
+from tokenfusion.data.sources import read_file
+from tokenfusion.data.transforms import Preprocess
+from tokenfusion.errors import InputError
+from tokenfusion.files import write_json
+from tokenfusion.hardware import Precision, autocast, default_device, hardware_name
+from tokenfusion.models import create_model, default_config
+from tokenfusion.models.cost import count_macs, count_parameters
+from tokenfusion.version import __version__
+
+ImageLike = str | Path | np.ndarray | Image.Image
+MAX_PIXELS = 100_000_000
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image, or why it could not be read.
+
+    Attributes:
+        path: the file, or "" for an image given as an array.
+        topk: (class name, softmax probability) of the best classes, best first.
+        error: why there is no prediction; "" where there is one.
+    """
+
+    path: str
+    topk: tuple[tuple[str, float], ...] = ()
+    error: str = ""
+
+    @property
+    def label(self) -> str:
+        return self.topk[0][0]
+
+    @property
+    def score(self) -> float:
+        return self.topk[0][1]
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.error:
+            return {"path": self.path, "error": self.error}
+        best = [{"label": label, "score": score} for label, score in self.topk]
+        return {"path": self.path, "label": self.label, "score": self.score, "topk": best}
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model that knows how its images are prepared and what its outputs are called.
+
+    Attributes:
+        name: of the model, as `create_model` takes it.
+        model: gives logits (B, len(classes)).
+        classes: names in the order of the outputs.
+        preprocess: from a decoded image to the model's input.
+        device: where the model is.
+        precision: arithmetic of inference.
+    """
+
+    name: str
+    model: nn.Module
+    classes: tuple[str, ...]
+    preprocess: Preprocess
+    device: torch.device
+    precision: Precision = "auto"
+
+    @classmethod
+    def create(
+        cls,
+        name: str,
+        classes: Sequence[str],
+        *,
+        in_chans: int = 3,
+        img_size: tuple[int, int] | None = None,
+        precision: Precision = "auto",
+        device: torch.device | None = None,
+        drop_path: float = 0.0,
+    ) -> Self:
+        """Build an untrained model for these classes, with the preprocessing that its variant names.
+
+        Args:
+            name, in_chans, img_size: as in `create_model`.
+            classes: names in the order of the outputs.
+            precision: arithmetic of inference.
+            device: where to put the model; the first GPU where there is one, else the CPU, when not given.
+            drop_path: largest rate of stochastic depth while training.
+        """
+        rates = {"drop_path_rate": drop_path} if drop_path else {}
+        model = create_model(name, num_classes=len(classes), in_chans=in_chans, img_size=img_size, **rates)
+        config = default_config(model)
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        preprocess = Preprocess(
+            img_size=img_size or tuple(config["input_size"][1:]),
+            in_chans=in_chans,
+            mean=mean if in_chans == 3 else (sum(mean) / 3,),
+            std=std if in_chans == 3 else (sum(std) / 3,),
+        )
+        device = device or default_device()
+        return cls(name, as_placed(model, device), tuple(classes), preprocess, device, precision)
+
+    @classmethod
+    def load(cls, run: str | Path, device: torch.device | None = None) -> Self:
+        """Load a trained run.
+
+        Args:
+            run: the folder that `tokenfusion train --out` wrote.
+            device: where to put the model; the first GPU where there is one, else the CPU, when not given.
+
+        Raises:
+            InputError: not a run, not finished, of a newer version, or damaged.
+        """
+        run = Path(run)
+        description = load_description(run)
+        weights = run / "model.safetensors"
+        if not weights.exists():
+            raise InputError(
+                f"{run} is not finished: it has no weights yet; go on with `tokenfusion train --resume {run}`"
+            )
+        preprocess = Preprocess.from_dict(description["preprocess"])
+        classifier = cls.create(
+            description["name"],
+            description["classes"],
+            in_chans=preprocess.in_chans,
+            img_size=preprocess.img_size,
+            precision=description["precision"],
+            device=device,
+        )
+        tensors, _ = load_tensors(weights)
+        load_weights_exactly(classifier.model, tensors, weights)
+        classifier.model.eval()
+        return classifier
+
+    def save_description(self, run: Path) -> None:
+        """Write `model.json`: everything but the weights."""
+        in_chans, img_size = self.preprocess.in_chans, self.preprocess.img_size
+        description = {
+            "format": FORMAT,
+            "name": self.name,
+            "classes": list(self.classes),
+            "preprocess": self.preprocess.to_dict(),
+            "precision": self.precision,
+            "parameters": count_parameters(self.model),
+            "macs": count_macs(self.name, num_classes=len(self.classes), in_chans=in_chans, img_size=img_size),
+            "versions": {
+                "tokenfusion": __version__,
+                "torch": torch.__version__,
+                "timm": timm.__version__,
+                "python": platform.python_version(),
+            },
+            "hardware": hardware_name(self.device),
+        }
+        write_json(run / "model.json", description)
+
+    def save_weights(self, run: Path) -> None:
+        """Write `model.safetensors`; a run that has it is finished."""
+        save_tensors(run / "model.safetensors", self.model.state_dict())
+
+    @torch.inference_mode()
+    def logits(self, batch: Tensor) -> Tensor:
+        """Logits (B, K) in float32 on the CPU, of prepared images: uint8 (B, in_chans, h, w)."""
+        self.model.eval()
+        images = self.to_input(batch)
+        with autocast(self.device, self.precision):
+            return self.model(images).float().cpu()
+
+    def to_input(self, batch: Tensor) -> Tensor:
+        """Prepared images, uint8 (B, in_chans, h, w), as the model's float input on its device."""
+        return self.preprocess.normalize(batch.to(self.device)).contiguous(memory_format=torch.channels_last)
+
+    def predict(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        topk: int = 5,
+        batch_size: int = 64,
+        max_pixels: int = MAX_PIXELS,
+    ) -> list[Prediction]:
+        """Classify images, one prediction each, in order; an unreadable file gives a prediction with `error`.
+
+        Args:
+            images: paths, arrays (H, W) or (H, W, 3) uint8, or PIL images; one or a sequence.
+            topk: how many classes to name.
+            batch_size: images in the model at once.
+            max_pixels: largest image that is decoded at all.
+        """
+        several = [images] if isinstance(images, str | Path | np.ndarray | Image.Image) else images
+        return list(self.iter_predictions(several, topk=topk, batch_size=batch_size, max_pixels=max_pixels))
+
+    def iter_predictions(
+        self, images: Iterable[ImageLike], *, topk: int = 5, batch_size: int = 64, max_pixels: int = MAX_PIXELS
+    ) -> Iterator[Prediction]:
+        """As `predict`, batch by batch, for inputs without end."""
+        waiting: list[tuple[str, Tensor | str]] = []
+        for image in images:
+            waiting.append(self.prepare(image, max_pixels))
+            if len(waiting) == batch_size:
+                yield from self.predict_prepared(waiting, topk)
+                waiting = []
+        yield from self.predict_prepared(waiting, topk)
+
+    def prepare(self, image: ImageLike, max_pixels: int) -> tuple[str, Tensor | str]:
+        """An image's path, and its prepared pixels or why there are none."""
+        path = str(image) if isinstance(image, str | Path) else ""
+        try:
+            return path, self.preprocess.resize(decode(image, max_pixels))
+        except UnreadableImage as error:
+            return path, str(error)
+
+    def predict_prepared(self, prepared: Sequence[tuple[str, Tensor | str]], topk: int) -> Iterator[Prediction]:
+        """Predictions of what `prepare` gave, one each, in order."""
+        readable = [image for _, image in prepared if isinstance(image, Tensor)]
+        if readable:
+            scores, indices = self.logits(torch.stack(readable)).softmax(1).topk(min(topk, len(self.classes)))
+            best = iter(zip(scores.tolist(), indices.tolist(), strict=True))
+        for path, image in prepared:
+            if isinstance(image, str):
+                yield Prediction(path, error=image)
+            else:
+                row = zip(*next(best), strict=True)
+                yield Prediction(path, tuple((self.classes[index], score) for score, index in row))
+
+
+def decode(image: ImageLike, max_pixels: int) -> Tensor:
+    """Any way to give an image, as uint8 (3, H, W); files and arrays go through the decoder that training uses."""
+    if isinstance(image, str | Path):
+        return decode_image(read_file(image), max_pixels=max_pixels)
+    if isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+            raise InputError(
+                f"an array of shape {image.shape} and type {image.dtype} is not an image; "
+                "give uint8 (H, W), (H, W, 3) or (H, W, 4)"
+            )
+        image = Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
+    return transforms.pil_to_tensor(to_rgb(image))
+
+
+def as_placed(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model on a device, its convolutions channels-last."""
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

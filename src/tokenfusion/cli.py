@@ -1,0 +1,246 @@
+"""The command `tokenfusion`: typed verbs that import what they need when they are called."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, ArgumentCollection, Parameter
+from cyclopts.config import Dict
+from rich.console import Console
+
+from tokenfusion.errors import InputError
+from tokenfusion.recipe import Recipe, load_recipe, preset
+from tokenfusion.version import __version__
+
+console = Console(markup=False, highlight=False, soft_wrap=True)
+errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+def recipe_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give `train` what its options leave open: first from the recipe file, then from the preset of model and data."""
+    if commands != ("train",):
+        return
+    given = {argument.name.removeprefix("--"): [token.value for token in argument.tokens] for argument in arguments}
+    if given.get("resume"):
+        others = [f"--{name}" for name, values in given.items() if values and name != "resume"]
+        if others:
+            raise InputError(f"--resume goes on with the run's own recipe; leave out {', '.join(others)}")
+        return
+    path = given["recipe"][0] if given.get("recipe") else ""
+    file = load_recipe(Path(path)) if path else {}
+    fill(app, commands, arguments, file, source=path)
+    model, data = (
+        given[name][0] if given.get(name) else file.get(name, getattr(Recipe(), name)) for name in ("model", "data")
+    )
+    fill(app, commands, arguments, preset(model, data), source="preset")
+
+
+def fill(
+    app: App, commands: tuple[str, ...], arguments: ArgumentCollection, values: dict[str, Any], source: str
+) -> None:
+    """Set the arguments that have no value yet."""
+    options = {name.replace("_", "-"): value for name, value in values.items()}
+    Dict(data=options, source=source, use_commands_as_keys=False)(app, commands, arguments)
+
+
+app = App(
+    name="tokenfusion",
+    version=__version__,
+    help="Train, compare, explain and ship image classifiers that fuse CNN and transformer tokens.",
+    help_epilogue="Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
+    default_parameter=Parameter(consume_multiple=True, negative_iterable=""),
+    config=(recipe_values,),
+    result_action="return_value",
+)
+AsJson = Annotated[bool, Parameter(name="--json", negative="")]
+
+
+@app.command
+def train(
+    settings: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 - frozen
+    *,
+    out: Path | None = None,
+    recipe: Path | None = None,  # noqa: ARG001 - read by recipe_values
+    resume: Path | None = None,
+) -> None:
+    """Train a model on labelled images.
+
+    An option wins over the recipe file, and the file over the preset of model and data; the defaults shown come last.
+
+    Example: tokenfusion train photos/ --model tokenfusion_early_tiny --img-size 128 --out runs/photos
+
+    Parameters
+    ----------
+    out
+        Folder to write the run to.
+    recipe
+        TOML file with any of these options; `data` and `model` may be among them.
+    resume
+        Run folder to go on with, as if it had never stopped.
+    """
+    from tokenfusion import train as training
+
+    if resume is None and out is None:
+        raise InputError("--out is missing; name the folder to write the run to, such as --out runs/first")
+    if resume is None and not settings.data:
+        raise InputError("DATA is missing; name a folder of labelled images, or `digits` for a first try")
+    run = resume or out
+    assert run is not None
+    try:
+        if resume:
+            training.resume(run, console)
+        else:
+            training.start(settings, run, console)
+    except training.Interrupted:
+        errors.print(f"\nstopped and saved; go on with `tokenfusion train --resume {run}`")
+        sys.exit(130)
+    console.print(f"the model is in {run}; next: tokenfusion evaluate {run}")
+
+
+@app.command
+def evaluate(
+    run: Path,
+    data: str | None = None,
+    /,
+    *,
+    split: Literal["train", "val", "test"] | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a trained run on images it has not seen; writes RUN/evaluation.json.
+
+    Example: tokenfusion evaluate runs/photos
+
+    Parameters
+    ----------
+    run
+        Folder that `train` wrote.
+    data
+        Labelled images of the same classes; the run's own held-out images when not given.
+    split
+        Part of the data; by default val, else test, else everything.
+    as_json
+        Print evaluation.json instead of a summary.
+    """
+    from tokenfusion.evaluate import evaluate as evaluate_run
+
+    result = evaluate_run(run, data, split)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    low, high = result["top1_ci95"]
+    console.print(f"{result['n']:,} images ({result['split']}), {result['skipped']} unreadable ones skipped")
+    for image in result["unreadable"][:5]:
+        console.print(f"  skipped {image['path']}: {image['reason']}")
+    console.print(f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}), top-5 {result['top5']:.2%}")
+    console.print(f"loss {result['loss']:.4f}, calibration error {result['ece']:.4f}")
+    console.print(f"written to {run / 'evaluation.json'}; next: tokenfusion report {run}")
+
+
+@app.command
+def predict(
+    run: Path,
+    paths: Annotated[list[str], Parameter(allow_leading_hyphen=True)],
+    /,
+    *,
+    topk: int = 5,
+    output: Annotated[Literal["table", "json", "csv"], Parameter(name="--format")] = "table",
+) -> None:
+    """Classify images.
+
+    Exits with 1 if any image could not be read; the others are classified all the same.
+
+    Example: tokenfusion predict runs/photos new/*.jpg --format json
+
+    Parameters
+    ----------
+    run
+        Folder that `train` wrote.
+    paths
+        Files, folders, globs, or - for a list on standard input, a path a line.
+    topk
+        How many classes to name.
+    output
+        A table to read, a JSON object per image and line, or CSV.
+    """
+    from tokenfusion.predict import PRINTERS, expand
+
+    if topk < 1:
+        raise InputError(f"topk={topk} names no class; give 1 or more")
+    from tokenfusion.classifier import Classifier
+
+    classifier = Classifier.load(run)
+    failed = PRINTERS[output](classifier.iter_predictions(expand(paths), topk=topk), console)
+    if failed:
+        errors.print(f"{failed} of the images could not be read")
+        sys.exit(1)
+
+
+@app.command
+def report(run: Path, /) -> None:
+    """Write RUN/report.html: one file, readable offline.
+
+    Example: tokenfusion report runs/photos
+
+    Parameters
+    ----------
+    run
+        Folder that `train` wrote; `evaluate` adds what the report says of mistakes and calibration.
+    """
+    from tokenfusion.report import thumbnails_of, write_report
+
+    console.print(f"open {write_report(run, thumbnails_of(run))}")
+
+
+@app.command
+def models(pattern: str = "*", /, *, as_json: AsJson = False) -> None:
+    """List the models: parameters, multiply-adds and input size.
+
+    Example: tokenfusion models "*micro*"
+
+    Parameters
+    ----------
+    pattern
+        Shell pattern that names must match.
+    as_json
+        Print a JSON list.
+    """
+    from tokenfusion.models.cost import describe_models
+
+    rows = describe_models(pattern)
+    if not rows:
+        raise InputError(f"no model matches {pattern!r}; `tokenfusion models` lists all of them")
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    from rich.table import Table
+
+    table = Table("model", box=None, pad_edge=False)
+    for heading in ("parameters M", "GMACs", "input"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        height, width = row["img_size"]
+        table.add_row(row["name"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3f}", f"{height}×{width}")
+    console.print(table)
+
+
+def main() -> None:
+    """Run the command; a user's mistake is a message and exit status 2, not a traceback."""
+    try:
+        app()
+    except InputError as error:
+        errors.print(f"error: {error}")
+        sys.exit(2)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has enough
+            sys.stderr.close()
+            sys.exit(1)
+        errors.print(f"error: {error}")
+        sys.exit(1)
+    except KeyboardInterrupt:
+        errors.print("\nstopped")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

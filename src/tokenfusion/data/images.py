@@ -1,0 +1,184 @@
+"""Images that have all been looked at once: the readable ones, kept in memory if they fit, and a list of the others."""
+
+import csv
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenfusion.data.decode import UnreadableImage
+from tokenfusion.data.sources import Source, quoted
+from tokenfusion.errors import InputError
+from tokenfusion.files import write_text
+
+THREADS = min(4, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that was left out, and why."""
+
+    path: str
+    label: str
+    split: str
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class PixelCache:
+    """Decoded images of any sizes, one behind another: a few tensors, which cost nothing to fork and little to send."""
+
+    pixels: Tensor
+    """uint8, all images' (H, W, 3) in a row: the order of channels that resizing is fastest in."""
+    offsets: np.ndarray
+    """int64 (N,): where each image begins."""
+    sizes: np.ndarray
+    """int64 (N, 2): height and width."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        height, width = self.sizes[index].tolist()
+        return self.pixels.as_strided((3, height, width), (1, 3 * width, 3), int(self.offsets[index]))
+
+
+@dataclass(eq=False)
+class Images:
+    """Readable, labelled images; indexing gives one as uint8 (3, H, W), from memory or decoded anew."""
+
+    labels: Tensor
+    """int64 (N,)."""
+    names: list[str]
+    source: Source | None
+    """What to decode from; None when the cache holds everything."""
+    indices: np.ndarray
+    """int64 (N,): which of the source's images these are."""
+    max_pixels: int
+    cache: PixelCache | None
+
+    @property
+    def cached(self) -> bool:
+        """Whether the decoded images are in memory."""
+        return self.cache is not None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> Tensor:
+        if self.cache is not None:
+            return self.cache[index]
+        assert self.source is not None
+        try:
+            return self.source.decode(int(self.indices[index]), self.max_pixels)
+        except UnreadableImage as error:
+            raise UnreadableImage(f"{self.names[index]}: {error}; it was readable before, restore it") from error
+
+
+def read_images(
+    source: Source,
+    indices: Sequence[int] | np.ndarray,
+    *,
+    max_pixels: int,
+    cache_bytes: int,
+    progress: Callable[[int, int], None] | None = None,
+    split: str = "",
+) -> tuple[Images, list[Skipped]]:
+    """Decode every image once: to know which are readable, and to keep them if they all fit.
+
+    Args:
+        source: where the images are.
+        indices: which of them, in the order wanted.
+        max_pixels: largest height × width that is decoded.
+        cache_bytes: most bytes of decoded pixels to keep; above, images are decoded anew each time.
+        progress: called now and then with the number of images done and their total.
+        split: what Skipped calls these images' split.
+
+    Returns:
+        the readable images in order, and the others; none is ever replaced.
+    """
+    pixels = bytearray()  # grows in place, so that no second copy of the images ever exists
+    sizes: list[tuple[int, int]] = []
+    readable: list[int] = []
+    skipped: list[Skipped] = []
+    keep = True
+    for done, (index, image) in enumerate(decode_ahead(source, indices, max_pixels)):
+        if progress is not None and done % 64 == 0:
+            progress(done, len(indices))
+        if isinstance(image, UnreadableImage):
+            skipped.append(Skipped(source.names[index], source.classes[source.labels[index]], split, str(image)))
+            continue
+        readable.append(index)
+        keep = keep and len(pixels) + image.nbytes <= cache_bytes
+        if keep:
+            pixels.extend(image.permute(1, 2, 0).contiguous().numpy().data)
+            sizes.append((image.shape[1], image.shape[2]))
+        else:
+            pixels.clear()
+    if progress is not None:
+        progress(len(indices), len(indices))
+    images = Images(
+        labels=torch.from_numpy(source.labels[readable].astype(np.int64)),
+        names=[source.names[index] for index in readable],
+        source=None if keep else source,
+        indices=np.array(readable, dtype=np.int64),
+        max_pixels=max_pixels,
+        cache=as_cache(pixels, sizes) if keep else None,
+    )
+    return images, skipped
+
+
+def decode_ahead(
+    source: Source, indices: Sequence[int] | np.ndarray, max_pixels: int
+) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
+    """Decode by a few threads, in order, only so far ahead that few images wait in memory."""
+
+    def decode(index: int) -> Tensor | UnreadableImage:
+        try:
+            return source.decode(index, max_pixels)
+        except UnreadableImage as error:
+            return error
+
+    waiting: deque[tuple[int, Future[Tensor | UnreadableImage]]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for index in map(int, indices):
+            waiting.append((index, pool.submit(decode, index)))
+            if len(waiting) > 2 * THREADS:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+
+
+def as_cache(pixels: bytearray, sizes: list[tuple[int, int]]) -> PixelCache:
+    shapes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    offsets = np.cumsum([0, *(3 * shapes[:, 0] * shapes[:, 1])])[:-1]
+    flat = torch.frombuffer(pixels, dtype=torch.uint8) if pixels else torch.empty(0, dtype=torch.uint8)
+    return PixelCache(flat, offsets, shapes)
+
+
+def require_every_class(images: Images, classes: tuple[str, ...]) -> None:
+    """Refuse training images among which a class has none that is readable.
+
+    Raises:
+        InputError: naming those classes.
+    """
+    present = set(images.labels.tolist())
+    missing = [name for label, name in enumerate(classes) if label not in present]
+    if missing:
+        raise InputError(
+            f"no readable training image of class {quoted(missing)}; replace the damaged files or remove the class"
+        )
+
+
+def write_skipped(path: Path, skipped: list[Skipped]) -> None:
+    """Write the images that were left out as a CSV `path,label,split,reason`."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["path", "label", "split", "reason"])
+    writer.writerows([image.path, image.label, image.split, image.reason] for image in skipped)
+    write_text(path, text.getvalue())

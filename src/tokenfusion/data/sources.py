@@ -1,0 +1,206 @@
+"""Where labelled images come from: one small class per kind of data, and `open_source` to choose it."""
+
+import difflib
+import os
+import stat
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenfusion.data.decode import UnreadableImage, decode_image
+from tokenfusion.errors import InputError
+
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+"""What data calls its parts, in lower case, and what they are called here."""
+
+MAX_FILE_BYTES = 2**30
+"""Largest image file that is read into memory at all."""
+
+KINDS = (
+    "a folder with a subfolder per class, Parquet files in the Hugging Face image layout, a CSV or JSONL with "
+    "path and label, a tar of a class-folder tree, or the name digits"
+)
+
+
+@dataclass(eq=False, kw_only=True)
+class Source(ABC):
+    """Labelled images that can be decoded one by one, in any order and from any thread or process.
+
+    Raises:
+        InputError: there is no image or only one class, some images name a split and others do not, or held-out images
+            have a label that the training images lack.
+    """
+
+    where: str
+    """DATA as it was given, for messages."""
+    classes: tuple[str, ...]
+    """Names of the classes; a label is an index into them."""
+    names: list[str]
+    """What a person knows each image by: its path relative to DATA, or `train.parquet:123`."""
+    labels: np.ndarray
+    """int64 (N,)."""
+    splits: list[str]
+    """For each image `train`, `val`, `test`, or `""` when the data does not say."""
+    ignored: int = 0
+    """Files that lie in the data but are no images by their name, or lie outside every class."""
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            raise InputError(f"{self.where}: no image found ({self.ignored} other files); give {KINDS}")
+        if len(self.classes) < 2:
+            raise InputError(f"{self.where}: a single class, {self.classes[0]!r}; a classifier needs at least two")
+        self.refuse_half_split()
+        self.refuse_unknown_labels()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def decode(self, index: int, max_pixels: int) -> Tensor:
+        """Decode one image.
+
+        Args:
+            index: which one, from 0.
+            max_pixels: largest height × width that is decoded.
+
+        Returns:
+            uint8 tensor (3, H, W).
+
+        Raises:
+            UnreadableImage: it is corrupt, truncated, empty, no image, gone, or too large.
+        """
+
+    def refuse_half_split(self) -> None:
+        if "" in self.splits and any(self.splits):
+            name = self.names[self.splits.index("")]
+            raise InputError(f"{self.where}: {name!r} is in no split while others are; name one for all images or none")
+
+    def refuse_unknown_labels(self) -> None:
+        """Refuse held-out images of a class without training images."""
+        splits = np.array(self.splits)
+        known = set(self.labels[splits == "train"].tolist())
+        for split in ("val", "test"):
+            unknown = set(self.labels[splits == split].tolist()) - known
+            if known and unknown:
+                names = quoted(self.classes[label] for label in sorted(unknown))
+                raise InputError(
+                    f"{self.where}: {split} has labels that train lacks: {names}; "
+                    f"add training images of them or take them out of {split}"
+                )
+
+
+class Files(Source):
+    """Images that are files, in whatever container: what is left to say is how to get at the bytes."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The bytes of one image file; raises UnreadableImage when they cannot be had."""
+
+    def decode(self, index: int, max_pixels: int) -> Tensor:
+        return decode_image(self.read(index), max_pixels=max_pixels)
+
+
+@dataclass(eq=False, kw_only=True)
+class Digits(Source):
+    """Scikit-learn's 1,797 handwritten digits of 8×8 pixels: real scans that ship in its wheel."""
+
+    pixels: Tensor
+    """uint8 (N, 8, 8)."""
+
+    def decode(self, index: int, max_pixels: int) -> Tensor:
+        height, width = self.pixels.shape[1:]
+        if height * width > max_pixels:
+            raise UnreadableImage(f"{width}×{height} pixels are more than max_pixels={max_pixels}; raise the limit")
+        return self.pixels[index].expand(3, -1, -1)
+
+
+def open_digits() -> Source:
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    values = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scanned in 17 steps, 0 to 16
+    return Digits(
+        where="digits",
+        classes=tuple(str(name) for name in digits.target_names),
+        names=[f"digits:{index}" for index in range(len(values))],
+        labels=digits.target.astype(np.int64),
+        splits=[""] * len(values),
+        pixels=torch.from_numpy(values),
+    )
+
+
+def open_source(data: str | Path) -> Source:
+    """Open labelled images of any supported kind; their pixels are read later, when they are decoded.
+
+    Args:
+        data: a folder with a subfolder per class (with `train/` and `val/` or `test/` above them, or without), a folder
+            of Parquet files or one of them, a CSV or JSONL with `path,label[,split]`, a tar, or `digits`.
+
+    Raises:
+        InputError: there is nothing usable there; the message says why.
+    """
+    # The kinds are imported when they are met: pyarrow and scikit-learn take a second.
+    from tokenfusion.data import lists, parquet, trees
+
+    if str(data) == "digits":
+        return open_digits()
+    path = Path(data)
+    if not os.path.exists(path):
+        raise InputError(f"{path}: no such file or folder; {nearest(path)}")
+    if path.is_dir():
+        files, folders = trees.walk(path)
+        tables = [file for file in files if file.endswith(".parquet")]
+        if tables:
+            return parquet.open_parquet(path, tables, ignored=len(files) - len(tables))
+        return trees.open_folder(path, files, folders)
+    name = path.name.lower()
+    if name.endswith(".parquet"):
+        return parquet.open_parquet(path.parent, [path.name])
+    if name.endswith((".csv", ".jsonl", ".ndjson")):
+        return lists.open_list(path)
+    if ".tar" in path.suffixes or name.endswith((".tgz", ".txz", ".tbz2")):
+        return trees.open_tar(path)
+    raise InputError(f"{path}: not a kind of data that is known here; give {KINDS}")
+
+
+def held_out_name(source: Source) -> str | None:
+    """The split that training is judged on: `val` if the data has one, else `test`, else None."""
+    return next((name for name in ("val", "test") if name in source.splits), None)
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of an image file, or UnreadableImage with the reason."""
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise UnreadableImage("not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UnreadableImage(f"the file has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UnreadableImage(f"the file cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a name that no file can have, as with a NUL in it
+        raise UnreadableImage(f"the file cannot be read: {error}") from error
+
+
+def printable(name: str) -> str:
+    """A file's name as text that can be written as UTF-8, for a name may be any bytes."""
+    return name.encode(errors="backslashreplace").decode()
+
+
+def quoted(names: Iterable[str]) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def nearest(path: Path) -> str:
+    """A hint at what was meant: the names most like the missing one, in the deepest folder that does exist."""
+    while not os.path.isdir(path.parent):
+        path = path.parent
+    found = sorted(os.listdir(path.parent))
+    close = difflib.get_close_matches(path.name, found, n=3) or found[:3]
+    return f"{path.parent} has: {quoted(close)}" if close else f"{path.parent} is empty"

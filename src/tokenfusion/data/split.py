@@ -1,0 +1,98 @@
+"""Which images are trained on and which are held out."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tokenfusion.data.sources import Source, held_out_name
+from tokenfusion.errors import InputError
+from tokenfusion.files import write_text
+
+HEADER = ["path", "label", "split"]
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Indices into a source, int64, ascending."""
+
+    train: np.ndarray
+    val: np.ndarray
+
+
+def choose_split(source: Source, val_fraction: float, seed: int) -> Split:
+    """The data's own split into training and held-out images, or else one drawn class by class.
+
+    Args:
+        source: the images; where it has no held-out part, one is drawn from its training images.
+        val_fraction: share of each class that is held out, rounded to whole images, at least one.
+        seed: decides which.
+
+    Raises:
+        InputError: a class has no training image, or too few to hold one out.
+    """
+    splits = np.array(source.splits)
+    held_out = held_out_name(source)
+    candidates = np.flatnonzero((splits == "train") | (splits == ""))
+    if held_out is not None:
+        require_images(source, candidates, 1)
+        return Split(candidates, np.flatnonzero(splits == held_out))
+    require_images(source, candidates, 2)
+    val = []
+    for label in range(len(source.classes)):
+        members = candidates[source.labels[candidates] == label]
+        count = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
+        val.append(np.random.default_rng([seed, label]).permutation(members)[:count])
+    chosen = np.sort(np.concatenate(val))
+    return Split(np.setdiff1d(candidates, chosen), chosen)
+
+
+def require_images(source: Source, candidates: np.ndarray, least: int) -> None:
+    """Refuse a class with fewer than `least` images to train on."""
+    counts = np.bincount(source.labels[candidates], minlength=len(source.classes))
+    for name, count in zip(source.classes, counts, strict=True):
+        if count < least:
+            reason = "to train on" if least == 1 else "one to train on and one to hold out"
+            raise InputError(
+                f"{source.where}: class {name!r} has {count} training images; it needs at least {least}, {reason}. "
+                "Add images of it or remove the class"
+            )
+
+
+def write_split(path: Path, source: Source, split: Split) -> None:
+    """Write which split each image is in as a CSV `path,label,split`; images in neither have an empty one."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(HEADER)
+    names = np.full(len(source), "", dtype=object)
+    names[split.train], names[split.val] = "train", "val"
+    for image, label, name in zip(source.names, source.labels, names, strict=True):
+        writer.writerow([image, source.classes[label], name])
+    write_text(path, text.getvalue())
+
+
+def read_split(path: Path, source: Source) -> Split:
+    """Read what `write_split` wrote for the same images.
+
+    Raises:
+        InputError: the file is missing or damaged, or the data is no longer what it was; the first difference is named.
+    """
+    try:
+        with open(path, encoding="utf-8", newline="") as file:
+            header, *rows = list(csv.reader(file)) or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); start a new run") from error
+    if header != HEADER or any(len(row) != len(HEADER) for row in rows):
+        raise InputError(f"{path}: not the split of a run, which has the columns {','.join(HEADER)}; start a new run")
+    for index in range(max(len(rows), len(source))):
+        then = rows[index][:2] if index < len(rows) else None
+        now = [source.names[index], source.classes[source.labels[index]]] if index < len(source) else None
+        if then != now:
+            raise InputError(
+                f"{source.where}: image {index} was {then} when the split was written and is {now} now; "
+                "restore the data, or start a new run"
+            )
+    names = np.array([row[2] for row in rows])
+    return Split(np.flatnonzero(names == "train"), np.flatnonzero(names == "val"))

@@ -1,0 +1,201 @@
+"""From an image of any size to one the model takes: plainly for prediction, at random for training."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from tokenfusion.errors import InputError
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a model wants its images. Travels with the weights."""
+
+    img_size: tuple[int, int]
+    """Height and width."""
+    in_chans: int
+    """1 for gray, 3 for RGB."""
+    mean: tuple[float, ...]
+    """Of each channel, for values in [0, 1]."""
+    std: tuple[float, ...]
+    crop_pct: float = 1.0
+    """Share of the resized image's sides that the centre crop keeps."""
+
+    def __post_init__(self) -> None:
+        if self.in_chans not in (1, 3):
+            raise InputError(f"in_chans={self.in_chans}: images have 1 channel (gray) or 3 (RGB); choose one of them")
+        if not len(self.mean) == len(self.std) == self.in_chans:
+            raise InputError(f"mean={self.mean}, std={self.std}: give one value for each of in_chans={self.in_chans}")
+        if len(self.img_size) != 2 or min(self.img_size) < 1 or not 0 < self.crop_pct <= 1:
+            raise InputError(f"img_size={self.img_size}, crop_pct={self.crop_pct}: give height and width, and 0 to 1")
+
+    def resize(self, image: Tensor) -> Tensor:
+        """Resize so that the image covers `img_size / crop_pct`, keeping its aspect, and crop the centre.
+
+        Args:
+            image: uint8 (3, H, W).
+
+        Returns:
+            uint8 (in_chans, *img_size).
+        """
+        image = cover(image, self.img_size, self.crop_pct)
+        return F.rgb_to_grayscale(image) if self.in_chans == 1 else image
+
+    def normalize(self, batch: Tensor) -> Tensor:
+        """Scale to what the model was trained on: `(batch / 255 - mean) / std`.
+
+        Args:
+            batch: uint8 (B, in_chans, h, w), on any device.
+
+        Returns:
+            float32, same shape, device and memory format.
+        """
+        mean, std = (torch.tensor(values, device=batch.device).view(-1, 1, 1) * 255 for values in (self.mean, self.std))
+        return batch.to(torch.float32, copy=True).sub_(mean).div_(std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields as JSON has them."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Preprocess":
+        """The inverse of `to_dict`.
+
+        Raises:
+            InputError: a field is missing, unknown or out of range.
+        """
+        try:
+            fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+            return cls(**fields)
+        except TypeError as error:
+            raise InputError(
+                f"preprocessing {values}: {error}; use the version that wrote it, or a newer one"
+            ) from error
+
+
+def cover(image: Tensor, img_size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
+    """Resize (C, H, W) so that it covers `img_size / crop_pct`, bilinear and antialiased, and crop the centre."""
+    size = image.shape[-2:]
+    if size == img_size and crop_pct == 1:
+        return image
+    scale = max(side / crop_pct / now for side, now in zip(img_size, size, strict=True))
+    # A long thin image would grow huge: first drop what the crop drops anyway, short of its edge.
+    needed = [2 * math.ceil(side / scale) for side in img_size]
+    image = F.center_crop(image, [min(sides) for sides in zip(needed, size, strict=True)])
+    enlarged = [max(side, round(now * scale)) for side, now in zip(img_size, image.shape[-2:], strict=True)]
+    return F.center_crop(F.resize(image, enlarged, antialias=True), list(img_size))
+
+
+class Augment:
+    """A training image at random: crop, flip, one colour or geometric change; drawn from torch's default generator.
+
+    Draws as torchvision's RandomResizedCrop, RandomHorizontalFlip and TrivialAugmentWide do one after another, without
+    the time that its modules spend on finding out what they were given.
+
+    Args:
+        img_size: height and width of the result.
+        in_chans: 1 for gray, 3 for RGB.
+        crop_scale: smallest share of the image's area that a crop keeps; its aspect is 3/4 to 4/3. 1 for no crop.
+        hflip: probability of a horizontal flip.
+        trivial_augment: whether to apply TrivialAugment (Wide), https://arxiv.org/abs/2103.10158.
+    """
+
+    def __init__(
+        self, img_size: tuple[int, int], in_chans: int, crop_scale: float, hflip: float, trivial_augment: bool
+    ) -> None:
+        self.img_size = img_size
+        self.in_chans = in_chans
+        self.crop = v2.RandomResizedCrop(img_size, scale=(crop_scale, 1.0)) if crop_scale < 1 else None
+        self.hflip = hflip
+        self.trivial_augment = trivial_augment
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Augment one image.
+
+        Args:
+            image: uint8 (3, H, W).
+
+        Returns:
+            uint8 (in_chans, *img_size).
+        """
+        if self.crop is None:
+            image = cover(image, self.img_size)
+        else:
+            image = F.resized_crop(image, **self.crop.make_params([image]), size=list(self.img_size), antialias=True)
+        if torch.rand(1).item() < self.hflip:
+            image = image.flip(-1)
+        if self.trivial_augment:
+            image = trivial_augment(image)
+        return F.rgb_to_grayscale(image) if self.in_chans == 1 else image
+
+
+def shear_x(image: Tensor, slope: float) -> Tensor:
+    shear = [math.degrees(math.atan(slope)), 0.0]
+    return F.affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0.0, 0.0])
+
+
+def shear_y(image: Tensor, slope: float) -> Tensor:
+    shear = [0.0, math.degrees(math.atan(slope))]
+    return F.affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0.0, 0.0])
+
+
+def translate_x(image: Tensor, pixels: float) -> Tensor:
+    return F.affine(image, angle=0.0, translate=[int(pixels), 0], scale=1.0, shear=[0.0, 0.0])
+
+
+def translate_y(image: Tensor, pixels: float) -> Tensor:
+    return F.affine(image, angle=0.0, translate=[0, int(pixels)], scale=1.0, shear=[0.0, 0.0])
+
+
+@dataclass(frozen=True)
+class Change:
+    """One of TrivialAugment's changes, with its magnitudes from none to most."""
+
+    apply: Callable[[Tensor, float], Tensor]
+    magnitudes: tuple[float, ...] = ()
+    signed: bool = False
+    """Whether a magnitude may also be negative."""
+
+
+BINS = 31
+
+
+def up_to(most: float) -> tuple[float, ...]:
+    return tuple(torch.linspace(0.0, most, BINS).tolist())
+
+
+# The paper's wide space, in torchvision's order, so that the same draws give the same images.
+CHANGES = (
+    Change(lambda image, _: image),
+    Change(shear_x, up_to(0.99), signed=True),
+    Change(shear_y, up_to(0.99), signed=True),
+    Change(translate_x, up_to(32.0), signed=True),
+    Change(translate_y, up_to(32.0), signed=True),
+    Change(lambda image, degrees: F.rotate(image, degrees), up_to(135.0), signed=True),
+    Change(lambda image, m: F.adjust_brightness(image, 1.0 + m), up_to(0.99), signed=True),
+    Change(lambda image, m: F.adjust_saturation(image, 1.0 + m), up_to(0.99), signed=True),
+    Change(lambda image, m: F.adjust_contrast(image, 1.0 + m), up_to(0.99), signed=True),
+    Change(lambda image, m: F.adjust_sharpness(image, 1.0 + m), up_to(0.99), signed=True),
+    Change(lambda image, bits: F.posterize(image, int(bits)), tuple(8.0 - round(k / 5) for k in range(BINS))),
+    Change(lambda image, m: F.solarize(image, 255.0 * m), tuple(torch.linspace(1.0, 0.0, BINS).tolist())),
+    Change(lambda image, _: F.autocontrast(image)),
+    Change(lambda image, _: F.equalize(image)),
+)
+
+
+def trivial_augment(image: Tensor) -> Tensor:
+    """One change of one strength, both drawn uniformly."""
+    change = CHANGES[int(torch.randint(len(CHANGES), ()))]
+    if not change.magnitudes:
+        return change.apply(image, 0.0)
+    magnitude = change.magnitudes[int(torch.randint(BINS, ()))]
+    if change.signed and torch.rand(()).item() <= 0.5:
+        magnitude = -magnitude
+    return change.apply(image, magnitude)

@@ -1,0 +1,224 @@
+"""What logits and labels say about a classifier: accuracy with its interval, per class, confusion, calibration.
+
+Pure numbers: nothing here reads or writes a file. torchmetrics counts the confusion matrix; what follows from it is
+computed here, because torchmetrics gives 0 where a class has no images, leaves ties in top-5 to chance, and puts
+confidences of exactly 1 into a bin of their own.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from tokenfusion.errors import InputError
+
+TEMPERATURE_BOUNDS = (0.05, 20.0)
+"""Temperatures that are searched. Without a lower bound a classifier that is always right would be driven to 0."""
+
+CHUNK = 8192
+"""Rows whose losses are computed in float64 at a time, so that memory does not grow with the data set."""
+
+
+@dataclass(frozen=True)
+class Bins:
+    """A reliability diagram: images sorted by confidence into bins of equal width."""
+
+    edges: NDArray[np.float64]
+    """(bins + 1,) from 0 to 1; a bin holds its left edge, and the last one also 1."""
+    count: NDArray[np.int64]
+    """(bins,) images."""
+    confidence: NDArray[np.float64]
+    """(bins,) mean confidence; 0 where the bin is empty."""
+    accuracy: NDArray[np.float64]
+    """(bins,) share that is correct; 0 where the bin is empty."""
+
+    @property
+    def ece(self) -> float:
+        """Expected calibration error: the mean gap between confidence and accuracy, each bin weighed by its images.
+
+        Source: Guo et al., On Calibration of Modern Neural Networks, 2017, equation 5.
+        """
+        return float((self.count * abs(self.accuracy - self.confidence)).sum() / max(self.count.sum(), 1))
+
+
+def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Bins:
+    """Sort predictions by confidence into bins of equal width.
+
+    Args:
+        confidence: (N,) probabilities of the predicted classes, in [0, 1].
+        correct: (N,) whether each prediction is right.
+        bins: how many bins.
+
+    Returns:
+        The bins; all empty when N is 0.
+    """
+    # float32 softmax may exceed 1 by a rounding error, which np.histogram would drop
+    confidence = np.clip(np.asarray(confidence, dtype=np.float64), 0, 1)
+    correct = np.asarray(correct, dtype=np.float64)
+    count, edges = np.histogram(confidence, bins, range=(0, 1))
+    total_confidence, total_correct = (
+        np.histogram(confidence, bins, range=(0, 1), weights=weights)[0] for weights in (confidence, correct)
+    )
+    filled = np.maximum(count, 1)
+    return Bins(edges=edges, count=count, confidence=total_confidence / filled, accuracy=total_correct / filled)
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a share.
+
+    Args:
+        successes: how many of `n` succeeded.
+        n: how many were tried; with 0, nothing is known and the interval is (0, 1).
+
+    Returns:
+        (low, high) in [0, 1].
+
+    Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
+    """
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes={successes} is not between 0 and n={n}; give a count of the n that succeeded")
+    if n == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.975)
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    # at 0 and n the ends are exact, whatever the rounding
+    return (0.0 if successes == 0 else centre - half), (1.0 if successes == n else centre + half)
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> float:
+    """Mean cross-entropy of logits / temperature, natural logarithm.
+
+    Args:
+        logits: (N, K) floats.
+        labels: (N,) classes.
+        temperature: above 0.
+    """
+    chunks = [slice(start, start + CHUNK) for start in range(0, len(labels), CHUNK)]
+    losses = [F.cross_entropy(logits[c].double() / temperature, labels[c], reduction="sum") for c in chunks]
+    return sum(loss.item() for loss in losses) / len(labels)
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature, within TEMPERATURE_BOUNDS, that minimises the cross-entropy of logits / temperature.
+
+    The loss has one minimum in the temperature, so that a bounded search finds it, or else ends at a bound: near 0.05
+    when every image is right (sharper is always better), near 20 when guessing would do better. It is 1 where no
+    temperature beats 1, as when all logits are equal.
+
+    Source: Guo et al., On Calibration of Modern Neural Networks, 2017, section 4.2.
+    """
+    from scipy.optimize import minimize_scalar
+
+    low, high = (math.log(bound) for bound in TEMPERATURE_BOUNDS)
+    search = minimize_scalar(
+        lambda log: negative_log_likelihood(logits, labels, math.exp(log)),
+        bounds=(low, high),
+        method="bounded",
+        options={"xatol": 1e-4},
+    )
+    return math.exp(search.x) if search.fun < negative_log_likelihood(logits, labels) else 1.0
+
+
+def rank_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many classes come before the true one: 0 where the prediction is right.
+
+    Equal logits rank in the order of the classes, as argmax has it, so that top-1 and top-5 do not depend on chance.
+
+    Args:
+        logits: (N, K) floats.
+        labels: (N,) classes.
+
+    Returns:
+        (N,) ranks from 0 to K - 1.
+    """
+    truth = logits.gather(1, labels[:, None])
+    earlier = torch.arange(logits.shape[1]) < labels[:, None]
+    return ((logits > truth) | ((logits == truth) & earlier)).sum(1)
+
+
+def per_class_scores(confusion: Tensor, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Precision, recall, F1 and number of images of each class.
+
+    Args:
+        confusion: (K, K) counts, rows truth, columns prediction.
+        classes: K names.
+
+    Returns:
+        By name, in the order of `classes`. A share of nothing is None: recall of a class without images, precision of
+        a class never predicted, F1 of a class that is neither.
+    """
+    right, actual, predicted = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+    return {
+        name: {
+            "precision": hit / guesses if guesses else None,
+            "recall": hit / n if n else None,
+            "f1": 2 * hit / (n + guesses) if n + guesses else None,
+            "n": n,
+        }
+        for name, hit, n, guesses in zip(classes, right, actual, predicted, strict=True)
+    }
+
+
+def evaluate_logits(logits: Tensor, labels: Tensor, classes: Sequence[str], skipped: int = 0) -> dict[str, Any]:
+    """Judge a classifier by its logits on labelled images.
+
+    Args:
+        logits: (N, K) floats.
+        labels: (N,) integers, the true classes.
+        classes: K different names, at least 2.
+        skipped: images that could not be read; passed on, and counted in nothing else.
+
+    Returns:
+        Values that JSON can hold, never NaN; shares are in [0, 1].
+        `n`: images. `top1`, `top5` (top-K where K < 5): accuracy. `top1_ci95`: [low, high], Wilson.
+        `loss`: cross-entropy, natural logarithm. `ece`: expected calibration error in 15 bins, before temperature.
+        `temperature`: see fit_temperature. `per_class`: {name: {precision, recall, f1, n}}; a class without images has
+        n 0 and recall None, see per_class_scores. `confusion`: K lists of K counts, rows truth. `skipped`.
+
+    Raises:
+        InputError: there are no images, or a logit is not finite.
+        ValueError: the shapes do not fit each other, or class names repeat.
+    """
+    from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+    if logits.shape != (len(labels), len(classes)) or len(set(classes)) != len(classes):
+        raise ValueError(
+            f"logits {tuple(logits.shape)}, {len(labels)} labels and {len(set(classes))} different class names do not "
+            "fit; give logits (N, K), N labels and K different names"
+        )
+    if len(labels) == 0:
+        raise InputError(
+            f"0 images to evaluate ({skipped} skipped): none could be read; give a folder of readable images"
+        )
+    logits, labels = logits.detach().float().cpu(), labels.long().cpu()
+    if broken := int((~logits.isfinite()).any(1).sum()):
+        raise InputError(
+            f"logits of {broken} of {len(labels)} images are not finite: the weights have diverged; "
+            "train again with a lower --lr, or evaluate an earlier checkpoint"
+        )
+    prediction = logits.argmax(1)
+    confusion = multiclass_confusion_matrix(prediction, labels, num_classes=len(classes))
+    rank = rank_of_truth(logits, labels)
+    correct = rank == 0
+    confidence = logits.softmax(1).amax(1)
+    return {
+        "n": len(labels),
+        "top1": correct.double().mean().item(),
+        "top5": (rank < 5).double().mean().item(),
+        "top1_ci95": list(wilson_interval(int(correct.sum()), len(labels))),
+        "loss": negative_log_likelihood(logits, labels),
+        "ece": reliability(confidence.numpy(), correct.numpy()).ece,
+        "temperature": fit_temperature(logits, labels),
+        "per_class": per_class_scores(confusion, classes),
+        "confusion": confusion.tolist(),
+        "skipped": skipped,
+    }

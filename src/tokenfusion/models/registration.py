@@ -1,0 +1,52 @@
+"""Variants of a paper's models under their names in timm's registry."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+
+def register_variants(module: str, variants: Mapping[str, tuple[type[nn.Module], Mapping[str, Any]]]) -> None:
+    """Register every variant with timm, so that `timm.create_model(name)` builds it.
+
+    Args:
+        module: `__name__` of the paper's module.
+        variants: name to (model class, keyword arguments); `img_size` among them is the native square size.
+    """
+    sys.modules[module].default_cfgs = generate_default_cfgs(  # type: ignore[attr-defined]
+        {name: default_cfg(config) for name, (_, config) in variants.items()}
+    )
+    for name, (model_cls, config) in variants.items():
+        setattr(sys.modules[module], name, register_model(entry_point(module, name, model_cls, config)))
+
+
+def default_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm's tools want to know of a variant."""
+    return {
+        "url": "",
+        "num_classes": config.get("num_classes", 1000),
+        "input_size": (3, config["img_size"], config["img_size"]),
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bilinear",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "fixed_input_size": True,  # so that timm passes img_size on; any size may be given to forward
+        "classifier": "head",
+    }
+
+
+def entry_point(module: str, name: str, model_cls: type[nn.Module], config: Mapping[str, Any]) -> Any:
+    """The function that timm calls to build the variant `name`."""
+
+    def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        arguments = {**config, **kwargs}
+        return build_model_with_cfg(model_cls, name, pretrained, feature_cfg={"feature_cls": "getter"}, **arguments)
+
+    build.__name__ = build.__qualname__ = name
+    build.__module__ = module
+    build.__doc__ = f"{model_cls.__name__} with {dict(config)}."
+    return build

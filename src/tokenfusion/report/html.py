@@ -1,0 +1,245 @@
+"""The report: one HTML file without a script, a font or a link to anything outside it."""
+
+import base64
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenfusion.files import write_text
+from tokenfusion.metrics import reliability, wilson_interval
+from tokenfusion.report.results import Prediction, Results, read_results
+
+MAX_CONFUSED = 30
+"""Classes that the confusion matrix shows at most."""
+MAX_MISTAKES = 24
+"""Mistakes that are shown as pictures at most."""
+MAX_SKIPPED = 200
+"""Skipped images that are listed at most."""
+
+CONTROL_CHARACTERS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A line of the per-class table."""
+
+    name: str
+    n: int
+    right: int
+    recall: float | None
+    low: float
+    high: float
+    precision: float | None
+    f1: float | None
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """The confusion matrix, or its most confused part."""
+
+    names: list[str]
+    total: int
+    """Classes before the choice."""
+    rows: list[list[tuple[int, float]]]
+    """Count of each cell and its share of the true class's images."""
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A wrong prediction and its picture."""
+
+    prediction: Prediction
+    picture: str
+    """A data: address, or empty."""
+    small: bool
+    """Whether the picture has so few pixels that they are better shown as squares."""
+    reason: str
+    """Why there is no picture."""
+
+
+def write_report(run: Path, thumbnails: Callable[[list[str]], dict[str, bytes]] | None = None) -> Path:
+    """Write `report.html` into a run folder, whole or not at all.
+
+    Args:
+        run: the folder that training wrote; without an evaluation the report says how to make one and shows the rest.
+        thumbnails: called once with the names of the images to show, as predictions.csv has them; returns their PNG
+            files by name, leaving out what cannot be read. Without it the mistakes are listed without pictures.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        InputError: the folder is not a run, is incomplete or damaged, or is of a newer version.
+    """
+    page = render(read_results(run), thumbnails)
+    path = run / "report.html"
+    # a name that is not UTF-8 was read as surrogates, which a page cannot hold
+    write_text(path, page.encode("utf-8", "replace").decode())
+    return path
+
+
+def render(results: Results, thumbnails: Callable[[list[str]], dict[str, bytes]] | None) -> str:
+    """The report's HTML."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    from tokenfusion.report.plots import plot_curves, plot_reliability
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "visible": visible}
+    values: dict[str, Any] = {
+        "results": results,
+        "summary": summarise(results),
+        "curves": plot_curves(results.epochs),
+        "cost": list_cost(results),
+        "skipped": results.skipped[:MAX_SKIPPED],
+    }
+    if results.evaluation is not None:
+        scores = [p.score for p in results.predictions]
+        correct = [p.label == p.prediction for p in results.predictions]
+        values |= {
+            "classes": list_classes(results.evaluation),
+            "heatmap": draw_heatmap(results.model["classes"], np.array(results.evaluation["confusion"])),
+            "reliability": plot_reliability(reliability(scores, correct)),
+            "wrong": correct.count(False),
+            "mistakes": show_mistakes(results.predictions, thumbnails),
+        }
+    return environment.get_template("report.html").render(values)
+
+
+def summarise(results: Results) -> str:
+    """The result in a few sentences."""
+    name, epochs, evaluation = results.model["name"], results.epochs, results.evaluation
+    trained = f"{name} was trained for {counted(len(epochs), 'epoch')} on {results.recipe.data}"
+    if evaluation is None:
+        held_out = percent(epochs[-1]["val_top1"], 2)
+        return (
+            f"{trained}. It has not been evaluated; on the held-out images its last epoch reached {held_out} accuracy."
+        )
+    n, (low, high) = evaluation["n"], evaluation["top1_ci95"]
+    rows = [row for row in list_classes(evaluation) if row.n]
+    right = sum(row.right for row in rows)
+    sentences = [
+        f"{trained}, and judged on {counted(n, 'image')} ({evaluation['split']} split of {evaluation['data']}).",
+        f"It named {right} of them correctly: {percent(evaluation['top1'], 2)}.",
+        f"On other images like these, expect between {percent(low)} and {percent(high)} (95% interval).",
+    ]
+    if right < n:
+        worst = min(rows, key=lambda row: row.right / row.n)
+        truth, taken, count = commonest_confusion(np.array(evaluation["confusion"]))
+        names = results.model["classes"]
+        sentences += [
+            f"It finds “{worst.name}” least often, {worst.right} of {worst.n} times.",
+            f"Its commonest mistake is to take “{names[truth]}” for “{names[taken]}”: {counted(count, 'time')}.",
+        ]
+    gap = float(np.mean([p.score for p in results.predictions])) - evaluation["top1"]
+    sentences.append(
+        f"The confidence that it states is off by {evaluation['ece'] * 100:.1f} percentage points on average, "
+        f"on the whole too {'high' if gap > 0 else 'low'}."
+    )
+    if evaluation["skipped"]:
+        sentences.append(f"{counted(evaluation['skipped'], 'image')} could not be read and are not counted.")
+    return " ".join(sentences)
+
+
+def commonest_confusion(confusion: NDArray[np.int64]) -> tuple[int, int, int]:
+    """True class, predicted class and count of the commonest mistake."""
+    mistakes = confusion - np.diag(np.diag(confusion))
+    truth, taken = divmod(int(mistakes.argmax()), len(confusion))
+    return truth, taken, int(mistakes[truth, taken])
+
+
+def list_classes(evaluation: dict[str, Any]) -> list[ClassRow]:
+    """The per-class table, in the order of the classes."""
+    rows = []
+    for i, (name, scores) in enumerate(evaluation["per_class"].items()):
+        right, n = evaluation["confusion"][i][i], scores["n"]
+        low, high = wilson_interval(right, n)
+        rows.append(ClassRow(name, n, right, scores["recall"], low, high, scores["precision"], scores["f1"]))
+    return rows
+
+
+def draw_heatmap(classes: list[str], confusion: NDArray[np.int64], limit: int = MAX_CONFUSED) -> Heatmap:
+    """The confusion matrix of the classes that take part in most mistakes, in the order of the classes.
+
+    Args:
+        classes: K names.
+        confusion: (K, K) counts, rows truth.
+        limit: classes to keep.
+    """
+    mistakes = confusion.sum(0) + confusion.sum(1) - 2 * np.diag(confusion)
+    chosen = np.sort(np.argsort(-mistakes, kind="stable")[:limit])
+    shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+    cells = [[(int(confusion[i, j]), float(shares[i, j])) for j in chosen] for i in chosen]
+    return Heatmap(names=[classes[i] for i in chosen], total=len(classes), rows=cells)
+
+
+def show_mistakes(
+    predictions: list[Prediction], thumbnails: Callable[[list[str]], dict[str, bytes]] | None
+) -> list[Mistake]:
+    """The mistakes made with most confidence, the most confident first."""
+    wrong = [p for p in predictions if p.label != p.prediction]
+    worst = sorted(wrong, key=lambda p: (-p.score, p.path))[:MAX_MISTAKES]
+    pictures = thumbnails([p.path for p in worst]) if thumbnails and worst else {}
+    mistakes = []
+    for p in worst:
+        png = pictures.get(p.path, b"")
+        if png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 24:
+            small = struct.unpack(">I", png[16:20])[0] < 64
+            data = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+            mistakes.append(Mistake(p, picture=data, small=small, reason=""))
+        else:
+            reason = "the image cannot be read any more" if thumbnails else "pictures were not asked for"
+            mistakes.append(Mistake(p, picture="", small=False, reason=reason))
+    return mistakes
+
+
+def list_cost(results: Results) -> list[tuple[str, str]]:
+    """What the run cost, as names and values."""
+    epochs, model = results.epochs, results.model
+    seconds = sum(epoch["seconds"] for epoch in epochs)
+    memory = [epoch["peak_memory_mb"] for epoch in epochs if epoch.get("peak_memory_mb") is not None]
+    return [
+        ("Training time", f"{duration(seconds)}, {duration(seconds / len(epochs))} per epoch"),
+        ("Epochs", f"{len(epochs)} of {results.recipe.epochs}"),
+        ("Speed", f"{median(epoch['images_per_s'] for epoch in epochs):,.0f} images/s (median epoch)"),
+        ("Peak memory", f"{max(memory):,.0f} MB" if memory else "not measured"),
+        ("Parameters", f"{model['parameters']:,}"),
+        ("Multiply-adds (MACs) per image", f"{model['macs'] / 1e6:,.1f} M"),
+        ("Hardware", model["hardware"]),
+        ("Versions", ", ".join(f"{name} {version}" for name, version in model["versions"].items())),
+    ]
+
+
+def percent(share: float | None, decimals: int = 1) -> str:
+    """A share in percent; a dash where it is undefined."""
+    return "–" if share is None else f"{share * 100:.{decimals}f}%"
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {round(seconds) % 60} s"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun, in the plural where that is due."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def visible(text: object) -> str:
+    r"""A name with its newlines and other control characters spelled out, such as \n."""
+    return str(text).translate(CONTROL_CHARACTERS)

@@ -1,0 +1,131 @@
+"""Figures as inline SVG that takes its colours from the page, so that light, dark and print each look right."""
+
+import io
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from tokenfusion.metrics import Bins
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Colours that stand for the page's own, replaced once the figure is drawn.
+TEXT, GRID, TRAIN, HELD_OUT = "#010101", "#020202", "#030303", "#040404"
+PAGE_COLOURS = {TEXT: "currentColor", GRID: "var(--line)", TRAIN: "var(--train)", HELD_OUT: "var(--held-out)"}
+
+STYLE = {
+    "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
+    "svg.hashsalt": "tokenfusion",  # the same numbers give the same file
+    "font.family": "sans-serif",
+    "font.size": 11,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": GRID,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": GRID,
+    "ytick.color": GRID,
+    "xtick.labelcolor": TEXT,
+    "ytick.labelcolor": TEXT,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+}
+
+
+def plot_curves(epochs: Sequence[dict[str, Any]]) -> list[Markup]:
+    """Loss, accuracy and learning rate over the epochs: three figures.
+
+    Args:
+        epochs: the lines of metrics.jsonl.
+    """
+    loss = plot_lines("loss", "Loss", epochs, {"train_loss": "training", "val_loss": "held out"})
+    accuracy = plot_lines("accuracy", "Accuracy (%)", epochs, {"train_top1": "training", "val_top1": "held out"}, 100)
+    return [loss, accuracy, plot_lines("lr", "Learning rate", epochs, {"lr": ""})]
+
+
+def plot_lines(
+    name: str, title: str, epochs: Sequence[dict[str, Any]], lines: dict[str, str], scale: float = 1
+) -> Markup:
+    """A figure of one or two numbers over the epochs.
+
+    Args:
+        name: the figure's name within the page.
+        title: what is drawn, with its unit.
+        epochs: the lines of metrics.jsonl.
+        lines: the keys to draw, with their names in the legend; a missing value or null leaves a gap.
+        scale: what the values are multiplied by.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.9), layout="constrained")
+        axes = figure.subplots()
+        at = [epoch["epoch"] for epoch in epochs]
+        for (key, label), colour in zip(lines.items(), (TRAIN, HELD_OUT), strict=False):
+            values = [float("nan") if epoch.get(key) is None else epoch[key] * scale for epoch in epochs]
+            axes.plot(at, values, color=colour, label=label, marker="o" if len(at) < 8 else "", markersize=4)
+        axes.set_title(title)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        if len(lines) > 1:
+            axes.legend()
+        return to_svg(figure, name, f"{title} at each epoch")
+
+
+def plot_reliability(bins: Bins) -> Markup:
+    """Accuracy against confidence, above how many images have that confidence."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.8, 4.8), layout="constrained")
+        upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+        width = bins.edges[1] - bins.edges[0]
+        filled = bins.count > 0
+        upper.bar(bins.edges[:-1][filled], bins.accuracy[filled] * 100, width * 0.92, align="edge", color=HELD_OUT)
+        upper.plot([0, 1], [0, 100], color=TEXT, linestyle="--", linewidth=1.2)
+        upper.plot(bins.confidence[filled], bins.accuracy[filled] * 100, "o", color=TRAIN, markersize=5)
+        upper.set(xlim=(0, 1), ylim=(0, 103), title="Accuracy (%) at each confidence")
+        lower.bar(bins.edges[:-1][filled], bins.count[filled], width * 0.92, align="edge", color=HELD_OUT)
+        lower.set(xlabel="confidence of the prediction", title="Images")
+        percent_ticks(lower)
+        return to_svg(figure, "reliability", "Reliability diagram: accuracy against confidence")
+
+
+def percent_ticks(axes: "Axes") -> None:
+    """Write the horizontal axis in percent."""
+    from matplotlib.ticker import PercentFormatter
+
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+
+
+def to_svg(figure: "Figure", name: str, description: str) -> Markup:
+    """Draw a figure as SVG to be put into a page.
+
+    Args:
+        figure: drawn with STYLE and the colours above.
+        name: precedes every id, so that figures on one page do not mix.
+        description: what a reader who cannot see it is told.
+    """
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", svg)
+    svg = re.sub("|".join(PAGE_COLOURS), lambda match: PAGE_COLOURS[match[0]], svg)
+    label = Markup('<svg role="img" aria-label="{}"').format(description)
+    return label + Markup(svg.removeprefix("<svg"))

@@ -1,0 +1,188 @@
+"""Read what a run folder holds, and refuse what does not fit together."""
+
+import csv
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenfusion.errors import InputError
+from tokenfusion.recipe import Recipe, load_recipe
+
+FORMAT = 1
+"""Newest format of model.json that is understood."""
+
+MODEL_KEYS = ("name", "classes", "parameters", "macs", "versions", "hardware")
+EPOCH_KEYS = ("epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "seconds", "images_per_s")
+EVALUATION_KEYS = (
+    *("data", "split", "n", "top1", "top5", "top1_ci95", "loss", "ece", "temperature"),
+    *("per_class", "confusion", "skipped"),
+)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One evaluated image."""
+
+    path: str
+    label: str
+    prediction: str
+    score: float
+    """Softmax probability of the prediction."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One image that could not be used."""
+
+    path: str
+    label: str
+    split: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything that a report tells."""
+
+    run: Path
+    recipe: Recipe
+    recipe_text: str
+    """recipe.toml as it is written."""
+    model: dict[str, Any]
+    """model.json."""
+    epochs: list[dict[str, Any]]
+    """metrics.jsonl, a dict per epoch, at least one."""
+    skipped: list[Skipped]
+    evaluation: dict[str, Any] | None
+    """evaluation.json, or None where the run has not been evaluated."""
+    predictions: list[Prediction]
+    """An entry per evaluated image; empty without an evaluation."""
+
+    def command(self, verb: str) -> str:
+        """The command line that does `verb` to this run."""
+        return f"tokenfusion {verb} {shlex.quote(str(self.run))}"
+
+
+def read_results(run: Path) -> Results:
+    """Read a run folder.
+
+    Raises:
+        InputError: the folder is not a run, is incomplete, is of a newer version, or its files are damaged or disagree.
+    """
+    finish = f"`tokenfusion train --resume {shlex.quote(str(run))}`"
+    needed = ("recipe.toml", "model.json", "metrics.jsonl")
+    missing = [name for name in needed if not (run / name).is_file()]
+    if len(missing) == len(needed):
+        reason = f"holds no {', '.join(needed)}" if run.is_dir() else "is not a folder"
+        raise InputError(f"{run} is not a run: it {reason}; give the folder that `tokenfusion train --out` wrote")
+    if missing:
+        raise InputError(f"run {run} is incomplete: it lacks {', '.join(missing)}; finish it with {finish}")
+    model = read_json(run / "model.json")
+    if isinstance(model, dict) and isinstance(model.get("format"), int) and model["format"] > FORMAT:
+        raise InputError(
+            f"run {run} has format {model['format']}, but this version reads up to {FORMAT}; upgrade tokenfusion"
+        )
+    require(model, MODEL_KEYS, run / "model.json")
+    epochs = read_epochs(run / "metrics.jsonl")
+    if not epochs:
+        raise InputError(f"run {run} has no finished epoch: metrics.jsonl is empty; go on with {finish}")
+    evaluation, predictions = read_evaluation(run, model["classes"])
+    return Results(
+        run=run,
+        recipe=Recipe(**load_recipe(run / "recipe.toml")),
+        recipe_text=(run / "recipe.toml").read_text(encoding="utf-8"),
+        model=model,
+        epochs=epochs,
+        skipped=read_skipped(run / "skipped.csv"),
+        evaluation=evaluation,
+        predictions=predictions,
+    )
+
+
+def read_evaluation(run: Path, classes: list[str]) -> tuple[dict[str, Any] | None, list[Prediction]]:
+    """evaluation.json and the predictions.csv that belongs to it; None and nothing where there is no evaluation."""
+    path = run / "evaluation.json"
+    if not path.is_file():
+        return None, []
+    evaluation = read_json(path)
+    require(evaluation, EVALUATION_KEYS, path)
+    again = f"make both anew with `tokenfusion evaluate {shlex.quote(str(run))}`"
+    if list(evaluation["per_class"]) != classes or len(evaluation["confusion"]) != len(classes):
+        raise InputError(f"{path} has other classes than model.json, so that it is of another model; {again}")
+    if not (run / "predictions.csv").is_file():
+        raise InputError(f"run {run} has evaluation.json but no predictions.csv, which is written with it; {again}")
+    predictions = read_predictions(run / "predictions.csv")
+    if len(predictions) != evaluation["n"]:
+        raise InputError(
+            f"run {run}: predictions.csv has {len(predictions)} images and evaluation.json {evaluation['n']}, "
+            f"so that they are of different evaluations; {again}"
+        )
+    return evaluation, predictions
+
+
+def read_epochs(path: Path) -> list[dict[str, Any]]:
+    """A dict per line of metrics.jsonl."""
+    epochs = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            epoch = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path} line {number} is not JSON ({error}); remove the line, or train again") from error
+        require(epoch, EPOCH_KEYS, path)
+        epochs.append(epoch)
+    return epochs
+
+
+def read_predictions(path: Path) -> list[Prediction]:
+    """The rows of predictions.csv."""
+    return [
+        Prediction(path=row["path"], label=row["label"], prediction=row["prediction"], score=number(row["score"], path))
+        for row in read_csv(path, ("path", "label", "prediction", "score"))
+    ]
+
+
+def read_skipped(path: Path) -> list[Skipped]:
+    """The rows of skipped.csv; none where the file is missing."""
+    columns = ("path", "label", "split", "reason")
+    if not path.is_file():
+        return []
+    return [Skipped(*(row[name] for name in columns)) for row in read_csv(path, columns)]
+
+
+def read_json(path: Path) -> Any:
+    """A file's JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); restore it, or train and evaluate again") from error
+
+
+def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file that has at least these columns; names may hold any byte, newlines too."""
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.DictReader(file)
+        require(dict.fromkeys(rows.fieldnames or ()), columns, path)
+        for row in rows:
+            if any(row[name] is None for name in columns):
+                raise InputError(f"{path} line {rows.line_num} is cut short; restore it, or evaluate again")
+            yield row
+
+
+def number(text: str, path: Path) -> float:
+    """A float from a CSV file."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise InputError(f"{path}: score {text!r} is not a number; restore it, or evaluate again") from error
+
+
+def require(value: Any, keys: tuple[str, ...], path: Path) -> None:
+    """Refuse a file that lacks some of its fields."""
+    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise InputError(
+            f"{path} is incomplete: it lacks {', '.join(missing)}; restore it, or train and evaluate again"
+        )

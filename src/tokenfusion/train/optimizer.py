@@ -1,0 +1,39 @@
+"""What moves the weights: AdamW's parameter groups, the learning rate, and randomness as functions of the step."""
+
+from math import cos, pi
+
+import torch
+from torch import nn
+
+from tokenfusion.data.loader import mix
+from tokenfusion.recipe import Recipe
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+    """AdamW; weight decay on matrices and kernels only, not on biases, norms, gates, positions and CLS."""
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (free if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+
+
+def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
+    """Linear warm-up from 0 to the peak, then a cosine to 0 at the last step.
+
+    Args:
+        recipe: gives the peak, the warm-up and the number of epochs.
+        step: optimiser steps done before this one.
+        steps_per_epoch: optimiser steps in an epoch.
+    """
+    warmup, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
+    if step < warmup:
+        return recipe.lr * (step + 1) / (warmup + 1)
+    return recipe.lr * 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Make all that a step draws (mixup, dropout, drop path) follow from (seed, step), however training got there."""
+    torch.manual_seed(mix(seed, step))

@@ -1,0 +1,177 @@
+"""A run that is killed at any moment and resumed ends bit-equal to one that never stopped."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from conftest import small_recipe
+from tokenfusion.checkpoint import load_tensors
+from tokenfusion.errors import InputError
+from tokenfusion.train import Interrupted, resume, start
+
+server = multiprocessing.get_context("forkserver")  # children that have imported everything and run nothing yet
+server.set_forkserver_preload(["tokenfusion.train", "torch.utils.tensorboard"])
+RECIPE = small_recipe(epochs=3, mixup=0.2, cutmix=1.0, save_minutes=0.0, patience=9)  # a checkpoint after every step
+TIMES = {"seconds", "images_per_s", "peak_memory_mb"}
+
+
+def train_in_child(run: Path, workers: int) -> None:
+    torch.set_num_threads(1)
+    quiet = Console(quiet=True)
+    if (run / "recipe.toml").exists():
+        resume(run, quiet)
+    else:
+        start(small_recipe(**{**vars(RECIPE), "workers": workers}), run, quiet)
+
+
+def child(run: Path, workers: int = 0):
+    process = server.Process(target=train_in_child, args=(run, workers))
+    process.start()
+    return process
+
+
+def results(run: Path):
+    """Every tensor, and every number but the times, that a finished run leaves."""
+    tensors, progress = load_tensors(run / "state" / "last.safetensors")
+    shipped, _ = load_tensors(run / "model.safetensors")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+    return tensors | {f"shipped.{k}": v for k, v in shipped.items()}, records, progress["step"]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    tensors, records, step = results(one)
+    expected, expected_records, expected_step = results(other)
+    assert records == expected_records
+    assert step == expected_step
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    run = tmp_path_factory.mktemp("whole") / "run"
+    process = child(run)
+    process.join()
+    assert process.exitcode == 0
+    return run
+
+
+@pytest.mark.parametrize("workers", [0, 1, 4])
+def test_killed_at_random_moments_and_resumed(whole, tmp_path, workers):
+    run, moments = tmp_path / "run", random.Random(workers)
+    kills = 0
+    while kills < 5:
+        process = child(run, workers)
+        process.join(timeout=moments.uniform(0.3, 2.5))
+        if not process.is_alive():
+            break
+        process.kill()
+        process.join()
+        kills += 1
+        assert not (run / "model.safetensors").exists()
+    process = child(run, workers)
+    process.join()
+    assert process.exitcode == 0
+    assert kills > 0
+    assert_same(run, whole)
+
+
+def test_every_kind_of_state_is_compared(whole):
+    tensors, records, _ = results(whole)
+    kinds = {name.split(".")[0] for name in tensors}
+    assert kinds == {"model", "ema", "best", "optimizer", "shipped"}
+    assert [record["epoch"] for record in records] == [1, 2, 3]
+
+
+def test_ctrl_c_saves_after_the_step_under_way_and_resumes(whole, tmp_path, monkeypatch):
+    from tokenfusion.train import display
+
+    run, show_step = tmp_path / "run", display.Display.show_step
+
+    def interrupt_at_step_5(self, epoch, step, *numbers):
+        show_step(self, epoch, step, *numbers)
+        if step == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(display.Display, "show_step", interrupt_at_step_5)
+        with pytest.raises(Interrupted):
+            start(small_recipe(**{**vars(RECIPE), "save_minutes": 99.0}), run, Console(quiet=True))
+    _, progress = load_tensors(run / "state" / "last.safetensors")
+    assert progress["step"] == 5
+    resume(run, Console(quiet=True))
+    assert_same(run, whole)
+
+
+def test_resuming_a_finished_run_changes_nothing(trained):
+    before = (trained / "model.safetensors").stat().st_mtime_ns
+    resume(trained, Console(quiet=True))
+    assert (trained / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_changed_data_is_refused(tmp_path, whole):
+    import shutil
+
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    (run / "recipe.toml").write_text(
+        (run / "recipe.toml").read_text().replace("val_fraction = 0.2", "val_fraction = 0.3")
+    )
+    (run / "split.csv").unlink()
+    with pytest.raises(InputError, match="not those that .* began with"):
+        resume(run, Console(quiet=True))
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, whole):
+    import shutil
+
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    checkpoint = run / "state" / "last.safetensors"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"last\.safetensors cannot be read"):
+        resume(run, Console(quiet=True))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
+    """The limit on a file's size is the kernel's: a write beyond it fails as on a full disk."""
+    run = tmp_path / "run"
+    process = server.Process(target=fill_disk_after_first_epoch, args=(run,))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    _, progress = load_tensors(run / "state" / "last.safetensors")
+    assert progress["epoch"] == 1
+    assert [path.name for path in (run / "state").iterdir()] == ["last.safetensors"]  # and no temporary file
+    resume(run, Console(quiet=True))
+    assert (run / "model.safetensors").exists()
+
+
+def fill_disk_after_first_epoch(run: Path) -> None:
+    import resource
+
+    from tokenfusion.train import display
+
+    show_epoch = display.Display.show_epoch
+
+    def show_and_fill(self, record, seconds_left):
+        show_epoch(self, record, seconds_left)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+    display.Display.show_epoch = show_and_fill
+    try:
+        start(small_recipe(epochs=3), run, Console(quiet=True))
+    except InputError as error:
+        assert "could not be written" in str(error)  # noqa: PT017 - in a child process
+        assert "--resume" in str(error)  # noqa: PT017
+        return
+    raise AssertionError("training did not notice the full disk")
