@@ -511,7 +511,7 @@ def test_tar_members_never_reach_outside(tmp_path: Path, pets: Tree) -> None:
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.tar.gz", "x.tar.xz"])
-@pytest.mark.parametrize("share", [0.3, 0.7])
+@pytest.mark.parametrize("share", [0.3, 0.5])  # 6,144 and 10,240 bytes of the plain one are whole members
 def test_a_truncated_tar_is_refused(name: str, share: float, tmp_path: Path, pets: Tree) -> None:
     path = write_tar(tmp_path / name, pets)
     os.truncate(path, int(path.stat().st_size * share))

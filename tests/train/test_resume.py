@@ -127,7 +127,7 @@ def test_changed_data_is_refused(tmp_path, whole):
         (run / "recipe.toml").read_text().replace("val_fraction = 0.2", "val_fraction = 0.3")
     )
     (run / "split.csv").unlink()
-    with pytest.raises(InputError, match="not those that .* began with"):
+    with pytest.raises(InputError, match=r"not those that .* began with"):
         resume(run, Console(quiet=True))
 
 

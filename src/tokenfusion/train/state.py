@@ -109,8 +109,14 @@ class TrainState:
         """Write everything to one file, whole or not at all.
 
         Raises:
-            InputError: it cannot be written; what was there before is intact.
+            InputError: it cannot be written, or weights are not finite; what was there before is intact.
         """
+        broken = [name for name, tensor in self.model.state_dict().items() if not tensor.isfinite().all()]
+        if broken:
+            raise InputError(
+                f"{broken[0]} is not finite after step {self.progress.step}; the last good checkpoint is kept in "
+                f"{path.parent}: train again with a lower --lr or --precision fp32"
+            )
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.average:
             tensors |= {f"ema.{name}": tensor for name, tensor in self.average.module.state_dict().items()}

@@ -1,0 +1,143 @@
+"""What the loop does besides resuming: accumulates, stops early, averages weights, refuses losses that are not finite."""
+
+import json
+
+import pytest
+import torch
+from conftest import small_recipe
+from rich.console import Console
+
+from tokenfusion import Classifier, InputError
+from tokenfusion.checkpoint import load_tensors
+from tokenfusion.data.images import read_images
+from tokenfusion.data.loader import TrainLoader
+from tokenfusion.data.sources import open_source
+from tokenfusion.data.transforms import Augment
+from tokenfusion.train import start
+from tokenfusion.train.fit import Job, train_step
+from tokenfusion.train.mixing import BatchMixing
+from tokenfusion.train.optimizer import make_optimizer
+from tokenfusion.train.state import TrainState
+
+QUIET = Console(quiet=True)
+
+
+def job_of(recipe, run):
+    source = open_source("digits")
+    images, _ = read_images(source, range(64), max_pixels=64, cache_bytes=2**20)
+    torch.manual_seed(0)
+    classifier = Classifier.create(recipe.model, source.classes, img_size=recipe.img_size, precision="fp32")
+    loader = TrainLoader(images, Augment((8, 8), 3, 1.0, 0.0, False), batch_size=32, seed=0, workers=0)
+    state = TrainState(classifier.model, make_optimizer(classifier.model, recipe), recipe.ema, keep_best=False)
+    return Job(recipe, classifier, loader, BatchMixing(recipe, 10), images, run), state
+
+
+def freeze_batch_norm(model):
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.train = lambda _mode=True, module=module: module  # stays in evaluation
+            module.training = False
+
+
+def test_accumulated_parts_make_the_gradient_of_the_whole_batch(tmp_path):
+    results = []
+    for accumulate in (1, 4):
+        recipe = small_recipe(batch_size=32, accumulate=accumulate, drop_path=0.0, precision="fp32")
+        job, state = job_of(recipe, tmp_path)
+        freeze_batch_norm(state.model)  # its statistics are those of a part
+        gradients = {}
+        state.optimizer.register_step_pre_hook(
+            lambda *_, into=gradients, model=state.model: into.update(
+                {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
+            )
+        )
+        results.append((*train_step(job, state, *next(job.loader.epoch(0))), gradients))
+    (loss, correct, whole), (loss_in_parts, correct_in_parts, parts) = results
+    assert loss_in_parts == pytest.approx(loss, rel=1e-5)
+    assert correct_in_parts == correct
+    for key, value in whole.items():
+        torch.testing.assert_close(parts[key], value, rtol=1e-3, atol=1e-6, msg=key)
+
+
+def test_a_gradient_is_clipped_to_its_norm(tmp_path):
+    recipe = small_recipe(batch_size=32, clip_grad=1e-3)
+    job, state = job_of(recipe, tmp_path)
+    norms = []
+    state.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(
+            torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+        )
+    )
+    train_step(job, state, *next(job.loader.epoch(0)))
+    assert norms[0].item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_the_average_is_the_weighted_sum_of_the_weights(tmp_path):
+    job, state = job_of(small_recipe(batch_size=32, ema=0.9), tmp_path)
+    batches = list(job.loader.epoch(0))
+    train_step(job, state, *batches[0])
+    state.progress.step = 1_000_000  # past the warm-up of the decay
+    before = state.average.module.head.weight.clone()
+    state.update_average()
+    expected = 0.9 * before + 0.1 * state.model.head.weight
+    torch.testing.assert_close(state.average.module.head.weight, expected)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+ \(epoch \d+, batch \d+\).*lower --lr"):
+        start(small_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=3.0, save_minutes=9.0), run, QUIET)
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(InputError, match=r"is not finite after step \d+.*lower --lr"):
+        start(small_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=3.0, save_minutes=0.0), run, QUIET)
+    tensors, progress = load_tensors(run / "state" / "last.safetensors")
+    assert progress["step"] > 0
+    assert all(tensor.isfinite().all() for name, tensor in tensors.items() if name.startswith("model."))
+
+
+def test_patience_stops_early_and_ships_the_best_epoch(tmp_path):
+    run = tmp_path / "run"
+    start(small_recipe(epochs=50, patience=2, lr=0.02, warmup_epochs=0.0, ema=0.0, batch_size=512), run, QUIET)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    accuracies = [record["val_top1"] for record in records]
+    best = accuracies.index(max(accuracies))
+    assert len(records) == best + 3 < 50
+    shipped, _ = load_tensors(run / "model.safetensors")
+    state, progress = load_tensors(run / "state" / "last.safetensors")
+    assert progress["best_epoch"] == best + 1
+    for name, tensor in shipped.items():
+        assert torch.equal(tensor, state[f"best.{name}"])
+    assert not torch.equal(shipped["head.weight"], state["model.head.weight"])
+
+
+def test_training_learns_and_logs(trained):
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == [1, 2, 3, 4]
+    assert [record["step"] for record in records] == [11, 22, 33, 44]
+    assert records[-1]["train_loss"] < records[0]["train_loss"]
+    assert records[-1]["val_top1"] > 0.8
+    assert all(record["images_per_s"] > 0 and record["peak_memory_mb"] > 0 for record in records)
+
+
+def test_tensorboard_reads_the_events(trained):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(trained / "events")).Reload()
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    logged = [(event.step, event.value) for event in events.Scalars("val_top1")]
+    assert [step for step, _ in logged] == [11, 22, 33, 44]
+    assert [value for _, value in logged] == pytest.approx([record["val_top1"] for record in records])
+
+
+def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
+    for name, on in (("with", True), ("without", False)):
+        start(small_recipe(epochs=1, grad_checkpointing=on), tmp_path / name, QUIET)
+    with_, _ = load_tensors(tmp_path / "with" / "model.safetensors")
+    without, _ = load_tensors(tmp_path / "without" / "model.safetensors")
+    batch_norm = ("running_mean", "running_var", "num_batches_tracked")
+    for name, tensor in without.items():
+        if not name.endswith(batch_norm):
+            assert torch.equal(with_[name], tensor), name

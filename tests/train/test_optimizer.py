@@ -1,0 +1,81 @@
+"""Schedule, parameter groups, seeds and mixing, against hand-computed cases."""
+
+import pytest
+import torch
+from conftest import small_recipe
+
+from tokenfusion import create_model
+from tokenfusion.train.mixing import BatchMixing
+from tokenfusion.train.optimizer import learning_rate, make_optimizer, seed_step
+
+
+def test_learning_rate_rises_linearly_then_falls_along_a_cosine():
+    recipe = small_recipe(lr=1.0, epochs=10, warmup_epochs=2.0)
+    rates = [learning_rate(recipe, step, steps_per_epoch=4) for step in range(40)]
+    assert rates[:8] == pytest.approx([(step + 1) / 9 for step in range(8)])
+    assert rates[8] == 1.0  # the peak, right after the warm-up
+    assert rates[24] == pytest.approx(0.5)  # half-way down: (24 - 8) / (40 - 8)
+    assert 0 < rates[39] < 0.003
+    assert all(later < earlier for earlier, later in zip(rates[8:], rates[9:], strict=False))
+
+
+def test_without_warm_up_the_first_step_is_the_peak():
+    assert learning_rate(small_recipe(lr=0.3, warmup_epochs=0.0), 0, 5) == pytest.approx(0.3)
+
+
+def test_decay_falls_on_matrices_and_kernels_alone():
+    model = create_model("tokenfusion_layerwise_micro")
+    optimizer = make_optimizer(model, small_recipe(weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
+    assert decayed | free == set(names.values())
+    assert not decayed & free
+    assert all(name.endswith("weight") and "norm" not in name for name in decayed)
+    for name in ("cls_token", "positions.table", "to_patches.0.gate", "to_pixels.0.gate", "norm.weight", "head.bias"):
+        assert name in free
+
+
+def test_a_step_draws_the_same_whatever_came_before():
+    seed_step(3, 7)
+    first = torch.rand(4)
+    torch.rand(100)
+    seed_step(3, 7)
+    assert torch.equal(torch.rand(4), first)
+    for seed, step in ((3, 8), (4, 7), (7, 3)):
+        seed_step(seed, step)
+        assert not torch.equal(torch.rand(4), first)
+
+
+def test_no_mixing_gives_one_hot_targets():
+    images, targets = BatchMixing(small_recipe(), 3)(torch.ones(2, 3, 4, 4), torch.tensor([2, 0]))
+    assert targets.tolist() == [[0, 0, 1], [1, 0, 0]]
+    assert torch.equal(images, torch.ones(2, 3, 4, 4))
+
+
+def test_mixup_mixes_pixels_as_it_mixes_targets():
+    torch.manual_seed(0)
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    mixed, targets = BatchMixing(small_recipe(mixup=1.0), 2)(images, torch.tensor([0, 1]))
+    assert 0 < targets[0, 1] < 1
+    torch.testing.assert_close(mixed[:, 0, 0, 0], targets[:, 1])  # the share of ones is the share of class 1
+
+
+def test_cutmix_pastes_an_area_as_large_as_its_share_of_the_target():
+    torch.manual_seed(1)
+    images = torch.stack([torch.zeros(3, 20, 20), torch.ones(3, 20, 20)])
+    mixed, targets = BatchMixing(small_recipe(cutmix=1.0), 2)(images, torch.tensor([0, 1]))
+    assert set(mixed.unique().tolist()) == {0.0, 1.0}
+    torch.testing.assert_close(mixed.mean((1, 2, 3)), targets[:, 1])
+
+
+def test_with_both_each_batch_draws_one():
+    mixing = BatchMixing(small_recipe(mixup=1.0, cutmix=1.0), 2)
+    images = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)])
+    kinds = set()
+    for step in range(20):
+        seed_step(0, step)
+        mixed, targets = mixing(images, torch.tensor([0, 1]))
+        if 0 < targets[0, 1] < 1:
+            kinds.add("cutmix" if set(mixed.unique().tolist()) <= {0.0, 1.0} else "mixup")
+    assert kinds == {"mixup", "cutmix"}
