@@ -1,6 +1,7 @@
 """Tensors and descriptions on disk: safetensors and JSON, versioned, written whole or not at all, never pickled."""
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -74,20 +75,24 @@ def load_description(run: Path) -> dict[str, Any]:
         raise InputError(f"{run} is not a folder; give the folder that `tokenfusion train --out` wrote")
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-        version = description["format"]
     except FileNotFoundError as error:
-        remedy = "train it again with another --out, or give another folder"
         if (run / "recipe.toml").exists():
-            raise InputError(f"{run} is a run that ended before its first step; {remedy}") from error
+            raise InputError(f"{run} ended before its first step; go on with `{resume_command(run)}`") from error
         raise InputError(
             f"{run} is not a run (it has no model.json); give the folder that `tokenfusion train --out` wrote"
         ) from error
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise InputError(
-            f"{path} cannot be read: {error}; the run folder is damaged, train again with another --out"
-        ) from error
+    except (ValueError, OSError) as error:
+        raise InputError(f"{path} cannot be read: {error}; it is damaged, train again with another --out") from error
+    version = description.get("format") if isinstance(description, dict) else None
+    if not isinstance(version, int):
+        raise InputError(f"{path} names no format; it is damaged, train again with another --out")
     if version > FORMAT:
         raise InputError(
             f"{run} is of format {version}, newer than the {FORMAT} that this version reads; update tokenfusion"
         )
     return description
+
+
+def resume_command(run: Path) -> str:
+    """What to type to go on with a run."""
+    return f"tokenfusion train --resume {shlex.quote(str(run))}"

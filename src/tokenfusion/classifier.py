@@ -13,7 +13,14 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
-from tokenfusion.checkpoint import FORMAT, load_description, load_tensors, load_weights_exactly, save_tensors
+from tokenfusion.checkpoint import (
+    FORMAT,
+    load_description,
+    load_tensors,
+    load_weights_exactly,
+    resume_command,
+    save_tensors,
+)
 from tokenfusion.data.decode import UnreadableImage, decode_image, to_rgb
 from tokenfusion.data.sources import read_file
 from tokenfusion.data.transforms import Preprocess
@@ -126,9 +133,7 @@ class Classifier:
         description = load_description(run)
         weights = run / "model.safetensors"
         if not weights.exists():
-            raise InputError(
-                f"{run} is not finished: it has no weights yet; go on with `tokenfusion train --resume {run}`"
-            )
+            raise InputError(f"{run} is not finished: it has no weights yet; go on with `{resume_command(run)}`")
         preprocess = Preprocess.from_dict(description["preprocess"])
         classifier = cls.create(
             description["name"],

@@ -13,7 +13,8 @@ from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe, preset
 from tokenfusion.version import __version__
 
-console = Console(markup=False, highlight=False, soft_wrap=True)
+# a pipe or a file gets whole lines, however long
+console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
 errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -30,9 +31,7 @@ def recipe_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollec
     path = given["recipe"][0] if given.get("recipe") else ""
     file = load_recipe(Path(path)) if path else {}
     fill(app, commands, arguments, file, source=path)
-    model, data = (
-        given[name][0] if given.get(name) else file.get(name, getattr(Recipe(), name)) for name in ("model", "data")
-    )
+    model, data = (given[name][0] if given.get(name) else file.get(name, "") for name in ("model", "data"))
     fill(app, commands, arguments, preset(model, data), source="preset")
 
 
@@ -80,6 +79,7 @@ def train(
         Run folder to go on with, as if it had never stopped.
     """
     from tokenfusion import train as training
+    from tokenfusion.checkpoint import resume_command
 
     if resume is None and out is None:
         raise InputError("--out is missing; name the folder to write the run to, such as --out runs/first")
@@ -93,7 +93,7 @@ def train(
         else:
             training.start(settings, run, console)
     except training.Interrupted:
-        errors.print(f"\nstopped and saved; go on with `tokenfusion train --resume {run}`")
+        errors.print(f"\nstopped and saved; go on with `{resume_command(run)}`")
         sys.exit(130)
     console.print(f"the model is in {run}; next: tokenfusion evaluate {run}")
 

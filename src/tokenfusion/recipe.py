@@ -146,8 +146,15 @@ def check_types(recipe: Recipe) -> None:
 
 
 def preset(model: str, data: str) -> dict[str, Any]:
-    """The fields that suit a model's size and the built-in data better than Recipe's defaults."""
-    values: dict[str, Any] = {"model": model, "data": data}
+    """The fields that suit a model's size and the built-in data better than Recipe's defaults.
+
+    Args:
+        model: its name, or "" when none was given.
+        data: as in Recipe.
+    """
+    values: dict[str, Any] = {}
+    if data == "digits" and not model:
+        values |= {"model": "tokenfusion_early_micro"}
     if data == "digits":  # 1,437 training images of 8×8 pixels; a mirrored digit is another sign
         values |= {
             "epochs": 40,

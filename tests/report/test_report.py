@@ -311,12 +311,15 @@ def damage(name: str, text: str | None) -> Callable[[Path], object]:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (damage("model.json", None), r"incomplete: it lacks model\.json; finish it with `tokenfusion train --resume"),
+        (damage("model.json", None), r"ended before its first step; go on with `tokenfusion train --resume"),
         (damage("metrics.jsonl", ""), r"no finished epoch.*--resume"),
         (damage("metrics.jsonl", '{"epoch": 1'), r"metrics\.jsonl line 1 is not JSON"),
         (damage("metrics.jsonl", '{"epoch": 1}\n'), r"metrics\.jsonl is incomplete: it lacks lr, train_loss"),
-        (damage("model.json", '{"format": 2}'), r"format 2, but this version reads up to 1; upgrade tokenfusion"),
-        (damage("model.json", "[]"), r"model\.json is incomplete: it lacks name, classes"),
+        (
+            damage("model.json", '{"format": 2}'),
+            r"format 2, newer than the 1 that this version reads; update tokenfusion",
+        ),
+        (damage("model.json", "[]"), r"model\.json names no format"),
         (damage("recipe.toml", "flux = 3"), r"no field is called 'flux'"),
         (damage("evaluation.json", '{"n": 16'), r"evaluation\.json is not JSON"),
         (damage("evaluation.json", '{"n": 16}'), r"evaluation\.json is incomplete: it lacks data, split"),
@@ -345,7 +348,7 @@ def test_an_evaluation_of_another_model_is_refused(run: Path) -> None:
 
 
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"is not a run: it holds no recipe\.toml, model\.json, metrics\.jsonl; give"):
+    with pytest.raises(InputError, match=r"is not a run \(it has no model\.json\); give"):
         write_report(tmp_path)
     with pytest.raises(InputError, match="is not a run: it is not a folder"):
         write_report(tmp_path / "nowhere")

@@ -1,12 +1,12 @@
-"""What the loop does besides resuming: accumulates, stops early, averages weights, refuses losses that are not finite."""
+"""What the loop does besides resuming: accumulate, stop early, average weights, refuse what is not finite."""
 
 import json
 
 import pytest
 import torch
-from conftest import small_recipe
 from rich.console import Console
 
+from conftest import small_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.images import read_images

@@ -1,9 +1,11 @@
 """Schedule, parameter groups, seeds and mixing, against hand-computed cases."""
 
+from itertools import pairwise
+
 import pytest
 import torch
-from conftest import small_recipe
 
+from conftest import small_recipe
 from tokenfusion import create_model
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import learning_rate, make_optimizer, seed_step
@@ -16,7 +18,7 @@ def test_learning_rate_rises_linearly_then_falls_along_a_cosine():
     assert rates[8] == 1.0  # the peak, right after the warm-up
     assert rates[24] == pytest.approx(0.5)  # half-way down: (24 - 8) / (40 - 8)
     assert 0 < rates[39] < 0.003
-    assert all(later < earlier for earlier, later in zip(rates[8:], rates[9:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[8:]))
 
 
 def test_without_warm_up_the_first_step_is_the_peak():

@@ -86,9 +86,10 @@ def cover(image: Tensor, img_size: tuple[int, int], crop_pct: float = 1.0) -> Te
     if size == img_size and crop_pct == 1:
         return image
     scale = max(side / crop_pct / now for side, now in zip(img_size, size, strict=True))
-    # A long thin image would grow huge: first drop what the crop drops anyway, short of its edge.
+    # A long thin image would grow huge: first drop, far from the crop's edge, what it drops anyway.
     needed = [2 * math.ceil(side / scale) for side in img_size]
-    image = F.center_crop(image, [min(sides) for sides in zip(needed, size, strict=True)])
+    kept = [min(now, side + (now - side) % 2) for side, now in zip(needed, size, strict=True)]  # as much on either side
+    image = F.center_crop(image, kept)
     enlarged = [max(side, round(now * scale)) for side, now in zip(img_size, image.shape[-2:], strict=True)]
     return F.center_crop(F.resize(image, enlarged, antialias=True), list(img_size))
 

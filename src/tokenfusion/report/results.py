@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe
-
-FORMAT = 1
-"""Newest format of model.json that is understood."""
 
 MODEL_KEYS = ("name", "classes", "parameters", "macs", "versions", "hardware")
 EPOCH_KEYS = ("epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "seconds", "images_per_s")
@@ -72,23 +70,11 @@ def read_results(run: Path) -> Results:
     Raises:
         InputError: the folder is not a run, is incomplete, is of a newer version, or its files are damaged or disagree.
     """
-    finish = f"`tokenfusion train --resume {shlex.quote(str(run))}`"
-    needed = ("recipe.toml", "model.json", "metrics.jsonl")
-    missing = [name for name in needed if not (run / name).is_file()]
-    if len(missing) == len(needed):
-        reason = f"holds no {', '.join(needed)}" if run.is_dir() else "is not a folder"
-        raise InputError(f"{run} is not a run: it {reason}; give the folder that `tokenfusion train --out` wrote")
-    if missing:
-        raise InputError(f"run {run} is incomplete: it lacks {', '.join(missing)}; finish it with {finish}")
-    model = read_json(run / "model.json")
-    if isinstance(model, dict) and isinstance(model.get("format"), int) and model["format"] > FORMAT:
-        raise InputError(
-            f"run {run} has format {model['format']}, but this version reads up to {FORMAT}; upgrade tokenfusion"
-        )
+    model = load_description(run)
     require(model, MODEL_KEYS, run / "model.json")
-    epochs = read_epochs(run / "metrics.jsonl")
+    epochs = read_epochs(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     if not epochs:
-        raise InputError(f"run {run} has no finished epoch: metrics.jsonl is empty; go on with {finish}")
+        raise InputError(f"{run} has no finished epoch yet; go on with `{resume_command(run)}`")
     evaluation, predictions = read_evaluation(run, model["classes"])
     return Results(
         run=run,

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from tokenfusion.checkpoint import resume_command
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.images import Images, Skipped, read_images, require_every_class, write_skipped
 from tokenfusion.data.loader import TrainLoader
@@ -40,9 +41,7 @@ def start(recipe: Recipe, run: Path, console: Console) -> None:
         Interrupted: Ctrl-C, once the state is saved.
     """
     if (run / "model.json").exists():
-        raise InputError(
-            f"{run} holds a run already; go on with `tokenfusion train --resume {run}`, or give another --out"
-        )
+        raise InputError(f"{run} holds a run already; go on with `{resume_command(run)}`, or give another --out")
     if run.exists() and (
         not run.is_dir() or {path.name for path in run.iterdir()} - {"recipe.toml", "split.csv", "skipped.csv"}
     ):

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
+from tokenfusion.checkpoint import load_tensors, load_weights_exactly, resume_command, save_tensors
 from tokenfusion.errors import InputError
 
 Record = dict[str, float | int]
@@ -129,7 +129,7 @@ class TrainState:
         except (OSError, SafetensorError) as error:
             raise InputError(
                 f"{path} could not be written: {error}; the checkpoint before it is intact: make room, "
-                f"then go on with `tokenfusion train --resume {path.parent.parent}`"
+                f"then go on with `{resume_command(path.parent.parent)}`"
             ) from error
 
     def load(self, path: Path) -> None:

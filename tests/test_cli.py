@@ -1,0 +1,352 @@
+"""The command as a user meets it: its verbs, its precedence, and what it says of bad input."""
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenfusion import cli
+from tokenfusion.recipe import Recipe, load_recipe
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process; gives (exit status, standard output, standard error)."""
+
+    def run(*words, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["tokenfusion", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        output, errors = capsys.readouterr()
+        assert "Traceback" not in output + errors
+        return status, output, errors
+
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A finished run that may be written into."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def digit(tmp_path):
+    """A readable image."""
+    path = tmp_path / "a digit.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7), dtype=np.uint8)).save(path)
+    return path
+
+
+QUICK = ("--img-size", 8, "--epochs", 1, "--batch-size", 256)
+
+
+def test_help_of_the_command_and_of_every_verb(command):
+    status, output, _ = command("--help")
+    assert status == 0
+    for verb in ("train", "evaluate", "predict", "report", "models"):
+        assert verb in output
+        status, help_text, _ = command(verb, "--help")
+        assert status == 0
+        assert "Example: tokenfusion" in help_text
+    assert command("--version")[1].strip().count(".") == 2
+
+
+def test_every_field_of_the_recipe_is_an_option_with_help(command):
+    from dataclasses import fields
+
+    _, output, _ = command("train", "--help")
+    for field in fields(Recipe):
+        assert f"--{field.name.replace('_', '-')}" in output
+
+
+def test_help_imports_neither_torch_nor_timm():
+    code = "import sys; sys.argv = ['tokenfusion', '--help']\nfrom tokenfusion import cli\ncli.main()"
+    check = (
+        f"import sys\ntry:\n    exec({code!r})\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'timm'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", check], check=True, capture_output=True)
+
+
+def test_an_option_beats_the_file_and_the_file_the_preset(command, tmp_path):
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        'data = "digits"\nmodel = "tokenfusion_early_micro"\nimg_size = [8, 8]\nepochs = 1\nlr = 0.004\nema = 0.5\n'
+    )
+    status, _, errors = command(
+        "train", "--recipe", file, "--lr", 0.003, "--batch-size", 512, "--out", tmp_path / "run"
+    )
+    assert status == 0, errors
+    written = load_recipe(tmp_path / "run" / "recipe.toml")
+    assert written["lr"] == 0.003  # option
+    assert (written["ema"], written["epochs"]) == (0.5, 1)  # file
+    assert written["hflip"] == 0.0  # preset of the digits
+    assert written["weight_decay"] == Recipe().weight_decay  # nobody said
+
+
+def test_the_whole_job(command, tmp_path, digit):
+    run = tmp_path / "a run"
+    status, output, _ = command("train", "digits", "--model", "tokenfusion_late_micro", *QUICK, "--out", run)
+    assert status == 0
+    assert "epoch 1/1" in output
+    assert f"tokenfusion evaluate {run}" in output
+    status, output, _ = command("evaluate", run, "--json")
+    assert status == 0
+    assert json.loads(output) == json.loads((run / "evaluation.json").read_text())
+    status, output, _ = command("predict", run, digit)
+    assert status == 0
+    assert "a digit.png" in output
+    status, output, _ = command("report", run)
+    assert status == 0
+    assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
+
+
+def test_evaluation_is_of_the_held_out_images(command, run):
+    status, output, _ = command("evaluate", run)
+    assert status == 0
+    result = json.loads((run / "evaluation.json").read_text())
+    with (run / "split.csv").open(newline="") as file:
+        held_out = [row for row in csv.DictReader(file) if row["split"] == "val"]
+    assert result["n"] == len(held_out)
+    with (run / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["path"] for row in rows] == [row["path"] for row in held_out]
+    right = sum(row["label"] == row["prediction"] for row in rows)
+    assert result["top1"] == pytest.approx(right / len(rows))
+    assert f"{result['top1']:.2%}" in output
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert result["top1"] == pytest.approx(last["val_top1"])  # the shipped weights are those that training judged
+
+
+def test_evaluation_on_the_training_part(command, run):
+    assert command("evaluate", run, "--split", "train")[0] == 0
+    assert json.loads((run / "evaluation.json").read_text())["n"] == 1438
+
+
+def test_evaluation_counts_unreadable_images_and_replaces_none(command, run, tmp_path):
+    for name in ("3", "8"):
+        (tmp_path / "new" / name).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(tmp_path / "new" / name / f"{i}.png")
+    (tmp_path / "new" / "8" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (tmp_path / "new" / "3" / "0.png").write_bytes(b"")
+    status, output, _ = command("evaluate", run, tmp_path / "new")
+    result = json.loads((run / "evaluation.json").read_text())
+    assert status == 0
+    assert (result["n"], result["skipped"]) == (4, 2)
+    assert {image["path"] for image in result["unreadable"]} == {"8/1.png", "3/0.png"}
+    assert (result["per_class"]["3"]["n"], result["per_class"]["8"]["n"], result["per_class"]["5"]["n"]) == (2, 2, 0)
+    assert "skipped 8/1.png" in output
+
+
+def test_evaluation_refuses_classes_that_the_model_does_not_know(command, run, tmp_path, digit):
+    for name in ("3", "cat"):
+        (tmp_path / "new" / name).mkdir(parents=True)
+        shutil.copy(digit, tmp_path / "new" / name / "1.png")
+    status, _, errors = command("evaluate", run, tmp_path / "new")
+    assert status == 2
+    assert "'cat'" in errors
+    assert "it knows 0, 1" in errors
+
+
+def test_predict_json_gives_an_object_per_image(command, run, digit, tmp_path):
+    status, output, errors = command("predict", run, digit, tmp_path / "no such.png", "--topk", 3, "--format", "json")
+    assert status == 1
+    good, bad = map(json.loads, output.splitlines())
+    assert good.keys() == {"path", "label", "score", "topk"}
+    assert good["path"] == str(digit)
+    assert len(good["topk"]) == 3
+    assert good["topk"][0] == {"label": good["label"], "score": good["score"]}
+    assert bad.keys() == {"path", "error"}
+    assert "No such file" in bad["error"]
+    assert "1 of the images could not be read" in errors
+
+
+def test_predict_takes_folders_globs_and_standard_input(command, run, tmp_path, digit):
+    folder = tmp_path / "some images"
+    (folder / "below").mkdir(parents=True)
+    names = [folder / "1 ä.png", folder / "below" / "2.png", folder / "line\nbreak.png"]
+    for name in names:
+        shutil.copy(digit, name)
+    (folder / "notes.txt").write_text("no image")
+
+    def paths(*words, **kwargs):
+        status, output, _ = command("predict", run, *words, "--format", "json", **kwargs)
+        assert status == 0
+        return {json.loads(line)["path"] for line in output.splitlines()}
+
+    assert paths(folder) == set(map(str, names))
+    assert paths(folder / "*.png") == {str(names[0]), str(names[2])}
+    assert paths("-", stdin=f"{digit}\n{names[0]}\n") == {str(digit), str(names[0])}
+
+
+def test_predict_csv_can_be_read_back(command, run, tmp_path, digit):
+    name = tmp_path / 'a "quoted",\nname.png'
+    shutil.copy(digit, name)
+    _, output, _ = command("predict", run, name, "--format", "csv")
+    (row,) = csv.DictReader(io.StringIO(output))
+    assert row["path"] == str(name)
+    assert 0 < float(row["score"]) <= 1
+
+
+def test_models_lists_costs(command):
+    status, output, _ = command("models", "*_micro", "--json")
+    assert status == 0
+    rows = {row["name"]: row for row in json.loads(output)}
+    from tokenfusion import create_model
+
+    model = create_model("tokenfusion_early_micro")
+    assert rows["tokenfusion_early_micro"]["parameters"] == sum(p.numel() for p in model.parameters())
+    assert rows["tokenfusion_early_micro"]["img_size"] == [32, 32]
+    assert "tokenfusion_early_micro" in command("models", "*_micro")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "digits"], "--out is missing"),
+        (["train", "--out", "x"], "DATA is missing"),
+        (["train", "no/such", "--out", "x"], "no such file or folder"),
+        (
+            ["train", "digits", "--model", "tokenfusion_erly_micro", "--out", "x"],
+            "did you mean tokenfusion_early_micro",
+        ),
+        (["train", "digits", "--epochs", "0", "--out", "x"], "epochs=0 is out of range"),
+        (["train", "digits", "--img-size", "8", "9", "10", "--out", "x"], "give a height and a width"),
+        (["train", "digits", "--accumulate", "3", "--out", "x"], "try batch_size="),
+        (["train", "digits", "--recipe", "no.toml", "--out", "x"], "recipe no.toml"),
+        (["train", "digits", "--resume", "x"], "leave out --data"),
+        (["train", "--resume", "x"], "not a run"),
+        (["evaluate", "no-such-run"], "is not a folder"),
+        (["evaluate", "."], "is not a run"),
+        (["predict", "no-such-run", "a.png"], "is not a folder"),
+        (["report", "no-such-run"], "no-such-run"),
+        (["models", "nothing*"], "no model matches"),
+    ],
+)
+def test_bad_input_is_said_without_a_traceback(command, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = command(*words)
+    assert status == 2
+    assert errors.startswith("error: ")
+    assert said in errors
+
+
+@pytest.mark.parametrize(
+    "words", [["train", "digits", "--epochs", "many"], ["train", "digits", "--no-such-option", "1"], ["fly"]]
+)
+def test_words_that_do_not_parse_are_refused(command, words):
+    status, output, errors = command(*words)
+    assert status != 0
+    assert words[-1] in output + errors or words[-2] in output + errors
+
+
+def test_a_run_folder_that_exists_is_not_overwritten(command, run):
+    before = (run / "model.safetensors").read_bytes()
+    status, _, errors = command("train", "digits", *QUICK, "--out", run)
+    assert status == 2
+    assert "holds a run already" in errors
+    assert "--resume" in errors
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_a_folder_with_other_things_is_not_written_into(command, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("dear")
+    status, _, errors = command("train", "digits", *QUICK, "--out", tmp_path / "mine")
+    assert status == 2
+    assert "not an empty folder" in errors
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("verb", [["evaluate"], ["predict"]])
+def test_an_incomplete_run_says_how_to_go_on(command, run, verb, digit):
+    (run / "model.safetensors").unlink()
+    status, _, errors = command(*verb, run, *([digit] if verb == ["predict"] else []))
+    assert status == 2
+    assert f"tokenfusion train --resume {run}" in errors
+
+
+def test_a_run_of_a_newer_version_is_refused(command, run, digit):
+    description = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(description | {"format": 99}))
+    for words in (["evaluate", run], ["predict", run, digit], ["report", run]):
+        status, _, errors = command(*words)
+        assert status == 2
+        assert "99" in errors
+        assert "update" in errors
+
+
+class Payload:
+    """Unpickling it opens a file for writing."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_weights_that_carry_code_are_refused_and_never_run(command, run, digit, tmp_path):
+    torch.save({"weights": Payload(tmp_path / "executed")}, run / "model.safetensors")
+    status, _, errors = command("predict", run, digit)
+    assert status == 2
+    assert "safetensors" in errors
+    assert not (tmp_path / "executed").exists()
+
+
+def test_weights_of_another_model_are_refused(command, run, digit):
+    description = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(description | {"name": "tokenfusion_layerwise_micro"}))
+    status, _, errors = command("predict", run, digit)
+    assert status == 2
+    assert "does not fit this model" in errors
+
+
+def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(8):
+            Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
+    (tmp_path / "data" / "a" / "zero.png").write_bytes(b"")
+    words = ("train", tmp_path / "data", "--model", "tokenfusion_early_micro", *QUICK, "--out", tmp_path / "run")
+    status, _, errors = command(*words, "--seed", 1)
+    if "unreadable" not in errors:  # the empty file was drawn into the held-out part
+        pytest.fail(errors)
+    assert status == 2
+    assert "raise --max-skipped" in errors
+    with (tmp_path / "run" / "skipped.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["path"], row["label"]) == ("a/zero.png", "a")
+    assert "0 bytes" in row["reason"]
+    status, output, errors = command(*words, "--seed", 1, "--max-skipped", 0.2)  # the refused folder may be used again
+    assert status == 0, errors
+    assert "set aside 1 unreadable" in output
+
+
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path):
+    import signal
+
+    words = [
+        *(sys.executable, "-m", "tokenfusion", "train", "digits"),
+        *("--img-size", "8", "--epochs", "500", "--out", str(tmp_path / "run")),
+    ]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert any("epoch 1/500" in line for line in process.stdout)  # wait until it trains
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"tokenfusion train --resume {tmp_path / 'run'}" in errors
+    assert "Traceback" not in errors
