@@ -350,7 +350,7 @@ def test_an_evaluation_of_another_model_is_refused(run: Path) -> None:
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a run \(it has no model\.json\); give"):
         write_report(tmp_path)
-    with pytest.raises(InputError, match="is not a run: it is not a folder"):
+    with pytest.raises(InputError, match="is not a folder; give the folder"):
         write_report(tmp_path / "nowhere")
 
 
