@@ -108,10 +108,12 @@ def our_stream(source: Source, indices: np.ndarray, size: int, workers: int, cac
     preprocess = Preprocess((size, size), 3, MEAN, STD)
     augment = Augment((size, size), 3, CROP_SCALE, HFLIP, trivial_augment=False)
     loader = TrainLoader(images, augment, batch_size=BATCH_SIZE, seed=0, workers=workers)
+    memory: Tensor | None = None  # one batch's, used again and again, as a training step can
     try:
         for epoch in itertools.count():
             for batch, labels in loader.epoch(epoch):
-                yield preprocess.normalize(batch), labels
+                memory = preprocess.normalize(batch, out=memory)
+                yield memory, labels
     finally:
         loader.close()
 

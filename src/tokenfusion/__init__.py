@@ -19,13 +19,25 @@ from tokenfusion.version import __version__
 if TYPE_CHECKING:
     from tokenfusion.classifier import Classifier
     from tokenfusion.models import create_model, list_models
+    from tokenfusion.weights import load_weights, to_official
 
-__all__ = ["Classifier", "InputError", "Recipe", "__version__", "create_model", "list_models"]
+__all__ = [
+    "Classifier",
+    "InputError",
+    "Recipe",
+    "__version__",
+    "create_model",
+    "list_models",
+    "load_weights",
+    "to_official",
+]
 
 HOMES = {
     "Classifier": "tokenfusion.classifier",
     "create_model": "tokenfusion.models",
     "list_models": "tokenfusion.models",
+    "load_weights": "tokenfusion.weights",
+    "to_official": "tokenfusion.weights",
 }
 
 

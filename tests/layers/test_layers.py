@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenfusion.layers.attention import Attention, attend, merge_heads, split_heads
+from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
+from tokenfusion.layers.blocks import Block
 from tokenfusion.layers.conv import ConvTrunk, ResidualBlock
 from tokenfusion.layers.tokens import PatchTokens, Positions, grid_of, map_to_tokens, tokens_to_map
-from tokenfusion.layers.transformer import Block
 
 
 def test_maps_become_tokens_row_by_row():
@@ -31,19 +31,19 @@ def test_attention_of_one_query_by_hand():
     value = torch.tensor([[[[10.0, 0.0], [0.0, 20.0]]]])
     scores = torch.tensor([2 / 2**0.5, 0.0])  # q·k / √2
     weights = scores.exp() / scores.exp().sum()
-    torch.testing.assert_close(attend(query, key, value)[0, 0, 0], torch.stack([10 * weights[0], 20 * weights[1]]))
+    torch.testing.assert_close(Attend()(query, key, value)[0, 0, 0], torch.stack([10 * weights[0], 20 * weights[1]]))
 
 
 def test_the_two_ways_of_attention_agree():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, 3, 11, 16) for _ in range(3))
-    by_products = attend(query.bfloat16(), key.bfloat16(), value.bfloat16()).float()
-    torch.testing.assert_close(by_products, attend(query, key, value), rtol=0.05, atol=0.02)
+    by_products = Attend()(query.bfloat16(), key.bfloat16(), value.bfloat16()).float()
+    torch.testing.assert_close(by_products, Attend()(query, key, value), rtol=0.05, atol=0.02)
 
 
 def test_attention_is_pytorchs_multi_head_attention():
     torch.manual_seed(0)
-    ours, theirs = Attention(12, 3), nn.MultiheadAttention(12, 3, batch_first=True)
+    ours, theirs = SelfAttention(12, 3), nn.MultiheadAttention(12, 3, batch_first=True)
     theirs.in_proj_weight.data, theirs.in_proj_bias.data = ours.qkv.weight.data, ours.qkv.bias.data
     theirs.out_proj.load_state_dict(ours.proj.state_dict())
     tokens = torch.randn(2, 5, 12)
@@ -52,7 +52,7 @@ def test_attention_is_pytorchs_multi_head_attention():
 
 def test_a_block_drops_whole_paths():
     torch.manual_seed(0)
-    block = Block(12, 3, 2.0, drop_path=0.999999).train()
+    block = Block(12, SelfAttention(12, 3), 2.0, path=0.999999).train()
     tokens = torch.randn(4, 5, 12)
     assert torch.equal(block(tokens), tokens)
     assert not torch.equal(block.eval()(tokens), tokens)

@@ -8,9 +8,9 @@ import timm
 from torch import nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.models import token_fusion
+from tokenfusion.models import cmt, crossvit, deepvit, token_fusion
 
-PAPERS = (token_fusion,)
+PAPERS = (token_fusion, crossvit, deepvit, cmt)
 
 
 def list_models(pattern: str = "*") -> list[str]:

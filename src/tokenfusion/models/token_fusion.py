@@ -10,16 +10,18 @@ place know it. The head reads CLS.
 Letters: B batch, N tokens, C channels, h w grid; P patch tokens, M pixel tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from tokenfusion.errors import InputError
+from tokenfusion.layers.attend import SelfAttention, check_heads
+from tokenfusion.layers.blocks import Block, layer_norm, rising_rates
+from tokenfusion.layers.checkpointing import checkpointed
 from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.layers.intermediates import FeaturePoint, collect_intermediates
 from tokenfusion.layers.tokens import (
@@ -32,7 +34,6 @@ from tokenfusion.layers.tokens import (
     size_of,
     tokens_to_map,
 )
-from tokenfusion.layers.transformer import Block
 from tokenfusion.models.registration import register_variants
 
 CLS = TokenGroup("cls")
@@ -45,7 +46,7 @@ class TokenFusion(nn.Module):
         img_size: height and width that the position table is made for; any other size may be given to `forward`.
         in_chans: channels of the images.
         num_classes: outputs of the head; 0 for none.
-        dim, num_heads, depth, mlp_ratio: width, heads, blocks and MLP expansion of the transformer.
+        dim, heads, depth, mlp_ratio: width, heads, blocks and MLP expansion of the transformer.
         patch_size: side of a patch in pixels.
         stem, stem_stride, conv_dims, conv_depths: the CNN, as in `ConvTrunk`.
         drop_rate: dropout before the head.
@@ -56,7 +57,7 @@ class TokenFusion(nn.Module):
         self,
         *,
         dim: int,
-        num_heads: int,
+        heads: int,
         depth: int,
         mlp_ratio: float,
         patch_size: int,
@@ -71,6 +72,7 @@ class TokenFusion(nn.Module):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        check_heads(dim, heads)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -82,9 +84,12 @@ class TokenFusion(nn.Module):
         self.positions = Positions(dim, grid_of(self.img_size, patch_size))
         self.cls_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
         self.blocks = nn.Sequential(
-            *[Block(dim, num_heads, mlp_ratio, drop_path_rate * i / max(depth - 1, 1)) for i in range(depth)]
+            *[
+                Block(dim, SelfAttention(dim, heads), mlp_ratio, path=path)
+                for path in rising_rates(drop_path_rate, depth)
+            ]
         )
-        self.norm = nn.LayerNorm(dim)
+        self.norm = layer_norm(dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
 
@@ -93,10 +98,10 @@ class TokenFusion(nn.Module):
         patches = self.patches(images) + self.positions(grid_of(size_of(images), self.patch_size))
         return torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
 
-    def run(self, layer: Callable[..., Any], *inputs: Tensor) -> Any:
+    def run(self, layer: nn.Module, *inputs: Tensor) -> Any:
         """Call a layer, recomputing it in the backward pass when gradient checkpointing is on."""
         if self.grad_checkpointing and self.training:
-            return checkpoint(layer, *inputs, use_reentrant=False)
+            return checkpointed(layer, *inputs)
         return layer(*inputs)
 
     def feature_points(self) -> list[FeaturePoint]:
@@ -260,7 +265,7 @@ class PatchesToPixels(nn.Module):
 
     def __init__(self, dim: int, channels: int, gate: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(dim)
+        self.norm = layer_norm(dim)
         self.proj = nn.Linear(dim, channels)
         self.gate = nn.Parameter(torch.full((channels, 1, 1), gate))
 
@@ -310,14 +315,14 @@ TRANSFORMER = {
         "img_size": 32,
         "patch_size": 4,
         "dim": 96,
-        "num_heads": 3,
+        "heads": 3,
         "mlp_ratio": 2.0,
         "stem_stride": 1,
         "num_classes": 10,
     },
-    "tiny": {"img_size": 224, "patch_size": 16, "dim": 192, "num_heads": 3, "mlp_ratio": 4.0, "stem_stride": 2},
-    "small": {"img_size": 224, "patch_size": 16, "dim": 384, "num_heads": 6, "mlp_ratio": 4.0, "stem_stride": 2},
-    "base": {"img_size": 224, "patch_size": 16, "dim": 768, "num_heads": 12, "mlp_ratio": 4.0, "stem_stride": 2},
+    "tiny": {"img_size": 224, "patch_size": 16, "dim": 192, "heads": 3, "mlp_ratio": 4.0, "stem_stride": 2},
+    "small": {"img_size": 224, "patch_size": 16, "dim": 384, "heads": 6, "mlp_ratio": 4.0, "stem_stride": 2},
+    "base": {"img_size": 224, "patch_size": 16, "dim": 768, "heads": 12, "mlp_ratio": 4.0, "stem_stride": 2},
 }
 CNN = {
     "micro": {"stem": 32, "conv_dims": (48, 96, 192)},

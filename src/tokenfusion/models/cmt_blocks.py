@@ -1,0 +1,187 @@
+"""CMT's parts (Guo et al., arXiv 2107.06263, section 3) and what the paper compares them with. The model is in `cmt`.
+
+Letters: B batch, N tokens, M pooled tokens, C channels, H heads, D head width, h w grid.
+"""
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
+from tokenfusion.layers.blocks import PaddedConv, drop_path, layer_norm
+from tokenfusion.layers.positions import Grid, RelativePositionTable
+from tokenfusion.layers.tokens import grid_of, map_to_tokens, tokens_to_map
+from tokenfusion.models.base import choose
+
+
+class ConvStem(nn.Sequential):
+    """Three 3×3 convolutions, the first of stride 2, each followed by GELU and BatchNorm."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (chans, stride) in enumerate(((in_chans, 2), (dim, 1), (dim, 1)), start=1):
+            layers[f"conv{i}"] = nn.Conv2d(chans, dim, 3, stride=stride, padding=1)
+            layers[f"act{i}"] = nn.GELU()
+            layers[f"norm{i}"] = nn.BatchNorm2d(dim)
+        super().__init__(layers)
+
+
+def patch_stem(in_chans: int, dim: int) -> nn.Module:
+    """The stem without overlap: patches of 2×2 pixels, each through one linear map."""
+    return PaddedConv(in_chans, dim, 2, stride=2)
+
+
+class PatchEmbedding(nn.Module):
+    """The entrance of a stage: a 2×2 convolution of stride 2, then LayerNorm over channels."""
+
+    def __init__(self, in_chans: int, dim: int) -> None:
+        super().__init__()
+        self.proj = PaddedConv(in_chans, dim, 2, stride=2)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Grid]:
+        """A map (B, in_chans, H, W) to tokens (B, h·w, C) and their grid, half as fine."""
+        features = self.proj(features)
+        return self.norm(map_to_tokens(features)), (features.shape[2], features.shape[3])
+
+
+class LocalPerception(nn.Module):
+    """LPU: a depthwise 3×3 convolution beside the identity (equation 1)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C, h, w)."""
+        return features + self.conv(features)
+
+
+class LightweightAttention(nn.Module):
+    """LMHSA: keys and values from a map pooled by a depthwise k×k convolution of stride k (equations 2 and 3).
+
+    Args:
+        dim: width C of a token.
+        heads: number of attention heads.
+        pooling: k; with 1 nothing is pooled.
+        attn_drop, proj_drop: dropout rates of the map and of the result.
+    """
+
+    def __init__(self, dim: int, heads: int, pooling: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.pool: nn.Module = nn.Identity()
+        if pooling > 1:
+            self.pool = nn.Sequential(PaddedConv(dim, dim, pooling, stride=pooling, groups=dim), nn.BatchNorm2d(dim))
+        self.attend = Attend(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    @staticmethod
+    def positions(heads: int, grid: Grid, pooling: int) -> nn.Module:
+        """The stage's table of relative positions, shared by its blocks."""
+        return RelativePositionTable(heads, grid, grid_of(grid, pooling))
+
+    def forward(self, tokens: Tensor, grid: Grid, bias: Tensor) -> Tensor:
+        """Tokens (B, N, C) on a grid and the bias (H, N, M) to (B, N, C)."""
+        pooled = map_to_tokens(self.pool(tokens_to_map(tokens, grid)))
+        queries, keys, values = self.q(tokens), self.k(pooled), self.v(pooled)
+        heads = (split_heads(projected, self.heads) for projected in (queries, keys, values))
+        return self.proj_drop(self.proj(merge_heads(self.attend(*heads, bias))))
+
+
+class NoPositions(nn.Module):
+    """The place of a table of relative positions, empty."""
+
+    def forward(self, _query_grid: Grid, _key_grid: Grid) -> None:
+        """No bias."""
+
+
+class PlainAttention(nn.Module):
+    """Self-attention over all tokens, without positions: what LMHSA is compared with."""
+
+    def __init__(self, dim: int, heads: int, _pooling: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
+        super().__init__()
+        self.attention = SelfAttention(dim, heads, attn_drop, proj_drop)
+
+    @staticmethod
+    def positions(_heads: int, _grid: Grid, _pooling: int) -> nn.Module:
+        """None."""
+        return NoPositions()
+
+    def forward(self, tokens: Tensor, _grid: Grid, _bias: None) -> Tensor:
+        """Tokens (B, N, C) to (B, N, C)."""
+        return self.attention(tokens)
+
+
+class InvertedResidualFeedForward(nn.Module):
+    """IRFFN: a 1×1 convolution up, a depthwise 3×3 beside the identity, a 1×1 down (equation 4)."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.GELU(), nn.BatchNorm2d(hidden))
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.norm = nn.Sequential(nn.GELU(), nn.BatchNorm2d(hidden))
+        self.project = nn.Sequential(nn.Conv2d(hidden, dim, 1), nn.BatchNorm2d(dim))
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C, h, w)."""
+        hidden = self.drop(self.expand(features))
+        hidden = self.norm(hidden + self.conv(hidden))
+        return self.drop(self.project(hidden))
+
+
+def plain_feed_forward(dim: int, hidden: int, drop: float = 0.0) -> nn.Module:
+    """A transformer's MLP at every pixel: what IRFFN is compared with."""
+    return Mlp(dim, hidden, drop=drop, use_conv=True)
+
+
+STEMS = {"conv": ConvStem, "patch": patch_stem}
+LOCAL: dict[str, type[nn.Module]] = {"lpu": LocalPerception, "none": nn.Identity}
+ATTENTIONS: dict[str, Any] = {"lightweight": LightweightAttention, "plain": PlainAttention}
+FEED_FORWARDS = {"inverted_residual": InvertedResidualFeedForward, "plain": plain_feed_forward}
+
+
+class Parts(NamedTuple):
+    """What a block is made of, by the names in the tables above, and its dropout rates."""
+
+    local: str
+    attention: str
+    feed_forward: str
+    mlp_ratio: float
+    attn_drop: float
+    proj_drop: float
+
+
+class CMTBlock(nn.Module):
+    """Local perception, attention, feed-forward (figure 2c).
+
+    Args:
+        dim, heads, pooling: as in `LightweightAttention`.
+        parts: what the block is made of.
+        path: rate of stochastic depth.
+    """
+
+    def __init__(self, dim: int, heads: int, pooling: int, parts: Parts, path: float) -> None:
+        super().__init__()
+        attention = choose(ATTENTIONS, parts.attention, "attention")
+        feed_forward = choose(FEED_FORWARDS, parts.feed_forward, "feed_forward")
+        self.local = choose(LOCAL, parts.local, "local")(dim)
+        self.norm1 = layer_norm(dim)
+        self.attn = attention(dim, heads, pooling, parts.attn_drop, parts.proj_drop)
+        self.norm2 = layer_norm(dim)
+        self.ffn = feed_forward(dim, int(dim * parts.mlp_ratio), parts.proj_drop)
+        self.drop_path = drop_path(path)
+
+    def forward(self, tokens: Tensor, grid: Grid, bias: Tensor | None) -> Tensor:
+        """Tokens (B, N, C) on a grid, and the stage's bias, to (B, N, C)."""
+        tokens = map_to_tokens(self.local(tokens_to_map(tokens, grid)))
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), grid, bias))
+        update = self.ffn(tokens_to_map(self.norm2(tokens), grid))
+        return tokens + self.drop_path(map_to_tokens(update))

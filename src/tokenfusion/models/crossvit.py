@@ -1,0 +1,348 @@
+"""CrossViT (Chen et al., arXiv 2103.14899): two branches of small and large patches that exchange their CLS tokens.
+
+Source: the paper and the facts of its public code (IBM/CrossViT, Apache-2.0); written anew. Deviations: an image of
+another size than the trained one is not resized to it; each branch sees it at its own scale, resized to whole patches,
+and the position tables are interpolated. Any number of channels.
+
+Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from tokenfusion.layers.attend import SelfAttention, check_heads
+from tokenfusion.layers.blocks import Block, TokenEmbedding, init_linear_and_norm, layer_norm, rising_rates
+from tokenfusion.layers.positions import Grid
+from tokenfusion.layers.tokens import tokens_to_map
+from tokenfusion.models.base import PaperModel, check_output_format, choose, image_size, linear_head
+from tokenfusion.models.crossvit_fusion import FUSIONS, Branch, Grids, Pair, Rates
+from tokenfusion.models.official import OfficialNames, read_pretrained
+from tokenfusion.models.registration import register_variants
+
+SMALL_PATCH, LARGE_PATCH = 12, 16
+STAGES = 3
+
+
+def linear_patches(in_chans: int, dim: int, patch_size: int) -> nn.Module:
+    """Patches, each through one linear map (ViT)."""
+    return nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
+
+
+class ConvPatches(nn.Sequential):
+    """The dagger's three convolutions: 7×7 stride 4, then two 3×3 that reach the stride of the patch."""
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
+        middle, last = {12: ((3, 0), (1, 1)), 16: ((2, 1), (2, 1))}[patch_size]  # (stride, padding)
+        super().__init__(
+            nn.Conv2d(in_chans, dim // 4, 7, stride=4, padding=3),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(dim // 4, dim // 2, 3, *middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(dim // 2, dim, 3, *last),
+        )
+
+
+STEMS = {"linear": linear_patches, "conv": ConvPatches}
+
+
+class ImageScale(NamedTuple):
+    """What a branch sees: the image at `numerator / denominator` of its size, rounded up to whole patches."""
+
+    patch_size: int
+    numerator: int = 1
+    denominator: int = 1
+
+    def grid(self, height: int, width: int) -> Grid:
+        """Rows and columns of patches for an image of this size."""
+        return self._patches(height), self._patches(width)
+
+    def resize(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) as the branch sees them."""
+        rows, columns = self.grid(images.shape[2], images.shape[3])
+        size = (rows * self.patch_size, columns * self.patch_size)
+        if size == (images.shape[2], images.shape[3]):
+            return images
+        return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+
+    def _patches(self, side: int) -> int:
+        return -(-side * self.numerator // (self.patch_size * self.denominator))
+
+
+class Stage(nn.Module):
+    """A multi-scale encoder: blocks in each branch, then fusion (figure 2).
+
+    Args:
+        small, large: the branches.
+        depths: blocks in the small and the large branch.
+        fusion: class of the fusion.
+        rates: dropout rates.
+        paths: stochastic depth's rate of each block; the fusion's is the last.
+    """
+
+    def __init__(
+        self,
+        small: Branch,
+        large: Branch,
+        depths: tuple[int, int],
+        fusion: type[nn.Module],
+        rates: Rates,
+        paths: Sequence[float],
+    ) -> None:
+        super().__init__()
+
+        def blocks(branch: Branch, depth: int) -> nn.Sequential:
+            return nn.Sequential(
+                *(
+                    Block(
+                        branch.dim,
+                        SelfAttention(branch.dim, branch.heads, *rates),
+                        branch.mlp_ratio,
+                        rates.proj_drop,
+                        path,
+                    )
+                    for path in paths[:depth]
+                )
+            )
+
+        self.small, self.large = blocks(small, depths[0]), blocks(large, depths[1])
+        self.fusion = fusion(small, large, rates, paths[-1])
+
+    def forward(self, small: Tensor, large: Tensor, grids: Grids) -> Pair:
+        """Tokens (B, 1 + N, C) of either branch to the same."""
+        return self.fusion(self.small(small), self.large(large), grids)
+
+
+class TwoHeads(nn.Module):
+    """The mean of two linear classifiers' logits, one on each branch's CLS token."""
+
+    def __init__(self, dims: tuple[int, int], num_classes: int) -> None:
+        super().__init__()
+        self.dims = dims
+        self.small, self.large = linear_head(dims[0], num_classes), linear_head(dims[1], num_classes)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        """Both branches' CLS tokens in a row (B, C + C') to logits (B, num_classes)."""
+        small, large = torch.split(cls, list(self.dims), dim=1)
+        return (self.small(small) + self.large(large)) / 2
+
+
+class CrossViT(PaperModel):
+    """Two transformers over patches of two sizes, fused after each stage; the head is the mean of both.
+
+    Args:
+        img_size: height and width that the small branch's position table is learned on, in pixels; forward takes any
+            other too.
+        large_scale: what of the image's size the large branch sees, as (numerator, denominator).
+        in_chans: channels of an image.
+        num_classes: outputs; 0 for none.
+        dims: widths of the small and the large branch.
+        heads: attention heads of either.
+        depths: blocks of either in each of the three stages.
+        mlp_ratio: hidden width of the MLPs, in units of the width.
+        stem: how patches become tokens: "linear", or "conv" for the dagger.
+        fusion: "cross_attention", "all_attention", "cls_sum" or "pairwise".
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the positions, after
+            linear maps, of attention maps.
+        drop_path_rate: rate of stochastic depth at the last block.
+
+    Raises:
+        InputError: heads that do not divide the width, an unknown choice, an impossible size.
+    """
+
+    official_names = OfficialNames(
+        rules=(
+            (r"^embed_(small|large)\.cls_token$", r"cls_token.\1"),
+            (r"^embed_(small|large)\.positions\.table$", r"pos_embed.\1"),
+            (r"^embed_(small|large)\.patches\.", r"patch_embed.\1.proj."),
+            (r"^stages\.(\d)\.(small|large)\.", r"blocks.\1.blocks.\2."),
+            (r"^stages\.(\d)\.fusion\.(small|large)\.project\.", r"blocks.\1.projs.\2."),
+            (r"^stages\.(\d)\.fusion\.(small|large)\.project_back\.", r"blocks.\1.revert_projs.\2."),
+            (r"^stages\.(\d)\.fusion\.(small|large)\.norm\.", r"blocks.\1.fusion.\2.norm1."),
+            (r"^stages\.(\d)\.fusion\.(small|large)\.attn\.([qkv])\.", r"blocks.\1.fusion.\2.attn.w\3."),
+            (r"^stages\.(\d)\.fusion\.", r"blocks.\1.fusion."),
+            (r"^norm_(small|large)\.", r"norm.\1."),
+            (r"\bsmall\b", "0"),
+            (r"\blarge\b", "1"),
+        ),
+        copies=((r"^(pos_embed|cls_token)_([01])$", r"\1.\2"),),  # timm's spelling
+        signature=r"\.revert_projs\.",
+    )
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 240,
+        large_scale: tuple[int, int] = (14, 15),
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        dims: tuple[int, int] = (192, 384),
+        heads: tuple[int, int] = (6, 6),
+        depths: tuple[int, int] = (1, 4),
+        mlp_ratio: float = 4.0,
+        stem: str = "linear",
+        fusion: str = "cross_attention",
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        small, large = (Branch(dim, count, mlp_ratio) for dim, count in zip(dims, heads, strict=True))
+        check_heads(*small[:2])
+        check_heads(*large[:2])
+        fusion_cls, patches = choose(FUSIONS, fusion, "fusion"), choose(STEMS, stem, "stem")
+        paths = rising_rates(drop_path_rate, STAGES * max(depths))
+
+        self.num_classes = num_classes
+        self.embed_dim = dims
+        self.num_features = self.head_hidden_size = sum(dims)
+        self.img_size = image_size(img_size)
+        self.scale_small, self.scale_large = ImageScale(SMALL_PATCH), ImageScale(LARGE_PATCH, *large_scale)
+        self.embed_small = TokenEmbedding(
+            patches(in_chans, small.dim, SMALL_PATCH), small.dim, self.scale_small.grid(*self.img_size), pos_drop_rate
+        )
+        self.embed_large = TokenEmbedding(
+            patches(in_chans, large.dim, LARGE_PATCH), large.dim, self.scale_large.grid(*self.img_size), pos_drop_rate
+        )
+        rates = Rates(attn_drop_rate, proj_drop_rate)
+        self.stages = nn.ModuleList(
+            Stage(small, large, depths, fusion_cls, rates, paths[i * max(depths) : (i + 1) * max(depths)])
+            for i in range(STAGES)
+        )
+        self.norm_small: nn.Module = layer_norm(small.dim)
+        self.norm_large: nn.Module = layer_norm(large.dim)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.apply(init_linear_and_norm)
+        self.head = self.build_head(num_classes)
+        reductions = SMALL_PATCH, round(LARGE_PATCH * large_scale[1] / large_scale[0])
+        self.feature_info = [
+            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
+            for dim, reduction in zip(dims, reductions, strict=True)
+            for i in range(STAGES)
+        ]
+
+    def build_head(self, num_classes: int) -> nn.Module:
+        return TwoHeads(self.embed_dim, num_classes) if num_classes else nn.Identity()
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Tensor, Grids]:
+        """Images (B, in_chans, H, W) to either branch's tokens (B, 1 + h·w, C) and both grids."""
+        small, small_grid = self.embed_small(self.scale_small.resize(images))
+        large, large_grid = self.embed_large(self.scale_large.resize(images))
+        return small, large, (small_grid, large_grid)
+
+    def forward_features(self, images: Tensor) -> Pair:
+        """Images (B, in_chans, H, W) to either branch's normed tokens (B, 1 + h·w, C), CLS first."""
+        small, large, grids = self.embed(images)
+        for stage in self.stages:
+            small, large = self.run(stage, small, large, grids)
+        return self.norm_small(small), self.norm_large(large)
+
+    def forward_head(self, features: Pair, pre_logits: bool = False) -> Tensor:
+        """Either branch's normed tokens to logits (B, num_classes), or to both CLS tokens in a row (B, C + C')."""
+        cls = self.head_drop(torch.cat([tokens[:, 0] for tokens in features], dim=1))
+        return cls if pre_logits else self.head(cls)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Patch tokens after chosen stages, with timm's signature: 0 to 2 of the small branch, 3 to 5 of the large one.
+
+        Returns:
+            The features as maps (B, C, h, w), or tokens for `output_fmt="NLC"`; each with its CLS token (B, 1, C) if
+            `return_prefix_tokens`; and before them, unless `intermediates_only`, what `forward_features` gives.
+        """
+        check_output_format(output_fmt)
+        take, _ = feature_take_indices(2 * STAGES, indices)
+        last = max(i % STAGES for i in take)
+        small, large, grids = self.embed(x)
+        pairs = []
+        for stage in self.stages[: last + 1] if stop_early else self.stages:
+            small, large = self.run(stage, small, large, grids)
+            pairs.append((small, large))
+
+        def feature(index: int) -> Any:
+            branch, stage = divmod(index, STAGES)
+            tokens = pairs[stage][branch]
+            if norm:
+                tokens = (self.norm_small, self.norm_large)[branch](tokens)
+            cls, patches = tokens[:, :1], tokens[:, 1:]
+            patches = tokens_to_map(patches, grids[branch]) if output_fmt == "NCHW" else patches
+            return (patches, cls) if return_prefix_tokens else patches
+
+        features = [feature(index) for index in sorted(take)]
+        return features if intermediates_only else ((self.norm_small(small), self.norm_large(large)), features)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen features do not need: later stages, the final norms, the head.
+
+        Returns:
+            The chosen features' indices, none negative.
+        """
+        take, _ = feature_take_indices(2 * STAGES, indices)
+        self.stages = self.stages[: max(i % STAGES for i in take) + 1]
+        if prune_norm:
+            self.norm_small, self.norm_large = nn.Identity(), nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone."""
+        return {f"embed_{branch}.{name}" for branch in ("small", "large") for name in ("cls_token", "positions.table")}
+
+
+TINY: dict[str, Any] = {"img_size": 240, "dims": (96, 192), "heads": (3, 3)}
+SMALL: dict[str, Any] = {"img_size": 240, "dims": (192, 384), "heads": (6, 6)}
+BASE: dict[str, Any] = {"img_size": 240, "dims": (384, 768), "heads": (12, 12)}
+NINE: dict[str, Any] = {"img_size": 240, "dims": (128, 256), "heads": (4, 4), "depths": (1, 3), "mlp_ratio": 3.0}
+FIFTEEN: dict[str, Any] = SMALL | {"depths": (1, 5), "mlp_ratio": 3.0}
+EIGHTEEN: dict[str, Any] = {"img_size": 240, "dims": (224, 448), "heads": (7, 7), "depths": (1, 6), "mlp_ratio": 3.0}
+DAGGER: dict[str, Any] = {"stem": "conv"}
+LARGER: dict[str, Any] = {"img_size": 408, "large_scale": (16, 17)}
+VARIANTS: dict[str, tuple[type[CrossViT], dict[str, Any]]] = {
+    "crossvit_tiny_224": (CrossViT, TINY),
+    "crossvit_small_224": (CrossViT, SMALL),
+    "crossvit_base_224": (CrossViT, BASE),
+    "crossvit_9_224": (CrossViT, NINE),
+    "crossvit_15_224": (CrossViT, FIFTEEN),
+    "crossvit_18_224": (CrossViT, EIGHTEEN),
+    "crossvit_9_dagger_224": (CrossViT, NINE | DAGGER),
+    "crossvit_15_dagger_224": (CrossViT, FIFTEEN | DAGGER),
+    "crossvit_18_dagger_224": (CrossViT, EIGHTEEN | DAGGER),
+    "crossvit_15_dagger_384": (CrossViT, FIFTEEN | DAGGER | LARGER),
+    "crossvit_18_dagger_384": (CrossViT, EIGHTEEN | DAGGER | LARGER),
+}
+
+
+def config(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What timm knows of a variant; its weights are timm's copy of the official ones."""
+    conv = ".0" if "stem" in arguments else ""
+    at_408 = arguments["img_size"] == 408
+    return {
+        "hf_hub_id": f"timm/{name.replace('_224', '_240').replace('_384', '_408')}.in1k",
+        "crop_pct": 1.0 if at_408 else 0.875,
+        "interpolation": "bicubic",
+        "first_conv": (f"embed_small.patches{conv}", f"embed_large.patches{conv}"),
+        "classifier": ("head.small", "head.large"),
+        "license": "apache-2.0",
+    }
+
+
+CONFIGS = {name: config(name, arguments) for name, (_, arguments) in VARIANTS.items()}
+LAST_STAGES = STAGES - 1, 2 * STAGES - 1
+register_variants(__name__, VARIANTS, configs=CONFIGS, out_indices=LAST_STAGES, read_pretrained=read_pretrained)

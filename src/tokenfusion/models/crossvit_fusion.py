@@ -1,0 +1,167 @@
+"""CrossViT's four ways to fuse two branches (Chen et al., arXiv 2103.14899, figure 3). The model is in `crossvit`.
+
+Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
+from tokenfusion.layers.blocks import drop_path, layer_norm
+from tokenfusion.layers.positions import Grid
+from tokenfusion.layers.tokens import map_to_tokens, tokens_to_map
+
+Pair = tuple[Tensor, Tensor]
+Grids = tuple[Grid, Grid]
+
+
+def project(dim: int, other: int) -> nn.Sequential:
+    """LayerNorm, GELU, Linear: from one branch's width to the other's."""
+    return nn.Sequential(layer_norm(dim), nn.GELU(), nn.Linear(dim, other))
+
+
+class ClsCrossAttention(nn.Module):
+    """Attention whose only query is the first token; the cost is linear in the number of tokens (equation 5).
+
+    Args:
+        dim: width C of a token.
+        heads: number of attention heads.
+        attn_drop, proj_drop: dropout rates of the map and of the result.
+    """
+
+    def __init__(self, dim: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.attend = Attend(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C), the query first, to (B, 1, C)."""
+        query = split_heads(self.q(tokens[:, :1]), self.heads)
+        keys, values = split_heads(self.k(tokens), self.heads), split_heads(self.v(tokens), self.heads)
+        return self.proj_drop(self.proj(merge_heads(self.attend(query, keys, values))))
+
+
+class Branch(NamedTuple):
+    """Width, heads and MLP ratio of one branch."""
+
+    dim: int
+    heads: int
+    mlp_ratio: float
+
+
+class Rates(NamedTuple):
+    """Dropout rates inside a stage."""
+
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+
+
+class CrossAttentionWay(nn.Module):
+    """One branch's CLS token asks the other branch's patches (figure 4).
+
+    Args:
+        own: the branch whose CLS token asks.
+        other: the branch that is asked.
+        rates: dropout rates.
+        path: rate of stochastic depth.
+    """
+
+    def __init__(self, own: Branch, other: Branch, rates: Rates, path: float) -> None:
+        super().__init__()
+        self.project = project(own.dim, other.dim)
+        self.norm = layer_norm(other.dim)
+        self.attn = ClsCrossAttention(other.dim, other.heads, *rates)
+        self.drop_path = drop_path(path)
+        self.project_back = project(other.dim, own.dim)
+
+    def forward(self, tokens: Tensor, other: Tensor) -> Tensor:
+        """Tokens of the branch and of the other, (B, 1 + N, C) each, to the branch's with a new CLS token."""
+        cls = self.project(tokens[:, :1])
+        cls = cls + self.drop_path(self.attn(self.norm(torch.cat([cls, other[:, 1:]], dim=1))))
+        return torch.cat([self.project_back(cls), tokens[:, 1:]], dim=1)
+
+
+class CrossAttentionFusion(nn.Module):
+    """Fusion (d), the one kept: each branch's CLS token asks the other branch's patches."""
+
+    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float) -> None:
+        super().__init__()
+        self.small = CrossAttentionWay(small, large, rates, path)
+        self.large = CrossAttentionWay(large, small, rates, path)
+
+    def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
+        """Tokens (B, 1 + N, C) of either branch to the same, fused."""
+        return self.small(small, large), self.large(large, small)
+
+
+class ProjectedFusion(nn.Module):
+    """What fusions (a) to (c) share: both branches projected to the large one's width, and back."""
+
+    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float) -> None:  # noqa: ARG002
+        super().__init__()
+        self.project_small, self.back_small = project(small.dim, large.dim), project(large.dim, small.dim)
+        self.project_large, self.back_large = project(large.dim, large.dim), project(large.dim, large.dim)
+
+
+class AllAttentionFusion(ProjectedFusion):
+    """Fusion (a): one self-attention over all tokens of both branches."""
+
+    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float) -> None:
+        super().__init__(small, large, rates, path)
+        self.norm = layer_norm(large.dim)
+        self.attn = SelfAttention(large.dim, large.heads, *rates)
+        self.drop_path = drop_path(path)
+
+    def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
+        """Tokens (B, 1 + N, C) of either branch to the same, fused."""
+        tokens = torch.cat([self.project_small(small), self.project_large(large)], dim=1)
+        tokens = tokens + self.drop_path(self.attn(self.norm(tokens)))
+        small, large = tokens.split([small.shape[1], large.shape[1]], dim=1)
+        return self.back_small(small), self.back_large(large)
+
+
+class ClsSumFusion(ProjectedFusion):
+    """Fusion (b): the CLS tokens are summed, the patches stay."""
+
+    def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
+        """Tokens (B, 1 + N, C) of either branch to the same, fused."""
+        cls = self.project_small(small[:, :1]) + self.project_large(large[:, :1])
+        return (
+            torch.cat([self.back_small(cls), small[:, 1:]], dim=1),
+            torch.cat([self.back_large(cls), large[:, 1:]], dim=1),
+        )
+
+
+class PairwiseFusion(ProjectedFusion):
+    """Fusion (c): CLS tokens summed, and tokens at the same place summed, one grid interpolated to the other."""
+
+    def forward(self, small: Tensor, large: Tensor, grids: Grids) -> Pair:
+        """Tokens (B, 1 + N, C) of either branch to the same, fused."""
+        from_small, from_large = self.project_small(small), self.project_large(large)
+        small_grid, large_grid = grids
+        return (
+            self.back_small(from_small + regrid(from_large, large_grid, small_grid)),
+            self.back_large(from_large + regrid(from_small, small_grid, large_grid)),
+        )
+
+
+def regrid(tokens: Tensor, old: Grid, new: Grid) -> Tensor:
+    """[CLS; h·w tokens] to [CLS; h'·w' tokens], interpolated bilinearly."""
+    patches = F.interpolate(tokens_to_map(tokens[:, 1:], old), size=new, mode="bilinear", align_corners=False)
+    return torch.cat([tokens[:, :1], map_to_tokens(patches)], dim=1)
+
+
+FUSIONS: dict[str, type[nn.Module]] = {
+    "all_attention": AllAttentionFusion,
+    "cls_sum": ClsSumFusion,
+    "pairwise": PairwiseFusion,
+    "cross_attention": CrossAttentionFusion,
+}

@@ -1,0 +1,346 @@
+"""DeepViT (Zhou et al., arXiv 2103.11886): deeper vision transformers by mixing the heads of attention.
+
+Source: the paper and the facts of its public code (zhoudaquan/dvit_repo); written anew. Deviations: any image size
+(padded with zeros to whole patches, position table interpolated) and any number of channels.
+
+Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+from tokenfusion.layers.attend import SelfAttention, attention_map, check_heads, merge_heads, split_heads
+from tokenfusion.layers.blocks import (
+    Block,
+    PaddedConv,
+    TokenEmbedding,
+    init_linear_and_norm,
+    layer_norm,
+    pad_to_multiple,
+    rising_rates,
+)
+from tokenfusion.layers.tokens import grid_of, tokens_to_map
+from tokenfusion.models.base import PaperModel, check_output_format, choose, image_size, linear_head
+from tokenfusion.models.official import OfficialNames, read_pretrained
+from tokenfusion.models.registration import register_variants
+
+PATCH_SIZE = 16
+
+
+class ConvPatches(nn.Sequential):
+    """Patches of 16 pixels through two convolutions at half the image's size, then 8×8 stride 8 (T2T's stem)."""
+
+    def __init__(self, in_chans: int, dim: int, hidden: int = 64) -> None:
+        super().__init__(
+            OrderedDict(
+                conv1=nn.Conv2d(in_chans, hidden, 7, stride=2, padding=3, bias=False),
+                norm1=nn.BatchNorm2d(hidden),
+                act1=nn.ReLU(inplace=True),
+                conv2=nn.Conv2d(hidden, hidden, 3, padding=1, bias=False),
+                norm2=nn.BatchNorm2d(hidden),
+                act2=nn.ReLU(inplace=True),
+                proj=nn.Conv2d(hidden, dim, PATCH_SIZE // 2, stride=PATCH_SIZE // 2),
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to (B, C, h, w)."""
+        return super().forward(pad_to_multiple(images, PATCH_SIZE))  # type: ignore[no-untyped-call]
+
+
+def linear_patches(in_chans: int, dim: int) -> nn.Module:
+    """Patches of 16 pixels, each through one linear map (ViT)."""
+    return PaddedConv(in_chans, dim, PATCH_SIZE, stride=PATCH_SIZE)
+
+
+class HeadMixing(nn.Module):
+    """Re-attention without a norm: the map of a head becomes a learned mixture of all heads' maps.
+
+    Args:
+        heads: number of attention heads H.
+        scale: factor on the result.
+    """
+
+    def __init__(self, heads: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.matrix = nn.Conv2d(heads, heads, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (B, H, N, N) to mixed maps (B, H, N, N)."""
+        bias = self.matrix.bias
+        assert bias is not None
+        return mix_heads(maps, self.scale * self.matrix.weight.flatten(1), self.scale * bias)
+
+
+class BatchNormMixing(HeadMixing):
+    """Re-attention as published: Norm(Θᵀ A) with BatchNorm over the heads.
+
+    In evaluation the norm is affine too, so that both are one product. With the map A_g of head g, Θ and b the
+    convolution's weight and bias, and μ σ² γ β ε of BatchNorm, head h is
+
+        s · (γ_h (Σ_g Θ_hg A_g + b_h - μ_h) / √(σ²_h + ε) + β_h)  =  Σ_g M_hg A_g + c_h,
+
+    where r_h = s γ_h / √(σ²_h + ε),  M_hg = r_h Θ_hg,  c_h = r_h (b_h - μ_h) + s β_h.
+    """
+
+    def __init__(self, heads: int, scale: float = 1.0) -> None:
+        super().__init__(heads, scale)
+        self.norm = nn.BatchNorm2d(heads)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (B, H, N, N) to mixed maps (B, H, N, N)."""
+        if self.training:
+            return self.norm(self.matrix(maps)) * self.scale
+        return mix_heads(maps, *self.folded())
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """M (H, H) and c (H,), as derived above."""
+        norm, bias, mean, variance = self.norm, self.matrix.bias, self.norm.running_mean, self.norm.running_var
+        assert bias is not None
+        assert mean is not None
+        assert variance is not None
+        ratio = self.scale * norm.weight * torch.rsqrt(variance + norm.eps)
+        shift = ratio * (bias - mean) + self.scale * norm.bias
+        return ratio[:, None] * self.matrix.weight.flatten(1), shift
+
+
+class LayerNormMixing(HeadMixing):
+    """Re-attention with LayerNorm over the heads, as other copies in circulation have it."""
+
+    def __init__(self, heads: int, scale: float = 1.0) -> None:
+        super().__init__(heads, scale)
+        self.norm = nn.LayerNorm(heads)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps (B, H, N, N) to mixed maps (B, H, N, N)."""
+        return self.norm(self.matrix(maps).movedim(1, -1)).movedim(-1, 1) * self.scale
+
+
+def mix_heads(maps: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+    """Σ_g M_hg A_g + c_h for maps (B, H, N, N), as one matrix product."""
+    batch, heads, queries, keys = maps.shape
+    mixed = torch.baddbmm(shift[None, :, None], matrix.expand(batch, heads, heads), maps.flatten(2))
+    return mixed.view(batch, heads, queries, keys)
+
+
+class ReAttention(nn.Module):
+    """Mixed(softmax(q kᵀ / √D)) v (section 4.2). The map is needed to mix the heads, so that it is always formed.
+
+    Args:
+        dim: width C of a token.
+        heads: number of attention heads H.
+        mixing: module from maps (B, H, N, N) to mixed maps.
+        attn_drop: dropout rate of the map, before it is mixed.
+        proj_drop: dropout rate of the result.
+    """
+
+    def __init__(self, dim: int, heads: int, mixing: nn.Module, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.mixing = mixing
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        queries, keys, values = (split_heads(part, self.heads) for part in self.qkv(tokens).chunk(3, dim=2))
+        maps = self.attn_drop(attention_map(queries, keys))
+        return self.proj_drop(self.proj(merge_heads(self.mixing(maps) @ values)))
+
+
+class RescaledBlock(Block):
+    """A block whose branches read half of the stream and write double: x + 2 branch(norm(x / 2))."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        tokens = tokens + 2 * self.drop_path(self.attn(self.norm1(tokens / 2)))
+        return tokens + 2 * self.drop_path(self.mlp(self.norm2(tokens / 2)))
+
+
+MIXINGS = {"none": HeadMixing, "batch_norm": BatchNormMixing, "layer_norm": LayerNormMixing}
+STEMS = {"linear": linear_patches, "conv": ConvPatches}
+BLOCKS = {"plain": Block, "rescaled": RescaledBlock}
+
+
+class DeepViT(PaperModel):
+    """A plain vision transformer whose last blocks re-attend.
+
+    Args:
+        img_size: height and width the position table is learned on, in pixels; forward takes any other too.
+        in_chans: channels of an image.
+        num_classes: outputs; 0 for none.
+        dim: width of a token.
+        depth: number of blocks.
+        heads: attention heads of a block.
+        mlp_ratio: hidden width of the MLPs, in units of `dim`.
+        re_attention: how many of the last blocks re-attend, the others having plain attention; all if None.
+        mixing_norm: norm after the mixing of heads: "none", "batch_norm" or "layer_norm".
+        mixing_scale: multiply the mixed maps by 1/√D once more, as `deepvit_s` does.
+        stem: how patches become tokens: "linear" or "conv".
+        block: "plain", or "rescaled" by a half and back.
+        drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the positions, after
+            linear maps, of attention maps.
+        drop_path_rate: rate of stochastic depth at the last block.
+
+    Raises:
+        InputError: heads that do not divide the width, an unknown choice, an impossible size.
+    """
+
+    official_names = OfficialNames(
+        rules=(
+            (r"^embed\.cls_token$", "cls_token"),
+            (r"^embed\.positions\.table$", "pos_embed"),
+            (r"^embed\.patches\.(weight|bias)$", r"patch_embed.proj.\1"),
+            (r"^embed\.patches\.norm(\d)", r"patch_embed.bn\1"),
+            (r"^embed\.patches\.", "patch_embed."),
+            (r"\.mixing\.matrix\.", ".reatten_matrix."),
+            (r"\.mixing\.norm\.", ".var_norm."),
+        ),
+        signature=r"\.reatten_matrix\.",
+    )
+
+    def __init__(
+        self,
+        *,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        dim: int = 384,
+        depth: int = 16,
+        heads: int = 12,
+        mlp_ratio: float = 3.0,
+        re_attention: int | None = None,
+        mixing_norm: str = "batch_norm",
+        mixing_scale: bool = False,
+        stem: str = "linear",
+        block: str = "plain",
+        drop_rate: float = 0.0,
+        pos_drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        re_attention = depth if re_attention is None else re_attention
+        mixing = choose(MIXINGS, mixing_norm, "mixing_norm")
+        scale = (dim // heads) ** -0.5 if mixing_scale else 1.0
+        drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+
+        def attention(index: int) -> nn.Module:
+            if index < depth - re_attention:
+                return SelfAttention(dim, heads, **drops)
+            return ReAttention(dim, heads, mixing(heads, scale), **drops)
+
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = dim
+        self.img_size = image_size(img_size)
+        patches = choose(STEMS, stem, "stem")(in_chans, dim)
+        self.embed = TokenEmbedding(patches, dim, grid_of(self.img_size, PATCH_SIZE), pos_drop_rate)
+        block_cls = choose(BLOCKS, block, "block")
+        self.blocks = nn.ModuleList(
+            block_cls(dim, attention(i), mlp_ratio, proj_drop_rate, path)
+            for i, path in enumerate(rising_rates(drop_path_rate, depth))
+        )
+        self.norm: nn.Module = layer_norm(dim)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.apply(init_linear_and_norm)
+        self.head = self.build_head(num_classes)
+        self.feature_info = [{"num_chs": dim, "reduction": PATCH_SIZE, "module": f"blocks.{i}"} for i in range(depth)]
+
+    def build_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.embed_dim, num_classes)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to normed tokens (B, 1 + h·w, C), CLS first."""
+        tokens, _ = self.embed(images)
+        for block in self.blocks:
+            tokens = self.run(block, tokens)
+        return self.norm(tokens)
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normed tokens (B, 1 + h·w, C) to logits (B, num_classes), or to the CLS token (B, C)."""
+        cls = self.head_drop(features[:, 0])
+        return cls if pre_logits else self.head(cls)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Patch tokens after chosen blocks, with timm's signature.
+
+        Returns:
+            The features as maps (B, C, h, w), or tokens for `output_fmt="NLC"`; each with its CLS token (B, 1, C) if
+            `return_prefix_tokens`; and before them, unless `intermediates_only`, what `forward_features` gives.
+        """
+        check_output_format(output_fmt)
+        take, last = feature_take_indices(len(self.blocks), indices)
+        features = []
+        tokens, grid = self.embed(x)
+        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
+            tokens = self.run(block, tokens)
+            if i in take:
+                taken = self.norm(tokens) if norm else tokens
+                patches = tokens_to_map(taken[:, 1:], grid) if output_fmt == "NCHW" else taken[:, 1:]
+                features.append((patches, taken[:, :1]) if return_prefix_tokens else patches)
+        return features if intermediates_only else (self.norm(tokens), features)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen features do not need: later blocks, the final norm, the head.
+
+        Returns:
+            The chosen features' indices, none negative.
+        """
+        take, last = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone."""
+        return {"embed.cls_token", "embed.positions.table"}
+
+
+PLAIN: dict[str, Any] = {"img_size": 224, "dim": 384}
+RESCALED: dict[str, Any] = {"img_size": 224, "stem": "conv", "block": "rescaled"}
+VARIANTS: dict[str, tuple[type[DeepViT], dict[str, Any]]] = {
+    "deepvit_16": (DeepViT, PLAIN | {"depth": 16}),
+    "deepvit_24": (DeepViT, PLAIN | {"depth": 24}),
+    "deepvit_32": (DeepViT, PLAIN | {"depth": 32}),
+    "deepvit_s": (DeepViT, RESCALED | {"dim": 396, "depth": 16, "re_attention": 5, "mixing_scale": True}),
+    "deepvit_l": (DeepViT, RESCALED | {"dim": 420, "depth": 32, "re_attention": 12}),
+    "deepvit_l_384": (DeepViT, RESCALED | {"dim": 420, "depth": 32, "re_attention": 12, "img_size": 384}),
+}
+OFFICIAL_CONFIG: dict[str, Any] = {
+    "crop_pct": 0.9,
+    "interpolation": "bicubic",
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.5, 0.5, 0.5),
+    "first_conv": "embed.patches",
+}
+CONFIGS = {
+    name: OFFICIAL_CONFIG
+    | ({"first_conv": "embed.patches.conv1"} if "stem" in arguments else {})
+    | ({"crop_pct": 1.0} if arguments["img_size"] > 224 else {})
+    for name, (_, arguments) in VARIANTS.items()
+}
+register_variants(__name__, VARIANTS, configs=CONFIGS, out_indices=(-3, -2, -1), read_pretrained=read_pretrained)

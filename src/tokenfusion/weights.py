@@ -1,0 +1,205 @@
+"""Weights of the papers' public code, of timm's copies and of this package: read, checked, fitted, and given back."""
+
+import argparse
+import pickle
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tokenfusion.errors import InputError
+from tokenfusion.models.base import PaperModel
+from tokenfusion.models.cmt import CMT
+from tokenfusion.models.crossvit import CrossViT
+from tokenfusion.models.deepvit import DeepViT
+from tokenfusion.models.official import fit_position_tables
+
+PAPERS: tuple[type[PaperModel], ...] = (CrossViT, DeepViT, CMT)
+WRAPPERS = ("model", "state_dict", "model_state_dict")
+PREFIXES = ("module.", "_orig_mod.")  # DistributedDataParallel's and torch.compile's
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What was done to make a file fit.
+
+    Attributes:
+        resized: position tables that were interpolated to the model's image size.
+        left_out: keys of a head with another number of classes; the model keeps its own.
+    """
+
+    resized: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> LoadedWeights:
+    """Load the weights of an official file, of timm's copy of one, or of this package's own, into a model.
+
+    Position tables are resized where only the image size differs. A head of another number of classes is left out,
+    with a warning. Either everything else fits, or the model is left as it was.
+
+    Args:
+        model: a CrossViT, DeepViT or CMT.
+        source: a `.pth` file (read without running code), a `.safetensors` file, or a state dict; perhaps inside
+            `{"model": ...}` or `{"state_dict": ...}`.
+
+    Raises:
+        InputError: the file cannot be read, or does not fit: with the first keys that differ and the likely reason.
+    """
+    model = paper_model(model)
+    state = model.official_names.translate(tensors_of(source), model)
+    own = model.state_dict()
+    resized = fit_position_tables(state, model)
+    fitted = state | resized
+    head = tuple(head_keys(fitted, own))
+    wanted = {key: value for key, value in own.items() if key not in head}
+    found = {key: value for key, value in fitted.items() if key not in head}
+    if differences := list(compare(found, wanted)):
+        shown = "; ".join(differences[:3]) + (f"; and {len(differences) - 3} more" if len(differences) > 3 else "")
+        raise InputError(f"the weights do not fit this model: {likely_reason(model, found, wanted)}. {shown}")
+    model.load_state_dict(found, strict=False)
+    if head:
+        warnings.warn(
+            f"the head was left out ({', '.join(head)}): the weights have {classes(fitted)} classes, "
+            f"the model {model.num_classes}",
+            stacklevel=2,
+        )
+    return LoadedWeights(resized=tuple(resized), left_out=head)
+
+
+def to_official(model: nn.Module) -> State:
+    """A model's state dict in the keys of its paper's public code; the tensors are the model's own.
+
+    Raises:
+        InputError: the model is none of CrossViT, DeepViT and CMT.
+    """
+    model = paper_model(model)
+    return {model.official_names.official(key): value for key, value in model.state_dict().items()}
+
+
+def paper_model(model: nn.Module) -> PaperModel:
+    """The model itself, if it is a paper's with public code; else InputError."""
+    if isinstance(model, PAPERS):
+        return model
+    names = ", ".join(paper.__name__ for paper in PAPERS)
+    raise InputError(f"a {type(model).__name__} has no official weights; give a model of {names}")
+
+
+def tensors_of(source: str | Path | Mapping[str, Any]) -> State:
+    """The state dict of a file or a mapping, out of its wrappers and prefixes; InputError if it holds none."""
+    name = str(source) if isinstance(source, str | Path) else "the state dict"
+    content: Any = read(Path(source)) if isinstance(source, str | Path) else source
+    while isinstance(content, Mapping) and (inner := next((w for w in WRAPPERS if is_dict(content.get(w))), None)):
+        content = content[inner]
+    if not isinstance(content, Mapping) or not content:
+        raise InputError(f"{name} holds no weights but a {type(content).__name__}; give a state dict")
+    if odd := [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]:
+        raise InputError(f"{name} holds something else than tensors, such as {odd[0]!r}; give a state dict")
+    state = dict(content)
+    for prefix in PREFIXES:
+        if all(key.startswith(prefix) for key in state):
+            state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state
+
+
+def is_dict(value: Any) -> bool:
+    """Whether a wrapper's entry is what it wraps."""
+    return isinstance(value, Mapping)
+
+
+def read(path: Path) -> Any:
+    """What a `.pth` or `.safetensors` file holds, without running any code it carries."""
+    if not path.is_file():
+        raise InputError(f"there is no file {path}; give the path of a .pth or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # official files keep their training's arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported" in str(error) and path.read_bytes()[:1] in (b"P", b"\x80"):  # a zip or a pickle indeed
+            raise InputError(
+                f"{path} holds other objects than tensors, which could carry code, and was not opened; "
+                "save its state dict alone"
+            ) from error
+        raise InputError(f"{path} is damaged, or not a file of weights; fetch it again") from error
+    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path} is damaged, or not a file of weights; fetch it again") from error
+
+
+def head_keys(state: State, own: State) -> Iterator[str]:
+    """Keys of the classifier, if the state's has another number of classes than the model's."""
+    keys = [key for key in (own | state) if key.startswith("head.")]
+    if any(key not in own or key not in state or len(own[key]) != len(state[key]) for key in keys):
+        yield from keys
+
+
+def classes(state: State) -> int:
+    """Number of classes of a state dict; 0 without a head."""
+    return next((len(value) for key, value in state.items() if key.startswith("head.")), 0)
+
+
+def compare(found: State, wanted: State) -> Iterator[str]:
+    """What differs, key by key in the model's order."""
+    for key, value in wanted.items():
+        if key not in found:
+            yield f"{key} is missing"
+        elif found[key].shape != value.shape:
+            yield f"{key} is {tuple(found[key].shape)}, the model's {tuple(value.shape)}"
+    yield from (f"{key} is not in the model" for key in found if key not in wanted)
+
+
+def likely_reason(model: PaperModel, found: State, wanted: State) -> str:
+    """Why weights do not fit, as far as one can tell, and what to do."""
+    paper = next((p for p in PAPERS if is_of(p, found)), None)
+    if paper is None and not found.keys() & wanted.keys():
+        return "they are of no model known here; give a file of " + type(model).__name__
+    if paper is not None and paper is not type(model):
+        return f"they are a {paper.__name__}'s, the model is a {type(model).__name__}; create the model they are of"
+    reshaped = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
+    if found.keys() == wanted.keys() and reshaped:
+        if all(key.endswith(".table") for key in reshaped):
+            return "the image size differs and the position table is not of a square grid; set img_size as it was"
+        if all(differs_in_channels(found[key], wanted[key]) for key in reshaped):
+            return f"another number of channels; create the model with in_chans={found[reshaped[0]].shape[1]}"
+    if fitting := next(variants_like(model, found), None):
+        return f"wrong variant: they fit {fitting}; create that model"
+    return "wrong variant, or other arguments than the model was created with"
+
+
+def is_of(paper: type[PaperModel], state: State) -> bool:
+    """Whether a key of the state, in any spelling, has the paper's signature."""
+    names = paper.official_names
+    return any(re.search(names.signature, spelling) for key in state for spelling in (key, names.official(key)))
+
+
+def variants_like(model: PaperModel, state: State) -> Iterator[str]:
+    """Names of the paper's variants that the state fits, but for the image size and the head."""
+    variants: Mapping[str, tuple[type[PaperModel], dict[str, Any]]] = sys.modules[type(model).__module__].VARIANTS
+    official = {model.official_names.official(key): value for key, value in state.items()}
+    for name, (model_cls, arguments) in variants.items():
+        with torch.device("meta"):
+            other = model_cls(**arguments)
+        if body_shapes(model.official_names.translate(official, other)) == body_shapes(other.state_dict()):
+            yield name
+
+
+def body_shapes(state: State) -> dict[str, torch.Size | None]:
+    """Shapes of all but the head; position tables, which may be resized, are of any."""
+    body = {key: value for key, value in state.items() if not key.startswith("head.")}
+    return {key: None if key.endswith(".table") else value.shape for key, value in body.items()}
+
+
+def differs_in_channels(found: Tensor, wanted: Tensor) -> bool:
+    """Whether two convolutions' weights differ in their input channels alone."""
+    return found.ndim == wanted.ndim == 4 and found[:, :1].shape == wanted[:, :1].shape
