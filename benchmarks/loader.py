@@ -18,16 +18,11 @@ the borders of epochs, which count.
 import argparse
 import io
 import itertools
-import json
-import os
-import platform
 import statistics
-import sys
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Generator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +33,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from common import describe
 from tokenfusion.data.images import read_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.sources import Source, open_source
 from tokenfusion.data.transforms import Augment, Preprocess
 from tokenfusion.files import write_json
+from tokenfusion.hardware import keep_freed_memory
 
 MEAN, STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 CROP_SCALE, HFLIP = 0.35, 0.5
@@ -108,12 +105,10 @@ def our_stream(source: Source, indices: np.ndarray, size: int, workers: int, cac
     preprocess = Preprocess((size, size), 3, MEAN, STD)
     augment = Augment((size, size), 3, CROP_SCALE, HFLIP, trivial_augment=False)
     loader = TrainLoader(images, augment, batch_size=BATCH_SIZE, seed=0, workers=workers)
-    memory: Tensor | None = None  # one batch's, used again and again, as a training step can
     try:
         for epoch in itertools.count():
             for batch, labels in loader.epoch(epoch):
-                memory = preprocess.normalize(batch, out=memory)
-                yield memory, labels
+                yield preprocess.normalize(batch), labels
     finally:
         loader.close()
 
@@ -180,13 +175,6 @@ def measure(streams: dict[str, Stream], size: int, workers: int, repetitions: in
     return result
 
 
-def hardware() -> dict[str, Any]:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": model, "cores": os.cpu_count(), "load_average_before": os.getloadavg()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder that holds cifar10/ and imagenette-224.tar")
@@ -195,11 +183,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="per measurement")
     options = parser.parse_args()
+    keep_freed_memory()  # as training does; timm's batches are allocated in the same process and gain as much
     result: dict[str, Any] = {
-        "command": "python " + " ".join(sys.argv),
-        "hardware": hardware(),
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "torchvision", "timm", "pillow", "pyarrow")},
+        **describe(),
         "batch_size": BATCH_SIZE,
         "crop_scale": CROP_SCALE,
         "hflip": HFLIP,
@@ -213,7 +199,6 @@ def main() -> None:
         streams = imagenette_streams(options.data, options.workers, Path(folder))
         result["results"].append(measure(streams, 224, *repeat))
     write_json(options.out, result)
-    print(json.dumps(result["hardware"]), "->", options.out)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def preset(model: str, data: str) -> dict[str, Any]:
     values: dict[str, Any] = {}
     if data == "digits" and not model:
         values |= {"model": "tokenfusion_early_micro"}
-    if data == "digits":  # 1,437 training images of 8×8 pixels; a mirrored digit is another sign
+    if data == "digits":  # 1,438 training images of 8×8 pixels; a mirrored digit is another sign
         values |= {
             "epochs": 40,
             "batch_size": 64,

@@ -1,12 +1,14 @@
 import json
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 
-from tokenfusion.data.transforms import CHANGES, Augment, Preprocess
+from tokenfusion.data.transforms import CHANGES, Augment, Box, Preprocess, random_box, resized_crop, trivial_augment
 from tokenfusion.errors import InputError
 
 
@@ -53,9 +55,17 @@ def test_resizing_agrees_with_pillow(size: tuple[int, int], img_size: tuple[int,
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1)])
-def test_a_long_thin_image_takes_no_long_way_round(size: tuple[int, int]) -> None:
+def test_a_long_thin_image_takes_no_long_way_round(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    resize, areas = v2.functional.resize, []
+
+    def recorded(image: torch.Tensor, side: list[int], antialias: bool) -> torch.Tensor:
+        areas.append(side[0] * side[1])
+        return resize(image, side, antialias=antialias)
+
+    monkeypatch.setattr(v2.functional, "resize", recorded)
     image = torch.full((3, *size), 77, dtype=torch.uint8)
-    assert (plain((224, 160)).resize(image) == 77).all()  # enlarged first, it would have 3.2 billion values
+    assert (plain((224, 160)).resize(image) == 77).all()
+    assert max(areas) <= 4 * 224 * 160  # enlarged first, it would be 1.5 billion
 
 
 def test_one_channel_is_the_luma_of_three() -> None:
@@ -74,12 +84,23 @@ def test_normalize_by_hand() -> None:
     torch.testing.assert_close(normal.view(2, 3), torch.tensor(expected))
 
 
-def test_normalize_keeps_the_batch_and_the_memory_format() -> None:
-    batch = torch.stack([noise(4, 6), noise(4, 6, 1)]).contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+@pytest.mark.parametrize("given", [False, True])
+def test_normalize_in_any_memory_format(in_chans: int, memory_format: torch.memory_format, given: bool) -> None:
+    mean, std = (0.1, 0.2, 0.7)[:in_chans], (0.3, 0.5, 0.2)[:in_chans]
+    batch = torch.stack([noise(4, 6), noise(4, 6, 1)])[:, :in_chans].contiguous(memory_format=memory_format)
     before = batch.clone()
-    normal = plain((4, 6)).normalize(batch)
+    out = torch.full((2, in_chans, 4, 6), torch.nan) if given else None
+    threads = torch.get_num_threads()
+    normal = Preprocess((4, 6), in_chans, mean, std).normalize(batch, out)
+    assert torch.get_num_threads() == threads
     assert torch.equal(batch, before)
-    assert normal.is_contiguous(memory_format=torch.channels_last)
+    assert normal is out or not given
+    assert given or normal.is_contiguous(memory_format=memory_format)
+    for channel in range(in_chans):
+        expected = (batch[:, channel].double() / 255 - mean[channel]) / std[channel]
+        torch.testing.assert_close(normal[:, channel].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_preprocess_travels_as_json() -> None:
@@ -110,17 +131,73 @@ def test_preprocess_refuses_nonsense(fields: tuple, reason: str) -> None:
         Preprocess(*fields)
 
 
-@pytest.mark.parametrize("trivial_augment", [False, True])
-def test_augment_draws_and_gives_what_torchvisions_modules_do(trivial_augment: bool) -> None:
-    augment = Augment((12, 16), 3, crop_scale=0.3, hflip=0.5, trivial_augment=trivial_augment)
-    steps = [v2.RandomResizedCrop((12, 16), scale=(0.3, 1.0), antialias=True), v2.RandomHorizontalFlip(0.5)]
-    modules = v2.Compose([*steps, v2.TrivialAugmentWide()] if trivial_augment else steps)
+def draw(boxes: int, crop_scale: float, height: int = 60, width: int = 90) -> np.ndarray:
+    torch.manual_seed(0)
+    return np.array([random_box(height, width, crop_scale) for _ in range(boxes)], dtype=float)
+
+
+def test_boxes_are_distributed_as_torchvisions() -> None:
+    torch.manual_seed(1)
+    crop = v2.RandomResizedCrop(8, scale=(0.3, 1.0))
+    image = noise(60, 90)
+    params = [crop.make_params([image]) for _ in range(4000)]
+    theirs = np.array([[p["top"], p["left"], p["height"], p["width"]] for p in params], dtype=float)
+    ours = draw(4000, 0.3)
+    derived: list[Callable[[np.ndarray], np.ndarray]] = [
+        lambda b: b[:, 0] + b[:, 2] / 2,
+        lambda b: b[:, 1] + b[:, 3] / 2,
+        lambda b: b[:, 2] * b[:, 3],
+        lambda b: b[:, 3] / b[:, 2],
+    ]
+    for quantity in derived:
+        assert ks_2samp(quantity(ours), quantity(theirs)).pvalue > 0.001
+
+
+def test_boxes_keep_to_scale_aspect_and_image() -> None:
+    top, left, height, width = draw(2000, 0.35).T
+    assert top.min() == left.min() == 0
+    assert ((top + height).max(), (left + width).max()) == (60, 90)
+    assert (height * width / 5400).min() >= 0.34
+    assert 0.72 <= (width / height).min() <= 0.78
+    assert 1.28 <= (width / height).max() <= 1.37
+
+
+@pytest.mark.parametrize("size", [(10, 1000), (1000, 10), (1, 50)])
+def test_an_image_without_room_for_a_box_gives_its_middle(size: tuple[int, int]) -> None:
+    params = v2.RandomResizedCrop(8, scale=(0.9, 1.0)).make_params([noise(*size)])
+    assert random_box(*size, 0.9) == (params["top"], params["left"], params["height"], params["width"])
+
+
+@pytest.mark.parametrize("box", [(2, 3, 15, 21), (0, 0, 7, 9), (5, 1, 12, 16), (19, 30, 1, 1)])
+def test_crops_are_torchvisions_in_either_memory_format(box: Box) -> None:
     image = noise(20, 31)
-    for seed in range(300 if trivial_augment else 50):
+    rows = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    expected = v2.functional.resized_crop(image, *box, [12, 16], antialias=True)
+    assert torch.equal(resized_crop(image, box, (12, 16)), expected)
+    assert torch.equal(resized_crop(rows, box, (12, 16)), expected)
+
+
+def test_trivial_augment_is_torchvisions() -> None:
+    theirs = v2.TrivialAugmentWide()
+    image = noise(20, 31)
+    for seed in range(300):
         torch.manual_seed(seed)
-        ours = augment(image)
+        ours = trivial_augment(image)
         torch.manual_seed(seed)
-        assert torch.equal(ours, modules(image)), seed
+        assert torch.equal(ours, theirs(image)), seed
+
+
+def test_augment_crops_flips_and_changes() -> None:
+    image = noise(20, 31)
+    augment = Augment((12, 16), 3, crop_scale=0.3, hflip=0.5, trivial_augment=True)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        result = augment(image)
+        torch.manual_seed(seed)
+        expected = resized_crop(image, random_box(20, 31, 0.3), (12, 16))
+        if torch.rand(1).item() < 0.5:
+            expected = v2.functional.horizontal_flip(expected)
+        assert torch.equal(result, v2.TrivialAugmentWide()(expected))
 
 
 def test_every_change_but_none_changes_something() -> None:

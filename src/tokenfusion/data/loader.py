@@ -157,7 +157,7 @@ class ResizedImages(Dataset[Batch]):
 
 
 def stack(images: list[Tensor]) -> Tensor:
-    """(C, h, w) each to (B, C, h, w) in channels-last memory; collating, unlike torch.stack, shares it in a worker at once."""
+    """Images (C, h, w) as a batch (B, C, h, w) in channels-last memory; collating in a worker makes it shared."""
     batch: Tensor = default_collate([image.permute(1, 2, 0) for image in images])
     return batch.permute(0, 3, 1, 2)
 

@@ -48,23 +48,21 @@ class Preprocess:
         image = cover(image, self.img_size, self.crop_pct)
         return F.rgb_to_grayscale(image) if self.in_chans == 1 else image
 
-    def normalize(self, batch: Tensor, out: Tensor | None = None) -> Tensor:
+    def normalize(self, batch: Tensor) -> Tensor:
         """Scale to what the model was trained on: `(batch / 255 - mean) / std`.
 
         Args:
             batch: uint8 (B, in_chans, h, w), on any device.
-            out: float32 of the same shape to write to, such as the last step's; most of the time that a large batch takes
-                is spent on getting fresh memory from the system.
 
         Returns:
-            float32, same shape and device; the same memory format, where `out` does not say otherwise.
+            float32, same shape, device and memory format.
         """
         mean, std = (torch.tensor(values, device=batch.device) * 255 for values in (self.mean, self.std))
-        pixels = torch.empty_like(batch, dtype=torch.float32) if out is None else out
-        pixels.copy_(batch)
-        if pixels.is_contiguous(memory_format=torch.channels_last):  # long rows are faster than three values at a time
-            width = batch.shape[-1]
-            pixels.permute(0, 2, 3, 1).flatten(2).sub_(mean.repeat(width)).div_(std.repeat(width))
+        pixels = batch.to(torch.float32, copy=True)
+        if pixels.is_contiguous(memory_format=torch.channels_last):  # long rows are faster than three values each
+            size, _, height, width = batch.shape
+            rows = pixels.permute(0, 2, 3, 1).view(size, height, -1)
+            rows.sub_(mean.repeat(width)).div_(std.repeat(width))
         else:
             pixels.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
         return pixels

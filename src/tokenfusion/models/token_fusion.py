@@ -257,7 +257,7 @@ class PixelsToPatches(nn.Module):
         """Map (B, channels, h, w) and [CLS; patch tokens] (B, 1 + P, C) on `grid` to new tokens (B, 1 + P, C)."""
         cls, patches = tokens[:, :1], tokens[:, 1:]
         update = self.pixels(F.adaptive_avg_pool2d(feature_map, grid))
-        return torch.cat([cls, patches + self.gate * update], dim=1)
+        return torch.cat([cls, patches + self.gate.to(update.dtype) * update], dim=1)
 
 
 class PatchesToPixels(nn.Module):
@@ -272,7 +272,7 @@ class PatchesToPixels(nn.Module):
     def forward(self, tokens: Tensor, feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
         """[CLS; patch tokens] (B, 1 + P, C) on `grid` and map (B, channels, h, w) to a new map (B, channels, h, w)."""
         update = tokens_to_map(self.proj(self.norm(tokens[:, 1:])), grid)
-        return feature_map + self.gate * F.adaptive_avg_pool2d(update, size_of(feature_map))
+        return feature_map + self.gate.to(update.dtype) * F.adaptive_avg_pool2d(update, size_of(feature_map))
 
 
 class LayerwiseFusion(TokenFusion):
@@ -325,7 +325,7 @@ TRANSFORMER = {
     "base": {"img_size": 224, "patch_size": 16, "dim": 768, "heads": 12, "mlp_ratio": 4.0, "stem_stride": 2},
 }
 CNN = {
-    "micro": {"stem": 32, "conv_dims": (48, 96, 192)},
+    "micro": {"stem": 24, "conv_dims": (56, 112, 224)},
     "tiny": {"stem": 32, "conv_dims": (64, 128, 256)},
     "small": {"stem": 64, "conv_dims": (96, 192, 384)},
     "base": {"stem": 64, "conv_dims": (128, 256, 512)},
@@ -339,7 +339,7 @@ DEPTHS: dict[type[TokenFusion], dict[str, dict[str, Any]]] = {
         "base": {"conv_depths": (2, 3, 2), "depth": 4},
     },
     LateFusion: {
-        "micro": {"conv_depths": (1, 1, 1), "depth": 2, "fusion_depth": 1},
+        "micro": {"conv_depths": (1, 1, 1), "depth": 3, "fusion_depth": 1},
         "tiny": {"conv_depths": (1, 2, 1), "depth": 5, "fusion_depth": 1},
         "small": {"conv_depths": (2, 2, 1), "depth": 6, "fusion_depth": 2},
         "base": {"conv_depths": (2, 3, 2), "depth": 6, "fusion_depth": 2},

@@ -1,0 +1,47 @@
+"""What the benchmarks share: a description of where they ran, and timing in turns."""
+
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from tokenfusion.hardware import default_device, hardware_name
+
+
+def describe() -> dict[str, Any]:
+    """Command, hardware and versions, for the head of a result."""
+    packages = ("torch", "torchvision", "timm", "pillow", "pyarrow")
+    return {
+        "command": "python " + " ".join(sys.argv),
+        "hardware": hardware_name(default_device()),
+        "threads": torch.get_num_threads(),
+        "load_average_before": [round(value, 2) for value in os.getloadavg()],
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }
+
+
+def time_in_turns(ways: dict[str, Callable[[], Any]], repetitions: int, seconds: float = 0.2) -> dict[str, float]:
+    """Median milliseconds of a call of each way; the ways take turns, so that a drifting machine favours none.
+
+    Args:
+        ways: name to a call.
+        repetitions: turns.
+        seconds: how long a turn lasts at least.
+    """
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for call in ways.values():
+        call()
+    for _ in range(repetitions):
+        for name, call in ways.items():
+            calls, start = 0, time.perf_counter()
+            while (passed := time.perf_counter() - start) < seconds:
+                call()
+                calls += 1
+            times[name].append(1000 * passed / calls)
+    return {name: statistics.median(values) for name, values in times.items()}

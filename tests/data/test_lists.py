@@ -1,0 +1,83 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from making import LIMIT, pixels_of
+
+from tokenfusion.data.decode import UnreadableImage
+from tokenfusion.data.sources import open_source
+from tokenfusion.errors import InputError
+
+Tree = dict[str, np.ndarray]
+SaveTree = Callable[[Path, Tree], Path]
+
+
+def test_csv_splits_and_odd_names(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
+    save_tree(tmp_path, {"a b/new\nline,1.png": pets["cat/1.png"], "c.png": pets["dog/1.png"]})
+    (tmp_path / "x.csv").write_text('path,label,split\n"a b/new\nline,1.png",Ä,train\nc.png,b,Train\n./c.png,b,valid\n')
+    source = open_source(tmp_path / "x.csv")
+    assert source.classes == ("b", "Ä")
+    assert source.splits == ["train", "train", "val"]
+    assert source.names == ["a b/new\nline,1.png", "c.png", "c.png"]
+    assert np.array_equal(pixels_of(source, 0), pets["cat/1.png"])
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../x.png", "a/../../x.png", ".."])
+def test_a_list_may_not_leave_its_folder(path: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(f"path,label\nok.png,a\n{path},b\n")
+    with pytest.raises(InputError, match=r"line 3: path='.*' leaves the list's folder"):
+        open_source(tmp_path / "x.csv")
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("file,label\nx.png,a\n", r"first line is \['file', 'label'\]; it must name columns path,label"),
+        ("", "must name columns"),
+        ("path,label\n", "no image found"),
+        ("path,label\nx.png,\n", "line 2: label=''"),
+        ("path,label\nx.png\n", "line 2: label=None"),
+        ("path,label,split\nx.png,a,dev\n", "line 2: split='dev' is not known; choose train"),
+        ("path,label,split\nx.png,a,train\ny.png,b,\n", "'y.png' is in no split while others are"),
+        ('path,label\n"x.png,a\n', "cannot be read"),
+    ],
+)
+def test_csv_that_cannot_be_used(text: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text(text)
+    with pytest.raises(InputError, match=reason):
+        open_source(tmp_path / "x.csv")
+
+
+def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(b"path,label\n\xe9.png,a\n")
+    with pytest.raises(InputError, match="UTF-8"):
+        open_source(tmp_path / "x.csv")
+
+
+def test_jsonl_labels_may_be_numbers_and_names_anything(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
+    save_tree(tmp_path, {"new\nline.png": pets["cat/1.png"]})
+    rows = [
+        {"path": "new\nline.png", "label": 3},
+        {"path": "nul\0.png", "label": 10},
+        {"path": "\ud800.png", "label": 3},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    source = open_source(tmp_path / "x.jsonl")
+    assert source.classes == ("10", "3")
+    assert np.array_equal(pixels_of(source, 0), pets["cat/1.png"])
+    for index in (1, 2):
+        source.names[index].encode()
+        with pytest.raises(UnreadableImage, match="cannot be read"):
+            source.decode(index, LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [("nonsense", "not JSON"), ("[1]", "is not like"), ('{"path": "x.png"}', "label=None"), ("[" * 9999, "not JSON")],
+)
+def test_jsonl_that_cannot_be_used(line: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"path": "a.png", "label": "a"}\n' + line + "\n")
+    with pytest.raises(InputError, match=f"line 2: .*{reason}"):
+        open_source(tmp_path / "x.jsonl")

@@ -1,0 +1,131 @@
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from making import LIMIT, pixels_of, png, write_parquet
+
+from tokenfusion.data import parquet
+from tokenfusion.data.decode import UnreadableImage
+from tokenfusion.data.sources import open_source
+from tokenfusion.errors import InputError
+
+Tree = dict[str, np.ndarray]
+SaveTree = Callable[[Path, Tree], Path]
+
+
+def test_parquet_files_tell_their_split(tmp_path: Path, pets: Tree) -> None:
+    files = [png(pixels) for pixels in pets.values()]
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00001"):
+        write_parquet(
+            tmp_path / "data" / f"{name}.parquet", files, [1, 0, 1] + [0] * 8, ["zebra", "ant"], image="picture"
+        )
+    (tmp_path / "README.md").write_text("x")
+    source = open_source(tmp_path)
+    assert source.classes == ("zebra", "ant")  # in the metadata's order
+    assert source.splits == ["test"] * 11 + ["train"] * 22
+    assert source.labels[:4].tolist() == [1, 0, 1, 0]
+    assert source.names[14] == "data/train-00000-of-00002.parquet:3"
+    assert source.ignored == 1
+    for index in (32, 0, 13, 14, 31):
+        assert np.array_equal(pixels_of(source, index), list(pets.values())[index % 11])
+
+
+def test_one_parquet_file(tmp_path: Path, pets: Tree) -> None:
+    write_parquet(tmp_path / "train.parquet", [png(pets["cat/1.png"])] * 2, [0, 1], ["a", "b"])
+    assert open_source(tmp_path / "train.parquet").splits == ["train", "train"]
+
+
+@pytest.mark.parametrize(
+    ("name", "split"), [("val/0.parquet", "val"), ("validation-x.parquet", "val"), ("trainer.parquet", "")]
+)
+def test_split_of_a_parquet_name(name: str, split: str) -> None:
+    assert parquet.split_of(name) == split
+
+
+def test_parquet_memory_is_bounded(
+    tmp_path: Path, picture: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = [png(picture(number, 20, 20)) for number in range(10)]
+    write_parquet(tmp_path / "train.parquet", files, [0, 1] * 5, ["a", "b"])
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * len(files[0]))  # one row group, of two images, fits
+    source = open_source(tmp_path)
+    for index in (0, 9, 1, 5, 4, 8):
+        assert np.array_equal(pixels_of(source, index), picture(index, 20, 20))
+        assert len(source.cache.groups) == 1  # type: ignore[attr-defined]
+
+
+def test_parquet_integer_labels_without_names(tmp_path: Path, pets: Tree) -> None:
+    write_parquet(tmp_path / "train.parquet", [png(pets["cat/1.png"])] * 4, [10, 9, 10, 9])
+    source = open_source(tmp_path)
+    assert source.classes == ("9", "10")
+    assert source.labels.tolist() == [1, 0, 1, 0]
+
+
+def test_parquet_rows_without_bytes_or_with_bad_ones(tmp_path: Path, pets: Tree) -> None:
+    write_parquet(tmp_path / "train.parquet", [None, b"", b"text", png(pets["cat/1.png"])], [0, 1, 0, 1], ["a", "b"])
+    source = open_source(tmp_path)
+    for index, reason in enumerate(["holds no bytes", "0 bytes", "not an image"]):
+        with pytest.raises(UnreadableImage, match=reason):
+            source.decode(index, LIMIT)
+    assert np.array_equal(pixels_of(source, 3), pets["cat/1.png"])
+
+
+def test_parquet_that_vanishes(tmp_path: Path, pets: Tree) -> None:
+    write_parquet(tmp_path / "train.parquet", [png(pets["cat/1.png"])] * 2, [0, 1], ["a", "b"])
+    source = open_source(tmp_path)
+    (tmp_path / "train.parquet").unlink()
+    with pytest.raises(UnreadableImage, match="row group cannot be read"):
+        source.decode(0, LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "reason"),
+    [
+        ([0, None], ["a", "b"], r"'train.parquet:1' has no label"),
+        ([0, -1], ["a", "b"], r"'train.parquet:1' has label -1, but the metadata has 2 class names"),
+        ([0, 2], ["a", "b"], r"label 2"),
+        (["x", "y"], ["a", "b"], "string, but its metadata names integer"),
+    ],
+)
+def test_parquet_labels_that_mean_nothing(labels: list[Any], names: list[str], reason: str, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [b"", b""], labels, names)
+    with pytest.raises(InputError, match=reason):
+        open_source(tmp_path)
+
+
+def test_parquet_files_that_disagree(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "train.parquet", [b""], [0], ["a", "b"])
+    write_parquet(tmp_path / "test.parquet", [b""], [0], ["b", "a"])
+    with pytest.raises(InputError, match=r"'test.parquet' and 'train.parquet' differ"):
+        open_source(tmp_path)
+
+
+def test_parquet_of_which_only_some_name_a_split(tmp_path: Path) -> None:
+    for name in ("train", "more"):
+        write_parquet(tmp_path / f"{name}.parquet", [b"", b""], [0, 1], ["a", "b"])
+    with pytest.raises(InputError, match=r"'more.parquet:0' is in no split"):
+        open_source(tmp_path)
+
+
+def test_parquet_without_images_labels_or_format(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    pq.write_table(pa.table({"text": ["x"], "label": [0]}), path)
+    with pytest.raises(InputError, match="'text', 'label' hold no images"):
+        open_source(path)
+    pq.write_table(pa.table({"image": [b"x"], "fine": [0], "coarse": [0]}), path)
+    with pytest.raises(InputError, match="which of 'fine', 'coarse' is the label"):
+        open_source(path)
+    path.write_bytes(b"PAR1 and then nonsense")
+    with pytest.raises(InputError, match="not readable as Parquet"):
+        open_source(path)
+
+
+def test_cifar10_as_it_is(shared_data: Path) -> None:
+    source = open_source(shared_data / "cifar10")
+    assert source.classes[:3] == ("airplane", "automobile", "bird")
+    assert (source.splits.count("train"), source.splits.count("test")) == (50_000, 10_000)
+    assert source.decode(59_999, LIMIT).shape == (3, 32, 32)

@@ -1,0 +1,116 @@
+"""Classifier: the same image gives the same prediction however it is given, and weights travel with class names."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import tokenfusion
+from tokenfusion import Classifier, InputError
+
+
+@pytest.fixture(scope="module")
+def classifier(trained):
+    return Classifier.load(trained)
+
+
+def picture(height=13, width=9, seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def test_paths_arrays_and_pil_images_give_the_same_prediction(classifier, tmp_path):
+    pixels = picture()
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    one, two, three, four = classifier.predict(
+        [tmp_path / "a.png", str(tmp_path / "a.png"), pixels, Image.fromarray(pixels)]
+    )
+    assert one.path == str(tmp_path / "a.png")
+    assert three.path == ""
+    assert one.topk == two.topk == three.topk == four.topk
+
+
+def test_a_single_image_needs_no_list(classifier):
+    (prediction,) = classifier.predict(picture())
+    assert prediction.label in classifier.classes
+
+
+def test_scores_are_the_softmax_of_the_model(classifier):
+    pixels = picture(8, 8)
+    (prediction,) = classifier.predict(pixels, topk=99)
+    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    expected = classifier.logits(batch).softmax(1)[0]
+    assert [label for label, _ in prediction.topk] == [classifier.classes[i] for i in expected.argsort(descending=True)]
+    assert prediction.score == pytest.approx(expected.max().item())
+    assert sum(score for _, score in prediction.topk) == pytest.approx(1, abs=1e-5)
+
+
+def test_gray_arrays_and_alpha_are_read_as_seen(classifier):
+    gray = picture()[..., 0]
+    assert classifier.predict(gray)[0].topk == classifier.predict(np.stack([gray] * 3, -1))[0].topk
+    assert classifier.predict(gray[..., None])[0].topk == classifier.predict(gray)[0].topk
+    transparent = np.dstack([picture(), np.zeros((13, 9), np.uint8)])
+    assert classifier.predict(transparent)[0].topk == classifier.predict(np.full((13, 9, 3), 255, np.uint8))[0].topk
+
+
+def test_an_unreadable_file_does_not_stop_the_others(classifier, tmp_path):
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
+    good, bad, also_good = classifier.predict([picture(), tmp_path / "bad.jpg", picture(seed=1)], batch_size=2)
+    assert not good.error
+    assert not also_good.error
+    assert bad.error
+    assert bad.to_dict() == {"path": str(tmp_path / "bad.jpg"), "error": bad.error}
+
+
+def test_predictions_do_not_depend_on_the_batch(classifier):
+    several = [picture(seed=seed) for seed in range(5)]
+    together = classifier.predict(several, batch_size=5)
+    alone = [classifier.predict(image)[0] for image in several]
+    for one, other in zip(together, alone, strict=True):
+        assert one.label == other.label
+        assert one.score == pytest.approx(other.score, rel=0.05)  # bfloat16 products
+
+
+def test_huge_images_are_refused_by_the_limit(classifier, tmp_path):
+    Image.fromarray(picture(20, 30)).save(tmp_path / "large.png")
+    (prediction,) = classifier.predict(tmp_path / "large.png", max_pixels=599)
+    assert "600 pixels, more than max_pixels=599" in prediction.error
+
+
+@pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8)])
+def test_arrays_that_are_no_image_are_refused(classifier, image):
+    with pytest.raises(InputError, match=r"is not an image; give uint8"):
+        classifier.predict(image)
+
+
+def test_classes_travel_with_the_model(classifier):
+    assert classifier.classes == tuple("0123456789")
+    assert classifier.preprocess.img_size == (8, 8)
+
+
+def test_grayscale_models(tmp_path):
+    classifier = Classifier.create("tokenfusion_late_micro", ["a", "b"], in_chans=1, img_size=(16, 24))
+    classifier.save_description(tmp_path)
+    classifier.save_weights(tmp_path)
+    loaded = Classifier.load(tmp_path)
+    assert loaded.preprocess.in_chans == 1
+    assert loaded.predict(picture())[0].topk == classifier.predict(picture())[0].topk
+
+
+def test_the_public_names():
+    for name in tokenfusion.__all__:
+        assert getattr(tokenfusion, name) is not None
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = tokenfusion.nothing
+
+
+def test_torch_files_are_not_opened(tmp_path, trained):
+    import shutil
+
+    run = shutil.copytree(trained, tmp_path / "run")
+    buffer = io.BytesIO()
+    torch.save(Classifier.load(run).model.state_dict(), buffer)
+    (run / "model.safetensors").write_bytes(buffer.getvalue())
+    with pytest.raises(InputError, match="pickled weights are refused"):
+        Classifier.load(run)

@@ -1,0 +1,88 @@
+"""Writes are whole or not at all."""
+
+import json
+import multiprocessing
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
+from tokenfusion.errors import InputError
+from tokenfusion.files import write_atomic, write_json
+
+
+def test_a_write_that_fails_leaves_the_old_bytes_and_no_rubbish(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(temporary):
+        temporary.write_text("half of the ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_atomic(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def die_while_writing(path: Path) -> None:
+    def write(temporary):
+        temporary.write_text("half")
+        signal.raise_signal(signal.SIGKILL)
+
+    write_atomic(path, write)
+
+
+def test_a_kill_while_writing_leaves_the_old_bytes(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    process = multiprocessing.get_context("forkserver").Process(target=die_while_writing, args=(path,))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert path.read_text() == "old"
+
+
+def test_json_is_utf8_and_readable(tmp_path):
+    write_json(tmp_path / "a.json", {"Größe": [1, 2]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"Größe": [1, 2]}
+    assert "Größe" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
+def test_tensors_and_their_description_come_back_to_the_bit(tmp_path):
+    tensors = {
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "half": torch.randn(3).bfloat16(),
+        "scalar": torch.tensor(7),
+    }
+    save_tensors(tmp_path / "t", tensors, {"step": 3, "loss": 0.1 + 0.2})
+    loaded, description = load_tensors(tmp_path / "t")
+    assert description == {"step": 3, "loss": 0.1 + 0.2}
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor)
+        assert loaded[name].dtype == tensor.dtype
+
+
+@pytest.mark.parametrize("damage", [b"", b"rubbish", None])
+def test_damaged_tensors_are_refused(tmp_path, damage):
+    path = tmp_path / "t"
+    save_tensors(path, {"a": torch.zeros(100)})
+    path.write_bytes(path.read_bytes()[:-10] if damage is None else damage)
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_tensors(path)
+
+
+def test_weights_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.clone()
+    for tensors, said in (
+        ({"weight": torch.ones(2, 3)}, "bias is missing"),
+        ({"weight": torch.ones(2, 3), "bias": torch.ones(2), "extra": torch.ones(1)}, "extra is unknown"),
+        ({"weight": torch.ones(2, 4), "bias": torch.ones(2)}, r"weight has shape \(2, 4\), not \(2, 3\)"),
+    ):
+        with pytest.raises(InputError, match=said):
+            load_weights_exactly(model, tensors, tmp_path)
+        assert torch.equal(model.weight, before)

@@ -1,0 +1,68 @@
+"""The recipe: whole through TOML, refused early."""
+
+import pytest
+
+from tokenfusion import InputError, Recipe
+from tokenfusion.recipe import FIELDS, dump_recipe, load_recipe, preset
+
+
+def test_a_recipe_survives_toml(tmp_path):
+    recipe = Recipe(data='a "b"\n', img_size=(96, 128), lr=3e-4, trivial_augment=True, precision="bf16", epochs=7)
+    (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
+    assert Recipe(**load_recipe(tmp_path / "recipe.toml")) == recipe
+    assert load_recipe(tmp_path / "recipe.toml").keys() == set(FIELDS)
+
+
+def test_one_number_is_both_sides():
+    assert Recipe(img_size=(64,)).img_size == (64, 64)
+    assert Recipe(img_size=64).img_size == (64, 64)  # as a TOML file may say it
+
+
+def test_whole_numbers_pass_as_floats():
+    assert isinstance(Recipe(lr=1).lr, float)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"epochs": 0}, "epochs=0 is out of range; give a value from 1"),
+        ({"lr": float("nan")}, "lr=nan is out of range"),
+        ({"epochs": 1.5}, "epochs=1.5 is of type float; give a value of type int"),
+        ({"epochs": True}, "epochs=True is of type bool"),
+        ({"hflip": "yes"}, "hflip='yes' is of type str"),
+        ({"precision": "fp16"}, "precision='fp16' is not known; choose one of: auto, fp32, bf16"),
+        ({"in_chans": 4}, "in_chans=4 is not known; choose one of: 1, 3"),
+        ({"img_size": (32, 0)}, "is not a size"),
+        ({"img_size": "32"}, "must be whole numbers"),
+        ({"batch_size": 10, "accumulate": 4}, "try batch_size=8"),
+    ],
+)
+def test_bad_values_are_refused_with_the_remedy(changes, said):
+    with pytest.raises(InputError, match=said.replace("(", r"\(")):
+        Recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("lr = ", "give a readable TOML file"), ("learning_rate = 1", "no field is called 'learning_rate'")],
+)
+def test_bad_files_are_refused(tmp_path, text, said):
+    (tmp_path / "recipe.toml").write_text(text)
+    with pytest.raises(InputError, match=said):
+        load_recipe(tmp_path / "recipe.toml")
+
+
+def test_the_recipes_that_ship_are_recipes():
+    from pathlib import Path
+
+    shipped = list((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+    assert shipped
+    for path in shipped:
+        Recipe(**load_recipe(path))
+
+
+def test_the_preset_of_digits_never_mirrors():
+    assert preset("", "digits")["hflip"] == 0.0
+    assert preset("", "digits")["model"] == "tokenfusion_early_micro"
+    assert "model" not in preset("tokenfusion_late_tiny", "digits")
+    assert "hflip" not in preset("tokenfusion_early_micro", "photos")
