@@ -112,7 +112,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         model.set_grad_checkpointing(enable)
         torch.manual_seed(3)
         model(images(48, 48)).square().sum().backward()
-        gradients.append({key: parameter.grad for key, parameter in model.named_parameters()})
+        gradients.append({key: p.grad for key, p in model.named_parameters()} | dict(model.named_buffers()))
     for key, gradient in gradients[0].items():
         assert torch.equal(gradient, gradients[1][key]), key
 

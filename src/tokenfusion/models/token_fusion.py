@@ -310,51 +310,41 @@ class LayerwiseFusion(TokenFusion):
         return self.norm(tokens)
 
 
-TRANSFORMER = {
-    "micro": {
-        "img_size": 32,
-        "patch_size": 4,
-        "dim": 96,
-        "heads": 3,
-        "mlp_ratio": 2.0,
-        "stem_stride": 1,
-        "num_classes": 10,
-    },
-    "tiny": {"img_size": 224, "patch_size": 16, "dim": 192, "heads": 3, "mlp_ratio": 4.0, "stem_stride": 2},
-    "small": {"img_size": 224, "patch_size": 16, "dim": 384, "heads": 6, "mlp_ratio": 4.0, "stem_stride": 2},
-    "base": {"img_size": 224, "patch_size": 16, "dim": 768, "heads": 12, "mlp_ratio": 4.0, "stem_stride": 2},
+SIZES: dict[str, dict[str, Any]] = {
+    "micro": {"img_size": 32, "num_classes": 10, "patch_size": 8, "dim": 96, "heads": 3, "mlp_ratio": 2.0}
+    | {"stem": 32, "stem_stride": 1},
+    "tiny": {"img_size": 224, "patch_size": 16, "dim": 192, "heads": 3, "mlp_ratio": 4.0}
+    | {"stem": 32, "stem_stride": 2, "conv_dims": (64, 128, 256), "conv_depths": (1, 2, 1)},
+    "small": {"img_size": 224, "patch_size": 16, "dim": 384, "heads": 6, "mlp_ratio": 4.0}
+    | {"stem": 48, "stem_stride": 2, "conv_dims": (96, 192, 384), "conv_depths": (1, 2, 1)},
+    "base": {"img_size": 224, "patch_size": 16, "dim": 768, "heads": 12, "mlp_ratio": 4.0}
+    | {"stem": 64, "stem_stride": 2, "conv_dims": (128, 256, 512), "conv_depths": (2, 2, 2)},
 }
-CNN = {
-    "micro": {"stem": 24, "conv_dims": (56, 112, 224)},
-    "tiny": {"stem": 32, "conv_dims": (64, 128, 256)},
-    "small": {"stem": 64, "conv_dims": (96, 192, 384)},
-    "base": {"stem": 64, "conv_dims": (128, 256, 512)},
-}
-# Spend what the budget (docs/design.md) allows: MACs of micro at 32×32, of the others at 224×224.
+# What spends the budget (docs/design.md): MACs of micro at 32×32, of the others at 224×224.
 DEPTHS: dict[type[TokenFusion], dict[str, dict[str, Any]]] = {
     EarlyFusion: {
-        "micro": {"conv_depths": (1, 1, 1), "depth": 2},
-        "tiny": {"conv_depths": (1, 2, 1), "depth": 3},
-        "small": {"conv_depths": (2, 2, 1), "depth": 4},
-        "base": {"conv_depths": (2, 3, 2), "depth": 4},
+        "micro": {"conv_dims": (64, 128), "conv_depths": (1, 1), "depth": 2},
+        "tiny": {"depth": 3},
+        "small": {"depth": 4},
+        "base": {"depth": 4},
     },
     LateFusion: {
-        "micro": {"conv_depths": (1, 1, 1), "depth": 3, "fusion_depth": 1},
-        "tiny": {"conv_depths": (1, 2, 1), "depth": 5, "fusion_depth": 1},
-        "small": {"conv_depths": (2, 2, 1), "depth": 6, "fusion_depth": 2},
-        "base": {"conv_depths": (2, 3, 2), "depth": 6, "fusion_depth": 2},
+        "micro": {"conv_dims": (64, 128), "conv_depths": (1, 1), "depth": 3, "fusion_depth": 1},
+        "tiny": {"depth": 5, "fusion_depth": 1},
+        "small": {"depth": 7, "fusion_depth": 2},
+        "base": {"depth": 6, "fusion_depth": 2},
     },
-    LayerwiseFusion: {
-        "micro": {"conv_depths": (1, 1, 1), "depth": 3, "gate": 1.0},
-        "tiny": {"conv_depths": (1, 2, 1), "depth": 6, "gate": 1.0},
-        "small": {"conv_depths": (2, 2, 1), "depth": 6, "gate": 1.0},
-        "base": {"conv_depths": (2, 3, 2), "depth": 9, "gate": 1.0},
+    LayerwiseFusion: {  # from random weights there is nothing to protect: the gates start open
+        "micro": {"conv_dims": (64, 128), "conv_depths": (1, 1), "depth": 4, "gate": 1.0},
+        "tiny": {"depth": 6, "gate": 1.0},
+        "small": {"depth": 9, "gate": 1.0},
+        "base": {"conv_depths": (2, 3, 2), "depth": 6, "gate": 1.0},
     },
 }
 STRATEGIES: dict[str, type[TokenFusion]] = {"late": LateFusion, "early": EarlyFusion, "layerwise": LayerwiseFusion}
 VARIANTS = {
-    f"tokenfusion_{strategy}_{size}": (model_cls, TRANSFORMER[size] | CNN[size] | DEPTHS[model_cls][size])
+    f"tokenfusion_{strategy}_{size}": (model_cls, config | DEPTHS[model_cls][size])
     for strategy, model_cls in STRATEGIES.items()
-    for size in TRANSFORMER
+    for size, config in SIZES.items()
 }
 register_variants(__name__, VARIANTS)
