@@ -27,7 +27,6 @@ class ResidualBlock(nn.Module):
         same = stride == 1 and in_chans == out_chans
         self.shortcut = nn.Identity() if same else ConvNorm(in_chans, out_chans, 1, stride)
         self.act = nn.ReLU()
-        nn.init.zeros_(self.conv2.norm.weight)  # starts as its shortcut: arXiv 1706.02677, section 5.1
 
     def forward(self, feature_map: Tensor) -> Tensor:
         update = self.conv2(self.act(self.conv1(feature_map)))

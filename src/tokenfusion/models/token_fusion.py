@@ -312,7 +312,7 @@ class LayerwiseFusion(TokenFusion):
 
 SIZES: dict[str, dict[str, Any]] = {
     "micro": {"img_size": 32, "num_classes": 10, "patch_size": 8, "dim": 96, "heads": 3, "mlp_ratio": 2.0}
-    | {"stem": 32, "stem_stride": 1},
+    | {"stem": 32, "stem_stride": 1, "conv_dims": (32, 64, 128), "conv_depths": (2, 3, 2)},
     "tiny": {"img_size": 224, "patch_size": 16, "dim": 192, "heads": 3, "mlp_ratio": 4.0}
     | {"stem": 32, "stem_stride": 2, "conv_dims": (64, 128, 256), "conv_depths": (1, 2, 1)},
     "small": {"img_size": 224, "patch_size": 16, "dim": 384, "heads": 6, "mlp_ratio": 4.0}
@@ -323,19 +323,19 @@ SIZES: dict[str, dict[str, Any]] = {
 # What spends the budget (docs/design.md): MACs of micro at 32×32, of the others at 224×224.
 DEPTHS: dict[type[TokenFusion], dict[str, dict[str, Any]]] = {
     EarlyFusion: {
-        "micro": {"conv_dims": (64, 128), "conv_depths": (1, 1), "depth": 2},
+        "micro": {"depth": 2},
         "tiny": {"depth": 3},
         "small": {"depth": 4},
         "base": {"depth": 4},
     },
     LateFusion: {
-        "micro": {"conv_dims": (64, 128), "conv_depths": (1, 1), "depth": 3, "fusion_depth": 1},
+        "micro": {"depth": 3, "fusion_depth": 1},
         "tiny": {"depth": 5, "fusion_depth": 1},
         "small": {"depth": 7, "fusion_depth": 2},
         "base": {"depth": 6, "fusion_depth": 2},
     },
     LayerwiseFusion: {  # from random weights there is nothing to protect: the gates start open
-        "micro": {"conv_dims": (64, 128), "conv_depths": (1, 1), "depth": 4, "gate": 1.0},
+        "micro": {"depth": 3, "gate": 1.0},
         "tiny": {"depth": 6, "gate": 1.0},
         "small": {"depth": 9, "gate": 1.0},
         "base": {"conv_depths": (2, 3, 2), "depth": 6, "gate": 1.0},

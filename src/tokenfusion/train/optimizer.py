@@ -1,23 +1,32 @@
-"""What moves the weights: AdamW's parameter groups, the learning rate, and randomness as functions of the step."""
+"""What moves the weights: the optimiser, and its learning rate and randomness as functions of the step."""
 
 from math import cos, pi
+from typing import Any
 
 import torch
+from timm.optim.muon import Muon
 from torch import nn
 
 from tokenfusion.data.loader import mix
 from tokenfusion.recipe import Recipe
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; weight decay on matrices and kernels only, not on biases, norms, gates, positions and CLS."""
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Muon (timm's) or AdamW; weight decay on matrices and kernels only.
+
+    Muon orthogonalises the momentum of a matrix or a flattened kernel and scales it to the root mean square of AdamW's
+    updates, so that one learning rate serves both; biases, norms, gates, positions and CLS are left to AdamW.
+    """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (free if parameter.ndim <= 1 or name in exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
+        (others if parameter.ndim <= 1 or name in exempt else matrices).append(parameter)
+    decayed: dict[str, Any] = {"params": matrices, "weight_decay": recipe.weight_decay}
+    free: dict[str, Any] = {"params": others, "weight_decay": 0.0}
+    if recipe.optimizer == "muon":
+        return Muon([decayed, free | {"use_fallback": True}], lr=recipe.lr, nesterov=True)
+    return torch.optim.AdamW([decayed, free], lr=recipe.lr, fused=True)
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

@@ -123,7 +123,8 @@ class TrainState:
         if self.best:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
+            values = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
         try:
             save_tensors(path, tensors, asdict(self.progress))
         except (OSError, SafetensorError) as error:
