@@ -76,10 +76,15 @@ def test_positions_are_the_table_on_their_own_grid_and_smooth_on_others():
     assert (larger.diff(dim=1).abs() < 1e-6).all()  # and is the same along them
 
 
-def test_a_residual_block_starts_as_its_shortcut():
+def test_a_residual_block_adds_two_convolutions_to_its_shortcut():
     torch.manual_seed(0)
-    block, feature_map = ResidualBlock(6, 6).eval(), torch.randn(2, 6, 5, 7)
-    assert torch.equal(block(feature_map), feature_map.relu())
+    block, feature_map = ResidualBlock(6, 9, stride=2).eval(), torch.randn(2, 6, 5, 7)
+    for norm in (block.conv1.norm, block.conv2.norm, block.shortcut.norm):
+        norm.running_var.fill_(4.0)  # so that a norm halves
+    first = (F.conv2d(feature_map, block.conv1.conv.weight, stride=2, padding=1) / 2).relu()
+    second = F.conv2d(first, block.conv2.conv.weight, padding=1) / 2
+    beside = F.conv2d(feature_map, block.shortcut.conv.weight, stride=2) / 2
+    torch.testing.assert_close(block(feature_map), (second + beside).relu(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (1, 5)])

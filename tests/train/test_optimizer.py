@@ -25,9 +25,10 @@ def test_without_warm_up_the_first_step_is_the_peak():
     assert learning_rate(small_recipe(lr=0.3, warmup_epochs=0.0), 0, 5) == pytest.approx(0.3)
 
 
-def test_decay_falls_on_matrices_and_kernels_alone():
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_decay_falls_on_matrices_and_kernels_alone(name):
     model = create_model("tokenfusion_layerwise_micro")
-    optimizer = make_optimizer(model, small_recipe(weight_decay=0.3))
+    optimizer = make_optimizer(model, small_recipe(weight_decay=0.3, optimizer=name))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, free = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.3, 0.0]
@@ -36,6 +37,22 @@ def test_decay_falls_on_matrices_and_kernels_alone():
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
     for name in ("cls_token", "positions.table", "to_patches.0.gate", "to_pixels.0.gate", "norm.weight", "head.bias"):
         assert name in free
+
+
+def test_muon_turns_a_matrix_by_an_orthogonal_step_as_long_as_adamws_and_leaves_vectors_to_adamw():
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 4)
+    recipe = small_recipe(weight_decay=0.0, lr=0.01)
+    optimizer = make_optimizer(model, recipe)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    model(torch.randn(32, 6)).square().sum().backward()
+    optimizer.step()
+    step = (model.weight - before["weight"]).detach() / recipe.lr
+    singular = torch.linalg.svdvals(step)
+    assert singular.max() / singular.min() < 2.5  # five Newton-Schulz steps bring them near each other
+    assert 0.1 < step.square().mean().sqrt() < 0.4  # AdamW's usual root mean square, 0.2 by Moonlight's rule
+    assert "exp_avg" in optimizer.state[model.bias]
+    assert "exp_avg" not in optimizer.state[model.weight]
 
 
 def test_a_step_draws_the_same_whatever_came_before():
