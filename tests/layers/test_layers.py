@@ -89,7 +89,7 @@ def test_a_residual_block_adds_two_convolutions_to_its_shortcut():
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (1, 5)])
 def test_trunk_and_patches_agree_on_grids(size):
-    trunk = ConvTrunk(3, 4, 2, dims=(5, 6), depths=(1, 2)).eval()
+    trunk = ConvTrunk(3, 4, strides=(2, 2, 2), dims=(5, 6), depths=(1, 2)).eval()
     assert trunk.reductions == (4, 8)
     with torch.no_grad():
         assert tuple(trunk(torch.randn(1, 3, *size)).shape[-2:]) == grid_of(size, 8)

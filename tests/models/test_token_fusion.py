@@ -9,7 +9,7 @@ from tokenfusion.models.token_fusion import LayerwiseFusion, PatchesToPixels, Pi
 
 STRATEGIES = ("late", "early", "layerwise")
 TINY = {
-    "dim": 24, "heads": 3, "mlp_ratio": 2.0, "patch_size": 4, "stem": 8, "stem_stride": 1,
+    "dim": 24, "heads": 3, "mlp_ratio": 2.0, "patch_size": 4, "stem": 8, "conv_strides": (1, 2, 2),
     "conv_dims": (12, 20), "conv_depths": (1, 1), "img_size": 16, "num_classes": 3,
 }  # fmt: skip
 

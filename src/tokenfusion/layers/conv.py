@@ -4,6 +4,8 @@ Dense 3×3 convolutions, BatchNorm and ReLU: a CPU does more of such multiply-ad
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 from torch import Tensor, nn
 
@@ -34,26 +36,29 @@ class ResidualBlock(nn.Module):
 
 
 class ConvTrunk(nn.Module):
-    """A stem and stages of residual blocks; each stage halves the map.
+    """A stem and stages of residual blocks; the first block of a stage strides.
 
     Args:
         in_chans: channels of the images.
         stem: width of the stem.
-        stem_stride: stride of the stem: 1 for 32-pixel images, 2 for larger ones.
+        strides: of the stem and of each stage.
         dims: width of each stage.
         depths: residual blocks in each stage.
     """
 
-    def __init__(self, in_chans: int, stem: int, stem_stride: int, dims: Sequence[int], depths: Sequence[int]) -> None:
+    def __init__(
+        self, in_chans: int, stem: int, strides: Sequence[int], dims: Sequence[int], depths: Sequence[int]
+    ) -> None:
         super().__init__()
-        self.stem = nn.Sequential(ConvNorm(in_chans, stem, stride=stem_stride), nn.ReLU())
-        widths = [stem, *dims]
+        self.stem = nn.Sequential(ConvNorm(in_chans, stem, stride=strides[0]), nn.ReLU())
         self.stages = nn.ModuleList(
-            nn.Sequential(*[ResidualBlock(before if i == 0 else dim, dim, 2 if i == 0 else 1) for i in range(depth)])
-            for before, dim, depth in zip(widths, dims, depths, strict=False)
+            nn.Sequential(
+                ResidualBlock(before, dim, stride), *[ResidualBlock(dim, dim) for _ in range(depth - 1)]
+            )
+            for before, dim, depth, stride in zip((stem, *dims[:-1]), dims, depths, strides[1:], strict=True)
         )
         self.dims = tuple(dims)
-        self.reductions = tuple(stem_stride * 2 ** (i + 1) for i in range(len(dims)))
+        self.reductions = tuple(accumulate(strides, mul))[1:]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the last stage's map (B, dims[-1], h, w)."""

@@ -48,7 +48,7 @@ class TokenFusion(nn.Module):
         num_classes: outputs of the head; 0 for none.
         dim, heads, depth, mlp_ratio: width, heads, blocks and MLP expansion of the transformer.
         patch_size: side of a patch in pixels.
-        stem, stem_stride, conv_dims, conv_depths: the CNN, as in `ConvTrunk`.
+        stem, conv_strides, conv_dims, conv_depths: the CNN, as in `ConvTrunk`.
         drop_rate: dropout before the head.
         drop_path_rate: largest rate of stochastic depth; it grows linearly with depth.
     """
@@ -62,7 +62,7 @@ class TokenFusion(nn.Module):
         mlp_ratio: float,
         patch_size: int,
         stem: int,
-        stem_stride: int,
+        conv_strides: Sequence[int],
         conv_dims: Sequence[int],
         conv_depths: Sequence[int],
         img_size: int | tuple[int, int] = 224,
@@ -79,7 +79,7 @@ class TokenFusion(nn.Module):
         self.patch_size = patch_size
         self.grad_checkpointing = False
 
-        self.cnn = ConvTrunk(in_chans, stem, stem_stride, conv_dims, conv_depths)
+        self.cnn = ConvTrunk(in_chans, stem, conv_strides, conv_dims, conv_depths)
         self.patches = PatchTokens(in_chans, dim, patch_size)
         self.positions = Positions(dim, grid_of(self.img_size, patch_size))
         self.cls_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
@@ -311,14 +311,14 @@ class LayerwiseFusion(TokenFusion):
 
 
 SIZES: dict[str, dict[str, Any]] = {
-    "micro": {"img_size": 32, "num_classes": 10, "patch_size": 8, "dim": 96, "heads": 3, "mlp_ratio": 2.0}
-    | {"stem": 32, "stem_stride": 1, "conv_dims": (32, 64, 128), "conv_depths": (2, 3, 2)},
+    "micro": {"img_size": 32, "num_classes": 10, "patch_size": 8, "dim": 64, "heads": 2, "mlp_ratio": 2.0}
+    | {"stem": 16, "conv_strides": (1, 1, 2, 2), "conv_dims": (16, 48, 96), "conv_depths": (1, 2, 1)},
     "tiny": {"img_size": 224, "patch_size": 16, "dim": 192, "heads": 3, "mlp_ratio": 4.0}
-    | {"stem": 32, "stem_stride": 2, "conv_dims": (64, 128, 256), "conv_depths": (1, 2, 1)},
+    | {"stem": 32, "conv_strides": (2, 2, 2, 2), "conv_dims": (64, 128, 256), "conv_depths": (1, 2, 1)},
     "small": {"img_size": 224, "patch_size": 16, "dim": 384, "heads": 6, "mlp_ratio": 4.0}
-    | {"stem": 48, "stem_stride": 2, "conv_dims": (96, 192, 384), "conv_depths": (1, 2, 1)},
+    | {"stem": 48, "conv_strides": (2, 2, 2, 2), "conv_dims": (96, 192, 384), "conv_depths": (1, 2, 1)},
     "base": {"img_size": 224, "patch_size": 16, "dim": 768, "heads": 12, "mlp_ratio": 4.0}
-    | {"stem": 64, "stem_stride": 2, "conv_dims": (128, 256, 512), "conv_depths": (2, 2, 2)},
+    | {"stem": 64, "conv_strides": (2, 2, 2, 2), "conv_dims": (128, 256, 512), "conv_depths": (2, 2, 2)},
 }
 # What spends the budget (docs/design.md): MACs of micro at 32×32, of the others at 224×224.
 DEPTHS: dict[type[TokenFusion], dict[str, dict[str, Any]]] = {
