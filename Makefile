@@ -29,4 +29,4 @@ test: .venv/test.stamp
 	$(BIN)/pytest -n 2
 
 clean:
-	rm -rf .venv build runs *.egg-info
+	rm -rf .venv build src/*.egg-info runs/demo

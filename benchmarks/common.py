@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ def describe() -> dict[str, Any]:
     """Command, hardware and versions, for the head of a result."""
     packages = ("torch", "torchvision", "timm", "pillow", "pyarrow")
     return {
-        "command": "python " + " ".join(sys.argv),
+        "command": "python " + " ".join(Path(word).name if word.startswith(("/", "..")) else word for word in sys.argv),
         "hardware": hardware_name(default_device()),
         "threads": torch.get_num_threads(),
         "load_average_before": [round(value, 2) for value in os.getloadavg()],

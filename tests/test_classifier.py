@@ -1,6 +1,7 @@
 """Classifier: the same image gives the same prediction however it is given, and weights travel with class names."""
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 
 import tokenfusion
 from tokenfusion import Classifier, InputError
+from tokenfusion.recipe import load_recipe
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +62,7 @@ def test_an_unreadable_file_does_not_stop_the_others(classifier, tmp_path):
     assert not good.error
     assert not also_good.error
     assert bad.error
+    assert (bad.label, bad.score) == ("", 0.0)
     assert bad.to_dict() == {"path": str(tmp_path / "bad.jpg"), "error": bad.error}
 
 
@@ -74,8 +77,17 @@ def test_predictions_do_not_depend_on_the_batch(classifier):
 
 def test_huge_images_are_refused_by_the_limit(classifier, tmp_path):
     Image.fromarray(picture(20, 30)).save(tmp_path / "large.png")
-    (prediction,) = classifier.predict(tmp_path / "large.png", max_pixels=599)
+    (prediction,) = replace(classifier, max_pixels=599).predict(tmp_path / "large.png")
     assert "600 pixels, more than max_pixels=599" in prediction.error
+
+
+def test_the_limit_of_a_run_travels_with_it(trained, classifier):
+    assert classifier.max_pixels == load_recipe(trained / "recipe.toml")["max_pixels"]
+
+
+def test_no_class_is_no_prediction(classifier):
+    with pytest.raises(InputError, match="topk=0 names no class"):
+        classifier.predict(picture(), topk=0)
 
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8)])

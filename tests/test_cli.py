@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -101,7 +103,7 @@ def test_the_whole_job(command, tmp_path, digit):
     status, output, _ = command("train", "digits", "--model", "tokenfusion_late_micro", *QUICK, "--out", run)
     assert status == 0
     assert "epoch 1/1" in output
-    assert f"tokenfusion evaluate {run}" in output
+    assert f"tokenfusion evaluate '{run}'" in output
     status, output, _ = command("evaluate", run, "--json")
     assert status == 0
     assert json.loads(output) == json.loads((run / "evaluation.json").read_text())
@@ -128,6 +130,19 @@ def test_evaluation_is_of_the_held_out_images(command, run):
     assert f"{result['top1']:.2%}" in output
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert result["top1"] == pytest.approx(last["val_top1"])  # the shipped weights are those that training judged
+
+
+def test_data_with_only_a_train_part_is_judged_on_what_was_held_out_of_it(command, tmp_path):
+    for name in "ab":
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(tmp_path / "data" / "train" / name / f"{i}.png")
+    run = tmp_path / "run"
+    assert command("train", tmp_path / "data", "--model", "tokenfusion_early_micro", *QUICK, "--out", run)[0] == 0
+    for words in ([], [tmp_path / "data"]):
+        assert command("evaluate", run, *words)[0] == 0
+        result = json.loads((run / "evaluation.json").read_text())
+        assert (result["n"], result["split"]) == (4, "val")
 
 
 def test_evaluation_on_the_training_part(command, run):
@@ -201,6 +216,15 @@ def test_predict_csv_can_be_read_back(command, run, tmp_path, digit):
     assert 0 < float(row["score"]) <= 1
 
 
+def test_names_that_are_not_utf8_are_predicted_all_the_same(run, tmp_path, digit):
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    shutil.copy(digit, name)
+    words = [sys.executable, "-m", "tokenfusion", "predict", str(run), "-", "--format", "json"]
+    done = subprocess.run(words, input=name + b"\n" + os.fsencode(digit), capture_output=True, check=True)
+    assert [json.loads(line)["label"] for line in done.stdout.splitlines()] != []
+    assert len(done.stdout.splitlines()) == 2
+
+
 def test_models_lists_costs(command):
     status, output, _ = command("models", "*_micro", "--json")
     assert status == 0
@@ -260,6 +284,16 @@ def test_a_run_folder_that_exists_is_not_overwritten(command, run):
     assert "holds a run already" in errors
     assert "--resume" in errors
     assert (run / "model.safetensors").read_bytes() == before
+
+
+def test_a_users_own_recipe_is_not_overwritten(command, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "recipe.toml").write_text("# dear\nlr = 0.003\n")
+    words = ("train", "digits", *QUICK, "--recipe", tmp_path / "mine" / "recipe.toml", "--out", tmp_path / "mine")
+    status, _, errors = command(*words)
+    assert status == 2
+    assert "not an empty folder" in errors
+    assert (tmp_path / "mine" / "recipe.toml").read_text() == "# dear\nlr = 0.003\n"
 
 
 def test_a_folder_with_other_things_is_not_written_into(command, tmp_path):
@@ -336,16 +370,16 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
     assert "set aside 1 unreadable" in output
 
 
-def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path):
-    import signal
-
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, workers):
     words = [
         *(sys.executable, "-m", "tokenfusion", "train", "digits"),
-        *("--img-size", "8", "--epochs", "500", "--out", str(tmp_path / "run")),
+        *("--img-size", "8", "--epochs", "500", "--workers", str(workers), "--out", str(tmp_path / "run")),
     ]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(words, **pipes, text=True, start_new_session=True)
     assert any("epoch 1/500" in line for line in process.stdout)  # wait until it trains
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal signals the loader processes too
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"tokenfusion train --resume {tmp_path / 'run'}" in errors

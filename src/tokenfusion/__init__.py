@@ -55,12 +55,12 @@ class RegisterAfterTimm(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != "timm":
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
         if spec and spec.loader:
             load = spec.loader.exec_module
 
             def load_and_register(module: ModuleType) -> None:
+                sys.meta_path.remove(self)
                 load(module)
                 importlib.import_module("tokenfusion.models")
 

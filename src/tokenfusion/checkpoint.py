@@ -14,13 +14,24 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import write_atomic
 
 FORMAT = 1  # of the run folder; a reader refuses a newer one
+DESCRIPTION_KEYS = (
+    *("name", "classes", "preprocess", "precision", "max_pixels"),
+    *("parameters", "macs", "versions", "hardware"),
+)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any] | None = None) -> None:
     """Write tensors, with a JSON description in the file's header, whole or not at all."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     metadata = {"description": json.dumps(description or {})}
-    write_atomic(path, lambda temporary: save_file(contiguous, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        try:
+            save_file(contiguous, temporary, metadata)
+        except SafetensorError as error:  # its way to say that the disk is full
+            raise OSError(str(error)) from error
+
+    write_atomic(path, write)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -86,6 +97,9 @@ def load_description(run: Path) -> dict[str, Any]:
     version = description.get("format") if isinstance(description, dict) else None
     if not isinstance(version, int):
         raise InputError(f"{path} names no format; it is damaged, train again with another --out")
+    missing = [key for key in DESCRIPTION_KEYS if key not in description]
+    if version <= FORMAT and missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}; it is damaged, train again with another --out")
     if version > FORMAT:
         raise InputError(
             f"{run} is of format {version}, newer than the {FORMAT} that this version reads; update tokenfusion"

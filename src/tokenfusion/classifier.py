@@ -29,10 +29,10 @@ from tokenfusion.files import write_json
 from tokenfusion.hardware import Precision, autocast, default_device, hardware_name
 from tokenfusion.models import create_model, default_config
 from tokenfusion.models.cost import count_macs, count_parameters
+from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 
 ImageLike = str | Path | np.ndarray | Image.Image
-MAX_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Prediction:
 
     @property
     def label(self) -> str:
-        return self.topk[0][0]
+        return self.topk[0][0] if self.topk else ""
 
     @property
     def score(self) -> float:
-        return self.topk[0][1]
+        return self.topk[0][1] if self.topk else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         if self.error:
@@ -75,6 +75,7 @@ class Classifier:
         preprocess: from a decoded image to the model's input.
         device: where the model is.
         precision: arithmetic of inference.
+        max_pixels: largest image, in pixels, that is decoded at all.
     """
 
     name: str
@@ -83,6 +84,7 @@ class Classifier:
     preprocess: Preprocess
     device: torch.device
     precision: Precision = "auto"
+    max_pixels: int = Recipe.max_pixels
 
     @classmethod
     def create(
@@ -95,6 +97,7 @@ class Classifier:
         precision: Precision = "auto",
         device: torch.device | None = None,
         drop_path: float = 0.0,
+        max_pixels: int = Recipe.max_pixels,
     ) -> Self:
         """Build an untrained model for these classes, with the preprocessing that its variant names.
 
@@ -104,6 +107,7 @@ class Classifier:
             precision: arithmetic of inference.
             device: where to put the model; the first GPU where there is one, else the CPU, when not given.
             drop_path: largest rate of stochastic depth while training.
+            max_pixels: largest image that is decoded at all.
         """
         rates = {"drop_path_rate": drop_path} if drop_path else {}
         model = create_model(name, num_classes=len(classes), in_chans=in_chans, img_size=img_size, **rates)
@@ -116,7 +120,7 @@ class Classifier:
             std=std if in_chans == 3 else (sum(std) / 3,),
         )
         device = device or default_device()
-        return cls(name, as_placed(model, device), tuple(classes), preprocess, device, precision)
+        return cls(name, as_placed(model, device), tuple(classes), preprocess, device, precision, max_pixels)
 
     @classmethod
     def load(cls, run: str | Path, device: torch.device | None = None) -> Self:
@@ -141,6 +145,7 @@ class Classifier:
             in_chans=preprocess.in_chans,
             img_size=preprocess.img_size,
             precision=description["precision"],
+            max_pixels=description["max_pixels"],
             device=device,
         )
         tensors, _ = load_tensors(weights)
@@ -157,6 +162,7 @@ class Classifier:
             "classes": list(self.classes),
             "preprocess": self.preprocess.to_dict(),
             "precision": self.precision,
+            "max_pixels": self.max_pixels,
             "parameters": count_parameters(self.model),
             "macs": count_macs(self.name, num_classes=len(self.classes), in_chans=in_chans, img_size=img_size),
             "versions": {
@@ -191,7 +197,6 @@ class Classifier:
         *,
         topk: int = 5,
         batch_size: int = 64,
-        max_pixels: int = MAX_PIXELS,
     ) -> list[Prediction]:
         """Classify images, one prediction each, in order; an unreadable file gives a prediction with `error`.
 
@@ -199,28 +204,29 @@ class Classifier:
             images: paths, arrays (H, W) or (H, W, 3) uint8, or PIL images; one or a sequence.
             topk: how many classes to name.
             batch_size: images in the model at once.
-            max_pixels: largest image that is decoded at all.
         """
         several = [images] if isinstance(images, str | Path | np.ndarray | Image.Image) else images
-        return list(self.iter_predictions(several, topk=topk, batch_size=batch_size, max_pixels=max_pixels))
+        return list(self.iter_predictions(several, topk=topk, batch_size=batch_size))
 
     def iter_predictions(
-        self, images: Iterable[ImageLike], *, topk: int = 5, batch_size: int = 64, max_pixels: int = MAX_PIXELS
+        self, images: Iterable[ImageLike], *, topk: int = 5, batch_size: int = 64
     ) -> Iterator[Prediction]:
         """As `predict`, batch by batch, for inputs without end."""
+        if topk < 1:
+            raise InputError(f"topk={topk} names no class; give 1 or more")
         waiting: list[tuple[str, Tensor | str]] = []
         for image in images:
-            waiting.append(self.prepare(image, max_pixels))
+            waiting.append(self.prepare(image))
             if len(waiting) == batch_size:
                 yield from self.predict_prepared(waiting, topk)
                 waiting = []
         yield from self.predict_prepared(waiting, topk)
 
-    def prepare(self, image: ImageLike, max_pixels: int) -> tuple[str, Tensor | str]:
+    def prepare(self, image: ImageLike) -> tuple[str, Tensor | str]:
         """An image's path, and its prepared pixels or why there are none."""
         path = str(image) if isinstance(image, str | Path) else ""
         try:
-            return path, self.preprocess.resize(decode(image, max_pixels))
+            return path, self.preprocess.resize(decode(image, self.max_pixels))
         except UnreadableImage as error:
             return path, str(error)
 

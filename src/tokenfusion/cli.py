@@ -1,6 +1,9 @@
 """The command `tokenfusion`: typed verbs that import what they need when they are called."""
 
+import io
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -95,7 +98,10 @@ def train(
     except training.Interrupted:
         errors.print(f"\nstopped and saved; go on with `{resume_command(run)}`")
         sys.exit(130)
-    console.print(f"the model is in {run}; next: tokenfusion evaluate {run}")
+    except KeyboardInterrupt:
+        errors.print(f"\nstopped at the last checkpoint; go on with `{resume_command(run)}`")
+        sys.exit(130)
+    console.print(f"the model is in {run}; next: tokenfusion evaluate {shlex.quote(str(run))}")
 
 
 @app.command
@@ -134,7 +140,7 @@ def evaluate(
         console.print(f"  skipped {image['path']}: {image['reason']}")
     console.print(f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}), top-5 {result['top5']:.2%}")
     console.print(f"loss {result['loss']:.4f}, calibration error {result['ece']:.4f}")
-    console.print(f"written to {run / 'evaluation.json'}; next: tokenfusion report {run}")
+    console.print(f"written to {run / 'evaluation.json'}; next: tokenfusion report {shlex.quote(str(run))}")
 
 
 @app.command
@@ -163,12 +169,11 @@ def predict(
     output
         A table to read, a JSON object per image and line, or CSV.
     """
+    from tokenfusion.classifier import Classifier
     from tokenfusion.predict import PRINTERS, expand
 
-    if topk < 1:
-        raise InputError(f"topk={topk} names no class; give 1 or more")
-    from tokenfusion.classifier import Classifier
-
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
     classifier = Classifier.load(run)
     failed = PRINTERS[output](classifier.iter_predictions(expand(paths), topk=topk), console)
     if failed:
@@ -233,7 +238,7 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has enough
-            sys.stderr.close()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush
             sys.exit(1)
         errors.print(f"error: {error}")
         sys.exit(1)

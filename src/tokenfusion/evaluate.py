@@ -14,7 +14,7 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.images import Images, read_images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.data.sources import Source, held_out_name, open_source
-from tokenfusion.data.split import choose_split, read_split
+from tokenfusion.data.split import read_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json, write_text
 from tokenfusion.metrics import evaluate_logits
@@ -51,7 +51,7 @@ def evaluate(
     recipe = Recipe(**load_recipe(run / "recipe.toml"))
     source = open_source(data or recipe.data)
     to_output = output_of_class(source, classifier.classes)
-    name, indices = choose_images(source, recipe, run, own=data is None, split=split)
+    name, indices = choose_images(source, run, own=data is None or is_same(data, recipe.data), split=split)
     images, skipped = read_images(
         source,
         indices,
@@ -74,6 +74,11 @@ def evaluate(
     return result
 
 
+def is_same(data: str, other: str) -> bool:
+    """Whether two ways to name data mean the same."""
+    return data == other or (Path(data).exists() and str(Path(data).resolve()) == other)
+
+
 def output_of_class(source: Source, classes: Sequence[str]) -> Tensor:
     """For each of the data's labels, the model's output of that name.
 
@@ -89,12 +94,11 @@ def output_of_class(source: Source, classes: Sequence[str]) -> Tensor:
     return torch.tensor([classes.index(name) for name in source.classes])
 
 
-def choose_images(source: Source, recipe: Recipe, run: Path, *, own: bool, split: str | None) -> tuple[str, np.ndarray]:
+def choose_images(source: Source, run: Path, *, own: bool, split: str | None) -> tuple[str, np.ndarray]:
     """Which part of the data is evaluated: its name and its indices."""
-    has_parts = any(source.splits)
-    if own and not has_parts:
-        path = run / "split.csv"
-        parts = read_split(path, source) if path.exists() else choose_split(source, recipe.val_fraction, recipe.seed)
+    path = run / "split.csv"
+    if own and path.exists():
+        parts = read_split(path, source)
         name = split or "val"
         if name not in ("train", "val"):
             raise InputError(f"split={name!r} is not part of this run; choose train or val")

@@ -3,8 +3,11 @@
 import json
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tokenfusion.errors import InputError
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -15,15 +18,24 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     Args:
         path: the file to replace; its folder must exist.
         write: called with the temporary file's path.
+
+    Raises:
+        InputError: it cannot be written, as on a full disk.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
+    except OSError as error:
+        raise InputError(
+            f"{path} could not be written: {error}; what was there before is intact: make room or name another folder, "
+            "then run the command again (training goes on with `tokenfusion train --resume RUN`)"
+        ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import glob
+import io
 import json
 import os
 import sys
@@ -11,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenfusion.classifier import Prediction
-from tokenfusion.data.decode import EXTENSIONS
+from tokenfusion.data.trees import is_image
 
 
 def expand(paths: Sequence[str]) -> Iterator[str]:
@@ -21,6 +22,8 @@ def expand(paths: Sequence[str]) -> Iterator[str]:
     """
     for path in paths:
         if path == "-":
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="surrogateescape")  # a path may be any bytes
             yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
         elif os.path.isdir(path):
             yield from images_below(path) or [path]
@@ -33,7 +36,7 @@ def expand(paths: Sequence[str]) -> Iterator[str]:
 def images_below(folder: str) -> list[str]:
     """Every image file below a folder, in order; links to folders are not followed."""
     found = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if os.path.splitext(path)[1].lower() in EXTENSIONS)
+    return sorted(path for path in found if is_image(path))
 
 
 def print_json(predictions: Iterable[Prediction], console: Console) -> int:

@@ -74,7 +74,7 @@ class Recipe:
     max_pixels: int = 100_000_000
     """Largest image, in pixels, that is decoded at all."""
     cache_mb: int = 4096
-    """Largest data set, decoded, that is kept in memory; larger ones are decoded anew each epoch."""
+    """Largest part (training, held-out) that is kept in memory decoded; a larger one is decoded anew each epoch."""
     save_minutes: float = 5.0
     """Minutes between checkpoints inside an epoch; there is one after every epoch."""
 

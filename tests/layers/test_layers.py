@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
-from tokenfusion.layers.blocks import Block
+from tokenfusion.layers.blocks import Block, PaddedConv
 from tokenfusion.layers.conv import ConvTrunk, ResidualBlock
-from tokenfusion.layers.tokens import PatchTokens, Positions, grid_of, map_to_tokens, tokens_to_map
+from tokenfusion.layers.tokens import Positions, grid_of, map_to_tokens, tokens_to_map
 
 
 def test_maps_become_tokens_row_by_row():
@@ -60,11 +60,11 @@ def test_a_block_drops_whole_paths():
 
 def test_patches_are_linear_maps_of_padded_squares():
     torch.manual_seed(0)
-    patches, image = PatchTokens(2, 7, 3), torch.randn(1, 2, 5, 4)  # padded to 6×6: four patches
-    tokens = patches(image)
+    patches, image = PaddedConv(2, 7, 3, stride=3), torch.randn(1, 2, 5, 4)  # padded to 6×6: four patches
+    tokens = map_to_tokens(patches(image))
     assert tokens.shape == (1, 4, 7)
     corner = F.pad(image, (0, 2, 0, 1))[:, :, 3:, 3:].flatten()
-    torch.testing.assert_close(tokens[0, 3], patches.proj.weight.flatten(1) @ corner + patches.proj.bias)
+    torch.testing.assert_close(tokens[0, 3], patches.weight.flatten(1) @ corner + patches.bias)
 
 
 def test_positions_are_the_table_on_their_own_grid_and_smooth_on_others():

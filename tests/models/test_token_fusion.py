@@ -48,7 +48,7 @@ def test_both_branches_reach_the_logits(strategy):
     image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         whole = model(image)
-        for branch in (model.cnn.stem[0].conv, model.patches.proj):
+        for branch in (model.cnn.stem[0].conv, model.patches):
             handle = branch.register_forward_hook(lambda _m, _i, output: torch.zeros_like(output))
             assert not torch.allclose(model(image), whole)
             handle.remove()

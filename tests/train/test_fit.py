@@ -89,6 +89,12 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path)
         start(small_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=3.0, save_minutes=9.0), run, QUIET)
 
 
+def test_without_a_checkpoint_none_is_promised(tmp_path):
+    recipe = small_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=0.0, optimizer="adamw")
+    with pytest.raises(InputError, match=r"there is no checkpoint yet"):
+        start(recipe, tmp_path / "run", QUIET)
+
+
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"is not finite after step \d+.*lower --lr"):

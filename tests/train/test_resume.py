@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -119,21 +120,45 @@ def test_resuming_a_finished_run_changes_nothing(trained):
 
 
 def test_changed_data_is_refused(tmp_path, whole):
-    import shutil
-
     run = shutil.copytree(whole, tmp_path / "run")
     (run / "model.safetensors").unlink()
     (run / "recipe.toml").write_text(
         (run / "recipe.toml").read_text().replace("val_fraction = 0.2", "val_fraction = 0.3")
     )
     (run / "split.csv").unlink()
-    with pytest.raises(InputError, match=r"not those that .* began with"):
+    with pytest.raises(InputError, match=r"not those that the run began with"):
+        resume(run, Console(quiet=True))
+
+
+def test_a_changed_recipe_is_refused(tmp_path, whole):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("lr = 0.004", "lr = 0.005"))
+    with pytest.raises(InputError, match=r"not those that the run began with"):
+        resume(run, Console(quiet=True))
+    (run / "recipe.toml").write_text(recipe.replace("workers = 0", "workers = 1"))  # decides nothing
+    resume(run, Console(quiet=True))
+    assert_same(run, whole)
+
+
+def test_a_kill_between_the_last_checkpoint_and_the_metrics_loses_none(tmp_path, whole):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    (run / "metrics.jsonl").unlink()
+    resume(run, Console(quiet=True))
+    assert_same(run, whole)
+
+
+def test_a_run_of_a_newer_version_is_not_resumed(tmp_path, whole):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    (run / "model.json").write_text(json.dumps(json.loads((run / "model.json").read_text()) | {"format": 99}))
+    with pytest.raises(InputError, match="format 99, newer"):
         resume(run, Console(quiet=True))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path, whole):
-    import shutil
-
     run = shutil.copytree(whole, tmp_path / "run")
     (run / "model.safetensors").unlink()
     checkpoint = run / "state" / "last.safetensors"

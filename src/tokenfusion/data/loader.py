@@ -47,6 +47,7 @@ class TrainLoader:
             batch_sampler=self.order,
             num_workers=workers,
             collate_fn=as_it_is,
+            worker_init_fn=ignore_interrupts,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # otherwise starting an epoch would draw from the caller's
         )
@@ -171,6 +172,11 @@ def mix(*numbers: int) -> int:
 def as_it_is(batch: Any) -> Any:
     """The datasets give whole batches, or an error as a value: raised, it would bring a worker's traceback along."""
     return batch
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the training process alone answers it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def start_workers(loader: DataLoader[Batch]) -> Iterator[Batch | InputError]:

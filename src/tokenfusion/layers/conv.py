@@ -52,9 +52,7 @@ class ConvTrunk(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(ConvNorm(in_chans, stem, stride=strides[0]), nn.ReLU())
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                ResidualBlock(before, dim, stride), *[ResidualBlock(dim, dim) for _ in range(depth - 1)]
-            )
+            nn.Sequential(ResidualBlock(before, dim, stride), *[ResidualBlock(dim, dim) for _ in range(depth - 1)])
             for before, dim, depth, stride in zip((stem, *dims[:-1]), dims, depths, strides[1:], strict=True)
         )
         self.dims = tuple(dims)

@@ -55,28 +55,6 @@ def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(1, 2).reshape(len(tokens), -1, *grid)
 
 
-class PatchTokens(nn.Module):
-    """Image patches as tokens (ViT, arXiv 2010.11929, equation 1); the image is padded to whole patches.
-
-    Args:
-        in_chans: channels of the images.
-        dim: width of the tokens.
-        patch_size: side of a patch in pixels.
-    """
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.patch_size = patch_size
-        self.proj = nn.Conv2d(in_chans, dim, patch_size, patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to (B, N, dim)."""
-        bottom, right = (-side % self.patch_size for side in images.shape[-2:])
-        if bottom or right:
-            images = F.pad(images, (0, right, 0, bottom))
-        return map_to_tokens(self.proj(images))
-
-
 class PixelTokens(nn.Module):
     """Every pixel of a CNN's feature map as a token: projected to the transformer's width and normalised.
 

@@ -3,7 +3,7 @@
 Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so
 the widths and the fusion operators are this project's own, chosen by measurement.
 
-Parts. CNN: the residual blocks of `layers/conv.py`. Transformer: the pre-norm block of `layers/transformer.py`.
+Parts. CNN: the residual blocks of `layers/conv.py`. Transformer: the pre-norm block of `layers/blocks.py`.
 Positions: one learned table for both kinds of token, resized to each grid, so that a pixel and a patch at the same
 place know it. The head reads CLS.
 
@@ -20,26 +20,26 @@ from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import SelfAttention, check_heads
-from tokenfusion.layers.blocks import Block, layer_norm, rising_rates
-from tokenfusion.layers.checkpointing import checkpointed
+from tokenfusion.layers.blocks import Block, PaddedConv, layer_norm, rising_rates
 from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.layers.intermediates import FeaturePoint, collect_intermediates
 from tokenfusion.layers.tokens import (
-    PatchTokens,
     PixelTokens,
     Positions,
     TokenGroup,
     TokenLayout,
     grid_of,
+    map_to_tokens,
     size_of,
     tokens_to_map,
 )
+from tokenfusion.models.base import PaperModel, image_size
 from tokenfusion.models.registration import register_variants
 
 CLS = TokenGroup("cls")
 
 
-class TokenFusion(nn.Module):
+class TokenFusion(PaperModel):
     """What the three strategies share: a CNN, patch tokens with CLS, transformer blocks, and a head on CLS.
 
     Args:
@@ -75,12 +75,11 @@ class TokenFusion(nn.Module):
         check_heads(dim, heads)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
-        self.img_size = (img_size, img_size) if isinstance(img_size, int) else img_size
+        self.img_size = image_size(img_size)
         self.patch_size = patch_size
-        self.grad_checkpointing = False
 
         self.cnn = ConvTrunk(in_chans, stem, conv_strides, conv_dims, conv_depths)
-        self.patches = PatchTokens(in_chans, dim, patch_size)
+        self.patches = PaddedConv(in_chans, dim, patch_size, patch_size)
         self.positions = Positions(dim, grid_of(self.img_size, patch_size))
         self.cls_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
         self.blocks = nn.Sequential(
@@ -91,18 +90,13 @@ class TokenFusion(nn.Module):
         )
         self.norm = layer_norm(dim)
         self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        self.head = self.build_head(num_classes)
+        self.feature_info = [point.as_feature_info() for point in self.feature_points()]
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """[CLS; patch tokens] (B, 1 + P, C) of images (B, in_chans, H, W)."""
-        patches = self.patches(images) + self.positions(grid_of(size_of(images), self.patch_size))
+        patches = map_to_tokens(self.patches(images)) + self.positions(grid_of(size_of(images), self.patch_size))
         return torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
-
-    def run(self, layer: nn.Module, *inputs: Tensor) -> Any:
-        """Call a layer, recomputing it in the backward pass when gradient checkpointing is on."""
-        if self.grad_checkpointing and self.training:
-            return checkpointed(layer, *inputs)
-        return layer(*inputs)
 
     def feature_points(self) -> list[FeaturePoint]:
         """Where intermediate features are taken: after each stage of the CNN, then after each block (patch tokens)."""
@@ -111,10 +105,6 @@ class TokenFusion(nn.Module):
             *[FeaturePoint(f"cnn.stages.{i}", channels, reduction) for i, (channels, reduction) in enumerate(stages)],
             *[FeaturePoint(f"blocks.{i}", self.embed_dim, self.patch_size, 1) for i in range(len(self.blocks))],
         ]
-
-    @property
-    def feature_info(self) -> list[dict[str, Any]]:
-        return [point.as_feature_info() for point in self.feature_points()]
 
     def forward_intermediates(
         self,
@@ -143,17 +133,8 @@ class TokenFusion(nn.Module):
         )
         return features if intermediates_only else (final, features)
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
-
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new one; 0 classes for none."""
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-        self.head.to(self.cls_token.device)
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
+    def build_head(self, num_classes: int) -> nn.Module:
+        return nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith(("cls_token", "table", "source", "gate"))}
@@ -174,10 +155,6 @@ class TokenFusion(nn.Module):
         """Tokens (B, N, C) to logits (B, num_classes), or to the head's input (B, C)."""
         cls = self.head_drop(tokens[:, 0])
         return cls if pre_logits else self.head(cls)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(images))
 
 
 class PixelSource(nn.Module):

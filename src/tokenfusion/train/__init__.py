@@ -1,23 +1,25 @@
 """From a recipe to a run folder with a trained model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from tokenfusion.checkpoint import resume_command
+from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.images import Images, Skipped, read_images, require_every_class, write_skipped
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.sources import Source, open_source
+from tokenfusion.data.sources import Source, held_out_name, open_source
 from tokenfusion.data.split import Split, choose_split, read_split, write_split
 from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
 from tokenfusion.hardware import keep_freed_memory
-from tokenfusion.recipe import Recipe, dump_recipe, load_recipe
+from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
 from tokenfusion.train.display import Display
 from tokenfusion.train.fit import Interrupted, Job, fit
 from tokenfusion.train.log import Log
@@ -26,6 +28,9 @@ from tokenfusion.train.optimizer import make_optimizer
 from tokenfusion.train.state import TrainState, fingerprint
 
 __all__ = ["Interrupted", "resume", "start"]
+
+FREE_TO_CHANGE: dict[str, Any] = {"workers": 0, "save_minutes": 0.0, "cache_mb": 0}
+"""Fields that do not decide what a run ends with."""
 
 
 def start(recipe: Recipe, run: Path, console: Console) -> None:
@@ -42,17 +47,27 @@ def start(recipe: Recipe, run: Path, console: Console) -> None:
     """
     if (run / "model.json").exists():
         raise InputError(f"{run} holds a run already; go on with `{resume_command(run)}`, or give another --out")
-    if run.exists() and (
-        not run.is_dir() or {path.name for path in run.iterdir()} - {"recipe.toml", "split.csv", "skipped.csv"}
-    ):
+    if run.exists() and not (run.is_dir() and is_unused(run)):
         raise InputError(f"{run} exists and is not an empty folder; give another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
+        if Path(recipe.data).exists():  # so that the run can be resumed from anywhere
+            recipe = replace(recipe, data=str(Path(recipe.data).resolve()))
         write_text(run / "recipe.toml", dump_recipe(recipe))
     except OSError as error:
         raise InputError(f"{run} cannot be written: {error.strerror}; give another --out") from error
-    (run / "split.csv").unlink(missing_ok=True)  # of a run that was refused before its first step
+    for name in ("split.csv", "skipped.csv"):  # of a run that was refused before its first step
+        (run / name).unlink(missing_ok=True)
     train(recipe, run, console)
+
+
+def is_unused(run: Path) -> bool:
+    """Whether a folder is empty, or holds no more than a run that was refused before its first step."""
+    names = {path.name for path in run.iterdir()}
+    if not names:
+        return True
+    ours = names <= {"recipe.toml", "split.csv", "skipped.csv"} and "recipe.toml" in names
+    return ours and load_recipe(run / "recipe.toml").keys() == set(FIELDS)
 
 
 def resume(run: Path, console: Console) -> None:
@@ -70,6 +85,8 @@ def resume(run: Path, console: Console) -> None:
         raise InputError(
             f"{run} is not a run (it has no recipe.toml); give the folder that `tokenfusion train --out` wrote"
         )
+    if (run / "model.json").exists():
+        load_description(run)  # refuses a run of a newer version
     if (run / "model.safetensors").exists():
         console.print(f"{run} is finished already", highlight=False)
         return
@@ -90,6 +107,7 @@ def train(recipe: Recipe, run: Path, console: Console) -> None:
         img_size=recipe.img_size or None,  # type: ignore[arg-type]
         precision=recipe.precision,
         drop_path=recipe.drop_path,
+        max_pixels=recipe.max_pixels,
     )
     if recipe.grad_checkpointing:
         classifier.model.set_grad_checkpointing()  # type: ignore[operator]
@@ -99,18 +117,18 @@ def train(recipe: Recipe, run: Path, console: Console) -> None:
     loader = TrainLoader(training, augment, batch_size=recipe.batch_size, seed=recipe.seed, workers=recipe.workers)
     job = Job(recipe, classifier, loader, BatchMixing(recipe, len(source.classes)), held_out, run)
 
-    data = fingerprint(
-        source.classes, training.names, held_out.names, training.labels.tolist(), held_out.labels.tolist()
-    )
+    images = (source.classes, training.names, held_out.names, training.labels.tolist(), held_out.labels.tolist())
+    key = fingerprint(*images, replace(recipe, **FREE_TO_CHANGE))
     job.checkpoint.parent.mkdir(exist_ok=True)
     if job.checkpoint.exists():
         state.load(job.checkpoint)
-        if state.progress.data != data:
+        if state.progress.key != key:
             raise InputError(
-                f"the images of {recipe.data} are not those that {run} began with; put them back, or train a new run"
+                f"the images of {recipe.data} or the fields of {run / 'recipe.toml'} are not those that the run began "
+                "with; put them back, or train a new run"
             )
     else:
-        state.progress.data = data
+        state.progress.key = key
         classifier.save_description(run)
 
     log = Log(run, state.progress.records)
@@ -123,9 +141,7 @@ def train(recipe: Recipe, run: Path, console: Console) -> None:
         log.close()
     if state.best:
         state.shipped.load_state_dict(state.best)
-    Classifier(
-        recipe.model, state.shipped, source.classes, preprocess, classifier.device, recipe.precision
-    ).save_weights(run)
+    replace(classifier, model=state.shipped).save_weights(run)
 
 
 def split_of(source: Source, recipe: Recipe, run: Path) -> Split:
@@ -134,7 +150,7 @@ def split_of(source: Source, recipe: Recipe, run: Path) -> Split:
     if path.exists():
         return read_split(path, source)
     split = choose_split(source, recipe.val_fraction, recipe.seed)
-    if not any(source.splits):
+    if held_out_name(source) is None:
         write_split(path, source, split)
     return split
 
@@ -170,7 +186,8 @@ def read_both(source: Source, split: Split, recipe: Recipe, run: Path, console: 
     refuse_damage(split, training, held_out, skipped, recipe)
     where = "kept in memory" if training.cached else f"over cache_mb={recipe.cache_mb}, so decoded anew each epoch"
     console.print(
-        f"{len(training):,} training and {len(held_out):,} held-out images of {len(source.classes)} classes, {where}",
+        f"{source.ignored} other files ignored; " * bool(source.ignored)
+        + f"{len(training):,} training and {len(held_out):,} held-out images of {len(source.classes)} classes, {where}",
         highlight=False,
         soft_wrap=True,
     )

@@ -23,7 +23,7 @@ from tokenfusion.train.display import Display
 from tokenfusion.train.log import Log
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import learning_rate, seed_step
-from tokenfusion.train.state import Record, TrainState
+from tokenfusion.train.state import Record, TrainState, last_good
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,8 @@ def train_step(job: Job, state: TrainState, images: Tensor, labels: Tensor) -> t
     if not isfinite(loss_sum):
         raise InputError(
             f"the loss is {loss_sum} at step {progress.step + 1} "
-            f"(epoch {progress.epoch + 1}, batch {progress.step_in_epoch + 1}); the last good checkpoint is kept in "
-            f"{job.checkpoint.parent}: train again with a lower --lr or --precision fp32"
+            f"(epoch {progress.epoch + 1}, batch {progress.step_in_epoch + 1}); {last_good(job.checkpoint)} "
+            "train anew with a lower --lr or --precision fp32"
         )
     if recipe.clip_grad:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)

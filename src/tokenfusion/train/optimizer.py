@@ -30,14 +30,15 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Linear warm-up from 0 to the peak, then a cosine to 0 at the last step.
+    """Linear warm-up from 0 to the peak, for half of the steps at most, then a cosine to 0 at the last step.
 
     Args:
         recipe: gives the peak, the warm-up and the number of epochs.
         step: optimiser steps done before this one.
         steps_per_epoch: optimiser steps in an epoch.
     """
-    warmup, total = recipe.warmup_epochs * steps_per_epoch, recipe.epochs * steps_per_epoch
+    total = recipe.epochs * steps_per_epoch
+    warmup = min(recipe.warmup_epochs * steps_per_epoch, total / 2)
     if step < warmup:
         return recipe.lr * (step + 1) / (warmup + 1)
     return recipe.lr * 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))

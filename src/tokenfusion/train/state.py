@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from tokenfusion.checkpoint import load_tensors, load_weights_exactly, resume_command, save_tensors
+from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
 from tokenfusion.errors import InputError
 
 Record = dict[str, float | int]
@@ -28,7 +27,7 @@ class Progress:
         best_top1, best_epoch: on the held-out images, for early stopping.
         records: a line of `metrics.jsonl` for each epoch done.
         finished: whether the last epoch is done, or training was stopped early.
-        data: fingerprint of the training and held-out images.
+        key: fingerprint of the images and the recipe.
     """
 
     step: int = 0
@@ -42,7 +41,7 @@ class Progress:
     best_epoch: int = 0
     records: list[Record] = field(default_factory=list)
     finished: bool = False
-    data: str = ""
+    key: str = ""
 
     @property
     def train_loss(self) -> float:
@@ -114,8 +113,8 @@ class TrainState:
         broken = [name for name, tensor in self.model.state_dict().items() if not tensor.isfinite().all()]
         if broken:
             raise InputError(
-                f"{broken[0]} is not finite after step {self.progress.step}; the last good checkpoint is kept in "
-                f"{path.parent}: train again with a lower --lr or --precision fp32"
+                f"{broken[0]} is not finite after step {self.progress.step}; {last_good(path)} "
+                "train anew with a lower --lr or --precision fp32"
             )
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.average:
@@ -125,13 +124,7 @@ class TrainState:
         for index, moments in self.optimizer.state_dict()["state"].items():
             values = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        try:
-            save_tensors(path, tensors, asdict(self.progress))
-        except (OSError, SafetensorError) as error:
-            raise InputError(
-                f"{path} could not be written: {error}; the checkpoint before it is intact: make room, "
-                f"then go on with `{resume_command(path.parent.parent)}`"
-            ) from error
+        save_tensors(path, tensors, asdict(self.progress))
 
     def load(self, path: Path) -> None:
         """Read what `save` wrote for the same model and recipe.
@@ -163,6 +156,11 @@ class TrainState:
             raise InputError(
                 f"{path} was written by another version of tokenfusion: {error}; train again with another --out"
             ) from error
+
+
+def last_good(path: Path) -> str:
+    """What is left to a run whose numbers are not finite any more."""
+    return f"the last good checkpoint is kept as {path};" if path.exists() else "there is no checkpoint yet;"
 
 
 def fingerprint(*parts: Any) -> str:
