@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from runs import small_recipe
+
 torch.set_num_threads(1)  # the tests run side by side, one process a core
 
 
@@ -16,17 +18,6 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip("no shared data: set TOKENFUSION_SHARED to its folder")
     return path
-
-
-def small_recipe(**changes):
-    """A run of a few seconds: the digits at their own 8×8 pixels."""
-    from tokenfusion.recipe import Recipe
-
-    values = {
-        "data": "digits", "model": "tokenfusion_early_micro", "img_size": (8, 8), "epochs": 2, "batch_size": 128,
-        "lr": 4e-3, "hflip": 0.0, "crop_scale": 0.6, "ema": 0.9, "drop_path": 0.1,
-    }  # fmt: skip
-    return Recipe(**values | changes)
 
 
 @pytest.fixture(scope="session")

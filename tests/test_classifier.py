@@ -41,7 +41,7 @@ def test_a_single_image_needs_no_list(classifier):
 def test_scores_are_the_softmax_of_the_model(classifier):
     pixels = picture(8, 8)
     (prediction,) = classifier.predict(pixels, topk=99)
-    batch = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    batch = classifier.preprocess.resize(torch.from_numpy(pixels).permute(2, 0, 1))[None]
     expected = classifier.logits(batch).softmax(1)[0]
     assert [label for label, _ in prediction.topk] == [classifier.classes[i] for i in expected.argsort(descending=True)]
     assert prediction.score == pytest.approx(expected.max().item())

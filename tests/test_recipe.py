@@ -18,6 +18,11 @@ def test_one_number_is_both_sides():
     assert Recipe(img_size=64).img_size == (64, 64)  # as a TOML file may say it
 
 
+def test_evaluation_keeps_the_sides_of_an_average_training_crop():
+    assert Recipe(crop_scale=1.0).crop_pct == 1.0
+    assert Recipe(crop_scale=0.28).crop_pct == pytest.approx(0.8)  # (0.28 + 1) / 2 = 0.64 of the area
+
+
 def test_whole_numbers_pass_as_floats():
     assert isinstance(Recipe(lr=1).lr, float)
 

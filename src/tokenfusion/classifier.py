@@ -97,6 +97,7 @@ class Classifier:
         precision: Precision = "auto",
         device: torch.device | None = None,
         drop_path: float = 0.0,
+        crop_pct: float = 1.0,
         max_pixels: int = Recipe.max_pixels,
     ) -> Self:
         """Build an untrained model for these classes, with the preprocessing that its variant names.
@@ -107,6 +108,7 @@ class Classifier:
             precision: arithmetic of inference.
             device: where to put the model; the first GPU where there is one, else the CPU, when not given.
             drop_path: largest rate of stochastic depth while training.
+            crop_pct: share of an image's sides that is looked at.
             max_pixels: largest image that is decoded at all.
         """
         rates = {"drop_path_rate": drop_path} if drop_path else {}
@@ -118,6 +120,7 @@ class Classifier:
             in_chans=in_chans,
             mean=mean if in_chans == 3 else (sum(mean) / 3,),
             std=std if in_chans == 3 else (sum(std) / 3,),
+            crop_pct=crop_pct,
         )
         device = device or default_device()
         return cls(name, as_placed(model, device), tuple(classes), preprocess, device, precision, max_pixels)
@@ -145,6 +148,7 @@ class Classifier:
             in_chans=preprocess.in_chans,
             img_size=preprocess.img_size,
             precision=description["precision"],
+            crop_pct=preprocess.crop_pct,
             max_pixels=description["max_pixels"],
             device=device,
         )

@@ -1,6 +1,7 @@
 """Recipe: everything that decides a run, as one frozen value that is written to and read from TOML."""
 
 import dataclasses
+import math
 import tomllib
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -77,6 +78,15 @@ class Recipe:
     """Largest part (training, held-out) that is kept in memory decoded; a larger one is decoded anew each epoch."""
     save_minutes: float = 5.0
     """Minutes between checkpoints inside an epoch; there is one after every epoch."""
+
+    @property
+    def crop_pct(self) -> float:
+        """Share of an image's sides that evaluation keeps.
+
+        Objects then look as large as in an average training crop, whose area is midway between `crop_scale` and 1
+        (FixRes, arXiv 1906.06423).
+        """
+        return math.sqrt((self.crop_scale + 1) / 2)
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -60,7 +60,8 @@ def run(tmp_path: Path) -> Path:
     )
     (folder / "recipe.toml").write_text(dump_recipe(recipe))
     versions = {"tokenfusion": "0.1.0", "torch": "2.14.1", "timm": "1.0.31", "python": "3.11.2"}
-    model = {"format": 1, "name": "tokenfusion_early_micro", "args": {}, "classes": CLASSES, "preprocess": {}}
+    model = {"format": 1, "name": "tokenfusion_early_micro", "classes": CLASSES, "preprocess": {}}
+    model |= {"precision": "auto", "max_pixels": 100}
     model |= {"parameters": 1234567, "macs": 38_400_000, "versions": versions, "hardware": "AMD EPYC, 2 cores"}
     (folder / "model.json").write_text(json.dumps(model))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(epoch(i)) + "\n" for i in (1, 2)))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from conftest import small_recipe
+from runs import small_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.images import read_images

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from conftest import small_recipe
+from runs import small_recipe
 from tokenfusion import create_model
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import learning_rate, make_optimizer, seed_step

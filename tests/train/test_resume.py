@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from conftest import small_recipe
+from runs import small_recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.errors import InputError
 from tokenfusion.train import Interrupted, resume, start

@@ -107,6 +107,7 @@ def train(recipe: Recipe, run: Path, console: Console) -> None:
         img_size=recipe.img_size or None,  # type: ignore[arg-type]
         precision=recipe.precision,
         drop_path=recipe.drop_path,
+        crop_pct=recipe.crop_pct,
         max_pixels=recipe.max_pixels,
     )
     if recipe.grad_checkpointing:
