@@ -17,7 +17,7 @@ demo: .venv/demo.stamp
 	rm -rf runs/demo
 	$(BIN)/tokenfusion train digits --model tokenfusion_early_micro --out runs/demo
 	$(BIN)/tokenfusion evaluate runs/demo
-	$(BIN)/python examples/save_digits.py runs/demo/images
+	$(BIN)/python examples/save_digits.py runs/demo runs/demo/images
 	$(BIN)/tokenfusion predict runs/demo runs/demo/images --topk 2
 	$(BIN)/tokenfusion report runs/demo
 
