@@ -166,6 +166,13 @@ def test_evaluation_counts_unreadable_images_and_replaces_none(command, run, tmp
     assert "skipped 8/1.png" in output
 
 
+def test_evaluation_on_images_of_one_class(command, run, tmp_path, digit):
+    (tmp_path / "new" / "3").mkdir(parents=True)
+    shutil.copy(digit, tmp_path / "new" / "3" / "1.png")
+    assert command("evaluate", run, tmp_path / "new")[0] == 0
+    assert json.loads((run / "evaluation.json").read_text())["per_class"]["3"]["n"] == 1
+
+
 def test_evaluation_refuses_classes_that_the_model_does_not_know(command, run, tmp_path, digit):
     for name in ("3", "cat"):
         (tmp_path / "new" / name).mkdir(parents=True)

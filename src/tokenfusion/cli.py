@@ -128,9 +128,13 @@ def evaluate(
     as_json
         Print evaluation.json instead of a summary.
     """
+    from rich.progress import Progress
+
     from tokenfusion.evaluate import evaluate as evaluate_run
 
-    result = evaluate_run(run, data, split)
+    with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
+        task = bar.add_task("reading images", total=None)
+        result = evaluate_run(run, data, split, lambda done, total: bar.update(task, completed=done, total=total))
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return

@@ -21,11 +21,14 @@ from tokenfusion.metrics import evaluate_logits
 from tokenfusion.recipe import Recipe, load_recipe
 
 
-def collect_logits(classifier: Classifier, images: Images, batch_size: int = 256) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and labels (N,) of all the images, in order."""
+def collect_logits(
+    classifier: Classifier, images: Images, batch_size: int = 256, workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and labels (N,) of all the images, in order; `workers` processes decode what is not in memory."""
+    workers = 0 if images.cached else workers
     results = [
         (classifier.logits(batch), labels)
-        for batch, labels in eval_batches(images, classifier.preprocess, batch_size=batch_size)
+        for batch, labels in eval_batches(images, classifier.preprocess, batch_size=batch_size, workers=workers)
     ]
     return torch.cat([logits for logits, _ in results]), torch.cat([labels for _, labels in results])
 
@@ -64,7 +67,7 @@ def evaluate(
         raise InputError(
             f"none of the {len(indices)} images of {data or recipe.data} is readable; the first: {skipped[0].reason}"
         )
-    logits, labels = collect_logits(classifier, images)
+    logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = to_output[labels]
     result = evaluate_logits(logits, labels, classifier.classes, skipped=len(skipped))
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]

@@ -9,6 +9,7 @@ from making import pixels_of, png, write_parquet, write_tar
 
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.sources import held_out_name, open_source
+from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]
@@ -104,9 +105,10 @@ def test_a_folder_without_class_folders(tmp_path: Path, pets: Tree, save_tree: S
         open_source(save_tree(tmp_path, {"1.png": pets["cat/1.png"]}))
 
 
-def test_a_single_class(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
+def test_a_single_class_cannot_be_trained_on(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
+    source = open_source(save_tree(tmp_path, {"cat/1.png": pets["cat/1.png"], "cat/2.png": pets["cat/2.png"]}))
     with pytest.raises(InputError, match=r"a single class, 'cat'; .* two"):
-        open_source(save_tree(tmp_path, {"cat/1.png": pets["cat/1.png"]}))
+        choose_split(source, 0.2, seed=0)
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

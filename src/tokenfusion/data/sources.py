@@ -32,7 +32,7 @@ class Source(ABC):
     """Labelled images that can be decoded one by one, in any order and from any thread or process.
 
     Raises:
-        InputError: there is no image or only one class, some images name a split and others do not, or held-out images
+        InputError: there is no image, some images name a split and others do not, or held-out images
             have a label that the training images lack.
     """
 
@@ -52,8 +52,6 @@ class Source(ABC):
     def __post_init__(self) -> None:
         if not self.names:
             raise InputError(f"{self.where}: no image found ({self.ignored} other files); give {KINDS}")
-        if len(self.classes) < 2:
-            raise InputError(f"{self.where}: a single class, {self.classes[0]!r}; a classifier needs at least two")
         self.refuse_half_split()
         self.refuse_unknown_labels()
 

@@ -31,8 +31,10 @@ def choose_split(source: Source, val_fraction: float, seed: int) -> Split:
         seed: decides which.
 
     Raises:
-        InputError: a class has no training image, or too few to hold one out.
+        InputError: there is only one class, or a class has no training image, or too few to hold one out.
     """
+    if len(source.classes) < 2:
+        raise InputError(f"{source.where}: a single class, {source.classes[0]!r}; a classifier needs at least two")
     splits = np.array(source.splits)
     held_out = held_out_name(source)
     candidates = np.flatnonzero((splits == "train") | (splits == ""))

@@ -130,7 +130,9 @@ def train_step(job: Job, state: TrainState, images: Tensor, labels: Tensor) -> t
 
 def validate(job: Job, state: TrainState) -> tuple[float, float]:
     """Loss and accuracy of the shipped weights on the held-out images."""
-    logits, labels = collect_logits(replace(job.classifier, model=state.shipped), job.held_out)
+    logits, labels = collect_logits(
+        replace(job.classifier, model=state.shipped), job.held_out, workers=job.recipe.workers
+    )
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).float().mean().item()
 
 
