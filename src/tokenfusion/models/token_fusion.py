@@ -1,7 +1,7 @@
 """Token Fusion: pixels of a CNN's feature map as tokens beside image patches, fused early, late or layer by layer.
 
 Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so
-the widths and the fusion operators are this project's own, chosen by measurement.
+the widths and the fusion operators are this project's own.
 
 Parts. CNN: the residual blocks of `layers/conv.py`. Transformer: the pre-norm block of `layers/blocks.py`.
 Positions: one learned table for both kinds of token, resized to each grid, so that a pixel and a patch at the same
