@@ -113,6 +113,24 @@ def test_ctrl_c_saves_after_the_step_under_way_and_resumes(whole, tmp_path, monk
     assert_same(run, whole)
 
 
+def test_adamw_resumes_bit_equal_too(tmp_path):
+    """Its fused step adds in the order of memory, so that its moments must come back laid out as the weights are."""
+    recipe = small_recipe(**{**vars(RECIPE), "optimizer": "adamw", "epochs": 2})
+    start(recipe, tmp_path / "whole", Console(quiet=True))
+    run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    (run / "state" / "last.safetensors").unlink()
+    process = child(run)
+    while process.is_alive() and not (run / "state" / "last.safetensors").exists():
+        process.join(timeout=0.01)
+    process.kill()
+    process.join()
+    _, progress = load_tensors(run / "state" / "last.safetensors")
+    assert 0 < progress["step"] < 22
+    resume(run, Console(quiet=True))
+    assert_same(run, tmp_path / "whole")
+
+
 def test_resuming_a_finished_run_changes_nothing(trained):
     before = (trained / "model.safetensors").stat().st_mtime_ns
     resume(trained, Console(quiet=True))
