@@ -57,7 +57,7 @@ def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next tensor instead of giving it back to the system.
 
     A training step frees and takes the same megabytes again and again; without the page faults that this causes, micro
-    models train about a third faster on a CPU (benchmarks/allocator.py). Other C libraries are left alone.
+    models train faster on a CPU (benchmarks/allocator.py). Other C libraries are left alone.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tokenfusion.checkpoint import load_description, resume_command
+from tokenfusion.data.images import Skipped
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe
 
-MODEL_KEYS = ("name", "classes", "parameters", "macs", "versions", "hardware")
 EPOCH_KEYS = ("epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "seconds", "images_per_s")
 EVALUATION_KEYS = (
     *("data", "split", "n", "top1", "top5", "top1_ci95", "loss", "ece", "temperature"),
@@ -29,16 +29,6 @@ class Prediction:
     prediction: str
     score: float
     """Softmax probability of the prediction."""
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One image that could not be used."""
-
-    path: str
-    label: str
-    split: str
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -71,7 +61,6 @@ def read_results(run: Path) -> Results:
         InputError: the folder is not a run, is incomplete, is of a newer version, or its files are damaged or disagree.
     """
     model = load_description(run)
-    require(model, MODEL_KEYS, run / "model.json")
     epochs = read_epochs(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     if not epochs:
         raise InputError(f"{run} has no finished epoch yet; go on with `{resume_command(run)}`")
