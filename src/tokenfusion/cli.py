@@ -174,12 +174,12 @@ def predict(
         A table to read, a JSON object per image and line, or CSV.
     """
     from tokenfusion.classifier import Classifier
-    from tokenfusion.predict import PRINTERS, expand
+    from tokenfusion.predict import expand, print_predictions
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
     classifier = Classifier.load(run)
-    failed = PRINTERS[output](classifier.iter_predictions(expand(paths), topk=topk), console)
+    failed = print_predictions(classifier.iter_predictions(expand(paths), topk=topk), output, console)
     if failed:
         errors.print(f"{failed} of the images could not be read")
         sys.exit(1)

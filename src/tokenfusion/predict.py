@@ -39,49 +39,54 @@ def images_below(folder: str) -> list[str]:
     return sorted(path for path in found if is_image(path))
 
 
-def print_json(predictions: Iterable[Prediction], console: Console) -> int:
-    """A JSON object a line; returns how many images failed."""
-    del console  # plain lines, for a program to read
+def print_predictions(predictions: Iterable[Prediction], output: str, console: Console) -> int:
+    """Print as "table", "json" or "csv"; returns how many images failed."""
     failed = 0
-    for prediction in predictions:
-        failed += bool(prediction.error)
-        print(json.dumps(prediction.to_dict(), ensure_ascii=False), flush=True)
+
+    def counted() -> Iterator[Prediction]:
+        nonlocal failed
+        for prediction in predictions:
+            failed += bool(prediction.error)
+            yield prediction
+
+    PRINTERS[output](counted(), console)
     return failed
 
 
-def print_csv(predictions: Iterable[Prediction], console: Console) -> int:
-    """`path,label,score,error` lines; returns how many images failed."""
+def print_json(predictions: Iterable[Prediction], console: Console) -> None:
+    """A JSON object a line."""
+    del console  # plain lines, for a program to read
+    for prediction in predictions:
+        print(json.dumps(prediction.to_dict(), ensure_ascii=False), flush=True)
+
+
+def print_csv(predictions: Iterable[Prediction], console: Console) -> None:
+    """`path,label,score,error` lines."""
     del console
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["path", "label", "score", "error"])
-    failed = 0
     for prediction in predictions:
-        failed += bool(prediction.error)
         if prediction.error:
             writer.writerow([prediction.path, "", "", prediction.error])
         else:
             writer.writerow([prediction.path, prediction.label, f"{prediction.score:.6f}", ""])
-    return failed
 
 
-def print_table(predictions: Iterable[Prediction], console: Console) -> int:
-    """A table to read; returns how many images failed."""
+def print_table(predictions: Iterable[Prediction], console: Console) -> None:
+    """A table to read."""
     table = Table("image", "label", box=None, pad_edge=False)
     table.add_column("score", justify="right")
     table.add_column("then")
-    failed = 0
     for prediction in predictions:
-        failed += bool(prediction.error)
         if prediction.error:
             table.add_row(prediction.path, "", "", f"error: {prediction.error}")
         else:
             others = ", ".join(f"{label} {score:.1%}" for label, score in prediction.topk[1:])
             table.add_row(prediction.path, prediction.label, f"{prediction.score:.1%}", others)
     console.print(table, soft_wrap=False)
-    return failed
 
 
-PRINTERS: dict[str, Callable[[Iterable[Prediction], Console], int]] = {
+PRINTERS: dict[str, Callable[[Iterable[Prediction], Console], None]] = {
     "table": print_table,
     "json": print_json,
     "csv": print_csv,

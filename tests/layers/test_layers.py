@@ -8,7 +8,8 @@ from torch import nn
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import Block, PaddedConv
 from tokenfusion.layers.conv import ConvTrunk, ResidualBlock
-from tokenfusion.layers.tokens import Positions, grid_of, map_to_tokens, tokens_to_map
+from tokenfusion.layers.positions import PositionTable
+from tokenfusion.layers.tokens import grid_of, map_to_tokens, tokens_to_map
 
 
 def test_maps_become_tokens_row_by_row():
@@ -68,8 +69,8 @@ def test_patches_are_linear_maps_of_padded_squares():
 
 
 def test_positions_are_the_table_on_their_own_grid_and_smooth_on_others():
-    positions = Positions(1, (3, 4))
-    positions.table.data = torch.arange(3.0)[None, None, :, None].expand(1, 1, 3, 4).clone()  # the row's number
+    positions = PositionTable(1, (3, 4), prefix_tokens=0)
+    positions.table.data = torch.arange(3.0).repeat_interleave(4).view(1, 12, 1)  # the row's number
     assert positions((3, 4))[0, :, 0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
     larger = positions((6, 2))[0, :, 0].view(6, 2)
     assert (larger.diff(dim=0) > 0).all()  # still grows down the rows

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from math import ceil
 
-import torch.nn.functional as F
-from timm.layers import trunc_normal_
-from torch import Tensor, nn, zeros
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -71,22 +69,3 @@ class PixelTokens(nn.Module):
     def forward(self, feature_map: Tensor) -> Tensor:
         """(B, channels, h, w) to (B, h·w, dim)."""
         return self.norm(self.proj(map_to_tokens(feature_map)))
-
-
-class Positions(nn.Module):
-    """A learned position for every place of a reference grid, resized to the grid at hand.
-
-    Args:
-        dim: width of the tokens.
-        grid: rows and columns of the reference grid.
-    """
-
-    def __init__(self, dim: int, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.table = nn.Parameter(trunc_normal_(zeros(1, dim, *grid), std=0.02))
-
-    def forward(self, grid: tuple[int, int]) -> Tensor:
-        """Positions (1, h·w, dim) for a grid (h, w)."""
-        if grid == size_of(self.table):
-            return map_to_tokens(self.table)
-        return map_to_tokens(F.interpolate(self.table, grid, mode="bicubic", antialias=True))

@@ -23,9 +23,9 @@ from tokenfusion.layers.attend import SelfAttention, check_heads
 from tokenfusion.layers.blocks import Block, PaddedConv, layer_norm, rising_rates
 from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.layers.intermediates import FeaturePoint, collect_intermediates
+from tokenfusion.layers.positions import PositionTable
 from tokenfusion.layers.tokens import (
     PixelTokens,
-    Positions,
     TokenGroup,
     TokenLayout,
     grid_of,
@@ -80,7 +80,7 @@ class TokenFusion(PaperModel):
 
         self.cnn = ConvTrunk(in_chans, stem, conv_strides, conv_dims, conv_depths)
         self.patches = PaddedConv(in_chans, dim, patch_size, patch_size)
-        self.positions = Positions(dim, grid_of(self.img_size, patch_size))
+        self.positions = PositionTable(dim, grid_of(self.img_size, patch_size), prefix_tokens=0)
         self.cls_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
         self.blocks = nn.Sequential(
             *[
