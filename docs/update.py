@@ -2,7 +2,8 @@
 
     python docs/update.py
 
-Reads `docs/demo.txt` (what `make demo` printed), the models themselves, and `benchmarks/results/*.json`.
+Reads `docs/demo.txt` (what `make demo` printed), the models themselves, `tokenfusion.models.published`, and
+`benchmarks/results/*.json`.
 """
 
 import json
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenfusion.models.cost import describe_models
+from tokenfusion.models.published import PUBLISHED
+from tokenfusion.profile import NOTES, compare_with_papers, paper_table
 
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
@@ -37,6 +40,13 @@ def models() -> str:
         cost = f"{model['macs'] / 1e9:.3f}" if model["macs"] < 1e9 else f"{model['macs'] / 1e9:.2f}"
         rows.append([f"`{model['name']}`", f"{model['parameters'] / 1e6:.2f}", cost, f"{height}×{width}"])
     return table(["model", "parameters M", "GMACs", "input"], rows)
+
+
+def published() -> str:
+    """What `tokenfusion profile --paper` prints of every model with published figures."""
+    heading, *rows = paper_table(compare_with_papers(list(PUBLISHED)))
+    notes = "\n".join(f"- `{sign}`: {note}" for sign, note in NOTES.items())
+    return f"{table(heading, rows)}\n\n{notes}"
 
 
 def load(name: str) -> dict[str, Any]:
@@ -72,17 +82,20 @@ def results() -> str:
     return f"On {load('cifar10_micro')['hardware']}:\n\n{training}\n\n{loading}"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "models": models, "results": results}
+BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "README.md": {"demo": demo, "models": models, "results": results},
+    DOCS / "papers" / "README.md": {"published": published},
+}
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    text = path.read_text()
-    for name, write in BLOCKS.items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-        text, found = re.subn(pattern, lambda m, write=write: f"{m[1]}{write()}\n{m[2]}", text, flags=re.DOTALL)
-        assert found == 1, f"{path} has no place for {name}"
-    path.write_text(text)
+    for path, blocks in BLOCKS.items():
+        text = path.read_text()
+        for name, write in blocks.items():
+            pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+            text, found = re.subn(pattern, lambda m, write=write: f"{m[1]}{write()}\n{m[2]}", text, flags=re.DOTALL)
+            assert found == 1, f"{path} has no place for {name}"
+        path.write_text(text)
 
 
 if __name__ == "__main__":

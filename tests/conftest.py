@@ -1,12 +1,18 @@
-"""What several tests need: where shared data may lie, and a trained run."""
+"""What several tests need: where shared data may lie, a trained run, and the command."""
 
+import io
 import os
+import shutil
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from runs import small_recipe
+from tokenfusion import cli
 
 torch.set_num_threads(1)  # the tests run side by side, one process a core
 
@@ -30,3 +36,36 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("trained") / "run"
     start(small_recipe(epochs=4), run, Console(quiet=True))
     return run
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run the command in this process; gives (exit status, standard output, standard error)."""
+
+    def run(*words, stdin=""):
+        monkeypatch.setattr(sys, "argv", ["tokenfusion", *map(str, words)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            status = end.code or 0
+        output, errors = capsys.readouterr()
+        assert "Traceback" not in output + errors
+        return status, output, errors
+
+    return run
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A finished run that may be written into."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+@pytest.fixture
+def digit(tmp_path):
+    """A readable image."""
+    path = tmp_path / "a digit.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7), dtype=np.uint8)).save(path)
+    return path

@@ -14,42 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenfusion import cli
 from tokenfusion.recipe import Recipe, load_recipe
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run the command in this process; gives (exit status, standard output, standard error)."""
-
-    def run(*words, stdin=""):
-        monkeypatch.setattr(sys, "argv", ["tokenfusion", *map(str, words)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        output, errors = capsys.readouterr()
-        assert "Traceback" not in output + errors
-        return status, output, errors
-
-    return run
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A finished run that may be written into."""
-    return shutil.copytree(trained, tmp_path / "run")
-
-
-@pytest.fixture
-def digit(tmp_path):
-    """A readable image."""
-    path = tmp_path / "a digit.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 7), dtype=np.uint8)).save(path)
-    return path
-
 
 QUICK = ("--img-size", 8, "--epochs", 1, "--batch-size", 256)
 

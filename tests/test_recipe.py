@@ -37,7 +37,7 @@ def test_whole_numbers_pass_as_floats():
         ({"hflip": "yes"}, "hflip='yes' is of type str"),
         ({"precision": "fp16"}, "precision='fp16' is not known; choose one of: auto, fp32, bf16"),
         ({"in_chans": 4}, "in_chans=4 is not known; choose one of: 1, 3"),
-        ({"img_size": (32, 0)}, "is not a size"),
+        ({"img_size": (32, 0)}, "has no pixels; the nearest that works is (32, 1"),
         ({"img_size": "32"}, "must be whole numbers"),
         ({"batch_size": 10, "accumulate": 4}, "try batch_size=8"),
     ],

@@ -177,6 +177,9 @@ class Code:
     [
         (b"", "is damaged, or not a file of weights"),
         (b"not weights at all", "is damaged, or not a file of weights"),
+        (b"PK", "is damaged, or not a file of weights"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), "is damaged, or not a file of weights"),
+        (b'{"model": {"w": [1.0]}}', "is damaged, or not a file of weights"),
         (pickle.dumps(Code()), "could carry code, and was not opened"),
     ],
 )
@@ -188,12 +191,40 @@ def test_files_that_are_not_weights(content, match, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_truncated_files(suffix, tmp_path):
+@pytest.mark.parametrize("kept", [1, 9, 200, 0.5, -1])
+def test_truncated_files(suffix, kept, tmp_path):
     model = build("deepvit")
     path = tmp_path / f"weights{suffix}"
     (save_file if suffix == ".safetensors" else torch.save)(model.state_dict(), path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    content = path.read_bytes()
+    path.write_bytes(content[: int(kept * len(content)) if kept == 0.5 else kept])
     refused(model, path, "is damaged, or not a file of weights")
+
+
+@pytest.mark.parametrize(("suffix", "write"), [(".pth", save_file), (".safetensors", torch.save)])
+def test_files_of_the_other_format(suffix, write, tmp_path):
+    model = build("deepvit")
+    write(build("deepvit", seed=1).state_dict(), tmp_path / f"weights{suffix}")
+    refused(model, tmp_path / f"weights{suffix}", "is damaged, or not a file of weights")
+
+
+@pytest.mark.parametrize("convert", [torch.Tensor.int, torch.Tensor.bool, torch.Tensor.cfloat, torch.Tensor.to_sparse])
+def test_tensors_that_are_no_plain_numbers(convert, tmp_path):
+    torch.save({key: convert(value) for key, value in build("cmt").state_dict().items()}, tmp_path / "odd.pth")
+    refused(build("cmt", seed=1), tmp_path / "odd.pth", "no plain real numbers; save the weights as dense float32")
+
+
+def test_one_tensor_of_the_wrong_type_keeps_the_others_out():
+    state = build("crossvit").state_dict()
+    state["norm_large.bias"] = state["norm_large.bias"].int()
+    refused(build("crossvit", seed=1), state, r"\. norm_large\.bias is of torch\.int32 \(torch\.strided\), the model's")
+
+
+def test_half_precision_files_are_taken():
+    state = build("cmt").half().state_dict()
+    model = build("cmt", seed=1)
+    assert load_weights(model, state) == LoadedWeights()
+    assert all(torch.equal(value, state[key].to(value.dtype)) for key, value in model.state_dict().items())
 
 
 def test_code_inside_a_zip_checkpoint_is_not_run(tmp_path, capsys):
@@ -217,8 +248,12 @@ def test_files_without_weights(content, match, tmp_path):
 
 def test_no_such_file(tmp_path):
     refused(build("deepvit"), tmp_path / "none.pth", "there is no file")
+    refused(build("deepvit"), tmp_path, "there is no file")
 
 
-def test_a_model_without_official_weights():
-    with pytest.raises(InputError, match="a Linear has no official weights"):
-        to_official(torch.nn.Linear(2, 2))
+@pytest.mark.parametrize("name", ["vit_micro", "resnet_micro", "tokenfusion_early_micro"])
+def test_a_model_without_official_weights(name):
+    model = timm.create_model(name)
+    with pytest.raises(InputError, match="has no official weights; give a model of CrossViT, DeepViT, CMT"):
+        to_official(model)
+    refused(model, build("deepvit").state_dict(), "has no official weights")

@@ -53,10 +53,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_weights_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy tensors into a model that has exactly these names and shapes, or leave it as it was.
+    """Copy tensors into a model that has exactly these names, shapes and types, or leave it as it was.
 
     Raises:
-        InputError: names or shapes differ; the first differences are listed.
+        InputError: names, shapes or types differ; the first differences are listed.
     """
     own = model.state_dict()
     differences = [
@@ -66,6 +66,11 @@ def load_weights_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source
             f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
             for name in own
             if name in tensors and tensors[name].shape != own[name].shape
+        ],
+        *[
+            f"{name} is of {tensors[name].dtype}, not {own[name].dtype}"
+            for name in own
+            if name in tensors and tensors[name].dtype != own[name].dtype
         ],
     ]
     if differences:

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -222,14 +223,77 @@ def models(pattern: str = "*", /, *, as_json: AsJson = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    from rich.table import Table
-
-    table = Table("model", box=None, pad_edge=False)
-    for heading in ("parameters M", "GMACs", "input"):
-        table.add_column(heading, justify="right")
+    table = [["model", "parameters M", "GMACs", "input"]]
     for row in rows:
         height, width = row["img_size"]
-        table.add_row(row["name"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3f}", f"{height}×{width}")
+        table.append([row["name"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3f}", f"{height}×{width}"])
+    print_table(table)
+
+
+@app.command
+def profile(
+    names: Annotated[list[str], Parameter(name="MODEL")],
+    /,
+    *,
+    img_size: tuple[int, int] | None = None,
+    batch_size: int = 8,
+    precision: Literal["auto", "fp32", "bf16"] = "auto",
+    paper: Annotated[bool, Parameter(negative="")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Count and measure what models cost: parameters, multiply-adds, activations; memory and speed of inference.
+
+    Each model is measured in a fresh process. Activations are the elements of the outputs of convolutions and matrix
+    products. Peak memory is the GPU's tensors or, on a CPU, what the process grew by: weights, activations, buffers.
+
+    Example: tokenfusion profile "cmt_*" --batch-size 1
+
+    Parameters
+    ----------
+    names
+        Names, or shell patterns such as "cmt_*".
+    img_size
+        Height and width of the images; each model's own when not given.
+    batch_size
+        Images of a forward pass.
+    precision
+        Arithmetic of the matrix products; auto takes bf16 where the hardware has it.
+    paper
+        Put the published figures beside the counts instead, and mark what differs by more than 2 %.
+    as_json
+        Print raw numbers as JSON.
+    """
+    from rich.progress import track
+
+    from tokenfusion import profile as room
+
+    chosen = room.select_models(names)
+    if paper and img_size:
+        raise InputError("--paper compares at the published image size; leave out --img-size")
+    if paper:
+        result: dict[str, Any] = {"models": room.compare_with_papers(chosen)}
+        table, notes = room.paper_table(result["models"]), [f"{sign}: {note}" for sign, note in room.NOTES.items()]
+    else:
+        bar = partial(track, console=errors, disable=not errors.is_terminal, transient=True)
+        result = room.profile_models(chosen, img_size, batch_size, precision, bar)
+        table, notes = room.cost_table(result["models"]), [room.conditions(result)]
+    if as_json:
+        print(json.dumps(result, indent=2))
+        return
+    print_table(table)
+    for note in notes:
+        console.print(note)
+
+
+def print_table(lines: list[list[str]]) -> None:
+    """A line of headings and lines of text, in columns; all but the first are aligned right."""
+    from rich.table import Table
+
+    table = Table(lines[0][0], box=None, pad_edge=False)
+    for heading in lines[0][1:]:
+        table.add_column(heading, justify="right")
+    for line in lines[1:]:
+        table.add_row(*line)
     console.print(table)
 
 

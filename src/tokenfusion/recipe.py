@@ -55,6 +55,8 @@ class Recipe:
     """Mixup's alpha; 0 for none."""
     cutmix: float = 0.0
     """CutMix's alpha; 0 for none. With both, each batch draws one of the two."""
+    mix_prob: float = 1.0
+    """Share of the batches that are mixed."""
     label_smoothing: float = 0.1
     """Share of the target that is spread over all classes."""
     drop_path: float = 0.0
@@ -96,10 +98,13 @@ class Recipe:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}")
-        if len(self.img_size) > 2 or any(side < 1 for side in self.img_size):
+        if len(self.img_size) > 2:
             raise InputError(
                 f"img_size={self.img_size} is not a size; give a height and a width, or one number for both"
             )
+        if any(side < 1 for side in self.img_size):
+            nearest = tuple(max(side, 1) for side in self.img_size)
+            raise InputError(f"img_size={self.img_size} has no pixels; the nearest that works is {nearest}")
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} equal parts; "
@@ -123,6 +128,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "hflip": (0, 1),
     "mixup": (0, 100),
     "cutmix": (0, 100),
+    "mix_prob": (0, 1),
     "label_smoothing": (0, 0.99),
     "drop_path": (0, 0.99),
     "seed": (0, 2**63 - 1),

@@ -127,7 +127,7 @@ def read(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):  # official files keep their training's arguments
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) and path.read_bytes()[:1] in (b"P", b"\x80"):  # a zip or a pickle indeed
+        if "Unsupported" in str(error) and path.read_bytes().startswith((b"PK\x03\x04", b"\x80")):  # a zip or a pickle
             raise InputError(
                 f"{path} holds other objects than tensors, which could carry code, and was not opened; "
                 "save its state dict alone"
@@ -157,6 +157,15 @@ def compare(found: State, wanted: State) -> Iterator[str]:
         elif found[key].shape != value.shape:
             yield f"{key} is {tuple(found[key].shape)}, the model's {tuple(value.shape)}"
     yield from (f"{key} is not in the model" for key in found if key not in wanted)
+    for key, value in wanted.items():
+        if key in found and not holds_numbers_for(found[key], value):
+            yield f"{key} is of {found[key].dtype} ({found[key].layout}), the model's of {value.dtype}"
+
+
+def holds_numbers_for(found: Tensor, wanted: Tensor) -> bool:
+    """Whether a tensor has values that can be copied as they are meant: dense, and real where real is wanted."""
+    dense = found.layout == torch.strided and (wanted.is_meta or not found.is_meta)
+    return dense and (found.is_floating_point() or not wanted.is_floating_point())
 
 
 def likely_reason(model: PaperModel, found: State, wanted: State) -> str:
@@ -172,6 +181,8 @@ def likely_reason(model: PaperModel, found: State, wanted: State) -> str:
             return "the image size differs and the position table is not of a square grid; set img_size as it was"
         if all(differs_in_channels(found[key], wanted[key]) for key in reshaped):
             return f"another number of channels; create the model with in_chans={found[reshaped[0]].shape[1]}"
+    if found.keys() == wanted.keys() and not reshaped:
+        return "their values are no plain real numbers; save the weights as dense float32"
     if fitting := next(variants_like(model, found), None):
         return f"wrong variant: they fit {fitting}; create that model"
     return "wrong variant, or other arguments than the model was created with"

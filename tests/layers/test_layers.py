@@ -7,7 +7,7 @@ from torch import nn
 
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import Block, PaddedConv
-from tokenfusion.layers.conv import ConvTrunk, ResidualBlock
+from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.layers.positions import PositionTable
 from tokenfusion.layers.tokens import grid_of, map_to_tokens, tokens_to_map
 
@@ -77,15 +77,17 @@ def test_positions_are_the_table_on_their_own_grid_and_smooth_on_others():
     assert (larger.diff(dim=1).abs() < 1e-6).all()  # and is the same along them
 
 
-def test_a_residual_block_adds_two_convolutions_to_its_shortcut():
+def test_a_stage_convolves_pools_norms_and_adds_a_convolution():
     torch.manual_seed(0)
-    block, feature_map = ResidualBlock(6, 9, stride=2).eval(), torch.randn(2, 6, 5, 7)
-    for norm in (block.conv1.norm, block.conv2.norm, block.shortcut.norm):
-        norm.running_var.fill_(4.0)  # so that a norm halves
-    first = (F.conv2d(feature_map, block.conv1.conv.weight, stride=2, padding=1) / 2).relu()
-    second = F.conv2d(first, block.conv2.conv.weight, padding=1) / 2
-    beside = F.conv2d(feature_map, block.shortcut.conv.weight, stride=2) / 2
-    torch.testing.assert_close(block(feature_map), (second + beside).relu(), rtol=1e-4, atol=1e-5)
+    stage = ConvTrunk(3, 6, strides=(1, 2), dims=(9,), depths=(1,)).stages[0].eval()
+    entrance, residual = stage
+    for conv in (entrance, residual.conv):
+        conv.norm.running_var.fill_(4.0)  # so that a norm halves
+    feature_map = torch.randn(2, 6, 5, 7)
+    pooled = F.max_pool2d(F.conv2d(feature_map, entrance.conv.weight, padding=1), 2, ceil_mode=True)
+    entered = (pooled / 2).relu()
+    update = (F.conv2d(entered, residual.conv.conv.weight, padding=1) / 2).relu()
+    torch.testing.assert_close(stage(feature_map), entered + update, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (33, 47), (1, 5)])

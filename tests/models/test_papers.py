@@ -1,127 +1,20 @@
-"""What CrossViT, DeepViT and CMT can do beyond the official code, on small models of odd sizes."""
+"""Facts about the parts of CrossViT, DeepViT and CMT; test_contract.py has what every model can do."""
+
+from fractions import Fraction
 
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenfusion.layers.attend import Attend, SelfAttention
+from tokenfusion.errors import InputError
+from tokenfusion.layers.attend import SelfAttention
 from tokenfusion.layers.positions import PositionTable, RelativePositionTable
-from tokenfusion.models.cmt import CMT
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup
 from tokenfusion.models.cmt_blocks import InvertedResidualFeedForward, LightweightAttention
-from tokenfusion.models.crossvit import CrossViT
-from tokenfusion.models.crossvit_fusion import FUSIONS, ClsCrossAttention, regrid
-from tokenfusion.models.deepvit import MIXINGS, BatchNormMixing, DeepViT, HeadMixing, ReAttention
-
-CROSSVIT = {"img_size": 48, "dims": (24, 40), "heads": (3, 5), "depths": (1, 2), "num_classes": 7}
-DEEPVIT = {"img_size": 48, "dim": 36, "heads": 3, "depth": 3, "num_classes": 7}
-CMT_ARGUMENTS = {
-    "img_size": 64, "dims": (8, 16, 24, 32), "depths": (1, 2, 1, 1), "stem_dim": 6, "head_dim": 20, "num_classes": 7,
-}  # fmt: skip
-MODELS = {
-    "crossvit": (CrossViT, CROSSVIT),
-    "crossvit_dagger": (CrossViT, CROSSVIT | {"stem": "conv"}),
-    **{f"crossvit_{fusion}": (CrossViT, CROSSVIT | {"fusion": fusion}) for fusion in FUSIONS},
-    "deepvit": (DeepViT, DEEPVIT),
-    "deepvit_rescaled": (
-        DeepViT,
-        DEEPVIT | {"re_attention": 1, "stem": "conv", "block": "rescaled", "mixing_scale": True},
-    ),
-    **{f"deepvit_{norm}": (DeepViT, DEEPVIT | {"mixing_norm": norm}) for norm in MIXINGS},
-    "deepvit_plain": (DeepViT, DEEPVIT | {"re_attention": 0}),
-    "cmt": (CMT, CMT_ARGUMENTS),
-    "cmt_no_lpu": (CMT, CMT_ARGUMENTS | {"local": "none"}),
-    "cmt_plain_attention": (CMT, CMT_ARGUMENTS | {"attention": "plain"}),
-    "cmt_plain_ffn": (CMT, CMT_ARGUMENTS | {"feed_forward": "plain"}),
-    "cmt_patch_stem": (CMT, CMT_ARGUMENTS | {"stem": "patch"}),
-}
-every_model = pytest.mark.parametrize("name", MODELS)
-
-
-def build(name, **kwargs):
-    torch.manual_seed(0)
-    model_cls, arguments = MODELS[name]
-    return model_cls(**(arguments | kwargs))
-
-
-def images(height, width, channels=3):
-    return torch.randn(2, channels, height, width, generator=torch.Generator().manual_seed(1))
-
-
-@every_model
-def test_a_step_reaches_every_parameter(name):
-    model = build(name).train()
-    F.cross_entropy(model(images(64, 64)), torch.tensor([1, 2])).backward()
-    assert [key for key, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0] == []
-
-
-@every_model
-@pytest.mark.parametrize("size", [(37, 61), (80, 33), (1, 5)])
-def test_any_size_and_an_image_does_not_see_its_neighbours(name, size):
-    model = build(name).eval()
-    with torch.no_grad():
-        both, alone = model(images(*size)), model(images(*size)[1:])
-    torch.testing.assert_close(both[1:], alone, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(both[0], both[1])
-
-
-@every_model
-@pytest.mark.parametrize("channels", [1, 4])
-def test_any_number_of_channels_and_the_last_is_looked_at(name, channels):
-    model = build(name, in_chans=channels).eval()
-    changed = images(48, 48, channels)
-    changed[:, -1] += torch.linspace(0, 3, 48)
-    with torch.no_grad():
-        assert not torch.allclose(model(images(48, 48, channels)), model(changed))
-
-
-@every_model
-def test_head_and_classifier(name):
-    model = build(name).eval()
-    with torch.no_grad():
-        features = model.forward_features(images(40, 56))
-        before = model.forward_head(features, pre_logits=True)
-        assert before.shape == (2, model.num_features)
-        assert torch.equal(model.get_classifier()(before), model(images(40, 56)))
-        model.reset_classifier(11)
-        assert model(images(40, 56)).shape == (2, model.num_classes) == (2, 11)
-        model.reset_classifier(0)
-        assert torch.equal(model(images(40, 56)), before)
-
-
-@every_model
-@pytest.mark.parametrize("output_fmt", ["NCHW", "NLC"])
-def test_intermediates_have_the_channels_and_reductions_of_feature_info(name, output_fmt):
-    model = build(name).eval()
-    with torch.no_grad():
-        final, features = model.forward_intermediates(images(60, 90), output_fmt=output_fmt)
-        expected = model.forward_features(images(60, 90))
-        last = model.forward_intermediates(images(60, 90), indices=[-1], intermediates_only=True)[0]
-    assert all(map(torch.equal, final, expected))
-    for info, feature in zip(model.feature_info, features, strict=True):
-        rows, columns = -(-60 // info["reduction"]), -(-90 // info["reduction"])
-        if output_fmt == "NLC":
-            assert feature.shape == (2, rows * columns, info["num_chs"])
-        else:
-            assert feature.shape == (2, info["num_chs"], rows, columns)
-            assert last.shape == features[-1].shape
-
-
-@every_model
-def test_stopping_early_or_pruning_changes_no_feature(name):
-    model = build(name).eval()
-    with torch.no_grad():
-        full = model.forward_intermediates(images(48, 64), indices=[0, 1], intermediates_only=True)
-        early = model.forward_intermediates(images(48, 64), indices=[0, 1], intermediates_only=True, stop_early=True)
-        size = sum(p.numel() for p in model.parameters())
-        kept = model.prune_intermediate_layers([0, 1], prune_norm=True)
-        pruned = model.forward_intermediates(images(48, 64), indices=kept, intermediates_only=True)
-    assert sum(p.numel() for p in model.parameters()) < size
-    for feature, stopped, cut in zip(full, early, pruned, strict=True):
-        assert torch.equal(feature, stopped)
-        assert torch.equal(feature, cut)
+from tokenfusion.models.crossvit_fusion import ClsCrossAttention, regrid
+from tokenfusion.models.deepvit import BatchNormMixing, DeepViT, HeadMixing, ReAttention
 
 
 @pytest.mark.parametrize(
@@ -130,67 +23,10 @@ def test_stopping_early_or_pruning_changes_no_feature(name):
 def test_features_only_through_timm(name, reductions):
     model = timm.create_model(name, features_only=True, img_size=48).eval()
     with torch.no_grad():
-        features = model(images(64, 96))
+        features = model(torch.randn(2, 3, 64, 96))
     assert model.feature_info.reduction() == reductions
     assert [feature.shape[1] for feature in features] == model.feature_info.channels()
     assert [feature.shape[2:] for feature in features] == [(-(-64 // r), -(-96 // r)) for r in reductions]
-
-
-@every_model
-def test_gradient_checkpointing_changes_nothing_not_even_running_statistics(name):
-    results = []
-    for enable in (False, True):
-        model = build(name, drop_path_rate=0.3).train()
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(3)
-        model(images(48, 48)).square().sum().backward()
-        results.append({**{k: p.grad for k, p in model.named_parameters()}, **dict(model.named_buffers())})
-    for key, value in results[0].items():
-        assert torch.equal(value, results[1][key]), key
-
-
-@every_model
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_a_graph_break(name, training):
-    model = build(name).train(training)
-    torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")(images(40, 72))
-    torch.testing.assert_close(compiled, build(name).train(training)(images(40, 72)))
-
-
-@every_model
-def test_exports(name):
-    model = build(name).eval()
-    program = torch.export.export(model, (images(40, 72),))
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(images(40, 72)), model(images(40, 72)))
-
-
-@every_model
-def test_bfloat16_autocast_stays_near_float32(name):
-    model = build(name).eval()
-    with torch.no_grad():
-        exact = model(images(48, 48))
-        with torch.autocast("cpu", torch.bfloat16):
-            rough = model(images(48, 48))
-    torch.testing.assert_close(rough.float(), exact, rtol=0.1, atol=0.05 * exact.abs().max().item())
-
-
-@every_model
-def test_no_weight_decay_names_parameters(name):
-    model = build(name)
-    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
-
-
-@every_model
-def test_the_explicit_path_equals_the_fused_one(name):
-    model = build(name).eval()
-    with torch.no_grad():
-        fused = model(images(48, 64))
-        for module in model.modules():
-            if isinstance(module, Attend):
-                module.fused_attn = False
-        torch.testing.assert_close(model(images(48, 64)), fused, rtol=1e-4, atol=1e-5)
 
 
 def test_positions_of_the_trained_grid_are_left_alone_and_others_keep_a_ramp():
@@ -214,6 +50,39 @@ def test_relative_positions_resize_queries_and_keys_each_on_their_grid():
     bias = table((8, 8), (2, 8)).detach().view(8, 8, 2, 8)
     torch.testing.assert_close(bias[4, 3, 1, 4] - bias[3, 3, 1, 4], torch.tensor(5.0))  # half a row further
     torch.testing.assert_close(bias[4, 3, 1, 4] - bias[4, 3, 1, 3], torch.tensor(0.5))  # half a key's column further
+
+
+def test_crossvit_tells_its_branches_apart():
+    model = timm.create_model("crossvit_micro")
+    small, large = TokenGroup("small_patch", (8, 16)), TokenGroup("large_patch", (4, 8))
+    layout = model.attention_layouts((32, 64))["stages.2.fusion.large.attn"]
+    assert layout == AttentionLayout((TokenGroup("large_cls"),), (TokenGroup("large_cls"), small))
+    assert model.token_layout((32, 64)) == (TokenGroup("small_cls"), small, TokenGroup("large_cls"), large)
+
+
+def test_cmt_pools_its_keys_until_the_last_stage():
+    layouts = timm.create_model("cmt_micro").attention_layouts((32, 64))
+    first, last = layouts["stages.0.blocks.1.attn"], layouts["stages.2.blocks.4.attn"]
+    assert first == AttentionLayout((TokenGroup("patch", (16, 32)),), (TokenGroup("pooled", (4, 8)),))
+    assert last == AttentionLayout.among((TokenGroup("patch", (4, 8)),))
+
+
+def test_crossvits_features_know_the_branchs_own_scale():
+    points = timm.create_model("crossvit_9_224").feature_points()
+    assert [point.reduction for point in points[2:4]] == [12, Fraction(120, 7)]  # 240 pixels on 14 patches
+    assert [point.output for point in points] == [0, 0, 0, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "remedy"),
+    [
+        ("crossvit_micro", {"patch_sizes": (4, 10)}, r"patch_size=10 .* try one of 4, 8, 12, 16"),
+        ("deepvit_micro", {"patch_size": 5}, r"patch_size=5 is odd.* try 6"),
+    ],
+)
+def test_a_patch_that_the_conv_stem_cannot_reach_is_refused(name, arguments, remedy):
+    with pytest.raises(InputError, match=remedy):
+        timm.create_model(name, **arguments)
 
 
 def test_the_cost_of_cross_attention_is_linear_in_the_tokens():
@@ -258,7 +127,7 @@ def test_the_folded_mixing_is_convolution_and_batch_norm():
 
 
 def test_only_the_last_blocks_re_attend():
-    model = DeepViT(**(DEEPVIT | {"re_attention": 1}))
+    model = DeepViT(img_size=48, dim=36, heads=3, depth=3, re_attention=1)
     assert [type(block.attn) for block in model.blocks] == [SelfAttention, SelfAttention, ReAttention]
 
 

@@ -98,3 +98,14 @@ def test_with_both_each_batch_draws_one():
         if 0 < targets[0, 1] < 1:
             kinds.add("cutmix" if set(mixed.unique().tolist()) <= {0.0, 1.0} else "mixup")
     assert kinds == {"mixup", "cutmix"}
+
+
+def test_a_share_of_the_batches_is_mixed():
+    mixing = BatchMixing(small_recipe(mixup=1.0, mix_prob=0.25), 2)
+    images, labels = torch.stack([torch.zeros(3, 8, 8), torch.ones(3, 8, 8)]), torch.tensor([0, 1])
+    untouched = 0
+    for step in range(400):
+        seed_step(0, step)
+        mixed, targets = mixing(images, labels)
+        untouched += torch.equal(mixed, images) and torch.equal(targets, torch.eye(2))
+    assert 300 - 30 < untouched < 300 + 30  # more than three standard deviations

@@ -1,7 +1,6 @@
 """Gradient checkpointing that computes exactly what it would have computed without."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -9,22 +8,26 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
-@contextmanager
-def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Let every BatchNorm inside keep its running statistics as they are, while still using the batch's."""
-    before = [
-        (norm, norm.momentum, norm.num_batches_tracked, norm.num_batches_tracked.clone())
-        for norm in module.modules()
-        if isinstance(norm, _BatchNorm) and norm.num_batches_tracked is not None
-    ]
-    for norm, *_ in before:
-        norm.momentum = 0.0
-    try:
-        yield
-    finally:
-        for norm, momentum, counter, count in before:
+class FrozenRunningStatistics(AbstractContextManager[None]):
+    """Every BatchNorm inside keeps its running statistics as they are, while still using the batch's.
+
+    It may be entered again, as a second backward pass through the same graph does.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        norms = [norm for norm in module.modules() if isinstance(norm, _BatchNorm)]
+        self.norms = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms if norm.track_running_stats]
+
+    def __enter__(self) -> None:
+        self.counts = [None if counter is None else counter.clone() for _, _, counter in self.norms]
+        for norm, *_ in self.norms:
+            norm.momentum = 0.0
+
+    def __exit__(self, *_error: object) -> None:
+        for (norm, momentum, counter), count in zip(self.norms, self.counts, strict=True):
             norm.momentum = momentum
-            counter.copy_(count)
+            if counter is not None and count is not None:
+                counter.copy_(count)
 
 
 def checkpointed(module: nn.Module, *args: Any) -> Any:
@@ -34,6 +37,6 @@ def checkpointed(module: nn.Module, *args: Any) -> Any:
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), frozen_running_statistics(module) if module.training else nullcontext()
+        return nullcontext(), FrozenRunningStatistics(module) if module.training else nullcontext()
 
     return checkpoint(module, *args, use_reentrant=False, context_fn=contexts)

@@ -1,13 +1,14 @@
 """Intermediate features in timm's form, observed from outside the model's forward."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tokenfusion.layers.tokens import grid_of, map_to_tokens, size_of, tokens_to_map
+from tokenfusion.layers.tokens import grid_of, tokens_to_map
 
 
 @dataclass(frozen=True)
@@ -15,74 +16,65 @@ class FeaturePoint:
     """A module whose output is an intermediate feature.
 
     Attributes:
-        module: its dotted name.
-        num_chs: channels of its output.
-        reduction: pixels of the image per pixel of the feature, along one side.
+        module: its dotted name; the last part is its place in a row of layers.
+        num_chs: channels of the feature.
+        reduction: pixels of the image per place of the feature, along one side.
         prefix_tokens: tokens before the patch tokens; None where the output is already a map (B, C, h, w).
+        norm: dotted name of the norm that such tokens pass at the model's end; None where there is none.
+        output: which of the module's outputs, where it gives several.
     """
 
     module: str
     num_chs: int
-    reduction: int
+    reduction: int | Fraction
     prefix_tokens: int | None = None
+    norm: str | None = None
+    output: int | None = None
 
     def as_feature_info(self) -> dict[str, Any]:
         """The form that timm's `feature_info` takes."""
-        return {"num_chs": self.num_chs, "reduction": self.reduction, "module": self.module}
+        return {"num_chs": self.num_chs, "reduction": round(self.reduction), "module": self.module}
+
+    def split(self, output: Tensor, img_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """An output for images of `img_size` as a map (B, C, h, w), and the tokens (B, K, C) before it."""
+        if self.prefix_tokens is None:
+            return output, output.new_zeros(len(output), 0, self.num_chs)
+        grid = grid_of(img_size, self.reduction)
+        prefix, patches = output[:, : self.prefix_tokens], output[:, self.prefix_tokens :]
+        return tokens_to_map(patches[:, : grid[0] * grid[1]], grid), prefix
 
 
-def collect_intermediates(
-    model: nn.Module,
-    points: Sequence[FeaturePoint],
-    images: Tensor,
-    *,
-    indices: int | Sequence[int] | None = None,
-    return_prefix_tokens: bool = False,
-    norm: nn.Module | None = None,
-    output_fmt: str = "NCHW",
-) -> tuple[Tensor, list[Any]]:
-    """Run `model.forward_features` and gather the outputs of chosen points.
+class EverythingGathered(Exception):  # noqa: N818 - not an error
+    """Ends a forward pass that has given all that was asked of it."""
+
+
+def gather_outputs(
+    model: nn.Module, points: Sequence[FeaturePoint], images: Tensor, *, stop_early: bool = False
+) -> tuple[Any, list[Tensor]]:
+    """Run `model.forward_features` and gather the outputs at some points.
 
     Args:
         model: a model with `forward_features`.
-        points: everything that can be gathered, in order.
+        points: where to gather.
         images: (B, in_chans, H, W).
-        indices: which points: the last n, a list, or all.
-        return_prefix_tokens: give (feature, prefix tokens) pairs.
-        norm: applied to token outputs.
-        output_fmt: "NCHW" or "NLC".
+        stop_early: end the pass as soon as every point has given its output.
 
     Returns:
-        The final tokens, and the features in the order of `points`.
-
-    Raises:
-        ValueError: unknown `output_fmt`.
+        What `forward_features` gives, None where it was stopped; and the outputs, in the order of `points`.
     """
-    if output_fmt not in ("NCHW", "NLC"):
-        raise ValueError(f"output_fmt={output_fmt!r} is not known; choose NCHW or NLC")
-    take, _ = feature_take_indices(len(points), indices)
-    outputs: dict[int, Tensor] = {}
-    handles = [
-        model.get_submodule(points[i].module).register_forward_hook(
-            lambda _module, _inputs, output, i=i: outputs.__setitem__(i, output)
-        )
-        for i in take
-    ]
-    try:
+    outputs: dict[FeaturePoint, Tensor] = {}
+
+    def gather(point: FeaturePoint, output: Any) -> None:
+        outputs[point] = output if point.output is None else output[point.output]
+        if stop_early and len(outputs) == len(points):
+            raise EverythingGathered
+
+    final = None
+    with suppress(EverythingGathered), ExitStack() as hooks:
+        for point in points:
+            hook = model.get_submodule(point.module).register_forward_hook(
+                lambda _module, _inputs, output, point=point: gather(point, output)
+            )
+            hooks.enter_context(hook)
         final = model.forward_features(images)  # type: ignore[operator]
-    finally:
-        for handle in handles:
-            handle.remove()
-
-    def shaped(point: FeaturePoint, output: Tensor) -> Any:
-        if point.prefix_tokens is None:
-            prefix, feature_map = output.new_zeros(len(output), 0, point.num_chs), output
-        else:
-            grid = grid_of(size_of(images), point.reduction)
-            tokens = norm(output) if norm else output
-            first, last = point.prefix_tokens, point.prefix_tokens + grid[0] * grid[1]
-            prefix, feature_map = tokens[:, :first], tokens_to_map(tokens[:, first:last], grid)
-        feature = feature_map if output_fmt == "NCHW" else map_to_tokens(feature_map)
-        return (feature, prefix) if return_prefix_tokens else feature
-
-    return final, [shaped(points[i], outputs[i]) for i in sorted(take)]
+    return final, [outputs[point] for point in points]

@@ -1,7 +1,9 @@
 """Images and feature maps as tokens, where the tokens stand, and what each of them is."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 from math import ceil
+from typing import NamedTuple, Self
 
 from torch import Tensor, nn
 
@@ -11,7 +13,8 @@ class TokenGroup:
     """Consecutive tokens of one source.
 
     Attributes:
-        source: "cls", "patch" or "pixel".
+        source: "cls", "patch" or "pixel"; CrossViT tells its branches apart, as in "small_cls" and "large_patch";
+            "pooled" for CMT's keys, each of which stands for a cell of patches.
         grid: rows and columns that the tokens fill, row by row; None for tokens without a place.
         count: number of tokens.
     """
@@ -27,6 +30,23 @@ class TokenGroup:
 TokenLayout = tuple[TokenGroup, ...]
 
 
+class AttentionLayout(NamedTuple):
+    """What the rows and the columns of an attention map are.
+
+    Attributes:
+        queries: the tokens that ask.
+        keys: the tokens that are asked.
+    """
+
+    queries: TokenLayout
+    keys: TokenLayout
+
+    @classmethod
+    def among(cls, tokens: TokenLayout) -> Self:
+        """Self-attention's: all ask all."""
+        return cls(tokens, tokens)
+
+
 def num_prefix_tokens(layout: TokenLayout) -> int:
     """Tokens before the first one that has a place in the image."""
     return next(i for i, group in enumerate(layout) if group.grid)
@@ -38,7 +58,7 @@ def size_of(images: Tensor) -> tuple[int, int]:
     return height, width
 
 
-def grid_of(size: tuple[int, int], reduction: int) -> tuple[int, int]:
+def grid_of(size: tuple[int, int], reduction: int | Fraction) -> tuple[int, int]:
     """Rows and columns left of an image (H, W) by strides of `reduction` in all, edges padded."""
     return ceil(size[0] / reduction), ceil(size[1] / reduction)
 

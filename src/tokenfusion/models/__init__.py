@@ -8,9 +8,9 @@ import timm
 from torch import nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.models import cmt, crossvit, deepvit, token_fusion
+from tokenfusion.models import cmt, crossvit, deepvit, parents, token_fusion
 
-PAPERS = (token_fusion, crossvit, deepvit, cmt)
+PAPERS = (token_fusion, crossvit, deepvit, cmt, parents)
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -44,7 +44,7 @@ def create_model(
         InputError: no such name (the nearest are offered), or arguments that the model does not take.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, [*list_models(), *timm.list_models()], n=4, cutoff=0.5)
+        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`tokenfusion models` lists the names"
         raise InputError(f"no model is called {name!r}; {hint}")
     arguments: dict[str, Any] = {"in_chans": in_chans, **kwargs}

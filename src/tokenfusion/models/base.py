@@ -1,32 +1,36 @@
 """What every paper's model answers, in timm's words."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import torch
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
 from tokenfusion.layers.checkpointing import checkpointed
+from tokenfusion.layers.intermediates import FeaturePoint, gather_outputs
 from tokenfusion.layers.positions import Grid
+from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, map_to_tokens, size_of
 from tokenfusion.models.official import OfficialNames
 
 T = TypeVar("T")
+OUTPUT_FORMATS = {"NCHW": lambda feature_map: feature_map, "NLC": map_to_tokens}
 
 
 class PaperModel(nn.Module):
     """An image classifier with timm's interface.
 
-    A paper's model sets the attributes below and writes `forward_features`, `forward_head`, `forward_intermediates`,
-    `prune_intermediate_layers`, `no_weight_decay` and `build_head`.
+    A paper's model sets the attributes below and writes `forward_features`, `forward_head`, `feature_points`,
+    `token_layout`, `attention_layouts`, `no_weight_decay` and `build_head`.
     """
 
     official_names: ClassVar[OfficialNames]
     num_classes: int
     num_features: int
     head_hidden_size: int
-    feature_info: list[dict[str, Any]]
+    img_size: Grid
     head: nn.Module
 
     def __init__(self) -> None:
@@ -48,6 +52,96 @@ class PaperModel(nn.Module):
     def build_head(self, num_classes: int) -> nn.Module:
         """A new classifier."""
         raise NotImplementedError
+
+    def feature_points(self) -> list[FeaturePoint]:
+        """Where intermediate features can be had."""
+        raise NotImplementedError
+
+    def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
+        """What each token of `forward_features` is, for images of `img_size` (H, W) or the model's own size."""
+        raise NotImplementedError
+
+    def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
+        """What each attention module's queries and keys are, by the module's dotted name, in order."""
+        raise NotImplementedError
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that weight decay leaves alone."""
+        return set()
+
+    @property
+    def feature_info(self) -> list[dict[str, Any]]:
+        """The intermediate features that can be had, in timm's form."""
+        return [point.as_feature_info() for point in self.feature_points()]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """Intermediate features, with timm's signature.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: which of `feature_info`: a list, the last n, or all.
+            return_prefix_tokens: give pairs of a feature and the tokens (B, K, C) before it; a map has none, K = 0.
+            norm: apply the model's final norm to features that are tokens.
+            stop_early: leave out the layers after the last chosen feature. Without `intermediates_only` they run all
+                the same, for what `forward_features` gives.
+            output_fmt: "NCHW" for maps (B, C, h, w), "NLC" for tokens (B, h·w, C).
+            intermediates_only: give the features alone.
+
+        Returns:
+            What `forward_features` gives, and the chosen features in the order of `feature_info`; or those alone.
+
+        Raises:
+            InputError: an unknown `output_fmt`.
+        """
+        formatted = choose(OUTPUT_FORMATS, output_fmt, "output_fmt")
+        points = self.feature_points()
+        chosen = [points[i] for i in sorted(feature_take_indices(len(points), indices, as_set=True)[0])]
+        final, outputs = gather_outputs(self, chosen, x, stop_early=stop_early and intermediates_only)
+        features: list[Any] = []
+        for point, output in zip(chosen, outputs, strict=True):
+            tokens = self.get_submodule(point.norm)(output) if norm and point.norm else output
+            feature_map, prefix = point.split(tokens, size_of(x))
+            feature = formatted(feature_map)
+            features.append((feature, prefix) if return_prefix_tokens else feature)
+        return features if intermediates_only else (final, features)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen features do not need: later layers, the final norms, the head.
+
+        Returns:
+            The chosen features' indices, none negative.
+        """
+        points = self.feature_points()
+        take, _ = feature_take_indices(len(points), indices)
+        self.drop_layers_after([points[i] for i in take])
+        if prune_norm:
+            for name in {point.norm for point in points if point.norm}:
+                self.set_submodule(name, nn.Identity())
+        if prune_head:
+            self.reset_classifier(0)
+        return take
+
+    def drop_layers_after(self, points: Sequence[FeaturePoint]) -> None:
+        """Shorten each row of layers that has some of these points after the last of them."""
+        last: dict[str, int] = {}
+        for point in points:
+            row, _, place = point.module.rpartition(".")
+            last[row] = max(last.get(row, 0), int(place))
+        for row, end in last.items():
+            layers = self.get_submodule(row)
+            assert isinstance(layers, nn.ModuleList | nn.Sequential)
+            del layers[end + 1 :]
 
     def get_classifier(self) -> nn.Module:
         """The module that makes logits."""
@@ -90,11 +184,15 @@ def image_size(img_size: int | tuple[int, int]) -> Grid:
     """`img_size` as (height, width).
 
     Raises:
-        InputError: a side is smaller than one pixel.
+        InputError: not one or two whole numbers, or a side is smaller than one pixel.
     """
-    height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+    sides = tuple(img_size) if isinstance(img_size, tuple | list) else (img_size, img_size)
+    if len(sides) != 2 or not all(isinstance(side, int) for side in sides):
+        raise InputError(f"img_size={img_size!r} is not a size; give a height and a width, or one number for both")
+    height, width = sides
     if height < 1 or width < 1:
-        raise InputError(f"img_size={img_size} has no pixels; give a side, or (height, width), of at least 1")
+        nearest = max(height, 1), max(width, 1)
+        raise InputError(f"img_size={img_size} has no pixels; the nearest that works is {nearest}")
     return height, width
 
 
@@ -109,8 +207,3 @@ def choose(choices: Mapping[str, T], name: str, what: str) -> T:
     near = difflib.get_close_matches(name, choices, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise InputError(f"{what}={name!r} is not known; {hint}there are: {', '.join(choices)}")
-
-
-def check_output_format(output_fmt: str) -> None:
-    """Raise InputError unless `output_fmt` is one of timm's."""
-    choose({"NCHW": None, "NLC": None}, output_fmt, "output_fmt")

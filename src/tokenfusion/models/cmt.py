@@ -12,21 +12,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import check_heads
 from tokenfusion.layers.blocks import init_linear_and_norm, rising_rates
+from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
-from tokenfusion.layers.tokens import grid_of, map_to_tokens, tokens_to_map
-from tokenfusion.models.base import PaperModel, check_output_format, choose, image_size, linear_head
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of, tokens_to_map
+from tokenfusion.models.base import PaperModel, choose, image_size, linear_head
 from tokenfusion.models.cmt_blocks import ATTENTIONS, STEMS, CMTBlock, Parts, PatchEmbedding
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
-
-HEADS = (1, 2, 4, 8)
-POOLING = (8, 4, 2, 1)
-REDUCTIONS = (4, 8, 16, 32)
 
 
 class Stage(nn.Module):
@@ -46,8 +43,9 @@ class Stage(nn.Module):
         super().__init__()
         check_heads(dim, heads)
         self.pooling = pooling
+        self.attention = choose(ATTENTIONS, parts.attention, "attention")
         self.embed = PatchEmbedding(in_chans, dim)
-        self.positions = choose(ATTENTIONS, parts.attention, "attention").positions(heads, grid, pooling)
+        self.positions = self.attention.positions(heads, grid, pooling)
         self.blocks = nn.ModuleList(CMTBlock(dim, heads, pooling, parts, path) for path in paths)
 
     def forward(self, features: Tensor, run: Callable[..., Tensor]) -> Tensor:
@@ -58,16 +56,20 @@ class Stage(nn.Module):
             tokens = run(block, tokens, grid, bias)
         return tokens_to_map(tokens, grid)
 
+    def attention_layouts(self, grid: Grid) -> dict[str, AttentionLayout]:
+        """What each attention's queries and keys are, by name, for tokens on a grid."""
+        return {f"blocks.{i}.attn": self.attention.layout(grid, self.pooling) for i in range(len(self.blocks))}
+
 
 class CMT(PaperModel):
-    """Four stages of blocks that convolve and attend; the head is a 1×1 convolution, Swish, and the average.
+    """Stages of blocks that convolve and attend; the head is a 1×1 convolution, Swish, and the average.
 
     Args:
         img_size: height and width the position tables are learned on, in pixels; forward takes any other too.
         in_chans: channels of an image.
         num_classes: outputs; 0 for none.
-        dims, depths: width and number of blocks of each stage.
-        stem_dim: width of the stem.
+        dims, depths, heads, pooling: width, number of blocks, attention heads and pooling of keys of each stage.
+        stem_dim, stem_stride: width and stride of the stem.
         mlp_ratio: hidden width of the feed-forward parts, in units of the width.
         head_dim: width of the convolution before the classifier.
         stem: "conv" or "patch".
@@ -78,7 +80,7 @@ class CMT(PaperModel):
         drop_path_rate: rate of stochastic depth at the last block.
 
     Raises:
-        InputError: heads that do not divide a width, an unknown choice, an impossible size.
+        InputError: heads that do not divide a width, an unknown choice, an impossible size, unlike numbers of stages.
     """
 
     official_names = OfficialNames(
@@ -108,7 +110,10 @@ class CMT(PaperModel):
         num_classes: int = 1000,
         dims: Sequence[int] = (64, 128, 256, 512),
         depths: Sequence[int] = (3, 3, 16, 3),
+        heads: Sequence[int] = (1, 2, 4, 8),
+        pooling: Sequence[int] = (8, 4, 2, 1),
         stem_dim: int = 32,
+        stem_stride: int = 2,
         mlp_ratio: float = 4.0,
         head_dim: int = 1280,
         stem: str = "conv",
@@ -121,17 +126,22 @@ class CMT(PaperModel):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        if not len(dims) == len(depths) == len(heads) == len(pooling):
+            given = f"dims={dims}, depths={depths}, heads={heads}, pooling={pooling}"
+            raise InputError(f"{given} are not of as many stages; give each a value per stage")
         self.img_size = image_size(img_size)
         parts = Parts(local, attention, feed_forward, mlp_ratio, attn_drop_rate, proj_drop_rate)
         rates = iter(rising_rates(drop_path_rate, sum(depths)))
-        grids = [grid_of(self.img_size, reduction) for reduction in REDUCTIONS]
+        self.dims = tuple(dims)
+        self.reductions = tuple(stem_stride * 2**i for i in range(1, len(dims) + 1))
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = head_dim
-        self.stem = choose(STEMS, stem, "stem")(in_chans, stem_dim)
+        self.stem = choose(STEMS, stem, "stem")(in_chans, stem_dim, stem_stride)
+        grids = [grid_of(self.img_size, reduction) for reduction in self.reductions]
         self.stages = nn.ModuleList(
-            Stage(before, dim, heads, pooling, grid, parts, [next(rates) for _ in range(depth)])
-            for before, dim, depth, heads, pooling, grid in zip(
-                (stem_dim, *dims[:-1]), dims, depths, HEADS, POOLING, grids, strict=True
+            Stage(before, dim, count, cell, grid, parts, [next(rates) for _ in range(depth)])
+            for before, dim, count, cell, grid, depth in zip(
+                (stem_dim, *dims[:-1]), dims, heads, pooling, grids, depths, strict=True
             )
         )
         self.head_conv: nn.Module = nn.Conv2d(dims[-1], head_dim, 1)
@@ -140,10 +150,6 @@ class CMT(PaperModel):
         self.apply(init_linear_and_norm)
         self.apply(init_conv)
         self.head = self.build_head(num_classes)
-        self.feature_info = [
-            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
-            for i, (dim, reduction) in enumerate(zip(dims, REDUCTIONS, strict=True))
-        ]
 
     def build_head(self, num_classes: int) -> nn.Module:
         return linear_head(self.head_hidden_size, num_classes)
@@ -164,52 +170,32 @@ class CMT(PaperModel):
         pooled = self.head_drop(features.mean(dim=(2, 3)))
         return pooled if pre_logits else self.head(pooled)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Maps after chosen stages, with timm's signature; there is no final norm, so that `norm` changes nothing.
+    def feature_points(self) -> list[FeaturePoint]:
+        """The map after each stage."""
+        shapes = zip(self.dims, self.reductions, strict=True)
+        return [FeaturePoint(f"stages.{i}", dim, reduction) for i, (dim, reduction) in enumerate(shapes)]
 
-        Returns:
-            The features as maps (B, C, h, w), or tokens for `output_fmt="NLC"`; and before them, unless
-            `intermediates_only`, what `forward_features` gives (after `stop_early`, the map of the last stage run).
-        """
-        del norm
-        check_output_format(output_fmt)
-        take, last = feature_take_indices(len(self.stages), indices)
-        intermediates = []
-        features = self.stem(x.contiguous(memory_format=torch.channels_last))
-        for i, stage in enumerate(self.stages[: last + 1] if stop_early else self.stages):
-            features = stage(features, self.run)
-            if i in take:
-                intermediates.append(features if output_fmt == "NCHW" else map_to_tokens(features))
-        if intermediates_only:
-            return intermediates
-        return features if stop_early and last + 1 < len(self.stages) else self.widen(features), intermediates
+    def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
+        """What each pixel of `forward_features`' map is."""
+        return (TokenGroup("patch", grid_of(img_size or self.img_size, self.reductions[-1])),)
+
+    def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
+        layouts: dict[str, AttentionLayout] = {}
+        for i, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            inside = stage.attention_layouts(grid_of(img_size or self.img_size, self.reductions[i]))
+            layouts |= {f"stages.{i}.{name}": layout for name, layout in inside.items()}
+        return layouts
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen features do not need: later stages, the head.
-
-        Returns:
-            The chosen features' indices, none negative.
-        """
-        del prune_norm
-        take, last = feature_take_indices(len(self.stages), indices)
-        self.stages = self.stages[: last + 1]
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
             self.head_conv, self.head_norm = nn.Identity(), nn.Identity()
-            self.reset_classifier(0)
         return take
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone."""
         return {name for name, _ in self.named_parameters() if name.endswith("positions.table")}
 
 
@@ -221,7 +207,7 @@ def init_conv(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-VARIANTS: dict[str, tuple[type[CMT], dict[str, Any]]] = {
+OFFICIAL: dict[str, tuple[type[CMT], dict[str, Any]]] = {
     "cmt_ti": (
         CMT,
         {"img_size": 160, "dims": (46, 92, 184, 368), "depths": (2, 2, 10, 2), "stem_dim": 16, "mlp_ratio": 3.6},
@@ -233,11 +219,22 @@ VARIANTS: dict[str, tuple[type[CMT], dict[str, Any]]] = {
     "cmt_s": (CMT, {"img_size": 224, "dims": (64, 128, 256, 512), "depths": (3, 3, 16, 3), "stem_dim": 32}),
     "cmt_b": (CMT, {"img_size": 256, "dims": (76, 152, 304, 608), "depths": (4, 4, 20, 4), "stem_dim": 38}),
 }
+SMALL_IMAGES: dict[str, Any] = {"img_size": 32, "num_classes": 10, "stem_stride": 1}  # three stages end at 4×4
+MICRO: dict[str, tuple[type[CMT], dict[str, Any]]] = {
+    "cmt_micro": (
+        CMT,
+        SMALL_IMAGES
+        | {"dims": (32, 64, 128), "depths": (2, 2, 5), "heads": (1, 2, 4), "pooling": (4, 2, 1)}
+        | {"stem_dim": 16, "head_dim": 256},
+    ),
+}
+VARIANTS = OFFICIAL | MICRO
 CONFIG: dict[str, Any] = {"crop_pct": 0.9, "interpolation": "bicubic", "first_conv": "stem.conv1"}
 register_variants(
     __name__,
-    VARIANTS,
-    configs=dict.fromkeys(VARIANTS, CONFIG),
+    OFFICIAL,
+    configs=dict.fromkeys(OFFICIAL, CONFIG),
     out_indices=(0, 1, 2, 3),
     read_pretrained=read_pretrained,
 )
+register_variants(__name__, MICRO, out_indices=(0, 1, 2), read_pretrained=read_pretrained)

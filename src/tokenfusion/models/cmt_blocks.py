@@ -12,25 +12,25 @@ from torch import Tensor, nn
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import PaddedConv, drop_path, layer_norm
 from tokenfusion.layers.positions import Grid, RelativePositionTable
-from tokenfusion.layers.tokens import grid_of, map_to_tokens, tokens_to_map
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, grid_of, map_to_tokens, tokens_to_map
 from tokenfusion.models.base import choose
 
 
 class ConvStem(nn.Sequential):
-    """Three 3×3 convolutions, the first of stride 2, each followed by GELU and BatchNorm."""
+    """Three 3×3 convolutions, the first of which may stride, each followed by GELU and BatchNorm."""
 
-    def __init__(self, in_chans: int, dim: int) -> None:
+    def __init__(self, in_chans: int, dim: int, stride: int) -> None:
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        for i, (chans, stride) in enumerate(((in_chans, 2), (dim, 1), (dim, 1)), start=1):
-            layers[f"conv{i}"] = nn.Conv2d(chans, dim, 3, stride=stride, padding=1)
+        for i, (chans, step) in enumerate(((in_chans, stride), (dim, 1), (dim, 1)), start=1):
+            layers[f"conv{i}"] = nn.Conv2d(chans, dim, 3, stride=step, padding=1)
             layers[f"act{i}"] = nn.GELU()
             layers[f"norm{i}"] = nn.BatchNorm2d(dim)
         super().__init__(layers)
 
 
-def patch_stem(in_chans: int, dim: int) -> nn.Module:
-    """The stem without overlap: patches of 2×2 pixels, each through one linear map."""
-    return PaddedConv(in_chans, dim, 2, stride=2)
+def patch_stem(in_chans: int, dim: int, stride: int) -> nn.Module:
+    """The stem without overlap: patches as large as the stride, each through one linear map."""
+    return PaddedConv(in_chans, dim, stride, stride=stride)
 
 
 class PatchEmbedding(nn.Module):
@@ -87,6 +87,13 @@ class LightweightAttention(nn.Module):
         """The stage's table of relative positions, shared by its blocks."""
         return RelativePositionTable(heads, grid, grid_of(grid, pooling))
 
+    @staticmethod
+    def layout(grid: Grid, pooling: int) -> AttentionLayout:
+        """What the queries and keys are, for tokens on a grid."""
+        queries = TokenGroup("patch", grid)
+        keys = TokenGroup("pooled", grid_of(grid, pooling)) if pooling > 1 else queries
+        return AttentionLayout((queries,), (keys,))
+
     def forward(self, tokens: Tensor, grid: Grid, bias: Tensor) -> Tensor:
         """Tokens (B, N, C) on a grid and the bias (H, N, M) to (B, N, C)."""
         pooled = map_to_tokens(self.pool(tokens_to_map(tokens, grid)))
@@ -113,6 +120,11 @@ class PlainAttention(nn.Module):
     def positions(_heads: int, _grid: Grid, _pooling: int) -> nn.Module:
         """None."""
         return NoPositions()
+
+    @staticmethod
+    def layout(grid: Grid, _pooling: int) -> AttentionLayout:
+        """What the queries and keys are, for tokens on a grid."""
+        return AttentionLayout.among((TokenGroup("patch", grid),))
 
     def forward(self, tokens: Tensor, _grid: Grid, _bias: None) -> Tensor:
         """Tokens (B, N, C) to (B, N, C)."""

@@ -8,24 +8,26 @@ Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import SelfAttention, check_heads
 from tokenfusion.layers.blocks import Block, TokenEmbedding, init_linear_and_norm, layer_norm, rising_rates
+from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
-from tokenfusion.layers.tokens import tokens_to_map
-from tokenfusion.models.base import PaperModel, check_output_format, choose, image_size, linear_head
-from tokenfusion.models.crossvit_fusion import FUSIONS, Branch, Grids, Pair, Rates
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout
+from tokenfusion.models.base import PaperModel, choose, image_size, linear_head
+from tokenfusion.models.crossvit_fusion import FUSIONS, Branch, Fusion, Grids, Pair, Rates
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
 
-SMALL_PATCH, LARGE_PATCH = 12, 16
 STAGES = 3
+CONV_STRIDES = {4: (1, 1), 8: (2, 1), 12: (3, 1), 16: (2, 2)}  # of the 3×3, by the patch; the paper has the last two
 
 
 def linear_patches(in_chans: int, dim: int, patch_size: int) -> nn.Module:
@@ -37,13 +39,16 @@ class ConvPatches(nn.Sequential):
     """The dagger's three convolutions: 7×7 stride 4, then two 3×3 that reach the stride of the patch."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
-        middle, last = {12: ((3, 0), (1, 1)), 16: ((2, 1), (2, 1))}[patch_size]  # (stride, padding)
+        if patch_size not in CONV_STRIDES:
+            sizes = ", ".join(map(str, CONV_STRIDES))
+            raise InputError(f"patch_size={patch_size} is out of reach of the conv stem's strides; try one of {sizes}")
+        middle, last = CONV_STRIDES[patch_size]
         super().__init__(
             nn.Conv2d(in_chans, dim // 4, 7, stride=4, padding=3),
             nn.ReLU(inplace=True),
-            nn.Conv2d(dim // 4, dim // 2, 3, *middle),
+            nn.Conv2d(dim // 4, dim // 2, 3, middle, padding=int(middle < 3)),  # stride 3 leaves no gap to pad
             nn.ReLU(inplace=True),
-            nn.Conv2d(dim // 2, dim, 3, *last),
+            nn.Conv2d(dim // 2, dim, 3, last, padding=1),
         )
 
 
@@ -56,6 +61,11 @@ class ImageScale(NamedTuple):
     patch_size: int
     numerator: int = 1
     denominator: int = 1
+
+    @property
+    def reduction(self) -> Fraction:
+        """Pixels of the image, as it was, per patch, along one side."""
+        return Fraction(self.patch_size * self.denominator, self.numerator)
 
     def grid(self, height: int, width: int) -> Grid:
         """Rows and columns of patches for an image of this size."""
@@ -89,7 +99,7 @@ class Stage(nn.Module):
         small: Branch,
         large: Branch,
         depths: tuple[int, int],
-        fusion: type[nn.Module],
+        fusion: type[Fusion],
         rates: Rates,
         paths: Sequence[float],
     ) -> None:
@@ -116,6 +126,12 @@ class Stage(nn.Module):
         """Tokens (B, 1 + N, C) of either branch to the same."""
         return self.fusion(self.small(small), self.large(large), grids)
 
+    def attention_layouts(self, small: TokenLayout, large: TokenLayout) -> dict[str, AttentionLayout]:
+        """What each attention's queries and keys are, by name, of branches so laid out."""
+        layouts = {f"small.{i}.attn": AttentionLayout.among(small) for i in range(len(self.small))}
+        layouts |= {f"large.{i}.attn": AttentionLayout.among(large) for i in range(len(self.large))}
+        return layouts | {f"fusion.{name}": of for name, of in self.fusion.attention_layouts(small, large).items()}
+
 
 class TwoHeads(nn.Module):
     """The mean of two linear classifiers' logits, one on each branch's CLS token."""
@@ -137,6 +153,7 @@ class CrossViT(PaperModel):
     Args:
         img_size: height and width that the small branch's position table is learned on, in pixels; forward takes any
             other too.
+        patch_sizes: side in pixels of the small and the large branch's patches.
         large_scale: what of the image's size the large branch sees, as (numerator, denominator).
         in_chans: channels of an image.
         num_classes: outputs; 0 for none.
@@ -177,6 +194,7 @@ class CrossViT(PaperModel):
         self,
         *,
         img_size: int | tuple[int, int] = 240,
+        patch_sizes: tuple[int, int] = (12, 16),
         large_scale: tuple[int, int] = (14, 15),
         in_chans: int = 3,
         num_classes: int = 1000,
@@ -203,13 +221,14 @@ class CrossViT(PaperModel):
         self.embed_dim = dims
         self.num_features = self.head_hidden_size = sum(dims)
         self.img_size = image_size(img_size)
-        self.scale_small, self.scale_large = ImageScale(SMALL_PATCH), ImageScale(LARGE_PATCH, *large_scale)
-        self.embed_small = TokenEmbedding(
-            patches(in_chans, small.dim, SMALL_PATCH), small.dim, self.scale_small.grid(*self.img_size), pos_drop_rate
-        )
-        self.embed_large = TokenEmbedding(
-            patches(in_chans, large.dim, LARGE_PATCH), large.dim, self.scale_large.grid(*self.img_size), pos_drop_rate
-        )
+        self.scale_small, self.scale_large = ImageScale(patch_sizes[0]), ImageScale(patch_sizes[1], *large_scale)
+
+        def embedding(branch: Branch, scale: ImageScale) -> TokenEmbedding:
+            stem = patches(in_chans, branch.dim, scale.patch_size)
+            return TokenEmbedding(stem, branch.dim, scale.grid(*self.img_size), pos_drop_rate)
+
+        self.embed_small = embedding(small, self.scale_small)
+        self.embed_large = embedding(large, self.scale_large)
         rates = Rates(attn_drop_rate, proj_drop_rate)
         self.stages = nn.ModuleList(
             Stage(small, large, depths, fusion_cls, rates, paths[i * max(depths) : (i + 1) * max(depths)])
@@ -220,12 +239,6 @@ class CrossViT(PaperModel):
         self.head_drop = nn.Dropout(drop_rate)
         self.apply(init_linear_and_norm)
         self.head = self.build_head(num_classes)
-        reductions = SMALL_PATCH, round(LARGE_PATCH * large_scale[1] / large_scale[0])
-        self.feature_info = [
-            {"num_chs": dim, "reduction": reduction, "module": f"stages.{i}"}
-            for dim, reduction in zip(dims, reductions, strict=True)
-            for i in range(STAGES)
-        ]
 
     def build_head(self, num_classes: int) -> nn.Module:
         return TwoHeads(self.embed_dim, num_classes) if num_classes else nn.Identity()
@@ -248,61 +261,37 @@ class CrossViT(PaperModel):
         cls = self.head_drop(torch.cat([tokens[:, 0] for tokens in features], dim=1))
         return cls if pre_logits else self.head(cls)
 
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Patch tokens after chosen stages, with timm's signature: 0 to 2 of the small branch, 3 to 5 of the large one.
+    def feature_points(self) -> list[FeaturePoint]:
+        """The patch tokens after each stage: 0 to 2 of the small branch, 3 to 5 of the large one."""
+        scales = ("small", self.scale_small), ("large", self.scale_large)
+        return [
+            FeaturePoint(f"stages.{i}", dim, scale.reduction, prefix_tokens=1, norm=f"norm_{name}", output=branch)
+            for branch, (dim, (name, scale)) in enumerate(zip(self.embed_dim, scales, strict=True))
+            for i in range(STAGES)
+        ]
 
-        Returns:
-            The features as maps (B, C, h, w), or tokens for `output_fmt="NLC"`; each with its CLS token (B, 1, C) if
-            `return_prefix_tokens`; and before them, unless `intermediates_only`, what `forward_features` gives.
-        """
-        check_output_format(output_fmt)
-        take, _ = feature_take_indices(2 * STAGES, indices)
-        last = max(i % STAGES for i in take)
-        small, large, grids = self.embed(x)
-        pairs = []
-        for stage in self.stages[: last + 1] if stop_early else self.stages:
-            small, large = self.run(stage, small, large, grids)
-            pairs.append((small, large))
+    def branch_layouts(self, img_size: Grid | None = None) -> tuple[TokenLayout, TokenLayout]:
+        """What each token of the small and of the large branch is."""
+        size = img_size or self.img_size
+        return (
+            (TokenGroup("small_cls"), TokenGroup("small_patch", self.scale_small.grid(*size))),
+            (TokenGroup("large_cls"), TokenGroup("large_patch", self.scale_large.grid(*size))),
+        )
 
-        def feature(index: int) -> Any:
-            branch, stage = divmod(index, STAGES)
-            tokens = pairs[stage][branch]
-            if norm:
-                tokens = (self.norm_small, self.norm_large)[branch](tokens)
-            cls, patches = tokens[:, :1], tokens[:, 1:]
-            patches = tokens_to_map(patches, grids[branch]) if output_fmt == "NCHW" else patches
-            return (patches, cls) if return_prefix_tokens else patches
+    def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
+        """What each token of `forward_features` is: the small branch's, then the large one's."""
+        small, large = self.branch_layouts(img_size)
+        return small + large
 
-        features = [feature(index) for index in sorted(take)]
-        return features if intermediates_only else ((self.norm_small(small), self.norm_large(large)), features)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the chosen features do not need: later stages, the final norms, the head.
-
-        Returns:
-            The chosen features' indices, none negative.
-        """
-        take, _ = feature_take_indices(2 * STAGES, indices)
-        self.stages = self.stages[: max(i % STAGES for i in take) + 1]
-        if prune_norm:
-            self.norm_small, self.norm_large = nn.Identity(), nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return take
+    def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
+        layouts: dict[str, AttentionLayout] = {}
+        for i, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            inside = stage.attention_layouts(*self.branch_layouts(img_size))
+            layouts |= {f"stages.{i}.{name}": layout for name, layout in inside.items()}
+        return layouts
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone."""
         return {f"embed_{branch}.{name}" for branch in ("small", "large") for name in ("cls_token", "positions.table")}
 
 
@@ -314,7 +303,8 @@ FIFTEEN: dict[str, Any] = SMALL | {"depths": (1, 5), "mlp_ratio": 3.0}
 EIGHTEEN: dict[str, Any] = {"img_size": 240, "dims": (224, 448), "heads": (7, 7), "depths": (1, 6), "mlp_ratio": 3.0}
 DAGGER: dict[str, Any] = {"stem": "conv"}
 LARGER: dict[str, Any] = {"img_size": 408, "large_scale": (16, 17)}
-VARIANTS: dict[str, tuple[type[CrossViT], dict[str, Any]]] = {
+MICRO: dict[str, Any] = {"img_size": 32, "num_classes": 10, "patch_sizes": (4, 8), "large_scale": (1, 1)}
+OFFICIAL: dict[str, tuple[type[CrossViT], dict[str, Any]]] = {
     "crossvit_tiny_224": (CrossViT, TINY),
     "crossvit_small_224": (CrossViT, SMALL),
     "crossvit_base_224": (CrossViT, BASE),
@@ -326,6 +316,10 @@ VARIANTS: dict[str, tuple[type[CrossViT], dict[str, Any]]] = {
     "crossvit_18_dagger_224": (CrossViT, EIGHTEEN | DAGGER),
     "crossvit_15_dagger_384": (CrossViT, FIFTEEN | DAGGER | LARGER),
     "crossvit_18_dagger_384": (CrossViT, EIGHTEEN | DAGGER | LARGER),
+}
+
+VARIANTS = OFFICIAL | {
+    "crossvit_micro": (CrossViT, MICRO | DAGGER | {"dims": (64, 128), "heads": (4, 4), "depths": (1, 2)}),
 }
 
 
@@ -343,6 +337,6 @@ def config(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-CONFIGS = {name: config(name, arguments) for name, (_, arguments) in VARIANTS.items()}
+CONFIGS = {name: config(name, arguments) for name, (_, arguments) in OFFICIAL.items()}
 LAST_STAGES = STAGES - 1, 2 * STAGES - 1
 register_variants(__name__, VARIANTS, configs=CONFIGS, out_indices=LAST_STAGES, read_pretrained=read_pretrained)

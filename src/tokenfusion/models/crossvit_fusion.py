@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import drop_path, layer_norm
 from tokenfusion.layers.positions import Grid
-from tokenfusion.layers.tokens import map_to_tokens, tokens_to_map
+from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, map_to_tokens, tokens_to_map
 
 Pair = tuple[Tensor, Tensor]
 Grids = tuple[Grid, Grid]
@@ -89,7 +89,16 @@ class CrossAttentionWay(nn.Module):
         return torch.cat([self.project_back(cls), tokens[:, 1:]], dim=1)
 
 
-class CrossAttentionFusion(nn.Module):
+class Fusion(nn.Module):
+    """Two branches' tokens in, the same out, fused."""
+
+    @staticmethod
+    def attention_layouts(_small: TokenLayout, _large: TokenLayout) -> dict[str, AttentionLayout]:
+        """What each attention's queries and keys are, by name, of branches laid out as [CLS; patches]."""
+        return {}
+
+
+class CrossAttentionFusion(Fusion):
     """Fusion (d), the one kept: each branch's CLS token asks the other branch's patches."""
 
     def __init__(self, small: Branch, large: Branch, rates: Rates, path: float) -> None:
@@ -101,8 +110,15 @@ class CrossAttentionFusion(nn.Module):
         """Tokens (B, 1 + N, C) of either branch to the same, fused."""
         return self.small(small, large), self.large(large, small)
 
+    @staticmethod
+    def attention_layouts(small: TokenLayout, large: TokenLayout) -> dict[str, AttentionLayout]:
+        return {
+            "small.attn": AttentionLayout(small[:1], small[:1] + large[1:]),
+            "large.attn": AttentionLayout(large[:1], large[:1] + small[1:]),
+        }
 
-class ProjectedFusion(nn.Module):
+
+class ProjectedFusion(Fusion):
     """What fusions (a) to (c) share: both branches projected to the large one's width, and back."""
 
     def __init__(self, small: Branch, large: Branch, rates: Rates, path: float) -> None:  # noqa: ARG002
@@ -126,6 +142,10 @@ class AllAttentionFusion(ProjectedFusion):
         tokens = tokens + self.drop_path(self.attn(self.norm(tokens)))
         small, large = tokens.split([small.shape[1], large.shape[1]], dim=1)
         return self.back_small(small), self.back_large(large)
+
+    @staticmethod
+    def attention_layouts(small: TokenLayout, large: TokenLayout) -> dict[str, AttentionLayout]:
+        return {"attn": AttentionLayout.among(small + large)}
 
 
 class ClsSumFusion(ProjectedFusion):
@@ -159,7 +179,7 @@ def regrid(tokens: Tensor, old: Grid, new: Grid) -> Tensor:
     return torch.cat([tokens[:, :1], map_to_tokens(patches)], dim=1)
 
 
-FUSIONS: dict[str, type[nn.Module]] = {
+FUSIONS: dict[str, type[Fusion]] = {
     "all_attention": AllAttentionFusion,
     "cls_sum": ClsSumFusion,
     "pairwise": PairwiseFusion,

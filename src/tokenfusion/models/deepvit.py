@@ -7,13 +7,12 @@ Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import SelfAttention, attention_map, check_heads, merge_heads, split_heads
 from tokenfusion.layers.blocks import (
     Block,
@@ -24,18 +23,19 @@ from tokenfusion.layers.blocks import (
     pad_to_multiple,
     rising_rates,
 )
-from tokenfusion.layers.tokens import grid_of, tokens_to_map
-from tokenfusion.models.base import PaperModel, check_output_format, choose, image_size, linear_head
+from tokenfusion.layers.tokens import grid_of
+from tokenfusion.models.base import choose, image_size
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
-
-PATCH_SIZE = 16
+from tokenfusion.models.transformer import PlainTransformer
 
 
 class ConvPatches(nn.Sequential):
-    """Patches of 16 pixels through two convolutions at half the image's size, then 8×8 stride 8 (T2T's stem)."""
+    """Patches through two convolutions at half the image's size, then one of the rest of the stride (T2T's stem)."""
 
-    def __init__(self, in_chans: int, dim: int, hidden: int = 64) -> None:
+    def __init__(self, in_chans: int, dim: int, patch_size: int, hidden: int = 64) -> None:
+        if patch_size % 2:
+            raise InputError(f"patch_size={patch_size} is odd, and the conv stem halves it; try {patch_size + 1}")
         super().__init__(
             OrderedDict(
                 conv1=nn.Conv2d(in_chans, hidden, 7, stride=2, padding=3, bias=False),
@@ -44,18 +44,19 @@ class ConvPatches(nn.Sequential):
                 conv2=nn.Conv2d(hidden, hidden, 3, padding=1, bias=False),
                 norm2=nn.BatchNorm2d(hidden),
                 act2=nn.ReLU(inplace=True),
-                proj=nn.Conv2d(hidden, dim, PATCH_SIZE // 2, stride=PATCH_SIZE // 2),
+                proj=nn.Conv2d(hidden, dim, patch_size // 2, stride=patch_size // 2),
             )
         )
+        self.patch_size = patch_size
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) to (B, C, h, w)."""
-        return super().forward(pad_to_multiple(images, PATCH_SIZE))  # type: ignore[no-untyped-call]
+        return super().forward(pad_to_multiple(images, self.patch_size))  # type: ignore[no-untyped-call]
 
 
-def linear_patches(in_chans: int, dim: int) -> nn.Module:
-    """Patches of 16 pixels, each through one linear map (ViT)."""
-    return PaddedConv(in_chans, dim, PATCH_SIZE, stride=PATCH_SIZE)
+def linear_patches(in_chans: int, dim: int, patch_size: int) -> nn.Module:
+    """Patches, each through one linear map (ViT)."""
+    return PaddedConv(in_chans, dim, patch_size, stride=patch_size)
 
 
 class HeadMixing(nn.Module):
@@ -170,13 +171,14 @@ STEMS = {"linear": linear_patches, "conv": ConvPatches}
 BLOCKS = {"plain": Block, "rescaled": RescaledBlock}
 
 
-class DeepViT(PaperModel):
+class DeepViT(PlainTransformer):
     """A plain vision transformer whose last blocks re-attend.
 
     Args:
         img_size: height and width the position table is learned on, in pixels; forward takes any other too.
         in_chans: channels of an image.
         num_classes: outputs; 0 for none.
+        patch_size: side of a patch in pixels.
         dim: width of a token.
         depth: number of blocks.
         heads: attention heads of a block.
@@ -213,6 +215,7 @@ class DeepViT(PaperModel):
         img_size: int | tuple[int, int] = 224,
         in_chans: int = 3,
         num_classes: int = 1000,
+        patch_size: int = 16,
         dim: int = 384,
         depth: int = 16,
         heads: int = 12,
@@ -242,87 +245,24 @@ class DeepViT(PaperModel):
 
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
-        self.img_size = image_size(img_size)
-        patches = choose(STEMS, stem, "stem")(in_chans, dim)
-        self.embed = TokenEmbedding(patches, dim, grid_of(self.img_size, PATCH_SIZE), pos_drop_rate)
+        self.img_size, self.patch_size = image_size(img_size), patch_size
+        patches = choose(STEMS, stem, "stem")(in_chans, dim, patch_size)
+        self.embed = TokenEmbedding(patches, dim, grid_of(self.img_size, patch_size), pos_drop_rate)
         block_cls = choose(BLOCKS, block, "block")
         self.blocks = nn.ModuleList(
             block_cls(dim, attention(i), mlp_ratio, proj_drop_rate, path)
             for i, path in enumerate(rising_rates(drop_path_rate, depth))
         )
-        self.norm: nn.Module = layer_norm(dim)
+        self.norm = layer_norm(dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.apply(init_linear_and_norm)
         self.head = self.build_head(num_classes)
-        self.feature_info = [{"num_chs": dim, "reduction": PATCH_SIZE, "module": f"blocks.{i}"} for i in range(depth)]
-
-    def build_head(self, num_classes: int) -> nn.Module:
-        return linear_head(self.embed_dim, num_classes)
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to normed tokens (B, 1 + h·w, C), CLS first."""
-        tokens, _ = self.embed(images)
-        for block in self.blocks:
-            tokens = self.run(block, tokens)
-        return self.norm(tokens)
-
-    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Normed tokens (B, 1 + h·w, C) to logits (B, num_classes), or to the CLS token (B, C)."""
-        cls = self.head_drop(features[:, 0])
-        return cls if pre_logits else self.head(cls)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Patch tokens after chosen blocks, with timm's signature.
-
-        Returns:
-            The features as maps (B, C, h, w), or tokens for `output_fmt="NLC"`; each with its CLS token (B, 1, C) if
-            `return_prefix_tokens`; and before them, unless `intermediates_only`, what `forward_features` gives.
-        """
-        check_output_format(output_fmt)
-        take, last = feature_take_indices(len(self.blocks), indices)
-        features = []
-        tokens, grid = self.embed(x)
-        for i, block in enumerate(self.blocks[: last + 1] if stop_early else self.blocks):
-            tokens = self.run(block, tokens)
-            if i in take:
-                taken = self.norm(tokens) if norm else tokens
-                patches = tokens_to_map(taken[:, 1:], grid) if output_fmt == "NCHW" else taken[:, 1:]
-                features.append((patches, taken[:, :1]) if return_prefix_tokens else patches)
-        return features if intermediates_only else (self.norm(tokens), features)
-
-    def prune_intermediate_layers(
-        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Drop what the chosen features do not need: later blocks, the final norm, the head.
-
-        Returns:
-            The chosen features' indices, none negative.
-        """
-        take, last = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0)
-        return take
-
-    def no_weight_decay(self) -> set[str]:
-        """Parameters that weight decay leaves alone."""
-        return {"embed.cls_token", "embed.positions.table"}
 
 
 PLAIN: dict[str, Any] = {"img_size": 224, "dim": 384}
 RESCALED: dict[str, Any] = {"img_size": 224, "stem": "conv", "block": "rescaled"}
-VARIANTS: dict[str, tuple[type[DeepViT], dict[str, Any]]] = {
+MICRO: dict[str, Any] = {"img_size": 32, "num_classes": 10, "patch_size": 4, "stem": "conv"}
+OFFICIAL: dict[str, tuple[type[DeepViT], dict[str, Any]]] = {
     "deepvit_16": (DeepViT, PLAIN | {"depth": 16}),
     "deepvit_24": (DeepViT, PLAIN | {"depth": 24}),
     "deepvit_32": (DeepViT, PLAIN | {"depth": 32}),
@@ -330,6 +270,7 @@ VARIANTS: dict[str, tuple[type[DeepViT], dict[str, Any]]] = {
     "deepvit_l": (DeepViT, RESCALED | {"dim": 420, "depth": 32, "re_attention": 12}),
     "deepvit_l_384": (DeepViT, RESCALED | {"dim": 420, "depth": 32, "re_attention": 12, "img_size": 384}),
 }
+VARIANTS = OFFICIAL | {"deepvit_micro": (DeepViT, MICRO | {"dim": 64, "depth": 8, "heads": 4})}
 OFFICIAL_CONFIG: dict[str, Any] = {
     "crop_pct": 0.9,
     "interpolation": "bicubic",
@@ -341,6 +282,6 @@ CONFIGS = {
     name: OFFICIAL_CONFIG
     | ({"first_conv": "embed.patches.conv1"} if "stem" in arguments else {})
     | ({"crop_pct": 1.0} if arguments["img_size"] > 224 else {})
-    for name, (_, arguments) in VARIANTS.items()
+    for name, (_, arguments) in OFFICIAL.items()
 }
 register_variants(__name__, VARIANTS, configs=CONFIGS, out_indices=(-3, -2, -1), read_pretrained=read_pretrained)

@@ -28,7 +28,8 @@ def register_variants(
         out_indices: the features that `features_only=True` gives unless told otherwise.
         read_pretrained: turns a file's state dict into the model's.
     """
-    sys.modules[module].default_cfgs = generate_default_cfgs(  # type: ignore[attr-defined]
+    paper = sys.modules[module]
+    paper.default_cfgs = getattr(paper, "default_cfgs", {}) | generate_default_cfgs(  # type: ignore[attr-defined]
         {name: default_cfg(config) | dict((configs or {}).get(name, {})) for name, (_, config) in variants.items()}
     )
     features: dict[str, Any] = {"feature_cls": "getter"}
@@ -36,7 +37,7 @@ def register_variants(
         features["out_indices"] = out_indices
     for name, (model_cls, config) in variants.items():
         entry = entry_point(module, name, model_cls, config, features, read_pretrained)
-        setattr(sys.modules[module], name, register_model(entry))
+        setattr(paper, name, register_model(entry))
 
 
 def default_cfg(config: Mapping[str, Any]) -> dict[str, Any]:

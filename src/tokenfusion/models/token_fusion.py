@@ -3,7 +3,8 @@
 Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so
 the widths and the fusion operators are this project's own.
 
-Parts. CNN: the residual blocks of `layers/conv.py`. Transformer: the pre-norm block of `layers/blocks.py`.
+Parts. CNN: `layers/conv.py`. Transformer: the pre-norm block of `layers/blocks.py`. Both train faster, multiply-add for
+multiply-add, than timm's `BasicBlock` and `Block` on the CPU that the micro models are for (`benchmarks/parts.py`).
 Positions: one learned table for both kinds of token, resized to each grid, so that a pixel and a patch at the same
 place know it. The head reads CLS.
 
@@ -22,9 +23,10 @@ from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import SelfAttention, check_heads
 from tokenfusion.layers.blocks import Block, PaddedConv, layer_norm, rising_rates
 from tokenfusion.layers.conv import ConvTrunk
-from tokenfusion.layers.intermediates import FeaturePoint, collect_intermediates
+from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import PositionTable
 from tokenfusion.layers.tokens import (
+    AttentionLayout,
     PixelTokens,
     TokenGroup,
     TokenLayout,
@@ -91,7 +93,6 @@ class TokenFusion(PaperModel):
         self.norm = layer_norm(dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.head = self.build_head(num_classes)
-        self.feature_info = [point.as_feature_info() for point in self.feature_points()]
 
     def embed_patches(self, images: Tensor) -> Tensor:
         """[CLS; patch tokens] (B, 1 + P, C) of images (B, in_chans, H, W)."""
@@ -103,35 +104,11 @@ class TokenFusion(PaperModel):
         stages = zip(self.cnn.dims, self.cnn.reductions, strict=True)
         return [
             *[FeaturePoint(f"cnn.stages.{i}", channels, reduction) for i, (channels, reduction) in enumerate(stages)],
-            *[FeaturePoint(f"blocks.{i}", self.embed_dim, self.patch_size, 1) for i in range(len(self.blocks))],
+            *[FeaturePoint(f"blocks.{i}", self.embed_dim, self.patch_size, 1, "norm") for i in range(len(self.blocks))],
         ]
 
-    def forward_intermediates(
-        self,
-        images: Tensor,
-        indices: int | Sequence[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> Any:
-        """Features of CNN stages and transformer blocks, with timm's signature; `stop_early` saves nothing here.
-
-        Returns:
-            The features in the order of `feature_info`, or (final tokens, features).
-        """
-        del stop_early  # both branches are needed to the end in two strategies of three
-        final, features = collect_intermediates(
-            self,
-            self.feature_points(),
-            images,
-            indices=indices,
-            return_prefix_tokens=return_prefix_tokens,
-            norm=self.norm if norm else None,
-            output_fmt=output_fmt,
-        )
-        return features if intermediates_only else (final, features)
+    def drop_layers_after(self, points: Sequence[FeaturePoint]) -> None:
+        """Keep all of them: each side's layers feed the other's, or are told apart by their number."""
 
     def build_head(self, num_classes: int) -> nn.Module:
         return nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
@@ -147,9 +124,9 @@ class TokenFusion(PaperModel):
         """What each token of `forward_features` is, for images of `img_size` (H, W) or the model's own size."""
         return CLS, TokenGroup("patch", grid_of(img_size or self.img_size, self.patch_size))
 
-    def attention_layouts(self, img_size: tuple[int, int] | None = None) -> dict[str, TokenLayout]:
-        """What each token is that an attention module sees, by the module's dotted name, in order."""
-        return {f"blocks.{i}.attn": self.token_layout(img_size) for i in range(len(self.blocks))}
+    def attention_layouts(self, img_size: tuple[int, int] | None = None) -> dict[str, AttentionLayout]:
+        layout = AttentionLayout.among(self.token_layout(img_size))
+        return {f"blocks.{i}.attn": layout for i in range(len(self.blocks))}
 
     def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, N, C) to logits (B, num_classes), or to the head's input (B, C)."""
@@ -215,8 +192,8 @@ class LateFusion(JointFusion):
             tokens = self.run(block, tokens)
         return self.norm(tokens)
 
-    def attention_layouts(self, img_size: tuple[int, int] | None = None) -> dict[str, TokenLayout]:
-        patches_only = TokenFusion.token_layout(self, img_size)
+    def attention_layouts(self, img_size: tuple[int, int] | None = None) -> dict[str, AttentionLayout]:
+        patches_only = AttentionLayout.among(TokenFusion.token_layout(self, img_size))
         alone = len(self.blocks) - self.fusion_depth
         layouts = super().attention_layouts(img_size)
         return {name: patches_only if i < alone else layout for i, (name, layout) in enumerate(layouts.items())}
@@ -289,11 +266,11 @@ class LayerwiseFusion(TokenFusion):
 
 SIZES: dict[str, dict[str, Any]] = {
     "micro": {"img_size": 32, "num_classes": 10, "patch_size": 8, "dim": 64, "heads": 2, "mlp_ratio": 2.0}
-    | {"stem": 16, "conv_strides": (1, 1, 2, 2), "conv_dims": (16, 48, 96), "conv_depths": (1, 2, 1)},
+    | {"stem": 16, "conv_strides": (1, 2, 2, 2), "conv_dims": (48, 96, 112), "conv_depths": (1, 1, 1)},
     "tiny": {"img_size": 224, "patch_size": 16, "dim": 192, "heads": 3, "mlp_ratio": 4.0}
-    | {"stem": 32, "conv_strides": (2, 2, 2, 2), "conv_dims": (64, 128, 256), "conv_depths": (1, 2, 1)},
+    | {"stem": 32, "conv_strides": (2, 2, 2, 2), "conv_dims": (48, 112, 256), "conv_depths": (1, 1, 1)},
     "small": {"img_size": 224, "patch_size": 16, "dim": 384, "heads": 6, "mlp_ratio": 4.0}
-    | {"stem": 48, "conv_strides": (2, 2, 2, 2), "conv_dims": (96, 192, 384), "conv_depths": (1, 2, 1)},
+    | {"stem": 32, "conv_strides": (2, 2, 2, 2), "conv_dims": (64, 192, 384), "conv_depths": (1, 1, 1)},
     "base": {"img_size": 224, "patch_size": 16, "dim": 768, "heads": 12, "mlp_ratio": 4.0}
     | {"stem": 64, "conv_strides": (2, 2, 2, 2), "conv_dims": (128, 256, 512), "conv_depths": (2, 2, 2)},
 }

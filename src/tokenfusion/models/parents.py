@@ -1,0 +1,157 @@
+"""The plain parents that a fusion of CNN and transformer is measured against, at equal cost.
+
+ViT (Dosovitskiy et al., arXiv 2010.11929): patches, each through one linear map, and pre-norm blocks of self-attention.
+ResNet (He et al., arXiv 1512.03385): residual blocks and the average of the last map. Both are made of the parts that
+the fusion models of this package share, so that a comparison tells of the fusion alone. Letters: B batch, C channels,
+h w grid.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from tokenfusion.layers.attend import SelfAttention, check_heads
+from tokenfusion.layers.blocks import (
+    Block,
+    PaddedConv,
+    TokenEmbedding,
+    drop_path,
+    init_linear_and_norm,
+    layer_norm,
+    rising_rates,
+)
+from tokenfusion.layers.conv import ConvTrunk, Residual
+from tokenfusion.layers.intermediates import FeaturePoint
+from tokenfusion.layers.positions import Grid
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of
+from tokenfusion.models.base import PaperModel, image_size, linear_head
+from tokenfusion.models.registration import register_variants
+from tokenfusion.models.transformer import PlainTransformer
+
+
+class ViT(PlainTransformer):
+    """The transformer alone.
+
+    Args:
+        img_size: height and width the position table is learned on, in pixels; forward takes any other too.
+        in_chans: channels of an image.
+        num_classes: outputs; 0 for none.
+        patch_size: side of a patch in pixels.
+        dim, depth, heads, mlp_ratio: width, blocks, heads and MLP expansion.
+        drop_rate: dropout before the head.
+        drop_path_rate: rate of stochastic depth at the last block.
+
+    Raises:
+        InputError: heads that do not divide the width, an impossible size.
+    """
+
+    def __init__(
+        self,
+        *,
+        patch_size: int,
+        dim: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, heads)
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = dim
+        self.img_size, self.patch_size = image_size(img_size), patch_size
+        patches = PaddedConv(in_chans, dim, patch_size, stride=patch_size)
+        self.embed = TokenEmbedding(patches, dim, grid_of(self.img_size, patch_size))
+        self.blocks = nn.ModuleList(
+            Block(dim, SelfAttention(dim, heads), mlp_ratio, path=path) for path in rising_rates(drop_path_rate, depth)
+        )
+        self.norm = layer_norm(dim)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.apply(init_linear_and_norm)
+        self.head = self.build_head(num_classes)
+
+
+class ResNet(PaperModel):
+    """The CNN alone.
+
+    Args:
+        img_size: height and width in pixels that `token_layout` is of; forward takes any other too.
+        in_chans: channels of an image.
+        num_classes: outputs; 0 for none.
+        stem, strides, dims, depths: the CNN, as in `ConvTrunk`.
+        drop_rate: dropout before the head.
+        drop_path_rate: rate of stochastic depth at the last block.
+
+    Raises:
+        InputError: an impossible size.
+    """
+
+    def __init__(
+        self,
+        *,
+        stem: int,
+        strides: Sequence[int],
+        dims: Sequence[int],
+        depths: Sequence[int],
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.img_size = image_size(img_size)
+        self.cnn = ConvTrunk(in_chans, stem, strides, dims, depths)
+        blocks = [module for module in self.cnn.modules() if isinstance(module, Residual)]
+        for block, path in zip(blocks, rising_rates(drop_path_rate, len(blocks)), strict=True):
+            block.conv.append(drop_path(path))  # a block's update ends there
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = self.build_head(num_classes)
+
+    def build_head(self, num_classes: int) -> nn.Module:
+        return linear_head(self.num_features, num_classes)
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to the last stage's map (B, C, h, w)."""
+        feature_map = self.cnn.stem(images)
+        for stage in self.cnn.stages:
+            feature_map = self.run(stage, feature_map)
+        return feature_map
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """The map (B, C, h, w) to logits (B, num_classes), or to its average (B, C)."""
+        pooled = self.head_drop(features.mean(dim=(2, 3)))
+        return pooled if pre_logits else self.head(pooled)
+
+    def feature_points(self) -> list[FeaturePoint]:
+        """The map after each stage."""
+        shapes = zip(self.cnn.dims, self.cnn.reductions, strict=True)
+        return [FeaturePoint(f"cnn.stages.{i}", dim, reduction) for i, (dim, reduction) in enumerate(shapes)]
+
+    def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
+        return (TokenGroup("pixel", grid_of(img_size or self.img_size, self.cnn.reductions[-1])),)
+
+    def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:  # noqa: ARG002
+        return {}
+
+
+MICRO: dict[str, Any] = {"img_size": 32, "num_classes": 10}
+TRANSFORMERS: dict[str, tuple[type[ViT], dict[str, Any]]] = {
+    "vit_micro": (ViT, MICRO | {"patch_size": 4, "dim": 96, "depth": 6, "heads": 3, "mlp_ratio": 2.5}),
+}
+CNNS: dict[str, tuple[type[ResNet], dict[str, Any]]] = {
+    "resnet_micro": (
+        ResNet,
+        MICRO | {"stem": 16, "strides": (1, 2, 2, 2), "dims": (48, 96, 128), "depths": (1, 1, 1)},
+    ),
+}
+VARIANTS = TRANSFORMERS | CNNS
+register_variants(__name__, TRANSFORMERS, out_indices=(-3, -2, -1))
+register_variants(__name__, CNNS, out_indices=(0, 1, 2))

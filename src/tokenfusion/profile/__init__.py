@@ -1,0 +1,157 @@
+"""What models cost: counted on any machine, measured on this one, compared with what their papers publish."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from tokenfusion.errors import InputError
+from tokenfusion.hardware import Precision, default_device, hardware_name, resolve_precision
+from tokenfusion.models import list_models
+from tokenfusion.models.published import compare
+from tokenfusion.profile.counts import Size, count_model
+from tokenfusion.profile.measurements import measure_model
+
+Table = list[list[str]]
+
+NOTES = {
+    "≠": "ours differs from the published figure by more than 2 %",
+    "≈": "so it does, but only because the published figure is rounded",
+    "*": "counted on the official code, not printed in the paper",
+    "attention": "the products q kᵀ and map·v, which the count of CrossViT's official code leaves out",
+}
+
+
+def select_models(patterns: Sequence[str]) -> list[str]:
+    """Names that shell patterns match among this package's models; a name without wildcards stays, also if timm's.
+
+    Raises:
+        InputError: a pattern matches nothing.
+    """
+    names: dict[str, None] = {}
+    for pattern in patterns:
+        matching = list_models(pattern) if set(pattern) & set("*?[") else [pattern]
+        if not matching:
+            raise InputError(f"no model matches {pattern!r}; `tokenfusion models` lists all of them")
+        names |= dict.fromkeys(matching)
+    return list(names)
+
+
+def profile_models(
+    names: Sequence[str],
+    img_size: Size | None = None,
+    batch_size: int = 8,
+    precision: Precision = "auto",
+    track: Callable[[Iterable[str]], Iterable[str]] = iter,
+) -> dict[str, Any]:
+    """Count and measure what models cost in inference.
+
+    Args:
+        names: as in `create_model`.
+        img_size: height and width in pixels; each model's own when not given.
+        batch_size: images of a forward pass.
+        precision: arithmetic of the matrix products; auto takes bf16 where the hardware has it.
+        track: wraps the names while they are measured, to show progress.
+
+    Returns:
+        What it was measured on and with, and under `models` a row for each name: raw numbers, memory in MiB.
+
+    Raises:
+        InputError: an unknown name, an image size that a model cannot take, a batch that does not fit into memory.
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is no batch; give at least 1")
+    counted = {name: count_model(name, img_size) for name in names}
+    rows = []
+    for name in track(counted):
+        counts, size = counted[name]
+        measured = measure_model(name, size, batch_size, precision)
+        rows.append({"name": name, "img_size": list(size), **asdict(counts), **asdict(measured)})
+    device = default_device()
+    return {
+        "hardware": hardware_name(device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "precision": resolve_precision(precision, device),
+        "batch_size": batch_size,
+        "models": rows,
+    }
+
+
+def compare_with_papers(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Count what models cost, beside what is published of them; nothing is timed.
+
+    Returns:
+        A row for each name: raw numbers, and under `published` what `published.compare` gives.
+
+    Raises:
+        InputError: an unknown name.
+    """
+    rows = []
+    for name in names:
+        counts, size = count_model(name)
+        ours = {
+            "parameters_m": counts.parameters / 1e6,
+            "gmacs": counts.macs / 1e9,
+            "gmacs_without_attention": (counts.macs - counts.attention_macs) / 1e9,
+        }
+        rows.append({"name": name, "img_size": list(size), **asdict(counts), "published": compare(name, ours)})
+    return rows
+
+
+def conditions(result: Mapping[str, Any]) -> str:
+    """What `profile_models` measured on and with, in words."""
+    return (
+        f"inference on {result['hardware']}, {result['threads']} threads, torch {result['torch']}, "
+        f"{result['precision']}, batches of {result['batch_size']}"
+    )
+
+
+def cost_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of `profile_models` as text, under a line of headings."""
+    table = [["model", "input", "parameters M", "GMACs", "activations M", "peak memory MiB", "images/s"]]
+    for row in rows:
+        memory = row["peak_memory_mb"]
+        table.append(
+            [
+                row["name"],
+                "×".join(map(str, row["img_size"])),
+                f"{row['parameters'] / 1e6:.2f}",
+                giga(row["macs"]),
+                f"{row['activations'] / 1e6:.2f}",
+                "unknown" if memory is None else f"{memory:,.0f}",
+                f"{row['images_per_second']:,.1f}",
+            ]
+        )
+    return table
+
+
+def paper_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Rows of `compare_with_papers` as text, under a line of headings; `NOTES` explains the signs."""
+    count_headings = ("parameters M", "GMACs", "GMACs without attention")
+    table = [["model", *(word for heading in count_headings for word in (heading, "published")), "published top-1 %"]]
+    for row in rows:
+        parameters, macs, without, top1 = (
+            figures_text(row["published"].get(quantity, []))
+            for quantity in ("parameters_m", "gmacs", "gmacs_without_attention", "top1")
+        )
+        ours = f"{row['parameters'] / 1e6:.2f}", giga(row["macs"]), giga(row["macs"] - row["attention_macs"])
+        table.append([row["name"], ours[0], parameters, ours[1], macs, ours[2], without, top1])
+    return table
+
+
+def giga(count: int) -> str:
+    """A count in billions, to three digits."""
+    return f"{count / 1e9:.3f}" if count < 1e9 else f"{count / 1e9:.2f}"
+
+
+def figures_text(figures: Sequence[Mapping[str, Any]]) -> str:
+    """Published figures with the signs that `NOTES` explains."""
+    texts = []
+    for figure in figures:
+        text = figure["printed"] + ("*" if figure["source"] == "code" else "")
+        if figure.get("differs"):
+            text += f" {'≈' if figure['rounds'] else '≠'} {figure['difference']:+.1%}"
+        texts.append(text)
+    return ", ".join(texts) or "none"

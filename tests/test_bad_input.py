@@ -1,0 +1,111 @@
+"""Bad models, sizes and weights are refused: the value, the reason, the remedy; nothing is changed by them."""
+
+import json
+import pickle
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from tokenfusion import InputError, create_model, list_models
+
+MICRO = list_models("*_micro")
+
+
+def test_each_near_name_is_offered_once():
+    with pytest.raises(InputError, match=r"'crosvit_micro'; did you mean crossvit_micro,") as refused:
+        create_model("crosvit_micro")
+    offered = str(refused.value).split("did you mean ")[1].rstrip("?").split(", ")
+    assert len(offered) == len(set(offered))
+    assert all(map(timm.is_model, offered))
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_a_size_without_pixels_is_refused_and_the_nearest_works(name):
+    with pytest.raises(InputError, match=r"img_size=\(-2, 32\) has no pixels; the nearest that works is \(1, 32\)$"):
+        create_model(name, img_size=(-2, 32))
+    assert create_model(name, img_size=(1, 32)).eval()(torch.zeros(1, 3, 1, 32)).shape == (1, 10)
+
+
+@pytest.mark.parametrize("size", [(32,), (32, 32, 3), 31.5, "32", (32, None)])
+def test_what_is_not_a_size_is_refused(size):
+    with pytest.raises(InputError, match=r"is not a size; give a height and a width, or one number for both$"):
+        create_model("vit_micro", img_size=size)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message", "remedied"),
+    [
+        ("tokenfusion_early_micro", {"heads": 5}, r"heads=5 .* dim=\d+; try heads=4", {"heads": 4}),
+        ("crossvit_micro", {"heads": (4, 5)}, r"heads=5 .* dim=128; try heads=4", {"heads": (4, 4)}),
+        ("deepvit_micro", {"heads": 7}, r"heads=7 .* dim=64; try heads=4", {"heads": 4}),
+        ("cmt_micro", {"heads": (1, 3, 4)}, r"heads=3 .* dim=64; try heads=2", {"heads": (1, 2, 4)}),
+        ("vit_micro", {"heads": 0}, r"heads=0 .* dim=96; try heads=1", {"heads": 1}),
+    ],
+)
+def test_heads_that_do_not_divide_the_width_are_refused_and_the_remedy_works(name, arguments, message, remedied):
+    with pytest.raises(InputError, match=message):
+        create_model(name, **arguments)
+    create_model(name, **remedied)
+
+
+def test_stages_of_unlike_number_are_refused():
+    with pytest.raises(InputError, match=r"heads=\(1, 2\).* are not of as many stages"):
+        create_model("cmt_micro", heads=(1, 2))
+
+
+@pytest.mark.parametrize("name", MICRO)
+def test_an_unknown_output_format_is_refused(name):
+    with pytest.raises(InputError, match=r"output_fmt='NCWH' is not known; did you mean 'NCHW'\?"):
+        create_model(name).forward_intermediates(torch.zeros(1, 3, 8, 8), output_fmt="NCWH")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--model", "deepvit_mirco"], "did you mean deepvit_micro"),
+        (["--model", "cmt_micro", "--img-size", 0, 32], "has no pixels; the nearest that works is (1, 32)"),
+    ],
+)
+def test_train_says_it_without_a_traceback(command, tmp_path, words, said):
+    status, _, errors = command("train", "digits", *words, "--out", tmp_path / "run")
+    assert status == 2
+    assert said in errors
+    assert not (tmp_path / "run" / "model.json").exists()
+
+
+def integers(path):
+    save_file({name: tensor.to(torch.int32) for name, tensor in load_file(path).items()}, path)
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "cut in the header": lambda path: path.write_bytes(path.read_bytes()[:100]),
+    "cut by a byte": lambda path: path.write_bytes(path.read_bytes()[:-1]),
+    "pickled": lambda path: path.write_bytes(pickle.dumps({"weights": [1.0]})),
+    "an image": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)),
+    "integers": integers,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_run_with_bad_weights_is_refused_by_every_verb(command, run, digit, damage):
+    DAMAGES[damage](run / "model.safetensors")
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()}
+    for words in (["predict", run, digit], ["evaluate", run]):
+        status, output, errors = command(*words)
+        assert status == 2
+        assert output == ""
+        assert errors.startswith(f"error: {run / 'model.safetensors'} ")
+    assert {path.name: path.read_bytes() for path in run.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["crossvit_micro", "resnet_micro"])
+def test_a_run_with_another_papers_weights_is_refused(command, run, digit, name):
+    description = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(description | {"name": name}))
+    status, _, errors = command("predict", run, digit)
+    assert status == 2
+    assert "does not fit this model" in errors
+    assert "was it written for another model?" in errors

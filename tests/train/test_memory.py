@@ -1,0 +1,30 @@
+"""What training holds in memory, as the operating system counts it."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+IMAGES = 5_000
+CIFAR10 = 60_000
+
+
+def test_the_micro_model_trains_on_cifar10_in_less_than_2_gb(tmp_path):
+    """As many images as take seconds are trained on; what the others would add is their decoded size."""
+    images = []
+    for shade in range(10):
+        file = io.BytesIO()
+        Image.new("RGB", (32, 32), (25 * shade, 0, 0)).save(file, "PNG")
+        images.append({"bytes": file.getvalue(), "path": None})
+    column = pa.array(images * (IMAGES // 10), type=pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    labels = pa.array([*range(10)] * (IMAGES // 10))
+    pq.write_table(pa.table({"image": column, "label": labels}), tmp_path / "train.parquet")
+    command = [sys.executable, "-m", "tokenfusion", "train", str(tmp_path), "--out", str(tmp_path / "run")]
+    command += ["--model", "tokenfusion_layerwise_micro", "--batch-size", "128", "--epochs", "1", "--ema", "0.99"]
+    subprocess.run(command, check=True, capture_output=True)
+    peak = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["peak_memory_mb"] * 1e6
+    assert peak + (CIFAR10 - IMAGES) * 3 * 32 * 32 < 2e9
