@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0, help="per measurement")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # the cores are the workers'; this process does nothing but receive
     keep_freed_memory()  # as training does; timm's batches are allocated in the same process and gain as much
     result: dict[str, Any] = {
         **describe(),

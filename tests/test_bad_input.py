@@ -109,3 +109,86 @@ def test_a_run_with_another_papers_weights_is_refused(command, run, digit, name)
     assert status == 2
     assert "does not fit this model" in errors
     assert "was it written for another model?" in errors
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "digits", "--out", "x", "--epochs", "1.9"], "--epochs=1.9 is not a whole number"),
+        (["train", "digits", "--out", "x", "--img-size", "8", "8.5"], "--img-size=8.5 is not a whole number"),
+        (["predict", "x", "a.png", "--topk", "1.5"], "--topk=1.5 is not a whole number"),
+        (["profile", "vit_micro", "--img-size", "8.5", "8"], "--img-size=8.5 is not a whole number"),
+    ],
+)
+def test_a_fraction_is_refused_where_a_whole_number_belongs(command, tmp_path, monkeypatch, words, said):
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = command(*words)
+    assert (status, errors.startswith(f"error: {said}")) == (2, True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "line", ["img_size = 32.5", 'img_size = "32"', 'trivial_augment = "yes"', "epochs = 1.9", "model = 3", 'lr = "0.1"']
+)
+def test_a_recipe_file_with_a_value_of_another_type_is_refused(command, tmp_path, line):
+    (tmp_path / "recipe.toml").write_text(line)
+    status, _, errors = command("train", "digits", "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "run")
+    assert status == 2
+    assert line.replace(" = ", "=").replace('"', "'") in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_memory_that_does_not_suffice_is_said_without_a_traceback(command, run, digit, monkeypatch):
+    def too_much(*_, **__):
+        return torch.empty(2**60)
+
+    monkeypatch.setattr("tokenfusion.classifier.Classifier.load", too_much)
+    status, _, errors = command("predict", run, digit)
+    assert status == 2
+    assert errors.startswith("error: out of memory (")
+    assert "give a smaller --batch-size or --img-size" in errors
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(command, run, digit, value):
+    weights = load_file(run / "model.safetensors")
+    weights["head.bias"][3] = value
+    save_file(weights, run / "model.safetensors")
+    status, output, errors = command("predict", run, digit, "--format", "json")
+    assert (status, output) == (2, "")
+    assert "head.bias is not finite" in errors
+
+
+def test_scores_that_are_not_finite_are_no_prediction(command, run, digit):
+    weights = load_file(run / "model.safetensors")
+    weights["head.weight"].fill_(3e38)
+    save_file(weights, run / "model.safetensors")
+    status, output, _ = command("predict", run, digit, "--format", "json")
+    assert status == 1
+    assert json.loads(output)["error"] == "the model's scores are not finite"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": 3}, "name=3, which is not of type str"),
+        ({"classes": 3}, "classes=3, which is not of type list"),
+        ({"classes": [*"012345678", "0"]}, "which are not different names"),
+        ({"classes": [*range(10)]}, "which are not different names"),
+        ({"preprocess": []}, "preprocess=[], which is not of type dict"),
+        ({"preprocess": None}, "preprocess=None, which is not of type dict"),
+        ({"precision": "fp8"}, "precision='fp8', which is not one of auto, fp32, bf16"),
+        ({"max_pixels": "x"}, "max_pixels='x', which is not of type int"),
+        (
+            {"preprocess": {"img_size": [8, 8], "in_chans": 1, "mean": [0.5], "std": [0]}},
+            "give finite values, and a std",
+        ),
+        ({"preprocess": {"img_size": [8, 8.5], "in_chans": 1, "mean": [0.5], "std": [1]}}, "give height and width"),
+    ],
+)
+def test_a_description_that_was_tampered_with_is_refused(command, run, digit, changes, said):
+    description = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(description | changes))
+    status, _, errors = command("predict", run, digit)
+    assert status == 2
+    assert said in errors

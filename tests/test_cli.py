@@ -131,6 +131,22 @@ def test_evaluation_counts_unreadable_images_and_replaces_none(command, run, tmp
     assert "skipped 8/1.png" in output
 
 
+def test_the_report_says_which_images_its_figures_are_of(command, run, tmp_path, digit, monkeypatch):
+    (tmp_path / "new" / "3").mkdir(parents=True)
+    shutil.copy(digit, tmp_path / "new" / "3" / "1.png")
+    monkeypatch.chdir(tmp_path)
+    others = f"all images of {tmp_path / 'new'}, which is other data than it was trained on."
+    for words, said in (
+        ([], "the val split of digits."),
+        (["--split", "train"], "the train split of digits, the very images it was trained on."),
+        (["new"], others),
+    ):
+        assert command("evaluate", run, *words)[0] == 0
+        assert command("report", run)[0] == 0
+        assert said in (run / "report.html").read_text()
+    assert json.loads((run / "evaluation.json").read_text())["data"] == str(tmp_path / "new")
+
+
 def test_evaluation_on_images_of_one_class(command, run, tmp_path, digit):
     (tmp_path / "new" / "3").mkdir(parents=True)
     shutil.copy(digit, tmp_path / "new" / "3" / "1.png")
@@ -221,7 +237,7 @@ def test_models_lists_costs(command):
         ),
         (["train", "digits", "--epochs", "0", "--out", "x"], "epochs=0 is out of range"),
         (["train", "digits", "--img-size", "8", "9", "10", "--out", "x"], "give a height and a width"),
-        (["train", "digits", "--accumulate", "3", "--out", "x"], "try batch_size="),
+        (["train", "digits", "--batch-size", "128", "--accumulate", "3", "--out", "x"], "try batch_size="),
         (["train", "digits", "--recipe", "no.toml", "--out", "x"], "recipe no.toml"),
         (["train", "digits", "--resume", "x"], "leave out --data"),
         (["train", "--resume", "x"], "not a run"),
@@ -238,6 +254,13 @@ def test_bad_input_is_said_without_a_traceback(command, tmp_path, monkeypatch, w
     assert status == 2
     assert errors.startswith("error: ")
     assert said in errors
+
+
+def test_digits_are_the_built_in_ones_though_a_folder_is_called_so(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, _, errors = command("train", "digits", *QUICK, "--out", "digits")
+    assert status == 0, errors
+    assert load_recipe(tmp_path / "digits" / "recipe.toml")["data"] == "digits"
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,15 @@ def test_damaged_tensors_are_refused(tmp_path, damage):
         load_tensors(path)
 
 
+def test_weights_that_are_not_finite_leave_the_model_as_it_was(tmp_path):
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.clone()
+    tensors = {"weight": torch.ones(2, 3), "bias": torch.tensor([1.0, torch.nan])}
+    with pytest.raises(InputError, match="bias is not finite"):
+        load_weights_exactly(model, tensors, tmp_path)
+    assert torch.equal(model.weight, before)
+
+
 def test_weights_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
     model = torch.nn.Linear(3, 2)
     before = model.weight.clone()

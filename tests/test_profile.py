@@ -4,19 +4,22 @@ import ast
 import json
 import re
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tokenfusion import InputError, cli, create_model, list_models
 from tokenfusion.layers.attend import SelfAttention
-from tokenfusion.models.cost import count_macs
+from tokenfusion.models.base import PaperModel
+from tokenfusion.models.cost import Counts, count_costs, count_macs
 from tokenfusion.models.published import PUBLISHED, difference
 from tokenfusion.profile import compare_with_papers, paper_table, select_models
-from tokenfusion.profile.counts import Counts, count_costs, count_model
-from tokenfusion.profile.measurements import measure_model
+from tokenfusion.profile.counts import count_model
+from tokenfusion.profile.measurements import measure_model, run_inference
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "papers").glob("*.md"))
@@ -78,8 +81,10 @@ def test_activations_are_those_of_timms_model_cards(name, millions):
 
 
 @pytest.mark.parametrize("name", ["tokenfusion_layerwise_micro", "deepvit_s", "cmt_ti", "resnet18"])
-def test_two_ways_of_counting_multiply_adds_agree(name):
-    assert count_model(name, (96, 64))[0].macs == count_macs(name, img_size=(96, 64))
+def test_multiply_adds_are_those_that_pytorch_counts(name):
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        create_model(name, img_size=(96, 64)).eval().requires_grad_(False)(torch.empty(1, 3, 96, 64))
+    assert 2 * count_macs(name, img_size=(96, 64)) == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("crossvit")])
@@ -163,6 +168,19 @@ def test_the_memory_of_this_process_does_not_count():
     measured = measure_model("tokenfusion_early_micro", (32, 32), batch_size=1, precision="fp32")
     assert ballast[-1] == 1
     assert 4 < measured.peak_memory_mb < 500  # the weights alone are more than 1 MiB
+
+
+def test_images_per_second_are_the_images_that_went_through_in_that_time():
+    passes = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, images, _output: passes.append(len(images[0])) if isinstance(module, PaperModel) else None
+    )
+    start = time.perf_counter()
+    measured = run_inference("tokenfusion_early_micro", (32, 32), 64, "fp32", torch.get_num_threads())
+    rate = sum(passes) / (time.perf_counter() - start)  # of the whole call; no pass may differ 8 times from the mean
+    handle.remove()
+    assert set(passes) == {64}
+    assert rate / 8 < measured.images_per_second < rate * 8
 
 
 def test_a_batch_that_does_not_fit_is_refused():

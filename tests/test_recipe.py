@@ -39,6 +39,8 @@ def test_whole_numbers_pass_as_floats():
         ({"in_chans": 4}, "in_chans=4 is not known; choose one of: 1, 3"),
         ({"img_size": (32, 0)}, "has no pixels; the nearest that works is (32, 1"),
         ({"img_size": "32"}, "must be whole numbers"),
+        ({"img_size": (32, 100_000)}, "is too large; give sides up to 16384"),
+        ({"in_chans": 1.0}, "in_chans=1.0 is not known"),
         ({"batch_size": 10, "accumulate": 4}, "try batch_size=8"),
     ],
 )
@@ -49,7 +51,11 @@ def test_bad_values_are_refused_with_the_remedy(changes, said):
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("lr = ", "give a readable TOML file"), ("learning_rate = 1", "no field is called 'learning_rate'")],
+    [
+        ("lr = ", "give a readable TOML file"),
+        ("learning_rate = 1", "no field is called 'learning_rate'"),
+        ("model = 3", "recipe .*: model=3 is of type int; give a value of type str"),
+    ],
 )
 def test_bad_files_are_refused(tmp_path, text, said):
     (tmp_path / "recipe.toml").write_text(text)
@@ -71,3 +77,11 @@ def test_the_preset_of_digits_never_mirrors():
     assert preset("", "digits")["model"] == "tokenfusion_early_micro"
     assert "model" not in preset("tokenfusion_late_tiny", "digits")
     assert "hflip" not in preset("tokenfusion_early_micro", "photos")
+
+
+@pytest.mark.parametrize(
+    ("images", "accumulate", "expected"), [(5, 1, 8), (241, 1, 8), (1438, 1, 64), (10**6, 1, 128), (1438, 3, 63)]
+)
+def test_a_batch_size_that_is_left_open_gives_20_steps_an_epoch(images, accumulate, expected):
+    assert Recipe(accumulate=accumulate).batch_size_for(images) == expected
+    assert Recipe(batch_size=96).batch_size_for(images) == 96

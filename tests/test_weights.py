@@ -220,6 +220,26 @@ def test_one_tensor_of_the_wrong_type_keeps_the_others_out():
     refused(build("crossvit", seed=1), state, r"\. norm_large\.bias is of torch\.int32 \(torch\.strided\), the model's")
 
 
+@every_paper
+@pytest.mark.parametrize("convert", [torch.Tensor.cfloat, torch.Tensor.to_sparse, torch.Tensor.int])
+def test_odd_position_tables_of_another_image_size_are_not_resized(name, convert):
+    state = build(name, img_size=128).state_dict()
+    state |= {key: convert(value) for key, value in state.items() if key.endswith(".table")}
+    refused(build(name, seed=1), state, "no plain real numbers; save the weights as dense float32")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), 1e300])
+def test_values_that_are_not_finite_are_refused(value):
+    state = build("cmt").double().state_dict()
+    state["stages.1.embed.norm.bias"][3] = value  # 1e300 is too large for the model's float32
+    refused(build("cmt", seed=1), state, r"NaN or infinite.*\. stages\.1\.embed\.norm\.bias has values that are not")
+
+
+def test_a_head_that_is_a_single_number_is_refused():
+    state = build("deepvit").state_dict() | {"head.weight": torch.tensor(1.0)}
+    refused(build("deepvit", seed=1), state, r"head\.weight is \(\), the model's \(7, 36\)")
+
+
 def test_half_precision_files_are_taken():
     state = build("cmt").half().state_dict()
     model = build("cmt", seed=1)
@@ -233,12 +253,17 @@ def test_code_inside_a_zip_checkpoint_is_not_run(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+INSIDE_ITSELF = {}
+INSIDE_ITSELF["model"] = INSIDE_ITSELF
+
+
 @pytest.mark.parametrize(
     ("content", "match"),
     [
         ([1, 2], "holds no weights but a list"),
         ({}, "no weights"),
         ({"model": {"w": 1}}, "else than tensors, such as 'w'"),
+        (INSIDE_ITSELF, "else than tensors, such as 'model'"),
     ],
 )
 def test_files_without_weights(content, match, tmp_path):

@@ -4,7 +4,7 @@ import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -12,12 +12,21 @@ from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_atomic
+from tokenfusion.hardware import Precision
 
 FORMAT = 1  # of the run folder; a reader refuses a newer one
-DESCRIPTION_KEYS = (
-    *("name", "classes", "preprocess", "precision", "max_pixels"),
-    *("parameters", "macs", "versions", "hardware"),
-)
+DESCRIPTION: dict[str, type] = {
+    "name": str,
+    "classes": list,
+    "preprocess": dict,
+    "precision": str,
+    "max_pixels": int,
+    "parameters": int,
+    "macs": int,
+    "versions": dict,
+    "hardware": str,
+}
+"""Fields of `model.json` and their types."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any] | None = None) -> None:
@@ -56,7 +65,7 @@ def load_weights_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source
     """Copy tensors into a model that has exactly these names, shapes and types, or leave it as it was.
 
     Raises:
-        InputError: names, shapes or types differ; the first differences are listed.
+        InputError: names, shapes or types differ, and the first differences are listed; or a number is not finite.
     """
     own = model.state_dict()
     differences = [
@@ -77,6 +86,9 @@ def load_weights_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source
         raise InputError(
             f"{source} does not fit this model: {'; '.join(differences[:3])}; was it written for another model?"
         )
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise InputError(f"{source} is damaged: {broken[0]} is not finite; replace it, or train again")
     model.load_state_dict(tensors)
 
 
@@ -84,7 +96,7 @@ def load_description(run: Path) -> dict[str, Any]:
     """Read a run folder's `model.json`.
 
     Raises:
-        InputError: no such folder, not a run, or a run of a newer version.
+        InputError: no such folder, not a run, a run of a newer version, or damaged.
     """
     path = run / "model.json"
     if not run.is_dir():
@@ -102,14 +114,30 @@ def load_description(run: Path) -> dict[str, Any]:
     version = description.get("format") if isinstance(description, dict) else None
     if not isinstance(version, int):
         raise InputError(f"{path} names no format; it is damaged, train again with another --out")
-    missing = [key for key in DESCRIPTION_KEYS if key not in description]
-    if version <= FORMAT and missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}; it is damaged, train again with another --out")
     if version > FORMAT:
         raise InputError(
             f"{run} is of format {version}, newer than the {FORMAT} that this version reads; update tokenfusion"
         )
+    fault = fault_of(description)
+    if fault:
+        raise InputError(f"{path} {fault}; it is damaged, train again with another --out")
     return description
+
+
+def fault_of(description: dict[str, Any]) -> str:
+    """What is wrong with a description of this version; "" where nothing is."""
+    missing = [key for key in DESCRIPTION if key not in description]
+    if missing:
+        return f"lacks {', '.join(missing)}"
+    for key, kind in DESCRIPTION.items():
+        if type(description[key]) is not kind:
+            return f"has {key}={description[key]!r}, which is not of type {kind.__name__}"
+    classes, precision = description["classes"], description["precision"]
+    if not all(isinstance(name, str) for name in classes) or not len(classes) == len(set(classes)) > 0:
+        return f"has classes={classes!r}, which are not different names"
+    if precision not in get_args(Precision):
+        return f"has precision={precision!r}, which is not one of {', '.join(get_args(Precision))}"
+    return ""
 
 
 def resume_command(run: Path) -> str:

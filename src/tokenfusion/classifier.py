@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
 from typing import Any, Self
 
@@ -244,8 +245,9 @@ class Classifier:
             if isinstance(image, str):
                 yield Prediction(path, error=image)
             else:
-                row = zip(*next(best), strict=True)
-                yield Prediction(path, tuple((self.classes[index], score) for score, index in row))
+                row = tuple((self.classes[index], score) for score, index in zip(*next(best), strict=True))
+                finite = isfinite(row[0][1])
+                yield Prediction(path, row) if finite else Prediction(path, error="the model's scores are not finite")
 
 
 def decode(image: ImageLike, max_pixels: int) -> Tensor:

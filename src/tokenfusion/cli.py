@@ -3,11 +3,12 @@
 import io
 import json
 import os
+import re
 import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from cyclopts import App, ArgumentCollection, Parameter
 from cyclopts.config import Dict
@@ -20,6 +21,26 @@ from tokenfusion.version import __version__
 # a pipe or a file gets whole lines, however long
 console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
 errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse a fraction where a whole number belongs; the parser would round it."""
+    for argument in arguments:
+        for token in argument.tokens:
+            if mentions(argument.hint, int) and is_fraction(token.value):
+                raise InputError(f"{argument.name}={token.value} is not a whole number; give one without a fraction")
+
+
+def mentions(hint: Any, kind: type) -> bool:
+    """Whether a type is `kind`, or is made of it as `tuple[kind, ...] | None` is."""
+    return hint is kind or any(mentions(part, kind) for part in get_args(hint))
+
+
+def is_fraction(text: str) -> bool:
+    try:
+        return not float(text).is_integer()
+    except ValueError:  # no number at all, which the parser says better
+        return False
 
 
 def recipe_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -53,7 +74,7 @@ app = App(
     help="Train, compare, explain and ship image classifiers that fuse CNN and transformer tokens.",
     help_epilogue="Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
     default_parameter=Parameter(consume_multiple=True, negative_iterable=""),
-    config=(recipe_values,),
+    config=(whole_numbers, recipe_values),
     result_action="return_value",
 )
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
@@ -143,7 +164,8 @@ def evaluate(
     console.print(f"{result['n']:,} images ({result['split']}), {result['skipped']} unreadable ones skipped")
     for image in result["unreadable"][:5]:
         console.print(f"  skipped {image['path']}: {image['reason']}")
-    console.print(f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}), top-5 {result['top5']:.2%}")
+    top5 = f", top-5 {result['top5']:.2%}" * (len(result["per_class"]) > 5)
+    console.print(f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}){top5}")
     console.print(f"loss {result['loss']:.4f}, calibration error {result['ece']:.4f}")
     console.print(f"written to {run / 'evaluation.json'}; next: tokenfusion report {shlex.quote(str(run))}")
 
@@ -179,6 +201,9 @@ def predict(
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
+    for path in paths:
+        if path.startswith("--") and not os.path.lexists(path):
+            raise InputError(f"{path} is no option of predict, and no file; `tokenfusion predict --help` lists them")
     classifier = Classifier.load(run)
     failed = print_predictions(classifier.iter_predictions(expand(paths), topk=topk), output, console)
     if failed:
@@ -206,7 +231,7 @@ def report(run: Path, /) -> None:
 def models(pattern: str = "*", /, *, as_json: AsJson = False) -> None:
     """List the models: parameters, multiply-adds and input size.
 
-    Example: tokenfusion models "*micro*"
+    Example: tokenfusion models "cmt_*"
 
     Parameters
     ----------
@@ -235,7 +260,7 @@ def profile(
     names: Annotated[list[str], Parameter(name="MODEL")],
     /,
     *,
-    img_size: tuple[int, int] | None = None,
+    img_size: tuple[int, ...] = (),
     batch_size: int = 8,
     precision: Literal["auto", "fp32", "bf16"] = "auto",
     paper: Annotated[bool, Parameter(negative="")] = False,
@@ -253,7 +278,7 @@ def profile(
     names
         Names, or shell patterns such as "cmt_*".
     img_size
-        Height and width of the images; each model's own when not given.
+        Height and width of the images, or one number for both; each model's own when not given.
     batch_size
         Images of a forward pass.
     precision
@@ -275,7 +300,9 @@ def profile(
         table, notes = room.paper_table(result["models"]), [f"{sign}: {note}" for sign, note in room.NOTES.items()]
     else:
         bar = partial(track, console=errors, disable=not errors.is_terminal, transient=True)
-        result = room.profile_models(chosen, img_size, batch_size, precision, bar)
+        height, width = Recipe(img_size=img_size).img_size or (0, 0)
+        size = (height, width) if img_size else None
+        result = room.profile_models(chosen, size, batch_size, precision, bar)
         table, notes = room.cost_table(result["models"]), [room.conditions(result)]
     if as_json:
         print(json.dumps(result, indent=2))
@@ -310,6 +337,14 @@ def main() -> None:
             sys.exit(1)
         errors.print(f"error: {error}")
         sys.exit(1)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("memory.*allocat|allocat.*memory", str(error), re.DOTALL):
+            raise
+        reason = str(error).splitlines()[0]
+        errors.print(
+            f"error: out of memory ({reason}); give a smaller --batch-size or --img-size, or more --accumulate"
+        )
+        sys.exit(2)
     except KeyboardInterrupt:
         errors.print("\nstopped")
         sys.exit(130)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.images import Images, read_images
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.sources import Source, held_out_name, open_source
+from tokenfusion.data.sources import Source, held_out_name, open_source, resolved
 from tokenfusion.data.split import read_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json, write_text
@@ -52,9 +52,11 @@ def evaluate(
     """
     classifier = Classifier.load(run)
     recipe = Recipe(**load_recipe(run / "recipe.toml"))
-    source = open_source(data or recipe.data)
+    own = not data or resolved(data) == resolved(recipe.data)
+    data = recipe.data if not data or own else resolved(data)
+    source = open_source(data)
     to_output = output_of_class(source, classifier.classes)
-    name, indices = choose_images(source, run, own=data is None or is_same(data, recipe.data), split=split)
+    name, indices = choose_images(source, run, own=own, split=split)
     images, skipped = read_images(
         source,
         indices,
@@ -64,22 +66,15 @@ def evaluate(
         split=name,
     )
     if not len(images):
-        raise InputError(
-            f"none of the {len(indices)} images of {data or recipe.data} is readable; the first: {skipped[0].reason}"
-        )
+        raise InputError(f"none of the {len(indices)} images of {data} is readable; the first: {skipped[0].reason}")
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = to_output[labels]
     result = evaluate_logits(logits, labels, classifier.classes, skipped=len(skipped))
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
-    result |= {"data": data or recipe.data, "split": name, "unreadable": unreadable}
+    result |= {"data": data, "split": name, "unreadable": unreadable}
     write_predictions(run / "predictions.csv", classifier.classes, images.names, labels, logits)
     write_json(run / "evaluation.json", result)
     return result
-
-
-def is_same(data: str, other: str) -> bool:
-    """Whether two ways to name data mean the same."""
-    return data == other or (Path(data).exists() and str(Path(data).resolve()) == other)
 
 
 def output_of_class(source: Source, classes: Sequence[str]) -> Tensor:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 import resource
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -50,7 +51,17 @@ def peak_memory_mb(device: torch.device) -> float:
     """Most memory held so far: the GPU's tensors, or on a CPU the whole process, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+    return resident_mb("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def resident_mb(field: Literal["VmRSS", "VmHWM"]) -> float | None:
+    """MiB that this process holds (`VmRSS`) or has held at most (`VmHWM`); None where the system has no /proc.
+
+    Not `getrusage`, whose maximum a child on Linux inherits from its parent.
+    """
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
+    return int(found[1]) / 2**10 if found else None
 
 
 def keep_freed_memory() -> None:

@@ -57,7 +57,7 @@ def print_json(predictions: Iterable[Prediction], console: Console) -> None:
     """A JSON object a line."""
     del console  # plain lines, for a program to read
     for prediction in predictions:
-        print(json.dumps(prediction.to_dict(), ensure_ascii=False), flush=True)
+        print(json.dumps(prediction.to_dict(), ensure_ascii=False, allow_nan=False), flush=True)
 
 
 def print_csv(predictions: Iterable[Prediction], console: Console) -> None:

@@ -22,8 +22,8 @@ class Recipe:
 
     epochs: int = 30
     """Passes over the training images."""
-    batch_size: int = 128
-    """Images per optimiser step, accumulation included."""
+    batch_size: int = 0
+    """Images per optimiser step, accumulation included; 0 takes 128, or fewer for 20 steps an epoch, but 8 at least."""
     accumulate: int = 1
     """Parts that a batch is computed in, to save memory; BatchNorm sees a part at a time."""
     optimizer: Literal["muon", "adamw"] = "muon"
@@ -90,8 +90,16 @@ class Recipe:
         """
         return math.sqrt((self.crop_scale + 1) / 2)
 
+    def batch_size_for(self, images: int) -> int:
+        """Images per optimiser step when so many are trained on."""
+        if self.batch_size:
+            return self.batch_size
+        size = 2 ** int(math.log2(min(max(images / 20, 8), 128)))
+        return size // self.accumulate * self.accumulate or self.accumulate
+
     def __post_init__(self) -> None:
-        check_types(self)
+        for name, value in of_their_types({name: getattr(self, name) for name in FIELDS}).items():
+            object.__setattr__(self, name, value)
         if len(self.img_size) == 1:
             object.__setattr__(self, "img_size", self.img_size * 2)
         for name, (low, high) in RANGES.items():
@@ -105,6 +113,8 @@ class Recipe:
         if any(side < 1 for side in self.img_size):
             nearest = tuple(max(side, 1) for side in self.img_size)
             raise InputError(f"img_size={self.img_size} has no pixels; the nearest that works is {nearest}")
+        if any(side > MAX_SIDE for side in self.img_size):
+            raise InputError(f"img_size={self.img_size} is too large; give sides up to {MAX_SIDE}")
         if self.batch_size % self.accumulate:
             raise InputError(
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} equal parts; "
@@ -114,9 +124,11 @@ class Recipe:
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 INFINITY = float("inf")
+MAX_SIDE = 16_384
+"""Longest side of a model's input, in pixels."""
 RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, 100_000),
-    "batch_size": (1, 1_000_000),
+    "batch_size": (0, 1_000_000),
     "accumulate": (1, 1_000_000),
     "lr": (0, 100),
     "warmup_epochs": (0, 100_000),
@@ -141,26 +153,28 @@ RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-def check_types(recipe: Recipe) -> None:
-    """Refuse a value of the wrong type, as a recipe file may hold; whole numbers pass as floats."""
+def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields with values of their types, or an InputError; whole numbers pass as floats."""
     kinds = get_type_hints(Recipe)
-    for name in FIELDS:
-        kind, value = kinds[name], getattr(recipe, name)
+    result = dict(values)
+    for name, value in values.items():
+        kind = kinds[name]
         if kind is float and type(value) is int:
-            object.__setattr__(recipe, name, float(value))
+            result[name] = float(value)
         elif get_origin(kind) is Literal:
-            if value not in get_args(kind):
+            if repr(value) not in map(repr, get_args(kind)):  # 1.0 and True are equal to 1
                 options = ", ".join(map(str, get_args(kind)))
                 raise InputError(f"{name}={value!r} is not known; choose one of: {options}")
         elif get_origin(kind) is tuple:
             sides = value if isinstance(value, list | tuple) else (value,)
             if not all(type(side) is int for side in sides):
                 raise InputError(f"{name}={value!r} must be whole numbers, such as {name} = [128, 96]")
-            object.__setattr__(recipe, name, tuple(sides))
+            result[name] = tuple(sides)
         elif type(value) is not kind:
             raise InputError(
                 f"{name}={value!r} is of type {type(value).__name__}; give a value of type {kind.__name__}"
             )
+    return result
 
 
 def preset(model: str, data: str) -> dict[str, Any]:
@@ -176,7 +190,6 @@ def preset(model: str, data: str) -> dict[str, Any]:
     if data == "digits":  # 1,438 training images of 8×8 pixels; a mirrored digit is another sign
         values |= {
             "epochs": 40,
-            "batch_size": 64,
             "hflip": 0.0,
             "crop_scale": 0.6,
             "warmup_epochs": 2.0,
@@ -191,7 +204,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     """Read the fields that a TOML file sets.
 
     Raises:
-        InputError: the file is missing, is not TOML, or has a field that Recipe lacks.
+        InputError: the file is missing, is not TOML, or has a field that Recipe lacks or a value of another type.
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -200,7 +213,10 @@ def load_recipe(path: Path) -> dict[str, Any]:
     for name in values:
         if name not in FIELDS:
             raise InputError(f"recipe {path}: no field is called {name!r}; known fields: {', '.join(FIELDS)}")
-    return values
+    try:
+        return of_their_types(values)
+    except InputError as error:
+        raise InputError(f"recipe {path}: {error}") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -45,8 +45,10 @@ class LoadedWeights:
 def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> LoadedWeights:
     """Load the weights of an official file, of timm's copy of one, or of this package's own, into a model.
 
-    Position tables are resized where only the image size differs. A head of another number of classes is left out,
-    with a warning. Either everything else fits, or the model is left as it was.
+    Position tables are resized where only the image size differs. Weights do not tell the grid of a table: one of as
+    many tokens as the model's is taken as it is, any other for a square one. Hence give tables of a square image, or of
+    the model's very own `img_size`; those of another shape are not always told apart, and scrambled. A head of another
+    number of classes is left out, with a warning. Either everything else fits, or the model is left as it was.
 
     Args:
         model: a CrossViT, DeepViT or CMT.
@@ -59,7 +61,8 @@ def load_weights(model: nn.Module, source: str | Path | Mapping[str, Any]) -> Lo
     model = paper_model(model)
     state = model.official_names.translate(tensors_of(source), model)
     own = model.state_dict()
-    resized = fit_position_tables(state, model)
+    numbers = {key: value for key, value in state.items() if key not in own or holds_numbers_for(value, own[key])}
+    resized = fit_position_tables(numbers, model)
     fitted = state | resized
     head = tuple(head_keys(fitted, own))
     wanted = {key: value for key, value in own.items() if key not in head}
@@ -99,8 +102,9 @@ def tensors_of(source: str | Path | Mapping[str, Any]) -> State:
     """The state dict of a file or a mapping, out of its wrappers and prefixes; InputError if it holds none."""
     name = str(source) if isinstance(source, str | Path) else "the state dict"
     content: Any = read(Path(source)) if isinstance(source, str | Path) else source
-    while isinstance(content, Mapping) and (inner := next((w for w in WRAPPERS if is_dict(content.get(w))), None)):
-        content = content[inner]
+    for _ in WRAPPERS:  # one inside another, but not without end
+        if isinstance(content, Mapping) and (inner := next((w for w in WRAPPERS if is_dict(content.get(w))), None)):
+            content = content[inner]
     if not isinstance(content, Mapping) or not content:
         raise InputError(f"{name} holds no weights but a {type(content).__name__}; give a state dict")
     if odd := [key for key, value in content.items() if not isinstance(key, str) or not isinstance(value, Tensor)]:
@@ -139,14 +143,13 @@ def read(path: Path) -> Any:
 
 def head_keys(state: State, own: State) -> Iterator[str]:
     """Keys of the classifier, if the state's has another number of classes than the model's."""
-    keys = [key for key in (own | state) if key.startswith("head.")]
-    if any(key not in own or key not in state or len(own[key]) != len(state[key]) for key in keys):
-        yield from keys
+    if classes(state) != classes(own):
+        yield from (key for key in (own | state) if key.startswith("head."))
 
 
 def classes(state: State) -> int:
     """Number of classes of a state dict; 0 without a head."""
-    return next((len(value) for key, value in state.items() if key.startswith("head.")), 0)
+    return next((len(value) for key, value in state.items() if key.startswith("head.") and value.ndim), 0)
 
 
 def compare(found: State, wanted: State) -> Iterator[str]:
@@ -160,12 +163,19 @@ def compare(found: State, wanted: State) -> Iterator[str]:
     for key, value in wanted.items():
         if key in found and not holds_numbers_for(found[key], value):
             yield f"{key} is of {found[key].dtype} ({found[key].layout}), the model's of {value.dtype}"
+        elif key in found and not is_finite(found[key].to(value.dtype)):
+            yield f"{key} has values that are not finite"
 
 
 def holds_numbers_for(found: Tensor, wanted: Tensor) -> bool:
     """Whether a tensor has values that can be copied as they are meant: dense, and real where real is wanted."""
     dense = found.layout == torch.strided and (wanted.is_meta or not found.is_meta)
-    return dense and (found.is_floating_point() or not wanted.is_floating_point())
+    return dense and (found.is_floating_point() or not (wanted.is_floating_point() or found.is_complex()))
+
+
+def is_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    return values.is_meta or bool(values.isfinite().all())
 
 
 def likely_reason(model: PaperModel, found: State, wanted: State) -> str:
@@ -176,13 +186,15 @@ def likely_reason(model: PaperModel, found: State, wanted: State) -> str:
     if paper is not None and paper is not type(model):
         return f"they are a {paper.__name__}'s, the model is a {type(model).__name__}; create the model they are of"
     reshaped = [key for key in wanted if key in found and found[key].shape != wanted[key].shape]
+    if found.keys() == wanted.keys() and not all(holds_numbers_for(found[key], wanted[key]) for key in wanted):
+        return "their values are no plain real numbers; save the weights as dense float32"
     if found.keys() == wanted.keys() and reshaped:
         if all(key.endswith(".table") for key in reshaped):
             return "the image size differs and the position table is not of a square grid; set img_size as it was"
         if all(differs_in_channels(found[key], wanted[key]) for key in reshaped):
             return f"another number of channels; create the model with in_chans={found[reshaped[0]].shape[1]}"
     if found.keys() == wanted.keys() and not reshaped:
-        return "their values are no plain real numbers; save the weights as dense float32"
+        return "some values are NaN or infinite, as after a training that diverged; give weights from before"
     if fitting := next(variants_like(model, found), None):
         return f"wrong variant: they fit {fitting}; create that model"
     return "wrong variant, or other arguments than the model was created with"

@@ -24,6 +24,12 @@ def test_csv_splits_and_odd_names(tmp_path: Path, pets: Tree, save_tree: SaveTre
     assert np.array_equal(pixels_of(source, 0), pets["cat/1.png"])
 
 
+def test_a_number_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"path": "a.png", "label": ' + "9" * 5_000 + "}")
+    with pytest.raises(InputError, match="line 1: not JSON"):
+        open_source(tmp_path / "x.jsonl")
+
+
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.png", "a/../../x.png", ".."])
 def test_a_list_may_not_leave_its_folder(path: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(f"path,label\nok.png,a\n{path},b\n")

@@ -58,6 +58,54 @@ def test_parquet_memory_is_bounded(
         assert len(source.cache.groups) == 1  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "classes", "numbers"),
+    [
+        (pa.array(["b", "a"]).dictionary_encode(), pa.array(["c", "a"]), ("a", "b", "c"), [1, 0, 2, 0]),
+        (pa.array([7, 5], pa.int32()), pa.array([5, 9], pa.int64()), ("5", "7", "9"), [1, 0, 0, 2]),
+        (pa.array(["b", "a"], pa.large_string()), pa.array(["a", "b"]), ("a", "b"), [1, 0, 0, 1]),
+    ],
+)
+def test_parquet_labels_of_like_types(
+    first: Any, second: Any, classes: tuple[str, ...], numbers: list[int], tmp_path: Path
+) -> None:
+    for name, labels in (("x0", first), ("x1", second)):
+        write_parquet(tmp_path / f"{name}.parquet", [b"", b""], labels)
+    source = open_source(tmp_path)
+    assert source.classes == classes
+    assert source.labels.tolist() == numbers
+
+
+def test_a_dictionary_is_the_label_though_it_is_not_called_so(tmp_path: Path) -> None:
+    table = pa.table({"image": [b"", b""], "animal": pa.array(["b", "a"]).dictionary_encode()})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert open_source(tmp_path).classes == ("a", "b")
+
+
+@pytest.mark.parametrize("labels", [[["a"], ["b"]], [{"a": 1}, {"a": 2}], [0.5, 1.5]])
+def test_parquet_labels_of_types_that_name_no_class(labels: list[Any], tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x.parquet", [b"", b""], labels)
+    with pytest.raises(InputError, match="which is no label; give integers or strings"):
+        open_source(tmp_path)
+
+
+def test_parquet_integers_in_one_file_and_strings_in_another(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x0.parquet", [b"", b""], [0, 1])
+    write_parquet(tmp_path / "x1.parquet", [b"", b""], ["a", "b"])
+    with pytest.raises(InputError, match=r"'x0.parquet' and 'x1.parquet' differ in columns, labels or"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [(3, "names=3 for 'label'; they must be a list"), (["a", "a"], "several classes are called 'a'")],
+)
+def test_parquet_metadata_that_names_no_classes(names: Any, reason: str, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "x.parquet", [b"", b""], [0, 1], names)
+    with pytest.raises(InputError, match=reason):
+        open_source(tmp_path)
+
+
 def test_parquet_integer_labels_without_names(tmp_path: Path, pets: Tree) -> None:
     write_parquet(tmp_path / "train.parquet", [png(pets["cat/1.png"])] * 4, [10, 9, 10, 9])
     source = open_source(tmp_path)

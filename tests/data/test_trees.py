@@ -52,6 +52,12 @@ def test_files_that_are_no_images_are_ignored_and_counted(pets_folder: Path) -> 
     assert source.ignored == 5
 
 
+def test_parquet_and_images_in_class_folders_are_refused(pets_folder: Path) -> None:
+    (pets_folder / "cat" / "notes.parquet").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"both Parquet files \('cat/notes.parquet'\) and images .*'cat/0.png'"):
+        open_source(pets_folder)
+
+
 def test_images_below_a_class_folder_belong_to_the_class(pets_folder: Path, pets: Tree, save_tree: SaveTree) -> None:
     save_tree(pets_folder, {"cat/outdoor/night/7.png": pets["dog/1.png"]})
     source = open_source(pets_folder)

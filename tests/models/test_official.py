@@ -5,37 +5,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from golden import NAMES, golden, golden_images, official_state
-from torch.utils.flop_counter import FlopCounterMode
 
 from tokenfusion import weights
 from tokenfusion.models import cmt, crossvit, deepvit
+from tokenfusion.models.cost import count_costs
+from tokenfusion.models.published import PUBLISHED
 
 VARIANTS = crossvit.OFFICIAL | deepvit.OFFICIAL | cmt.OFFICIAL
-# name: parameters in millions, billions of multiply-adds as measured on the official code (for CrossViT without the
-# products inside self-attention), and as the paper of CrossViT publishes them
-COSTS = {
-    "crossvit_tiny_224": (7.01, 1.30, 1.6),
-    "crossvit_small_224": (26.86, 5.09, 5.6),
-    "crossvit_base_224": (105.03, 20.13, 21.2),
-    "crossvit_9_224": (8.55, 1.55, 1.8),
-    "crossvit_15_224": (27.53, 5.17, 5.8),
-    "crossvit_18_224": (43.27, 8.21, 9.0),
-    "crossvit_9_dagger_224": (8.78, 1.68, 2.0),
-    "crossvit_15_dagger_224": (28.21, 5.50, 6.1),
-    "crossvit_18_dagger_224": (44.27, 8.65, 9.5),
-    "crossvit_15_dagger_384": (28.50, 16.07, 21.4),
-    "crossvit_18_dagger_384": (44.61, None, 32.4),
-    "deepvit_16": (24.43, 5.27, None),
-    "deepvit_24": (36.26, None, None),
-    "deepvit_32": (48.10, None, None),
-    "deepvit_s": (27.31, 6.36, None),
-    "deepvit_l": (58.88, None, None),
-    "deepvit_l_384": (59.04, None, None),
-    "cmt_ti": (9.49, None, None),
-    "cmt_xs": (15.25, None, None),
-    "cmt_s": (26.26, 4.03, None),
-    "cmt_b": (45.72, None, None),
-}
 
 
 def with_golden_weights(name, dtype=torch.float64):
@@ -80,34 +56,27 @@ def on_meta(name, **kwargs):
         return timm.create_model(name, **kwargs).eval().requires_grad_(False)
 
 
-def giga_macs(model, image):
-    with FlopCounterMode(display=False) as counter:
-        model(image)
-    return counter.get_total_flops() / 2e9
+# quantity and source: how far ours may be, absolutely (half of the last digit printed) and by share
+TOLERANCES = {
+    ("parameters_m", "code"): {"abs": 0.0051},
+    ("gmacs", "code"): {"rel": 0.01},
+    ("gmacs", "paper"): {"abs": 0.051},
+    ("gmacs_without_attention", "code"): {"rel": 0.01},
+}
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_parameters_and_cost(name):
-    model = timm.create_model(name)
-    parameters, measured, published = COSTS[name]
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6 == pytest.approx(parameters, abs=0.0051)
     model = on_meta(name)
-    total = giga_macs(model, torch.empty(1, 3, *model.img_size, device="meta"))
-    if published is not None:
-        assert total == pytest.approx(published, abs=0.051)
-        total -= self_attention_giga_macs(model)
-    if measured is not None:
-        assert total == pytest.approx(measured, rel=0.01)
-
-
-def self_attention_giga_macs(model):
-    """Of a CrossViT's blocks: q kᵀ and the map times v, 2 N² C."""
-    branches = (model.embed_small, model.stages[0].small), (model.embed_large, model.stages[0].large)
-    cost = 0
-    for embed, blocks in branches:
-        _, tokens, dim = embed.positions.table.shape
-        cost += 2 * tokens**2 * dim * len(blocks) * len(model.stages)
-    return cost / 1e9
+    counts = count_costs(model.requires_grad_(), torch.empty(1, 3, *model.img_size, device="meta"))
+    ours = {
+        "parameters_m": counts.parameters / 1e6,
+        "gmacs": counts.macs / 1e9,
+        "gmacs_without_attention": (counts.macs - counts.attention_macs) / 1e9,
+    }
+    for (quantity, source), tolerance in TOLERANCES.items():
+        if figure := PUBLISHED[name].get(quantity, {}).get(source):
+            assert ours[quantity] == pytest.approx(float(figure), **tolerance), (quantity, source)
 
 
 @pytest.mark.parametrize("name", crossvit.OFFICIAL)

@@ -1,5 +1,6 @@
 """Facts about the parts of CrossViT, DeepViT and CMT; test_contract.py has what every model can do."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -8,13 +9,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from tokenfusion import create_model, list_models
 from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import SelfAttention
 from tokenfusion.layers.positions import PositionTable, RelativePositionTable
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup
 from tokenfusion.models.cmt_blocks import InvertedResidualFeedForward, LightweightAttention
 from tokenfusion.models.crossvit_fusion import ClsCrossAttention, regrid
-from tokenfusion.models.deepvit import BatchNormMixing, DeepViT, HeadMixing, ReAttention
+from tokenfusion.models.deepvit import BatchNormMixing, DeepViT, HeadMixing, ReAttention, RescaledBlock
+from tokenfusion.weights import to_official
 
 
 @pytest.mark.parametrize(
@@ -129,6 +132,103 @@ def test_the_folded_mixing_is_convolution_and_batch_norm():
 def test_only_the_last_blocks_re_attend():
     model = DeepViT(img_size=48, dim=36, heads=3, depth=3, re_attention=1)
     assert [type(block.attn) for block in model.blocks] == [SelfAttention, SelfAttention, ReAttention]
+
+
+@pytest.mark.parametrize("branch", ["attn", "mlp"])
+def test_a_rescaled_block_adds_twice_what_its_branches_make_of_half_the_stream(branch):
+    block = RescaledBlock(2, nn.Identity(), mlp_ratio=1.5)
+    block.attn, block.mlp = nn.Threshold(1e9, 0.0), nn.Threshold(1e9, 0.0)  # 0 of everything
+    setattr(block, branch, nn.Tanh())
+    block.norm1, block.norm2 = nn.Softplus(), nn.Softplus()  # LayerNorm's result would not know half from whole
+    tokens = torch.tensor([[[0.0, 2.0]]])
+    halves = [math.tanh(math.log(1 + math.exp(x / 2))) for x in (0.0, 2.0)]
+    expected = torch.tensor([[[0 + 2 * halves[0], 2 + 2 * halves[1]]]])
+    torch.testing.assert_close(block(tokens), expected)
+
+
+def test_deepvit_s_mixes_by_the_plain_mixing_over_the_root_of_the_head_width():
+    with torch.device("meta"):
+        model = timm.create_model("deepvit_s")
+    assert [type(block.attn) for block in model.blocks] == 11 * [SelfAttention] + 5 * [ReAttention]
+    mixing = BatchNormMixing(12, model.blocks[-1].attn.mixing.scale)
+    plain = BatchNormMixing(12)
+    plain.load_state_dict(mixing.state_dict())
+    maps = torch.rand(2, 12, 3, 5).softmax(-1)
+    for training in (True, False):
+        mixed, expected = mixing.train(training)(maps), plain.train(training)(maps)
+        torch.testing.assert_close(mixed, expected / 33**0.5)  # 396 channels, 12 heads
+
+
+@pytest.mark.parametrize("name", ["deepvit_l", "deepvit_l_384"])
+def test_deepvit_l_mixes_plainly_in_its_last_twelve_blocks(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    assert [type(block.attn) for block in model.blocks] == 20 * [SelfAttention] + 12 * [ReAttention]
+    assert [type(block) for block in model.blocks] == 32 * [RescaledBlock]
+    assert {block.attn.mixing.scale for block in model.blocks[20:]} == {1.0}
+
+
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+STEM_KEYS = {  # of the official code
+    "deepvit_s": {
+        "patch_embed.conv1.weight": (64, 3, 7, 7),
+        "patch_embed.conv2.weight": (64, 64, 3, 3),
+        "patch_embed.proj.weight": (396, 64, 8, 8),
+        "patch_embed.proj.bias": (396,),
+    }
+    | {f"patch_embed.bn{i}.{key}": () if key == NORM[-1] else (64,) for i in (1, 2) for key in NORM},
+    "crossvit_9_dagger_224": {
+        "patch_embed.0.proj.0.weight": (32, 3, 7, 7),
+        "patch_embed.0.proj.0.bias": (32,),
+        "patch_embed.0.proj.2.weight": (64, 32, 3, 3),
+        "patch_embed.0.proj.2.bias": (64,),
+        "patch_embed.0.proj.4.weight": (128, 64, 3, 3),
+        "patch_embed.0.proj.4.bias": (128,),
+        "patch_embed.1.proj.0.weight": (64, 3, 7, 7),
+        "patch_embed.1.proj.0.bias": (64,),
+        "patch_embed.1.proj.2.weight": (128, 64, 3, 3),
+        "patch_embed.1.proj.2.bias": (128,),
+        "patch_embed.1.proj.4.weight": (256, 128, 3, 3),
+        "patch_embed.1.proj.4.bias": (256,),
+    },
+    "cmt_ti": {f"stem_conv{i}.weight": (16, 3 if i == 1 else 16, 3, 3) for i in (1, 2, 3)}
+    | {f"stem_conv{i}.bias": (16,) for i in (1, 2, 3)}
+    | {f"stem_norm{i}.{key}": () if key == NORM[-1] else (16,) for i in (1, 2, 3) for key in NORM},
+}
+
+
+@pytest.mark.parametrize("name", STEM_KEYS)
+def test_the_stem_has_the_official_keys(name):
+    with torch.device("meta"):
+        state = to_official(timm.create_model(name))
+    stem = {key: tuple(value.shape) for key, value in state.items() if key.startswith(("patch_embed.", "stem_"))}
+    assert stem == STEM_KEYS[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("deepvit_micro", {"depth": -1}, "depth=-1 cannot be built; give whole numbers, 1 or more"),
+        ("deepvit_micro", {"re_attention": 99}, "re_attention=99 is more than all depth=8 blocks; try 8"),
+        ("deepvit_micro", {"re_attention": -1}, "re_attention=-1 cannot be built; give whole numbers, 0 or more"),
+        ("deepvit_micro", {"patch_size": 0}, "patch_size=0 cannot be built"),
+        ("deepvit_micro", {"num_classes": "7"}, "num_classes='7' cannot be built; give whole numbers"),
+        ("crossvit_micro", {"heads": (3,)}, r"heads=\(3,\) are not two"),
+        ("crossvit_micro", {"depths": (1,)}, r"depths=\(1,\) are not two"),
+        ("crossvit_micro", {"depths": (0, 0)}, r"depths=\(0, 0\) cannot be built"),
+        ("crossvit_micro", {"heads": 4}, "heads=4 are not two"),
+        ("cmt_micro", {"pooling": (0, 2, 1)}, r"pooling=\(0, 2, 1\) cannot be built"),
+        ("vit_micro", {"patch_size": 0}, "patch_size=0 cannot be built"),
+        ("resnet_micro", {"strides": (0, 2, 2, 2)}, r"strides=\(0, 2, 2, 2\) cannot be built"),
+        ("tokenfusion_late_micro", {"fusion_depth": 0}, "fusion_depth=0 cannot be built"),
+        ("tokenfusion_late_micro", {"fusion_depth": 4}, "fusion_depth=4 is more than all depth=3 blocks; try 3"),
+        *((name, {"in_chans": -3}, "in_chans=-3 cannot be built") for name in list_models("*_micro")),
+        *((name, {"num_classes": -1}, "num_classes=-1 cannot be built") for name in list_models("*_micro")),
+    ],
+)
+def test_an_impossible_number_is_refused(name, arguments, message):
+    with pytest.raises(InputError, match=message):
+        create_model(name, **arguments)
 
 
 def test_pairwise_fusion_keeps_cls_and_a_constant_map():

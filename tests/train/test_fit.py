@@ -14,7 +14,9 @@ from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.sources import open_source
 from tokenfusion.data.transforms import Augment
 from tokenfusion.train import start
-from tokenfusion.train.fit import Job, train_step
+from tokenfusion.train.display import Display
+from tokenfusion.train.fit import Job, fit, train_step
+from tokenfusion.train.log import Log
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer
 from tokenfusion.train.state import TrainState
@@ -83,10 +85,56 @@ def test_the_average_is_the_weighted_sum_of_the_weights(tmp_path):
     torch.testing.assert_close(state.average.module.head.weight, expected)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"the loss is (nan|inf) at step \d+ \(epoch \d+, batch \d+\).*lower --lr"):
         start(small_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=3.0, save_minutes=9.0), run, QUIET)
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
+    job, state = job_of(small_recipe(batch_size=32), tmp_path)
+    job.checkpoint.parent.mkdir()
+    state.save(job.checkpoint)
+    before = job.checkpoint.read_bytes()
+    state.model.head.bias.data[0] = torch.nan
+    with pytest.raises(InputError, match=r"the loss is nan at step 1 .*the last good checkpoint is kept as"):
+        fit(job, state, Display(QUIET, epochs=2, steps=4), Log(tmp_path, []))
+    assert job.checkpoint.read_bytes() == before
+
+
+def first_loss(run, **changes):
+    """The loss of a run of one step."""
+    start(small_recipe(epochs=1, batch_size=1024, **changes), run, QUIET)
+    return json.loads((run / "metrics.jsonl").read_text())["train_loss"]
+
+
+@pytest.fixture(scope="module")
+def plain_loss(tmp_path_factory):
+    return first_loss(tmp_path_factory.mktemp("plain") / "run")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"label_smoothing": 0.3},
+        {"trivial_augment": True},
+        {"mixup": 0.4},
+        {"cutmix": 1.0},
+        {"drop_path": 0.5},
+        {"crop_scale": 0.9},
+        {"hflip": 1.0},
+    ],
+    ids=lambda change: next(iter(change), "none"),
+)
+def test_fields_of_the_recipe_act_and_nothing_else_does(change, tmp_path, plain_loss):
+    assert (first_loss(tmp_path / "run", **change) != plain_loss) is bool(change)
+
+
+def test_one_value_per_channel_is_refused_with_the_remedy(tmp_path):
+    recipe = small_recipe(model="resnet_micro", batch_size=1, img_size=(4, 4), drop_path=0.0)
+    with pytest.raises(InputError, match=r"BatchNorm sees a single value per channel .* larger --batch-size"):
+        start(recipe, tmp_path / "run", QUIET)
 
 
 def test_without_a_checkpoint_none_is_promised(tmp_path):

@@ -68,7 +68,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 continue
             try:
                 row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise InputError(f"{path}, line {line}: not JSON ({error}); give one object per line") from error
             if not isinstance(row, dict):
                 raise InputError(f'{path}, line {line}: {text.strip()[:40]!r} is not like {{"path": …, "label": …}}')

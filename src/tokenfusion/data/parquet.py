@@ -82,6 +82,8 @@ class Layout:
 
     image: str
     label: str
+    kind: pa.DataType
+    """What the labels are read as: int64 or string."""
     names: tuple[str, ...]
 
 
@@ -97,7 +99,7 @@ def open_parquet(root: Path, files: list[str], ignored: int = 0) -> Source:
         try:
             with pq.ParquetFile(root / name, memory_map=True) as file:
                 layout = read_layout(root / name, file.schema_arrow)
-                values.append(file.read(columns=[layout.label])[layout.label])
+                values.append(file.read(columns=[layout.label])[layout.label].cast(layout.kind))
                 rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{root / name}: not readable as Parquet ({error}); replace it or take it away") from error
@@ -108,7 +110,9 @@ def open_parquet(root: Path, files: list[str], ignored: int = 0) -> Source:
         splits += [split_of(name)] * sum(rows)
     if len(layouts) > 1:
         one, other = list(layouts.items())[:2]
-        raise InputError(f"{root}: {one[1]!r} and {other[1]!r} differ in columns or class names: {one[0]}, {other[0]}")
+        raise InputError(
+            f"{root}: {one[1]!r} and {other[1]!r} differ in columns, labels or class names: {one[0]}, {other[0]}"
+        )
     layout = next(iter(layouts))
     classes, labels = read_labels(root, layout, values, names)
     return Parquet(
@@ -140,8 +144,26 @@ def read_layout(path: Path, schema: pa.Schema) -> Layout:
     if not images:
         raise InputError(f"{path}: columns {quoted(schema.names)} hold no images; one must be a struct {{bytes, path}}")
     label = label_column(path, schema, features)
-    names = features.get(label, {}).get("names") or ()
-    return Layout(images[0], label, tuple(map(str, names.values() if isinstance(names, dict) else names)))
+    kind = label_kind(schema.field(label).type)
+    if kind is None:
+        raise InputError(
+            f"{path}: column {label!r} is {schema.field(label).type}, which is no label; give integers or strings"
+        )
+    names = features.get(label, {}).get("names") or []
+    names = list(names.values()) if isinstance(names, dict) else names
+    if not isinstance(names, list):
+        raise InputError(f"{path}: its metadata has names={names!r} for {label!r}; they must be a list of class names")
+    return Layout(images[0], label, kind, tuple(map(str, names)))
+
+
+def label_kind(kind: pa.DataType) -> pa.DataType | None:
+    """What a column of labels is read as, None where it cannot hold labels; pandas categories are dictionaries."""
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    if pa.types.is_integer(kind):
+        return pa.int64()
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return pa.string() if is_text or pa.types.is_boolean(kind) else None
 
 
 def read_features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -165,7 +187,7 @@ def label_column(path: Path, schema: pa.Schema, features: dict[str, dict[str, An
         if name in schema.names:
             return name
     marked = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    plain = [column.name for column in schema if pa.types.is_integer(column.type) or pa.types.is_string(column.type)]
+    plain = [column.name for column in schema if label_kind(column.type) is not None]
     candidates = marked or plain
     if len(candidates) != 1:
         raise InputError(f"{path}: which of {quoted(candidates or schema.names)} is the label? Name it 'label'")
@@ -176,7 +198,7 @@ def read_labels(
     root: Path, layout: Layout, values: list[pa.ChunkedArray], names: list[str]
 ) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names and int64 labels (N,): integers as the metadata names them, else the sorted distinct values."""
-    labels = pa.chunked_array([chunk for part in values for chunk in part.chunks], type=values[0].type)
+    labels = pa.chunked_array([chunk for part in values for chunk in part.chunks], type=layout.kind)
     if labels.null_count:
         missing = labels.is_null().to_pylist().index(True)
         raise InputError(f"{root}: {names[missing]!r} has no label; every image needs one")

@@ -4,6 +4,7 @@ import difflib
 import os
 import stat
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +33,8 @@ class Source(ABC):
     """Labelled images that can be decoded one by one, in any order and from any thread or process.
 
     Raises:
-        InputError: there is no image, some images name a split and others do not, or held-out images
-            have a label that the training images lack.
+        InputError: there is no image, two classes have one name, some images name a split and others do not,
+            or held-out images have a label that the training images lack.
     """
 
     where: str
@@ -52,6 +53,7 @@ class Source(ABC):
     def __post_init__(self) -> None:
         if not self.names:
             raise InputError(f"{self.where}: no image found ({self.ignored} other files); give {KINDS}")
+        self.refuse_equal_classes()
         self.refuse_half_split()
         self.refuse_unknown_labels()
 
@@ -72,6 +74,11 @@ class Source(ABC):
         Raises:
             UnreadableImage: it is corrupt, truncated, empty, no image, gone, or too large.
         """
+
+    def refuse_equal_classes(self) -> None:
+        twice = [name for name, count in Counter(self.classes).items() if count > 1]
+        if twice:
+            raise InputError(f"{self.where}: several classes are called {quoted(twice)}; give each its own name")
 
     def refuse_half_split(self) -> None:
         if "" in self.splits and any(self.splits):
@@ -153,6 +160,12 @@ def open_source(data: str | Path) -> Source:
     if path.is_dir():
         files, folders = trees.walk(path)
         tables = [file for file in files if file.endswith(".parquet")]
+        images = trees.read_tree(files, folders).files
+        if tables and images:
+            raise InputError(
+                f"{path}: holds both Parquet files ({quoted(tables[:1])}) and images in class folders "
+                f"({quoted(map(printable, images[:1]))}); move one kind elsewhere"
+            )
         if tables:
             return parquet.open_parquet(path, tables, ignored=len(files) - len(tables))
         return trees.open_folder(path, files, folders)
@@ -164,6 +177,11 @@ def open_source(data: str | Path) -> Source:
     if ".tar" in path.suffixes or name.endswith((".tgz", ".txz", ".tbz2")):
         return trees.open_tar(path)
     raise InputError(f"{path}: not a kind of data that is known here; give {KINDS}")
+
+
+def resolved(data: str) -> str:
+    """DATA named so that it means the same from any folder."""
+    return str(Path(data).resolve()) if data != "digits" and os.path.exists(data) else data
 
 
 def held_out_name(source: Source) -> str | None:

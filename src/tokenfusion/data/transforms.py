@@ -33,7 +33,10 @@ class Preprocess:
             raise InputError(f"in_chans={self.in_chans}: images have 1 channel (gray) or 3 (RGB); choose one of them")
         if not len(self.mean) == len(self.std) == self.in_chans:
             raise InputError(f"mean={self.mean}, std={self.std}: give one value for each of in_chans={self.in_chans}")
-        if len(self.img_size) != 2 or min(self.img_size) < 1 or not 0 < self.crop_pct <= 1:
+        if not all(map(math.isfinite, self.mean + self.std)) or min(self.std) <= 0:
+            raise InputError(f"mean={self.mean}, std={self.std}: give finite values, and a std above 0")
+        whole = all(type(side) is int for side in self.img_size)
+        if not whole or len(self.img_size) != 2 or min(self.img_size) < 1 or not 0 < self.crop_pct <= 1:
             raise InputError(f"img_size={self.img_size}, crop_pct={self.crop_pct}: give height and width, and 0 to 1")
 
     def resize(self, image: Tensor) -> Tensor:

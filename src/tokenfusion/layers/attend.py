@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
+from tokenfusion.layers.linear import Linear
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -28,10 +29,18 @@ def check_heads(dim: int, heads: int) -> None:
         raise InputError(f"heads={heads} do not divide the width dim={dim}; try heads={fitting}")
 
 
+def infers(module: nn.Module) -> bool:
+    """Whether a module computes for its output alone: in evaluation, and without gradients."""
+    return not (module.training or torch.is_grad_enabled())
+
+
 def attention_map(queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √D + bias) for (B, H, N, D) and (B, H, M, D): (B, H, N, M)."""
-    logits = (queries * queries.shape[-1] ** -0.5) @ keys.transpose(-2, -1)
-    return (logits if bias is None else logits + bias).softmax(dim=-1)
+    logits = (queries * queries.shape[-1] ** -0.5) @ keys.contiguous().transpose(-2, -1)
+    logits = logits if bias is None else logits + bias
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return logits.softmax(dim=-1)
+    return torch.softmax(logits, dim=-1, out=logits)  # fresh memory for a second map costs more than the softmax
 
 
 class Attend(nn.Module):
@@ -70,9 +79,9 @@ class SelfAttention(nn.Module):
     def __init__(self, dim: int, heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = Linear(dim, 3 * dim)
         self.attend = Attend(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ Letters: B batch, N tokens, C channels, h w grid.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath
 from torch import Tensor, nn
 
+from tokenfusion.layers.linear import Linear
 from tokenfusion.layers.positions import Grid, PositionTable
 from tokenfusion.layers.tokens import map_to_tokens
 
@@ -67,6 +68,24 @@ class TokenEmbedding(nn.Module):
         return self.drop(tokens), grid
 
 
+class Mlp(nn.Sequential):
+    """Linear, GELU, linear.
+
+    Args:
+        dim: width of the input and of the output.
+        hidden: width between.
+        drop: dropout rate after either linear layer.
+    """
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden, dim)
+        self.drop2 = nn.Dropout(drop)
+
+
 class Block(nn.Module):
     """A pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -83,7 +102,7 @@ class Block(nn.Module):
         self.norm1 = layer_norm(dim)
         self.attn = attention
         self.norm2 = layer_norm(dim)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop)
         self.drop_path = drop_path(path)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -151,13 +151,13 @@ class PaperModel(nn.Module):
         """Replace the classifier by a new one for `num_classes` classes; 0 leaves features.
 
         Raises:
-            InputError: another pooling is asked for; each paper here has its own.
+            InputError: another pooling is asked for, since each paper here has its own; no number of classes.
         """
         if global_pool:
             raise InputError(f"global_pool={global_pool!r} cannot be chosen: the paper fixes the pooling; leave it out")
-        self.num_classes = num_classes
         anchor = next(self.parameters())
         self.head = self.build_head(num_classes).to(anchor.device, anchor.dtype).train(self.training)
+        self.num_classes = num_classes
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass instead of keeping them."""
@@ -171,13 +171,22 @@ class PaperModel(nn.Module):
 
 
 def linear_head(dim: int, num_classes: int) -> nn.Module:
-    """A linear classifier, or nothing for 0 classes."""
+    """A linear classifier, or nothing for 0 classes; InputError where that is no number of classes."""
+    at_least(0, num_classes=num_classes)
     if not num_classes:
         return nn.Identity()
     head = nn.Linear(dim, num_classes)
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)
     return head
+
+
+def at_least(least: int, **arguments: int | Sequence[int]) -> None:
+    """Raise InputError unless each argument is a whole number, or several, none below `least`."""
+    for name, value in arguments.items():
+        numbers = value if isinstance(value, tuple | list) else (value,)
+        if not all(isinstance(number, int) and number >= least for number in numbers):
+            raise InputError(f"{name}={value!r} cannot be built; give whole numbers, {least} or more")
 
 
 def image_size(img_size: int | tuple[int, int]) -> Grid:

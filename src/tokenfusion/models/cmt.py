@@ -20,7 +20,7 @@ from tokenfusion.layers.blocks import init_linear_and_norm, rising_rates
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of, tokens_to_map
-from tokenfusion.models.base import PaperModel, choose, image_size, linear_head
+from tokenfusion.models.base import PaperModel, at_least, choose, image_size, linear_head
 from tokenfusion.models.cmt_blocks import ATTENTIONS, STEMS, CMTBlock, Parts, PatchEmbedding
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
@@ -80,7 +80,8 @@ class CMT(PaperModel):
         drop_path_rate: rate of stochastic depth at the last block.
 
     Raises:
-        InputError: heads that do not divide a width, an unknown choice, an impossible size, unlike numbers of stages.
+        InputError: heads that do not divide a width, an unknown choice, an impossible size or number, unlike
+            numbers of stages.
     """
 
     official_names = OfficialNames(
@@ -129,6 +130,8 @@ class CMT(PaperModel):
         if not len(dims) == len(depths) == len(heads) == len(pooling):
             given = f"dims={dims}, depths={depths}, heads={heads}, pooling={pooling}"
             raise InputError(f"{given} are not of as many stages; give each a value per stage")
+        at_least(1, dims=dims, depths=depths, pooling=pooling, in_chans=in_chans)
+        at_least(1, stem_dim=stem_dim, stem_stride=stem_stride, head_dim=head_dim)
         self.img_size = image_size(img_size)
         parts = Parts(local, attention, feed_forward, mlp_ratio, attn_drop_rate, proj_drop_rate)
         rates = iter(rising_rates(drop_path_rate, sum(depths)))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import PaddedConv, drop_path, layer_norm
+from tokenfusion.layers.linear import Linear
 from tokenfusion.layers.positions import Grid, RelativePositionTable
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, grid_of, map_to_tokens, tokens_to_map
 from tokenfusion.models.base import choose
@@ -72,14 +73,14 @@ class LightweightAttention(nn.Module):
     def __init__(self, dim: int, heads: int, pooling: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.k = nn.Linear(dim, dim)
-        self.v = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.k = Linear(dim, dim)
+        self.v = Linear(dim, dim)
         self.pool: nn.Module = nn.Identity()
         if pooling > 1:
             self.pool = nn.Sequential(PaddedConv(dim, dim, pooling, stride=pooling, groups=dim), nn.BatchNorm2d(dim))
         self.attend = Attend(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     @staticmethod

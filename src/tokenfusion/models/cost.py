@@ -1,10 +1,15 @@
-"""What a model costs: parameters and multiply-adds."""
+"""What a model costs, whatever the machine: parameters, multiply-adds, activations."""
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from tokenfusion.models import create_model, default_config, list_models
 
@@ -12,6 +17,57 @@ from tokenfusion.models import create_model, default_config, list_models
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable parameters."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+class CountProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what convolutions and matrix products cost while it is open.
+
+    Attributes:
+        macs: multiply-adds, by operation.
+        activations: elements of their outputs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: Counter[Any] = Counter()
+        self.activations = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        operation = func.overloadpacket
+        if operation in flop_registry:
+            self.macs[operation] += flop_registry[operation](*args, **kwargs, out_val=output) // 2
+            self.activations += output.numel()
+        return output
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one image costs, whatever the machine.
+
+    Attributes:
+        parameters: trainable ones.
+        macs: multiply-adds of convolutions and matrix products, attention's q kᵀ and map·v included.
+        attention_macs: those of q kᵀ and map·v alone.
+        activations: elements of the outputs of convolutions and matrix products, as timm and fvcore count them; an
+            attention map counts even where a fused kernel never stores it.
+    """
+
+    parameters: int
+    macs: int
+    attention_macs: int
+    activations: int
+
+
+def count_costs(model: nn.Module, images: Tensor) -> Counts:
+    """Count what a forward pass costs; cheapest with both on the meta device, where nothing is computed."""
+    with CountProducts() as count, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model.eval()(images)
+    attention = count.macs[torch.ops.aten.bmm]  # the one product of two activations; weights go through the others
+    return Counts(count_parameters(model), count.macs.total(), attention, count.activations)
 
 
 def count_macs(
@@ -29,9 +85,7 @@ def count_macs(
         model = create_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
         height, width = img_size or default_config(model)["input_size"][1:]
         image = torch.empty(1, in_chans, height, width)
-        with FlopCounterMode(display=False) as counter:
-            model.eval().requires_grad_(False)(image)
-    return counter.get_total_flops() // 2
+        return count_costs(model, image).macs
 
 
 def describe_models(pattern: str = "*") -> list[dict[str, Any]]:

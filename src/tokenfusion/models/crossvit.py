@@ -21,7 +21,7 @@ from tokenfusion.layers.blocks import Block, TokenEmbedding, init_linear_and_nor
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout
-from tokenfusion.models.base import PaperModel, choose, image_size, linear_head
+from tokenfusion.models.base import PaperModel, at_least, choose, image_size, linear_head
 from tokenfusion.models.crossvit_fusion import FUSIONS, Branch, Fusion, Grids, Pair, Rates
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
@@ -168,7 +168,7 @@ class CrossViT(PaperModel):
         drop_path_rate: rate of stochastic depth at the last block.
 
     Raises:
-        InputError: heads that do not divide the width, an unknown choice, an impossible size.
+        InputError: heads that do not divide the width, an unknown choice, an impossible size or number.
     """
 
     official_names = OfficialNames(
@@ -211,6 +211,11 @@ class CrossViT(PaperModel):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        pairs = {"patch_sizes": patch_sizes, "large_scale": large_scale, "dims": dims, "heads": heads, "depths": depths}
+        at_least(1, in_chans=in_chans, **pairs)
+        for name, pair in pairs.items():
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise InputError(f"{name}={pair} are not two; give the small and the large branch a value each")
         small, large = (Branch(dim, count, mlp_ratio) for dim, count in zip(dims, heads, strict=True))
         check_heads(*small[:2])
         check_heads(*large[:2])

@@ -25,7 +25,7 @@ from tokenfusion.layers.conv import ConvTrunk, Residual
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of
-from tokenfusion.models.base import PaperModel, image_size, linear_head
+from tokenfusion.models.base import PaperModel, at_least, image_size, linear_head
 from tokenfusion.models.registration import register_variants
 from tokenfusion.models.transformer import PlainTransformer
 
@@ -61,6 +61,7 @@ class ViT(PlainTransformer):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, depth=depth, patch_size=patch_size, in_chans=in_chans)
         check_heads(dim, heads)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
@@ -105,6 +106,7 @@ class ResNet(PaperModel):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        at_least(1, in_chans=in_chans, stem=stem, strides=strides, dims=dims)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.img_size = image_size(img_size)

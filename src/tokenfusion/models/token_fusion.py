@@ -35,7 +35,7 @@ from tokenfusion.layers.tokens import (
     size_of,
     tokens_to_map,
 )
-from tokenfusion.models.base import PaperModel, image_size
+from tokenfusion.models.base import PaperModel, at_least, image_size
 from tokenfusion.models.registration import register_variants
 
 CLS = TokenGroup("cls")
@@ -74,6 +74,8 @@ class TokenFusion(PaperModel):
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
+        at_least(1, dim=dim, depth=depth, patch_size=patch_size, in_chans=in_chans, stem=stem)
+        at_least(1, conv_strides=conv_strides, conv_dims=conv_dims)
         check_heads(dim, heads)
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
@@ -97,7 +99,7 @@ class TokenFusion(PaperModel):
     def embed_patches(self, images: Tensor) -> Tensor:
         """[CLS; patch tokens] (B, 1 + P, C) of images (B, in_chans, H, W)."""
         patches = map_to_tokens(self.patches(images)) + self.positions(grid_of(size_of(images), self.patch_size))
-        return torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+        return torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1)
 
     def feature_points(self) -> list[FeaturePoint]:
         """Where intermediate features are taken: after each stage of the CNN, then after each block (patch tokens)."""
@@ -111,6 +113,7 @@ class TokenFusion(PaperModel):
         """Keep all of them: each side's layers feed the other's, or are told apart by their number."""
 
     def build_head(self, num_classes: int) -> nn.Module:
+        at_least(0, num_classes=num_classes)
         return nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
     def no_weight_decay(self) -> set[str]:
@@ -181,6 +184,9 @@ class LateFusion(JointFusion):
 
     def __init__(self, *, fusion_depth: int, **config: Any) -> None:
         super().__init__(**config)
+        at_least(1, fusion_depth=fusion_depth)
+        if fusion_depth > (depth := len(self.blocks)):
+            raise InputError(f"fusion_depth={fusion_depth} is more than all depth={depth} blocks; try {depth}")
         self.fusion_depth = fusion_depth
 
     def forward_features(self, images: Tensor) -> Tensor:

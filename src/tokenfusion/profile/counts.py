@@ -1,72 +1,12 @@
-"""What one image costs a model, whatever the machine: counted on the meta device, where nothing is computed."""
-
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+"""What one image costs a model by name, counted on the meta device, where nothing is computed."""
 
 import torch
-from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from tokenfusion.errors import InputError
 from tokenfusion.models import create_model, default_config
-from tokenfusion.models.cost import count_parameters
+from tokenfusion.models.cost import Counts, count_costs
 
 Size = tuple[int, int]
-
-
-class CountProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what convolutions and matrix products cost while it is open.
-
-    Attributes:
-        macs: multiply-adds, by operation.
-        activations: elements of their outputs.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.macs: Counter[Any] = Counter()
-        self.activations = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        operation = func.overloadpacket
-        if operation in flop_registry:
-            self.macs[operation] += flop_registry[operation](*args, **kwargs, out_val=output) // 2
-            self.activations += output.numel()
-        return output
-
-
-@dataclass(frozen=True)
-class Counts:
-    """What one image costs, whatever the machine.
-
-    Attributes:
-        parameters: trainable ones.
-        macs: multiply-adds of convolutions and matrix products, attention's q kᵀ and map·v included.
-        attention_macs: those of q kᵀ and map·v alone.
-        activations: elements of the outputs of convolutions and matrix products, as timm and fvcore count them; an
-            attention map counts even where a fused kernel never stores it.
-    """
-
-    parameters: int
-    macs: int
-    attention_macs: int
-    activations: int
-
-
-def count_costs(model: nn.Module, images: Tensor) -> Counts:
-    """Count what a forward pass costs; cheapest with both on the meta device, where nothing is computed."""
-    with CountProducts() as count, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        model.eval()(images)
-    attention = count.macs[torch.ops.aten.bmm]  # the one product of two activations; weights go through the others
-    return Counts(count_parameters(model), count.macs.total(), attention, count.activations)
 
 
 def count_model(name: str, img_size: Size | None = None) -> tuple[Counts, Size]:

@@ -1,18 +1,16 @@
 """What inference takes on this machine: memory and time."""
 
 import multiprocessing
-import re
 import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from tokenfusion.errors import InputError
-from tokenfusion.hardware import Precision, autocast, default_device
+from tokenfusion.hardware import Precision, autocast, default_device, resident_mb
 from tokenfusion.models import create_model
 
 WARM_UP, REPETITIONS, SECONDS = 2, 5, 1.0
@@ -75,13 +73,3 @@ def run_inference(
     else:
         peak = None if before is None or after is None else after - before
     return Measurements(peak, batch_size / statistics.median(times[WARM_UP:]))
-
-
-def resident_mb(field: str) -> float | None:
-    """MiB that this process holds (`VmRSS`) or has held at most (`VmHWM`); None where the system has no /proc.
-
-    Not `getrusage`, whose maximum a child on Linux inherits from its parent.
-    """
-    status = Path("/proc/self/status")
-    found = re.search(rf"^{field}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.exists() else None
-    return int(found[1]) / 2**10 if found else None

@@ -109,6 +109,7 @@ def render(results: Results, thumbnails: Callable[[list[str]], dict[str, bytes]]
         scores = [p.score for p in results.predictions]
         correct = [p.label == p.prediction for p in results.predictions]
         values |= {
+            "judged_on": judged_on(results.recipe.data, results.evaluation),
             "classes": list_classes(results.evaluation),
             "heatmap": draw_heatmap(results.model["classes"], np.array(results.evaluation["confusion"])),
             "reliability": plot_reliability(reliability(scores, correct)),
@@ -131,7 +132,7 @@ def summarise(results: Results) -> str:
     rows = [row for row in list_classes(evaluation) if row.n]
     right = sum(row.right for row in rows)
     sentences = [
-        f"{trained}, and judged on {counted(n, 'image')} ({evaluation['split']} split of {evaluation['data']}).",
+        f"{trained}, and judged on {counted(n, 'image')}: {judged_on(results.recipe.data, evaluation)}.",
         f"It named {right} of them correctly: {percent(evaluation['top1'], 2)}.",
         f"On other images like these, expect between {percent(low)} and {percent(high)} (95% interval).",
     ]
@@ -151,6 +152,15 @@ def summarise(results: Results) -> str:
     if evaluation["skipped"]:
         sentences.append(f"{counted(evaluation['skipped'], 'image')} could not be read and are not counted.")
     return " ".join(sentences)
+
+
+def judged_on(trained_on: str, evaluation: dict[str, Any]) -> str:
+    """Which images an evaluation is of, and whether they are what the model was trained on."""
+    split, data = evaluation["split"], evaluation["data"]
+    images = f"all images of {data}" if split == "all" else f"the {split} split of {data}"
+    if data != trained_on:
+        return f"{images}, which is other data than it was trained on"
+    return f"{images}, the very images it was trained on" if split in ("train", "all") else images
 
 
 def commonest_confusion(confusion: NDArray[np.int64]) -> tuple[int, int, int]:

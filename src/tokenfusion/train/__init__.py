@@ -13,7 +13,7 @@ from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.images import Images, Skipped, read_images, require_every_class, write_skipped
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.sources import Source, held_out_name, open_source
+from tokenfusion.data.sources import Source, held_out_name, open_source, resolved
 from tokenfusion.data.split import Split, choose_split, read_split, write_split
 from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
@@ -51,8 +51,7 @@ def start(recipe: Recipe, run: Path, console: Console) -> None:
         raise InputError(f"{run} exists and is not an empty folder; give another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        if Path(recipe.data).exists():  # so that the run can be resumed from anywhere
-            recipe = replace(recipe, data=str(Path(recipe.data).resolve()))
+        recipe = replace(recipe, data=resolved(recipe.data))  # so that the run can be resumed from anywhere
         write_text(run / "recipe.toml", dump_recipe(recipe))
     except OSError as error:
         raise InputError(f"{run} cannot be written: {error.strerror}; give another --out") from error
@@ -98,7 +97,6 @@ def train(recipe: Recipe, run: Path, console: Console) -> None:
     keep_freed_memory()
     source = open_source(recipe.data)
     split = split_of(source, recipe, run)
-    training, held_out = read_both(source, split, recipe, run, console)
     torch.manual_seed(recipe.seed)
     classifier = Classifier.create(
         recipe.model,
@@ -112,10 +110,13 @@ def train(recipe: Recipe, run: Path, console: Console) -> None:
     )
     if recipe.grad_checkpointing:
         classifier.model.set_grad_checkpointing()  # type: ignore[operator]
+    training, held_out = read_both(source, split, recipe, run, console)
     state = TrainState(classifier.model, make_optimizer(classifier.model, recipe), recipe.ema, recipe.patience > 0)
     preprocess = classifier.preprocess
     augment = Augment(preprocess.img_size, preprocess.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment)
-    loader = TrainLoader(training, augment, batch_size=recipe.batch_size, seed=recipe.seed, workers=recipe.workers)
+    batch_size = recipe.batch_size_for(len(training))
+    loader = TrainLoader(training, augment, batch_size=batch_size, seed=recipe.seed, workers=recipe.workers)
+    console.print(f"{loader.steps_per_epoch:,} steps an epoch, of {batch_size} images each", highlight=False)
     job = Job(recipe, classifier, loader, BatchMixing(recipe, len(source.classes)), held_out, run)
 
     images = (source.classes, training.names, held_out.names, training.labels.tolist(), held_out.labels.tolist())
@@ -162,6 +163,7 @@ def read_both(source: Source, split: Split, recipe: Recipe, run: Path, console: 
     Raises:
         InputError: too many are unreadable, or all of a class.
     """
+    console.print(f"reading {len(split.train) + len(split.val):,} images", highlight=False)
     images: list[Images] = []
     skipped: list[Skipped] = []
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:

@@ -8,6 +8,7 @@ from math import isfinite
 from pathlib import Path
 from time import perf_counter
 from types import FrameType
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def train_step(job: Job, state: TrainState, images: Tensor, labels: Tensor) -> t
     loss_sum, correct = 0.0, 0
     for part, part_targets in zip(inputs.chunk(recipe.accumulate), targets.chunk(recipe.accumulate), strict=True):
         with autocast(device, recipe.precision):
-            logits = model(part).float()
+            logits = logits_of(model, part)
         loss = F.cross_entropy(logits, part_targets, label_smoothing=recipe.label_smoothing, reduction="sum") / len(
             inputs
         )
@@ -126,6 +127,23 @@ def train_step(job: Job, state: TrainState, images: Tensor, labels: Tensor) -> t
     state.optimizer.step()
     state.optimizer.zero_grad()
     return loss_sum, correct
+
+
+def logits_of(model: nn.Module, images: Tensor) -> Tensor:
+    """The model's output (B, num_classes) in float32 while it trains.
+
+    Raises:
+        InputError: BatchNorm has a single value per channel, of which there is no variance.
+    """
+    try:
+        return cast(Tensor, model(images).float())
+    except ValueError as error:
+        if "Expected more than 1" not in str(error):
+            raise
+        raise InputError(
+            f"BatchNorm sees a single value per channel in {len(images)} image at a time; "
+            "train with a larger --batch-size, a smaller --accumulate or a larger --img-size, and another --out"
+        ) from error
 
 
 def validate(job: Job, state: TrainState) -> tuple[float, float]:

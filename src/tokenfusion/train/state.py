@@ -132,7 +132,12 @@ class TrainState:
         Raises:
             InputError: the file is damaged, or of another model.
         """
-        tensors, description = load_tensors(path)
+        try:
+            tensors, description = load_tensors(path)
+        except InputError as error:
+            raise InputError(
+                f"{path} is damaged: {error.__cause__}; delete the folder {path.parent}, and --resume starts anew"
+            ) from error
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
