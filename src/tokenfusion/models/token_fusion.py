@@ -3,8 +3,9 @@
 Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so
 the widths and the fusion operators are this project's own.
 
-Parts. CNN: `layers/conv.py`. Transformer: the pre-norm block of `layers/blocks.py`. Both train faster, multiply-add for
-multiply-add, than timm's `BasicBlock` and `Block` on the CPU that the micro models are for (`benchmarks/parts.py`).
+Parts. CNN: `layers/conv.py`. Transformer: the pre-norm block of `layers/blocks.py`. `benchmarks/parts.py` times timm's
+beside them: its `Block` takes longer at equal cost on the CPU that the micro models are for; a CNN of its `BasicBlock`
+takes as long per multiply-add, and needs more of them for the same widths.
 Positions: one learned table for both kinds of token, resized to each grid, so that a pixel and a patch at the same
 place know it. The head reads CLS.
 
