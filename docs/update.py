@@ -71,11 +71,11 @@ def results() -> str:
                 f"{what}, `{run['model']['name']}`, {run['recipe']['epochs']} epochs from random weights",
                 f"{run['evaluation']['top1']:.2%} ({low:.2%} to {high:.2%})",
                 aim,
-                f"{run['minutes']:.1f} on {run['threads']} cores",
+                f"{run['minutes']:.1f}; {run['threads']}",
                 f"{run['peak_memory_mb']:,.0f} MB",
             ]
         )
-    training = table(["training", "top-1 (95 % interval)", "aim", "minutes", "peak memory"], rows)
+    training = table(["training", "top-1 (95 % interval)", "aim", "minutes; threads", "peak memory"], rows)
     rows = []
     for size in load("loader")["results"]:
         rates, ratios = size["images_per_second"], size["ratios"]
