@@ -6,7 +6,6 @@ The figures behind `Attend` in `src/tokenfusion/layers/attend.py`.
 """
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import describe, time_in_turns
+from common import describe, time_in_turns, with_backward
 from tokenfusion.files import write_json
 from tokenfusion.layers.attend import attention_map
 
@@ -24,11 +23,6 @@ SHAPES = [(128, 3, 81, 32), (128, 3, 33, 32), (16, 3, 197, 64), (8, 6, 393, 64),
 
 def plain(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return attention_map(query, key) @ value
-
-
-def with_backward(attend: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    output = attend(*inputs)
-    output.backward(output.detach())
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokenfusion.hardware import default_device, hardware_name
 
@@ -46,3 +47,9 @@ def time_in_turns(ways: dict[str, Callable[[], Any]], repetitions: int, seconds:
                 calls += 1
             times[name].append(1000 * passed / calls)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def with_backward(call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
+    """A call and its backward pass, the output standing in for its gradient."""
+    output = call(*inputs)
+    output.backward(output.detach())

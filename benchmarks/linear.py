@@ -6,16 +6,14 @@ The figures behind `Linear` and `WORTHWHILE` in `src/tokenfusion/layers/linear.p
 """
 
 import argparse
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from common import describe, time_in_turns
+from common import describe, time_in_turns, with_backward
 from tokenfusion.files import write_json
 from tokenfusion.layers.linear import OneDNNLinear
 
@@ -30,11 +28,6 @@ SHAPES = [  # rows, inputs, outputs
     (3208, 128, 384),
     (3152, 384, 1152),
 ]
-
-
-def with_backward(linear: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    output = linear(*inputs)
-    output.backward(output.detach())
 
 
 def main() -> None:

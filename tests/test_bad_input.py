@@ -192,3 +192,23 @@ def test_a_description_that_was_tampered_with_is_refused(command, run, digit, ch
     status, _, errors = command("predict", run, digit)
     assert status == 2
     assert said in errors
+
+
+def test_a_misspelled_option_of_predict_is_not_taken_for_a_file(command, run, digit):
+    status, _, errors = command("predict", run, digit, "--json")
+    assert status == 2
+    assert "--json is no option of predict" in errors
+
+
+def test_an_unknown_model_is_refused_before_any_image_is_read(command, tmp_path):
+    status, output, errors = command("train", "digits", "--model", "vit_micr", "--out", tmp_path / "run")
+    assert status == 2
+    assert "did you mean" in errors
+    assert "reading" not in output
+
+
+@pytest.mark.parametrize(("size", "reason"), [(["64"], "batch_size=0"), (["64", "64", "3"], "is not a size")])
+def test_profile_takes_one_or_two_sides(command, size, reason):
+    status, _, errors = command("profile", "resnet_micro", "--img-size", *size, "--batch-size", "0")
+    assert status == 2
+    assert reason in errors

@@ -1,7 +1,7 @@
 """A linear layer on the faster of the two libraries that PyTorch has for matrix products on a CPU.
 
 For float32 PyTorch asks MKL, which leaves AVX-512 idle on processors that are not Intel's. oneDNN, which PyTorch asks
-for convolutions and for bfloat16, does not: on an AMD EPYC it is twice as fast (benchmarks/linear.py).
+for convolutions and for bfloat16, does not: there it is the faster one (benchmarks/linear.py).
 
 Letters: M rows, K inputs, O outputs.
 """

@@ -1,9 +1,9 @@
 """The plain parents that a fusion of CNN and transformer is measured against, at equal cost.
 
 ViT (Dosovitskiy et al., arXiv 2010.11929): patches, each through one linear map, and pre-norm blocks of self-attention.
-ResNet (He et al., arXiv 1512.03385): residual blocks and the average of the last map. Both are made of the parts that
-the fusion models of this package share, so that a comparison tells of the fusion alone. Letters: B batch, C channels,
-h w grid.
+ResNet (after He et al., arXiv 1512.03385): convolutions with shortcuts and the average of the last map; it pools where
+the paper's strides. Both are made of the parts that the fusion models of this package share, so that a comparison tells
+of the fusion alone. Letters: B batch, C channels, h w grid.
 """
 
 from collections.abc import Sequence
