@@ -22,7 +22,7 @@ QUICK = ("--img-size", 8, "--epochs", 1, "--batch-size", 256)
 def test_help_of_the_command_and_of_every_verb(command):
     status, output, _ = command("--help")
     assert status == 0
-    for verb in ("train", "evaluate", "predict", "report", "models"):
+    for verb in ("train", "evaluate", "compare", "predict", "report", "models"):
         assert verb in output
         status, help_text, _ = command(verb, "--help")
         assert status == 0

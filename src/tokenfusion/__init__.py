@@ -17,8 +17,10 @@ from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 
 if TYPE_CHECKING:
+    from tokenfusion.analyze.record import record_attention
     from tokenfusion.classifier import Classifier
     from tokenfusion.models import create_model, list_models
+    from tokenfusion.models.fuse import fuse
     from tokenfusion.weights import load_weights, to_official
 
 __all__ = [
@@ -27,16 +29,20 @@ __all__ = [
     "Recipe",
     "__version__",
     "create_model",
+    "fuse",
     "list_models",
     "load_weights",
+    "record_attention",
     "to_official",
 ]
 
 HOMES = {
     "Classifier": "tokenfusion.classifier",
     "create_model": "tokenfusion.models",
+    "fuse": "tokenfusion.models.fuse",
     "list_models": "tokenfusion.models",
     "load_weights": "tokenfusion.weights",
+    "record_attention": "tokenfusion.analyze.record",
     "to_official": "tokenfusion.weights",
 }
 

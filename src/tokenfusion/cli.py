@@ -8,65 +8,20 @@ import shlex
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-from cyclopts import App, ArgumentCollection, Parameter
-from cyclopts.config import Dict
+from cyclopts import App, Parameter
 from rich.console import Console
 
+from tokenfusion.analyze.cli import app as analyze
 from tokenfusion.errors import InputError
-from tokenfusion.recipe import Recipe, load_recipe, preset
+from tokenfusion.options import recipe_values, whole_numbers
+from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 
 # a pipe or a file gets whole lines, however long
 console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
 errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
-
-
-def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Refuse a fraction where a whole number belongs; the parser would round it."""
-    for argument in arguments:
-        for token in argument.tokens:
-            if mentions(argument.hint, int) and is_fraction(token.value):
-                raise InputError(f"{argument.name}={token.value} is not a whole number; give one without a fraction")
-
-
-def mentions(hint: Any, kind: type) -> bool:
-    """Whether a type is `kind`, or is made of it as `tuple[kind, ...] | None` is."""
-    return hint is kind or any(mentions(part, kind) for part in get_args(hint))
-
-
-def is_fraction(text: str) -> bool:
-    try:
-        return not float(text).is_integer()
-    except ValueError:  # no number at all, which the parser says better
-        return False
-
-
-def recipe_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Give `train` what its options leave open: first from the recipe file, then from the preset of model and data."""
-    if commands != ("train",):
-        return
-    given = {argument.name.removeprefix("--"): [token.value for token in argument.tokens] for argument in arguments}
-    if given.get("resume"):
-        others = [f"--{name}" for name, values in given.items() if values and name != "resume"]
-        if others:
-            raise InputError(f"--resume goes on with the run's own recipe; leave out {', '.join(others)}")
-        return
-    path = given["recipe"][0] if given.get("recipe") else ""
-    file = load_recipe(Path(path)) if path else {}
-    fill(app, commands, arguments, file, source=path)
-    model, data = (given[name][0] if given.get(name) else file.get(name, "") for name in ("model", "data"))
-    fill(app, commands, arguments, preset(model, data), source="preset")
-
-
-def fill(
-    app: App, commands: tuple[str, ...], arguments: ArgumentCollection, values: dict[str, Any], source: str
-) -> None:
-    """Set the arguments that have no value yet."""
-    options = {name.replace("_", "-"): value for name, value in values.items()}
-    Dict(data=options, source=source, use_commands_as_keys=False)(app, commands, arguments)
-
 
 app = App(
     name="tokenfusion",
@@ -212,6 +167,67 @@ def predict(
 
 
 @app.command
+def compare(
+    settings: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 - frozen
+    *,
+    models: list[str],
+    out: Path,
+    seeds: int = 3,
+    budget: str = "",
+    controls: Annotated[bool, Parameter(negative="")] = False,
+    jobs: int = 1,
+    recipe: Path | None = None,  # noqa: ARG001 - read by recipe_values
+    as_json: AsJson = False,
+) -> None:
+    """Train several models under one recipe and budget, with several seeds; writes OUT/comparison.json.
+
+    Each run is a run folder in OUT/runs. The same command goes on with a comparison that was interrupted. If a run
+    fails, the others go on, and the exit status is 1.
+
+    Example: tokenfusion compare photos/ --models tokenfusion_early_tiny,resnet18 --controls --out runs/compare
+
+    Parameters
+    ----------
+    models
+        Names separated by commas or spaces; mean(A,B) averages the predictions of two. Tests compare with the first.
+    out
+        Folder to write to.
+    seeds
+        Runs of each model, with the seeds --seed, --seed + 1 and so on.
+    budget
+        Of each run: epochs=10, minutes=15 of training steps, or macs=1e15 in forward passes; --epochs when not given.
+    controls
+        Add the parents of fused models, as they are and widened to the same cost, and the mean of their predictions.
+    jobs
+        Runs at once; they share the cores.
+    recipe
+        TOML file with any of the options of `train`.
+    as_json
+        Print comparison.json instead of a table.
+    """
+    from tokenfusion import compare as room
+
+    if not settings.data:
+        raise InputError("DATA is missing; name a folder of labelled images, or `digits` for a first try")
+    amount = room.Budget.parse(budget) if budget else None
+    names = room.split_names(models)
+    options: dict[str, Any] = {"budget": amount, "controls": controls, "jobs": jobs}
+    try:
+        result = room.compare(settings, names, seeds, out, **options, console=errors if as_json else console)
+    except KeyboardInterrupt:
+        errors.print("\nstopped and saved; the same command goes on")
+        sys.exit(130)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        print_table(room.comparison_table(result))
+        for note in (*room.notes(result), f"written to {out / 'comparison.json'}"):
+            console.print(note)
+    if any(row["failed"] for row in result["models"]):
+        sys.exit(1)
+
+
+@app.command
 def report(run: Path, /) -> None:
     """Write RUN/report.html: one file, readable offline.
 
@@ -310,6 +326,9 @@ def profile(
     print_table(table)
     for note in notes:
         console.print(note)
+
+
+app.command(analyze)
 
 
 def print_table(lines: list[list[str]]) -> None:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from tokenfusion.layers.cross_attention import ClsCrossAttention
 from tokenfusion.models import deepvit
-from tokenfusion.models.crossvit_fusion import Branch, ClsCrossAttention, CrossAttentionFusion, Rates
+from tokenfusion.models.crossvit_fusion import Branch, CrossAttentionFusion, Rates
 from tokenfusion.models.deepvit import BatchNormMixing, ReAttention
 
 

@@ -12,10 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from tokenfusion import create_model, list_models
 from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import SelfAttention
+from tokenfusion.layers.cross_attention import ClsCrossAttention
 from tokenfusion.layers.positions import PositionTable, RelativePositionTable
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup
 from tokenfusion.models.cmt_blocks import InvertedResidualFeedForward, LightweightAttention
-from tokenfusion.models.crossvit_fusion import ClsCrossAttention, regrid
+from tokenfusion.models.crossvit_fusion import regrid
 from tokenfusion.models.deepvit import BatchNormMixing, DeepViT, HeadMixing, ReAttention, RescaledBlock
 from tokenfusion.weights import to_official
 

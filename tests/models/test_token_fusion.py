@@ -1,17 +1,25 @@
-"""Facts about the three fusion strategies."""
+"""Facts about the three fusion strategies and the four operators."""
 
 import pytest
 import torch
+from torch import nn
 
 import tokenfusion
-from tokenfusion.layers.tokens import TokenGroup, num_prefix_tokens
-from tokenfusion.models.token_fusion import LayerwiseFusion, PatchesToPixels, PixelsToPatches
+from tokenfusion.layers.conv import ConvTrunk
+from tokenfusion.layers.cross_attention import CrossAttention
+from tokenfusion.layers.tokens import TokenGroup
+from tokenfusion.models.cost import CountProducts
+from tokenfusion.models.operators import AlignedAddition, ClsAttention, Grids, JointAttention, TwoWayAttention, regrid
+from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, WriteBack
+from tokenfusion.models.transformer import ViT
 
-STRATEGIES = ("late", "early", "layerwise")
-TINY = {
-    "dim": 24, "heads": 3, "mlp_ratio": 2.0, "patch_size": 4, "stem": 8, "conv_strides": (1, 2, 2),
-    "conv_dims": (12, 20), "conv_depths": (1, 1), "img_size": 16, "num_classes": 3,
-}  # fmt: skip
+VIT = {"patch_size": 4, "dim": 24, "depth": 4, "heads": 3, "mlp_ratio": 2.0, "img_size": 16, "num_classes": 3}
+
+
+def layerwise(operator=AlignedAddition, **kwargs):
+    torch.manual_seed(0)
+    cnn = ConvTrunk(3, 8, (1, 2, 2), (12, 20), (1, 1))
+    return LayerwiseFusion(cnn, ViT(**VIT), operator, img_size=16, **kwargs).eval()
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -22,9 +30,7 @@ def test_the_layout_describes_the_tokens_there_are(strategy, size):
         tokens = model.forward_features(torch.randn(1, 3, *size))
     layout = model.token_layout(size)
     assert sum(group.count for group in layout) == tokens.shape[1]
-    assert num_prefix_tokens(layout) == 1
-    assert layout[0] == TokenGroup("cls")
-    assert [group.source for group in layout[1:]] == (["patch"] if strategy == "layerwise" else ["patch", "pixel"])
+    assert [group.source for group in layout] == ["cls", "patch"]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -34,27 +40,24 @@ def test_both_branches_reach_the_logits(strategy):
     image = torch.randn(1, 3, 32, 32)
     with torch.no_grad():
         whole = model(image)
-        for branch in (model.cnn.stem.conv, model.patches):
+        for branch in (model.cnn.stem.conv, model.vit.embed.patches):
             handle = branch.register_forward_hook(lambda _m, _i, output: torch.zeros_like(output))
             assert not torch.allclose(model(image), whole)
             handle.remove()
 
 
-def test_closed_gates_leave_the_transformer_alone():
-    torch.manual_seed(0)
-    fused = LayerwiseFusion(depth=4, gate=0.0, **TINY).eval()
-    images = torch.randn(2, 3, 19, 27)
+@pytest.mark.parametrize("operator", [JointAttention, ClsAttention, TwoWayAttention, AlignedAddition])
+def test_closed_gates_leave_the_transformer_alone(operator):
+    fused, images = layerwise(operator, gate=0.0), torch.randn(2, 3, 19, 27)
     with torch.no_grad():
-        tokens = fused.embed_patches(images)
-        for block in fused.blocks:
-            tokens = block(tokens)
-        torch.testing.assert_close(fused.forward_features(images), fused.norm(tokens), rtol=0, atol=1e-6)
+        alone = fused.vit(images)
+        torch.testing.assert_close(fused(images), alone, rtol=0, atol=1e-6)
+        fused.set_gates(1.0)
+        assert not torch.allclose(fused(images), alone, atol=1e-3)
 
 
 def test_closed_gates_leave_the_cnn_alone():
-    torch.manual_seed(0)
-    fused = LayerwiseFusion(depth=4, gate=0.0, **TINY).eval()
-    images = torch.randn(2, 3, 19, 27)
+    fused, images = layerwise(gate=0.0), torch.randn(2, 3, 19, 27)
     maps = []
     fused.cnn.stages[-1].register_forward_hook(lambda _m, _i, output: maps.append(output))
     with torch.no_grad():
@@ -63,25 +66,123 @@ def test_closed_gates_leave_the_cnn_alone():
     assert torch.equal(maps[0], maps[1])
 
 
-def test_an_exchange_keeps_places():
+def test_addition_keeps_places():
     """A pixel changes the one patch that it lies in, and a patch the pixels that it covers."""
+    grids = Grids(patches=(3, 2), pixels=(6, 4))
+    tokens, pixels = torch.randn(1, 1 + 6, 7), torch.randn(1, 24, 7)
+    add = AlignedAddition(7, 1, 2.0)
+    seen, written = add(tokens, pixels, grids)
+    changed = pixels.clone()
+    changed[0, 5 * 4 + 1] += 4  # row 5, column 1 of 6×4 lies in row 2, column 0 of 3×2: patch 4, token 5
+    moved = (add(tokens, changed, grids)[0] - seen)[0]
+    assert moved.abs().sum(1).nonzero().flatten().tolist() == [5]
+    torch.testing.assert_close(moved[5], torch.ones(7))  # a quarter of the patch
+    changed = tokens.clone()
+    changed[0, 5] += 1
+    moved = (add(changed, pixels, grids)[1] - written)[0].sum(1)
+    assert moved.nonzero().flatten().tolist() == [4 * 4, 4 * 4 + 1, 5 * 4, 5 * 4 + 1]
+    assert torch.equal(seen[:, 0], tokens[:, 0])
+
+
+def test_coarser_grids_get_means_and_finer_ones_repetitions():
+    tokens = torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1)
+    assert regrid(tokens, (2, 2), (1, 2)).flatten().tolist() == [2, 3]
+    assert regrid(tokens, (2, 2), (2, 4)).flatten().tolist() == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_what_is_written_back_keeps_places():
     torch.manual_seed(0)
-    to_patches, to_pixels = PixelsToPatches(5, 7, gate=1.0), PatchesToPixels(7, 5, gate=1.0)
-    feature_map, tokens, grid = torch.randn(1, 5, 6, 4), torch.randn(1, 1 + 6, 7), (3, 2)
+    write = WriteBack(7, 5, gate=1.0)
+    feature_map, pixels = torch.randn(1, 5, 6, 4), torch.randn(1, 6, 7)
+    changed = pixels.clone()
+    changed[0, 4] += torch.randn(7)
     with torch.no_grad():
-        changed = feature_map.clone()
-        changed[0, :, 5, 1] += 1  # row 5, column 1 of 6×4 lies in row 2, column 0 of 3×2: patch 4, token 5
-        moved = (to_patches(changed, tokens, grid) - to_patches(feature_map, tokens, grid)).abs().sum(-1)[0]
-        assert moved.nonzero().flatten().tolist() == [5]
-        changed = tokens.clone()
-        changed[0, 5] += torch.randn(7)
-        moved = (to_pixels(changed, feature_map, grid) - to_pixels(tokens, feature_map, grid)).abs().sum(1)[0]
-        assert moved.nonzero().tolist() == [[4, 0], [4, 1], [5, 0], [5, 1]]
+        moved = (write(changed, feature_map, (3, 2)) - write(pixels, feature_map, (3, 2))).abs().sum(1)[0]
+    assert moved.nonzero().tolist() == [[4, 0], [4, 1], [5, 0], [5, 1]]
 
 
-def test_depth_that_does_not_spread_over_the_stages_is_refused():
-    with pytest.raises(tokenfusion.InputError, match=r"depth=5 does not spread over 2 CNN stages; try 4"):
-        LayerwiseFusion(depth=5, **TINY)
+def test_joint_attention_is_a_transformer_block_over_both_kinds():
+    joint = JointAttention(6, 2, 2.0)
+    tokens, pixels = torch.randn(2, 5, 6), torch.randn(2, 4, 6)
+    fused, seen = joint(tokens, pixels, Grids((2, 2), (2, 2)))
+    torch.testing.assert_close(torch.cat([fused, seen], dim=1), joint.block(torch.cat([tokens, pixels], dim=1)))
+
+
+def test_only_cls_hears_of_the_pixels_when_cls_asks():
+    ask = ClsAttention(6, 2, 2.0)
+    tokens, pixels = torch.randn(2, 5, 6), torch.randn(2, 4, 6)
+    fused, same = ask(tokens, pixels, Grids((2, 2), (2, 2)))
+    assert torch.equal(fused[:, 1:], tokens[:, 1:])
+    assert torch.equal(same, pixels)
+    assert not torch.allclose(fused[:, 0], tokens[:, 0])
+
+
+def test_cls_asks_at_a_cost_linear_in_the_pixels():
+    def macs(pixels):
+        with torch.device("meta"), CountProducts() as count, torch.no_grad():
+            ClsAttention(24, 3, 2.0)(torch.empty(1, 5, 24), torch.empty(1, pixels, 24), Grids((2, 2), (pixels, 1)))
+        return count.macs.total()
+
+    assert macs(300) - macs(200) == macs(200) - macs(100)
+
+
+def test_cross_attention_is_softmax_of_queries_and_foreign_keys():
+    attention = CrossAttention(4, 2).double()
+    tokens, others = torch.randn(1, 3, 4, dtype=torch.float64), torch.randn(1, 5, 4, dtype=torch.float64)
+    q, (k, v) = attention.q(tokens)[0], attention.kv(others)[0].chunk(2, dim=1)
+    heads = [((q[:, part] @ k[:, part].T) / 2**0.5).softmax(1) @ v[:, part] for part in (slice(0, 2), slice(2, 4))]
+    expected = attention.proj(torch.cat(heads, dim=1))
+    torch.testing.assert_close(attention(tokens, others)[0], expected)
+
+
+def test_blocks_are_spread_over_the_stages():
+    assert layerwise().cuts == [0, 2, 4]
+    cnn = ConvTrunk(3, 8, (1, 2, 2, 2), (4, 4, 4), (1, 1, 1))
+    assert LayerwiseFusion(cnn, ViT(**VIT), AlignedAddition, img_size=16).cuts == [0, 1, 2, 4]
+
+
+def test_too_few_blocks_for_the_stages_are_refused():
+    with pytest.raises(tokenfusion.InputError, match="1 blocks do not spread over 2 stages"):
+        LayerwiseFusion(
+            ConvTrunk(3, 8, (1, 2, 2), (12, 20), (1, 1)), ViT(**VIT | {"depth": 1}), AlignedAddition, img_size=16
+        )
+
+
+def test_parts_share_out_every_parameter():
+    model = layerwise()
+    parts = {name: model.part_of(name) for name, _ in model.named_parameters()}
+    assert parts["vit.head.weight"] == "head"
+    assert parts["vit.blocks.0.attn.qkv.weight"] == "vit"
+    assert parts["cnn.stem.conv.weight"] == "cnn"
+    assert parts["exchanges.0.gate.weight"] == parts["exchanges.1.source.source"] == "fusion"
+
+
+def test_a_frozen_cnn_keeps_weights_and_statistics():
+    model = layerwise(gate=1.0).freeze("cnn").train()
+    before = {name: value.clone() for name, value in model.cnn.state_dict().items()}
+    model(torch.randn(2, 3, 16, 16)).square().sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter -= 0.1 * parameter.grad
+    assert all(torch.equal(value, before[name]) for name, value in model.cnn.state_dict().items())
+    assert all(p.grad is not None for n, p in model.named_parameters() if model.part_of(n) != "cnn")
+    assert not any(module.training for module in model.cnn.modules())
+    assert model.vit.training
+
+
+def test_a_frozen_transformer_still_learns_a_head():
+    model = layerwise(gate=1.0).freeze("vit")
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert {"vit.head.weight", "vit.head.bias"} == {name for name in learning if name.startswith("vit.")}
+
+
+def test_pixel_tokens_are_in_the_attention_layouts():
+    late = tokenfusion.create_model("tokenfusion_late_micro")
+    (_, joint) = list(late.attention_layouts().items())[-1]
+    assert joint.queries == (TokenGroup("cls"), TokenGroup("patch", (4, 4)), TokenGroup("pixel", (4, 4)))
+    for name in late.attention_layouts():
+        assert isinstance(late.get_submodule(name), nn.Module)
 
 
 def test_unknown_names_get_the_nearest():

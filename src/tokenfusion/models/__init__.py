@@ -34,7 +34,8 @@ def create_model(
     """Build a model of this package, or any of timm's, from random weights unless `pretrained=True` is given.
 
     Args:
-        name: as `list_models` or timm gives it.
+        name: as `list_models` or timm gives it; or `fuse(CNN,VIT,STRATEGY)`, with an operator as a fourth item, see
+            `fuse`; or a control, as `controls` says: `cnn(PRESET)`, `vit(PRESET)`, `wide(NAME,FACTOR)`.
         num_classes: outputs of the head; the variant's own when not given.
         in_chans: channels of the images.
         img_size: height and width in pixels that the model is made for; the variant's own when not given.
@@ -43,6 +44,8 @@ def create_model(
     Raises:
         InputError: no such name (the nearest are offered), or arguments that the model does not take.
     """
+    if "(" in name:
+        return build_expression(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **kwargs)
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}?" if near else "`tokenfusion models` lists the names"
@@ -57,3 +60,15 @@ def create_model(
         return timm.create_model(name, **arguments)
     except TypeError as error:
         raise InputError(f"{name} cannot be built with {arguments}: {error}; leave that argument out") from error
+
+
+def build_expression(name: str, **arguments: Any) -> nn.Module:
+    """Build what a model expression says; arguments are those of `create_model`."""
+    from tokenfusion.models import controls
+    from tokenfusion.models.expressions import parse
+    from tokenfusion.models.fuse import fuse
+
+    function, parts = parse(name)
+    if function != "fuse":
+        return controls.build_expression(name, **arguments)
+    return fuse(*parts, **arguments)

@@ -11,70 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tokenfusion.layers.attend import SelfAttention, check_heads
-from tokenfusion.layers.blocks import (
-    Block,
-    PaddedConv,
-    TokenEmbedding,
-    drop_path,
-    init_linear_and_norm,
-    layer_norm,
-    rising_rates,
-)
+from tokenfusion.layers.blocks import drop_path, rising_rates
 from tokenfusion.layers.conv import ConvTrunk, Residual
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of
 from tokenfusion.models.base import PaperModel, at_least, image_size, linear_head
 from tokenfusion.models.registration import register_variants
-from tokenfusion.models.transformer import PlainTransformer
-
-
-class ViT(PlainTransformer):
-    """The transformer alone.
-
-    Args:
-        img_size: height and width the position table is learned on, in pixels; forward takes any other too.
-        in_chans: channels of an image.
-        num_classes: outputs; 0 for none.
-        patch_size: side of a patch in pixels.
-        dim, depth, heads, mlp_ratio: width, blocks, heads and MLP expansion.
-        drop_rate: dropout before the head.
-        drop_path_rate: rate of stochastic depth at the last block.
-
-    Raises:
-        InputError: heads that do not divide the width, an impossible size.
-    """
-
-    def __init__(
-        self,
-        *,
-        patch_size: int,
-        dim: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float,
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        at_least(1, dim=dim, depth=depth, patch_size=patch_size, in_chans=in_chans)
-        check_heads(dim, heads)
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = dim
-        self.img_size, self.patch_size = image_size(img_size), patch_size
-        patches = PaddedConv(in_chans, dim, patch_size, stride=patch_size)
-        self.embed = TokenEmbedding(patches, dim, grid_of(self.img_size, patch_size))
-        self.blocks = nn.ModuleList(
-            Block(dim, SelfAttention(dim, heads), mlp_ratio, path=path) for path in rising_rates(drop_path_rate, depth)
-        )
-        self.norm = layer_norm(dim)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.apply(init_linear_and_norm)
-        self.head = self.build_head(num_classes)
+from tokenfusion.models.transformer import ViT
 
 
 class ResNet(PaperModel):

@@ -13,7 +13,7 @@ Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
 def register_variants(
     module: str,
-    variants: Mapping[str, tuple[type[nn.Module], Mapping[str, Any]]],
+    variants: Mapping[str, tuple[Callable[..., nn.Module], Mapping[str, Any]]],
     *,
     configs: Mapping[str, Mapping[str, Any]] | None = None,
     out_indices: tuple[int, ...] | None = None,
@@ -23,7 +23,7 @@ def register_variants(
 
     Args:
         module: `__name__` of the paper's module.
-        variants: name to (model class, keyword arguments); `img_size` among them is the native square size.
+        variants: name to (model class or function, keyword arguments); `img_size` among them is the native square size.
         configs: name to what differs from `default_cfg`.
         out_indices: the features that `features_only=True` gives unless told otherwise.
         read_pretrained: turns a file's state dict into the model's.
@@ -59,7 +59,7 @@ def default_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
 def entry_point(
     module: str,
     name: str,
-    model_cls: type[nn.Module],
+    model_cls: Callable[..., nn.Module],
     config: Mapping[str, Any],
     features: Mapping[str, Any],
     read_pretrained: Filter | None,

@@ -1,19 +1,17 @@
 """Token Fusion: pixels of a CNN's feature map as tokens beside image patches, fused early, late or layer by layer.
 
 Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so
-the widths and the fusion operators are this project's own.
+the widths and the fusion operators (`models/operators.py`) are this project's own.
 
-Parts. CNN: `layers/conv.py`. Transformer: the pre-norm block of `layers/blocks.py`. `benchmarks/parts.py` times timm's
-beside them: its `Block` takes longer at equal cost on the CPU that the micro models are for; a CNN of its `BasicBlock`
-takes as long per multiply-add, and needs more of them for the same widths.
-Positions: one learned table for both kinds of token, resized to each grid, so that a pixel and a patch at the same
-place know it. The head reads CLS.
+Any CNN and any transformer that `models/walks.py` can walk are fused by `models/fuse.py`. The presets below are made of
+`layers/conv.py` and the plain ViT; `benchmarks/parts.py` times timm's parts beside them.
 
-Letters: B batch, N tokens, C channels, h w grid; P patch tokens, M pixel tokens.
+Letters: B batch, T tokens of the transformer (CLS first, then patches), M pixel tokens, C channels, h w grid.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -21,254 +19,459 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.layers.attend import SelfAttention, check_heads
-from tokenfusion.layers.blocks import Block, PaddedConv, layer_norm, rising_rates
+from tokenfusion.layers.blocks import layer_norm
 from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.layers.intermediates import FeaturePoint
-from tokenfusion.layers.positions import PositionTable
+from tokenfusion.layers.positions import Grid, PositionTable
 from tokenfusion.layers.tokens import (
     AttentionLayout,
     PixelTokens,
     TokenGroup,
     TokenLayout,
     grid_of,
-    map_to_tokens,
     size_of,
     tokens_to_map,
 )
-from tokenfusion.models.base import PaperModel, at_least, image_size
+from tokenfusion.models.base import PaperModel, at_least, choose, image_size
+from tokenfusion.models.operators import OPERATORS, AlignedAddition, ClsAttention, Grids, JointAttention, Operator
 from tokenfusion.models.registration import register_variants
+from tokenfusion.models.transformer import ViT
+from tokenfusion.models.walks import CNN, OneWayCNN, walk_transformer
 
-CLS = TokenGroup("cls")
-
-
-class TokenFusion(PaperModel):
-    """What the three strategies share: a CNN, patch tokens with CLS, transformer blocks, and a head on CLS.
-
-    Args:
-        img_size: height and width that the position table is made for; any other size may be given to `forward`.
-        in_chans: channels of the images.
-        num_classes: outputs of the head; 0 for none.
-        dim, heads, depth, mlp_ratio: width, heads, blocks and MLP expansion of the transformer.
-        patch_size: side of a patch in pixels.
-        stem, conv_strides, conv_dims, conv_depths: the CNN, as in `ConvTrunk`.
-        drop_rate: dropout before the head.
-        drop_path_rate: largest rate of stochastic depth; it grows linearly with depth.
-    """
-
-    def __init__(
-        self,
-        *,
-        dim: int,
-        heads: int,
-        depth: int,
-        mlp_ratio: float,
-        patch_size: int,
-        stem: int,
-        conv_strides: Sequence[int],
-        conv_dims: Sequence[int],
-        conv_depths: Sequence[int],
-        img_size: int | tuple[int, int] = 224,
-        in_chans: int = 3,
-        num_classes: int = 1000,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-    ) -> None:
-        super().__init__()
-        at_least(1, dim=dim, depth=depth, patch_size=patch_size, in_chans=in_chans, stem=stem)
-        at_least(1, conv_strides=conv_strides, conv_dims=conv_dims)
-        check_heads(dim, heads)
-        self.num_classes = num_classes
-        self.num_features = self.head_hidden_size = self.embed_dim = dim
-        self.img_size = image_size(img_size)
-        self.patch_size = patch_size
-
-        self.cnn = ConvTrunk(in_chans, stem, conv_strides, conv_dims, conv_depths)
-        self.patches = PaddedConv(in_chans, dim, patch_size, patch_size)
-        self.positions = PositionTable(dim, grid_of(self.img_size, patch_size), prefix_tokens=0)
-        self.cls_token = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
-        self.blocks = nn.Sequential(
-            *[
-                Block(dim, SelfAttention(dim, heads), mlp_ratio, path=path)
-                for path in rising_rates(drop_path_rate, depth)
-            ]
-        )
-        self.norm = layer_norm(dim)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = self.build_head(num_classes)
-
-    def embed_patches(self, images: Tensor) -> Tensor:
-        """[CLS; patch tokens] (B, 1 + P, C) of images (B, in_chans, H, W)."""
-        patches = map_to_tokens(self.patches(images)) + self.positions(grid_of(size_of(images), self.patch_size))
-        return torch.cat([self.cls_token.expand(images.shape[0], -1, -1), patches], dim=1)
-
-    def feature_points(self) -> list[FeaturePoint]:
-        """Where intermediate features are taken: after each stage of the CNN, then after each block (patch tokens)."""
-        stages = zip(self.cnn.dims, self.cnn.reductions, strict=True)
-        return [
-            *[FeaturePoint(f"cnn.stages.{i}", channels, reduction) for i, (channels, reduction) in enumerate(stages)],
-            *[FeaturePoint(f"blocks.{i}", self.embed_dim, self.patch_size, 1, "norm") for i in range(len(self.blocks))],
-        ]
-
-    def drop_layers_after(self, points: Sequence[FeaturePoint]) -> None:
-        """Keep all of them: each side's layers feed the other's, or are told apart by their number."""
-
-    def build_head(self, num_classes: int) -> nn.Module:
-        at_least(0, num_classes=num_classes)
-        return nn.Linear(self.embed_dim, num_classes) if num_classes else nn.Identity()
-
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(("cls_token", "table", "source", "gate"))}
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to normalised tokens (B, N, C), CLS first, laid out as `token_layout` says."""
-        raise NotImplementedError
-
-    def token_layout(self, img_size: tuple[int, int] | None = None) -> TokenLayout:
-        """What each token of `forward_features` is, for images of `img_size` (H, W) or the model's own size."""
-        return CLS, TokenGroup("patch", grid_of(img_size or self.img_size, self.patch_size))
-
-    def attention_layouts(self, img_size: tuple[int, int] | None = None) -> dict[str, AttentionLayout]:
-        layout = AttentionLayout.among(self.token_layout(img_size))
-        return {f"blocks.{i}.attn": layout for i in range(len(self.blocks))}
-
-    def forward_head(self, tokens: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens (B, N, C) to logits (B, num_classes), or to the head's input (B, C)."""
-        cls = self.head_drop(tokens[:, 0])
-        return cls if pre_logits else self.head(cls)
+PARENTS = ("cnn", "vit")
 
 
 class PixelSource(nn.Module):
-    """The last map of a CNN as tokens beside patch tokens: projected, placed, and marked by a source embedding."""
+    """A CNN's map as tokens: projected, normalised, placed, and marked by a source embedding.
 
-    def __init__(self, channels: int, dim: int) -> None:
+    Args:
+        channels: channels of the map.
+        dim: width C of a token.
+        grid: rows and columns of the map that the positions are learned on.
+    """
+
+    def __init__(self, channels: int, dim: int, grid: Grid) -> None:
         super().__init__()
         self.pixels = PixelTokens(channels, dim)
+        self.positions = PositionTable(dim, grid, prefix_tokens=0)
         self.source = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
 
-    def forward(self, feature_map: Tensor, positions: Tensor) -> Tensor:
-        """Map (B, channels, h, w) and positions (1, h·w, C) to tokens (B, M, C)."""
-        return self.pixels(feature_map) + positions + self.source
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """Map (B, channels, h, w) to tokens (B, M, C)."""
+        return self.pixels(feature_map) + self.positions(size_of(feature_map)) + self.source
 
 
-class JointFusion(TokenFusion):
-    """[CLS; patch tokens; pixel tokens] meet by self-attention; early and late differ in where."""
+class Gate(nn.Module):
+    """What was alone where the gate is 0, what is fused where it is 1, channel by channel.
 
-    def __init__(self, **config: Any) -> None:
-        super().__init__(**config)
-        self.pixel_source = PixelSource(self.cnn.dims[-1], self.embed_dim)
+    Args:
+        shape: of the gate: (C,) for tokens, (C, 1, 1) for maps.
+        start: its value before training.
+    """
 
-    def embed_pixels(self, images: Tensor) -> Tensor:
-        """Pixel tokens (B, M, C) of the CNN's last map."""
-        feature_map = self.cnn.stem(images)
-        for stage in self.cnn.stages:
-            feature_map = self.run(stage, feature_map)
-        return self.pixel_source(feature_map, self.positions(size_of(feature_map)))
-
-    def token_layout(self, img_size: tuple[int, int] | None = None) -> TokenLayout:
-        size = img_size or self.img_size
-        return *super().token_layout(size), TokenGroup("pixel", grid_of(size, self.cnn.reductions[-1]))
-
-
-class EarlyFusion(JointFusion):
-    """The tokens are joined at the entrance; one encoder carries them together."""
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        tokens = torch.cat([self.embed_patches(images), self.embed_pixels(images)], dim=1)
-        for block in self.blocks:
-            tokens = self.run(block, tokens)
-        return self.norm(tokens)
-
-
-class LateFusion(JointFusion):
-    """Each side runs to its end; then the last `fusion_depth` blocks carry the tokens of both."""
-
-    def __init__(self, *, fusion_depth: int, **config: Any) -> None:
-        super().__init__(**config)
-        at_least(1, fusion_depth=fusion_depth)
-        if fusion_depth > (depth := len(self.blocks)):
-            raise InputError(f"fusion_depth={fusion_depth} is more than all depth={depth} blocks; try {depth}")
-        self.fusion_depth = fusion_depth
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        tokens, pixels = self.embed_patches(images), self.embed_pixels(images)
-        for block in self.blocks[: -self.fusion_depth]:
-            tokens = self.run(block, tokens)
-        tokens = torch.cat([tokens, pixels], dim=1)
-        for block in self.blocks[-self.fusion_depth :]:
-            tokens = self.run(block, tokens)
-        return self.norm(tokens)
-
-    def attention_layouts(self, img_size: tuple[int, int] | None = None) -> dict[str, AttentionLayout]:
-        patches_only = AttentionLayout.among(TokenFusion.token_layout(self, img_size))
-        alone = len(self.blocks) - self.fusion_depth
-        layouts = super().attention_layouts(img_size)
-        return {name: patches_only if i < alone else layout for i, (name, layout) in enumerate(layouts.items())}
-
-
-class PixelsToPatches(nn.Module):
-    """Add to every patch token the pixels of a feature map that lie in its place, through a gate."""
-
-    def __init__(self, channels: int, dim: int, gate: float) -> None:
+    def __init__(self, shape: tuple[int, ...], start: float) -> None:
         super().__init__()
-        self.pixels = PixelTokens(channels, dim)
-        self.gate = nn.Parameter(torch.full((dim,), gate))
+        self.weight = nn.Parameter(torch.full(shape, start))
 
-    def forward(self, feature_map: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Map (B, channels, h, w) and [CLS; patch tokens] (B, 1 + P, C) on `grid` to new tokens (B, 1 + P, C)."""
-        cls, patches = tokens[:, :1], tokens[:, 1:]
-        update = self.pixels(F.adaptive_avg_pool2d(feature_map, grid))
-        return torch.cat([cls, patches + self.gate.to(update.dtype) * update], dim=1)
+    def forward(self, alone: Tensor, fused: Tensor) -> Tensor:
+        """Two tensors of the same shape to one of it."""
+        return torch.lerp(alone, fused.to(alone.dtype), self.weight.to(alone.dtype))
 
 
-class PatchesToPixels(nn.Module):
-    """Add to every pixel of a feature map the patch token that covers it, through a gate."""
+class WriteBack(nn.Module):
+    """Pixel tokens back into the map that they came from, through a gate."""
 
     def __init__(self, dim: int, channels: int, gate: float) -> None:
         super().__init__()
         self.norm = layer_norm(dim)
         self.proj = nn.Linear(dim, channels)
-        self.gate = nn.Parameter(torch.full((channels, 1, 1), gate))
+        self.gate = Gate((channels, 1, 1), gate)
 
-    def forward(self, tokens: Tensor, feature_map: Tensor, grid: tuple[int, int]) -> Tensor:
-        """[CLS; patch tokens] (B, 1 + P, C) on `grid` and map (B, channels, h, w) to a new map (B, channels, h, w)."""
-        update = tokens_to_map(self.proj(self.norm(tokens[:, 1:])), grid)
-        return feature_map + self.gate.to(update.dtype) * F.adaptive_avg_pool2d(update, size_of(feature_map))
+    def forward(self, pixels: Tensor, feature_map: Tensor, grid: Grid) -> Tensor:
+        """Tokens (B, M, C) on `grid` and the map (B, channels, h, w) to a new map."""
+        update = F.adaptive_avg_pool2d(tokens_to_map(self.proj(self.norm(pixels)), grid), size_of(feature_map))
+        return self.gate(feature_map, feature_map + update)
+
+
+class Exchange(nn.Module):
+    """A map's pixels become tokens, meet the transformer's, and both go home, each through a gate.
+
+    A map finer than the patches is averaged to their grid first: attention among all pixels of an early stage would
+    cost more than both parents together.
+
+    Args:
+        channels: channels of the map.
+        operator: how the tokens meet.
+        dim: width C of a token.
+        grid: rows and columns of the pixel tokens that positions are learned on.
+        gate: start of the gates; 0 leaves either side as it is alone, 1 opens them.
+    """
+
+    def __init__(self, channels: int, operator: Operator, dim: int, grid: Grid, gate: float) -> None:
+        super().__init__()
+        self.source = PixelSource(channels, dim, grid)
+        self.operator = operator
+        self.gate = Gate((dim,), gate)
+        self.write = WriteBack(dim, channels, gate) if operator.writes else None
+
+    def forward(self, tokens: Tensor, feature_map: Tensor, patches: Grid) -> tuple[Tensor, Tensor]:
+        """Tokens (B, T, C), their patches on a grid, and a map (B, channels, h, w), to new ones."""
+        grids = Grids(patches, coarser(size_of(feature_map), patches))
+        pixels = self.source(F.adaptive_avg_pool2d(feature_map, grids.pixels))
+        fused, pixels = self.operator(tokens, pixels, grids)
+        if self.write is not None:
+            feature_map = self.write(pixels, feature_map, grids.pixels)
+        return self.gate(tokens, fused), feature_map
+
+    def attention_layouts(self, tokens: TokenLayout, grid: Grid) -> dict[str, AttentionLayout]:
+        layouts = self.operator.attention_layouts(tokens, (TokenGroup("pixel", grid),))
+        return {f"operator.{name}": layout for name, layout in layouts.items()}
+
+
+def coarser(one: Grid, other: Grid) -> Grid:
+    """The fewer rows and the fewer columns of two grids."""
+    return min(one[0], other[0]), min(one[1], other[1])
+
+
+class TokenFusion(PaperModel):
+    """What the three strategies share: a CNN, a transformer whose blocks they walk, and its own end and head.
+
+    Args:
+        cnn: as `walk_cnn` gives it.
+        vit: a transformer that `walk_transformer` can walk, with its head.
+        operator: class of the fusion operator.
+        img_size: height and width that position tables of pixels are made for; `forward` takes any other that the
+            transformer takes.
+        gate: start of the gates that fused tokens pass: 0 leaves the transformer as it is alone.
+        mlp_ratio: of the operators' MLPs, where they have one.
+    """
+
+    cnn: CNN
+
+    def __init__(
+        self,
+        cnn: CNN,
+        vit: nn.Module,
+        operator: type[Operator],
+        *,
+        img_size: int | tuple[int, int],
+        gate: float = 0.0,
+        mlp_ratio: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.walk = walk_transformer(vit)
+        if reason := self.refusal(operator):
+            raise InputError(f"{operator.__name__} does not fit {type(self).__name__}: {reason}; take another operator")
+        self.cnn, self.vit = cnn, vit
+        self.img_size = image_size(img_size)
+        self.frozen: tuple[str, ...] = ()
+        self.make = partial(operator, self.walk.dim, self.walk.heads, mlp_ratio)
+        self.initial_gate = gate
+        self.rescale: nn.Module = nn.Identity()
+
+    def refusal(self, operator: type[Operator]) -> str:
+        """Why an operator does not fit this strategy and this transformer; "" where it does."""
+        if operator is ClsAttention and not self.walk.prefix_tokens:
+            return "the transformer has no CLS token"
+        return ""
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        return self.vit.num_classes  # type: ignore[return-value]
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return self.vit.num_features  # type: ignore[return-value]
+
+    @property
+    def head_hidden_size(self) -> int:  # type: ignore[override]
+        return self.vit.head_hidden_size  # type: ignore[return-value]
+
+    def map_grid(self, stage: int, size: Grid | None = None) -> Grid:
+        """Rows and columns of the pixels after a stage, for images (H, W)."""
+        return grid_of(size or self.img_size, self.cnn.reductions[stage])
+
+    def walk_cnn(self, images: Tensor) -> Tensor:
+        """The CNN's last map of images (B, in_chans, H, W)."""
+        images = self.rescale(images)
+        if isinstance(self.cnn, OneWayCNN):
+            return self.cnn(images)
+        feature_map = self.cnn.stem(images)
+        for stage in self.cnn.stages:
+            feature_map = self.run(stage, feature_map)
+        return feature_map
+
+    def walk_blocks(self, blocks: Sequence[nn.Module], tokens: Tensor, others: Any) -> tuple[Tensor, Any]:
+        """Tokens (B, T, C) through some of the transformer's blocks."""
+        for block in blocks:
+            tokens, others = self.walk.step(self.run, block, tokens, others)
+        return tokens, others
+
+    def forward_features(self, images: Tensor) -> Any:
+        """Images (B, in_chans, H, W) to what the transformer's head reads, laid out as `token_layout` says."""
+        raise NotImplementedError
+
+    def forward_head(self, features: Any, pre_logits: bool = False) -> Tensor:
+        """Features to logits (B, num_classes), or to the vector before them, by the transformer's own head."""
+        return self.vit.forward_head(features, pre_logits=pre_logits)  # type: ignore[operator]
+
+    def feature_points(self) -> list[FeaturePoint]:
+        """Where intermediate features are taken: after each stage of the CNN, then after each block (patch tokens)."""
+        stages: list[FeaturePoint] = []
+        if not isinstance(self.cnn, OneWayCNN):
+            shapes = zip(self.cnn.dims, self.cnn.reductions, strict=True)
+            stages = [FeaturePoint(f"cnn.stages.{i}", *shape) for i, shape in enumerate(shapes)]
+        return stages + self.walk.feature_points("vit", self.vit)
+
+    def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
+        return tuple(self.vit_layout(img_size or self.img_size))
+
+    def vit_layout(self, size: Grid) -> TokenLayout:
+        """What each of the transformer's tokens that fuse is."""
+        return self.walk.layout(self.vit, size)
+
+    def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
+        size = img_size or self.img_size
+        own = self.walk.attention_layouts(self.vit, size)
+        return {f"vit.{name}": layout for name, layout in own.items()} | self.fusion_layouts(size)
+
+    def fusion_layouts(self, size: Grid) -> dict[str, AttentionLayout]:
+        """What the operators' attention modules see, by name."""
+        raise NotImplementedError
+
+    def part_of(self, parameter: str) -> str:
+        """Which part a parameter belongs to by its name: "cnn", "vit", "fusion" or "head"."""
+        part, _, rest = parameter.partition(".")
+        if part == "vit" and rest.startswith("head"):
+            return "head"
+        return part if part in PARENTS else "fusion"
+
+    def freeze(self, *parents: str) -> Self:
+        """Keep "cnn", "vit" or both as they are: no gradient, and BatchNorm's statistics fixed; heads still learn."""
+        self.frozen = parents
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.part_of(name) not in parents)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for parent in self.frozen:
+            self.get_submodule(parent).eval()
+        return self
+
+    @torch.no_grad()
+    def set_gates(self, value: float) -> None:
+        """Set every gate: 0 leaves either parent as it is alone."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("gate.weight") and self.part_of(name) == "fusion":
+                parameter.fill_(value)
+
+    def no_weight_decay(self) -> set[str]:
+        fusion = (name for name, _ in self.named_parameters() if self.part_of(name) == "fusion")
+        mine = {name for name in fusion if name.endswith(("table", "source", "gate.weight"))}
+        theirs: set[str] = getattr(self.vit, "no_weight_decay", set)()
+        return mine | {f"vit.{name}" for name in theirs}
+
+    def get_classifier(self) -> nn.Module:
+        return self.vit.get_classifier()  # type: ignore[operator]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.vit.reset_classifier(num_classes, global_pool)  # type: ignore[operator]
+
+    def drop_layers_after(self, points: Sequence[FeaturePoint]) -> None:
+        """Keep all of them: each side's layers feed the other's, or are told apart by their number."""
+
+
+class EarlyFusion(TokenFusion):
+    """The tokens meet at the entrance, and the transformer carries them on: with joint attention both kinds together,
+    with the other operators its own tokens, which have seen the pixels."""
+
+    def __init__(self, cnn: CNN, vit: nn.Module, operator: type[Operator], **config: Any) -> None:
+        super().__init__(cnn, vit, operator, **config)
+        grid = self.map_grid(-1)
+        self.joint = operator is JointAttention  # which the transformer's own blocks do
+        if self.joint:
+            self.pixel_source = PixelSource(cnn.dims[-1], self.walk.dim, grid)
+        else:
+            self.exchange = Exchange(cnn.dims[-1], self.make(one_way=True), self.walk.dim, grid, self.initial_gate)
+
+    def refusal(self, operator: type[Operator]) -> str:
+        if operator is ClsAttention:
+            return "at the entrance CLS is the same for every image, and so is what it asks"
+        if operator is JointAttention and self.walk.rigid:
+            return f"no pixel tokens can pass through the transformer's blocks, since {self.walk.rigid}"
+        return super().refusal(operator)
+
+    def forward_features(self, images: Tensor) -> Any:
+        tokens, others = self.walk.embed(self.vit, images)
+        count, feature_map = tokens.shape[1], self.walk_cnn(images)
+        if self.joint:
+            tokens = torch.cat([tokens, self.pixel_source(feature_map)], dim=1)
+        else:
+            tokens, _ = self.exchange(tokens, feature_map, self.walk.grid(size_of(images)))
+        tokens, others = self.walk_blocks(self.walk.blocks(self.vit), tokens, others)
+        return self.walk.finish(self.vit, tokens[:, :count], others)
+
+    def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
+        layouts = super().attention_layouts(img_size)
+        if not self.joint:
+            return layouts
+        size = img_size or self.img_size
+        both = AttentionLayout.among((*self.vit_layout(size), TokenGroup("pixel", self.map_grid(-1, size))))
+        return dict.fromkeys(layouts, both)
+
+    def fusion_layouts(self, size: Grid) -> dict[str, AttentionLayout]:
+        if self.joint:
+            return {}
+        grid = coarser(self.map_grid(-1, size), self.walk.grid(size))
+        inside = self.exchange.attention_layouts(self.vit_layout(size), grid)
+        return {f"exchange.{name}": layout for name, layout in inside.items()}
+
+
+class LateFusion(TokenFusion):
+    """Each side runs to its end; then `fusion_depth` operators bring their tokens together.
+
+    Args:
+        fusion_depth: operators.
+    """
+
+    def __init__(
+        self, cnn: CNN, vit: nn.Module, operator: type[Operator], *, fusion_depth: int = 2, **config: Any
+    ) -> None:
+        super().__init__(cnn, vit, operator, **config)
+        at_least(1, fusion_depth=fusion_depth)
+        self.pixel_source = PixelSource(cnn.dims[-1], self.walk.dim, self.map_grid(-1))
+        # after the last operator nobody reads the pixels any more
+        self.operators = nn.ModuleList(self.make(one_way=i == fusion_depth - 1) for i in range(fusion_depth))
+        self.gate = Gate((self.walk.dim,), self.initial_gate)
+
+    def refusal(self, operator: type[Operator]) -> str:
+        if operator is AlignedAddition and self.walk.reads_cls:
+            return "the head reads CLS, and behind the last block CLS never sees what is added to the patches"
+        if operator is ClsAttention and not self.walk.reads_cls:
+            return "the head reads the patches, and behind the last block they never see what CLS was told"
+        return super().refusal(operator)
+
+    def forward_features(self, images: Tensor) -> Any:
+        feature_map = self.walk_cnn(images)
+        tokens, others = self.walk.embed(self.vit, images)
+        tokens, others = self.walk_blocks(self.walk.blocks(self.vit), tokens, others)
+        fused, pixels = tokens, self.pixel_source(feature_map)
+        grids = Grids(self.walk.grid(size_of(images)), size_of(feature_map))
+        for operator in self.operators:
+            fused, pixels = self.run(operator, fused, pixels, grids)
+        return self.walk.finish(self.vit, self.gate(tokens, fused), others)
+
+    def feature_points(self) -> list[FeaturePoint]:
+        fused = FeaturePoint("gate", self.walk.dim, self.walk.reduction, self.walk.prefix_tokens, "vit.norm")
+        return [*super().feature_points(), fused]
+
+    def fusion_layouts(self, size: Grid) -> dict[str, AttentionLayout]:
+        tokens, pixels = self.vit_layout(size), (TokenGroup("pixel", self.map_grid(-1, size)),)
+        return {
+            f"operators.{i}.{name}": layout
+            for i, operator in enumerate(self.operators)
+            for name, layout in operator.attention_layouts(tokens, pixels).items()  # type: ignore[operator]
+        }
 
 
 class LayerwiseFusion(TokenFusion):
     """The two exchange tokens after every stage of the CNN; the transformer's blocks are spread over as many groups.
 
-    Args:
-        gate: start of the gates that every exchange ends in. 0 leaves each side as it was alone, for parents that are
-            trained; the presets start from random weights and open the gates.
+    The transformer's first group follows the first exchange, so that a group and the next stage see each other's last.
     """
 
-    def __init__(self, *, gate: float = 0.0, **config: Any) -> None:
-        super().__init__(**config)
-        stages, depth = len(self.cnn.dims), len(self.blocks)
-        if depth % stages:
+    def __init__(self, cnn: CNN, vit: nn.Module, operator: type[Operator], **config: Any) -> None:
+        super().__init__(cnn, vit, operator, **config)
+        stages, depth = len(cnn.dims), len(self.walk.blocks(vit))
+        if depth < stages:
             raise InputError(
-                f"depth={depth} does not spread over {stages} CNN stages; try {max(depth // stages, 1) * stages}"
+                f"{depth} blocks do not spread over {stages} stages of the CNN; take a deeper transformer, "
+                f"or a CNN of {depth} stages"
             )
-        self.group_depth = depth // stages
-        self.to_patches = nn.ModuleList(PixelsToPatches(channels, self.embed_dim, gate) for channels in self.cnn.dims)
-        # after the last stage nobody reads the map any more
-        self.to_pixels = nn.ModuleList(
-            PatchesToPixels(self.embed_dim, channels, gate) for channels in self.cnn.dims[:-1]
+        self.cuts = [depth * i // stages for i in range(stages + 1)]
+        two_way = not isinstance(cnn, OneWayCNN)
+        self.exchanges = nn.ModuleList(
+            Exchange(
+                channels,
+                self.make(one_way=not two_way or i == stages - 1),  # after the last stage nobody reads the map
+                self.walk.dim,
+                coarser(self.map_grid(i), self.walk.grid(self.img_size)),
+                self.initial_gate,
+            )
+            for i, channels in enumerate(cnn.dims)
         )
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        grid = grid_of(size_of(images), self.patch_size)
-        feature_map, tokens = self.cnn.stem(images), self.embed_patches(images)
-        for i, stage in enumerate(self.cnn.stages):
-            feature_map = self.run(stage, feature_map)
-            tokens = self.to_patches[i](feature_map, tokens, grid)
-            for block in self.blocks[i * self.group_depth : (i + 1) * self.group_depth]:
-                tokens = self.run(block, tokens)
-            if i < len(self.to_pixels):
-                feature_map = self.to_pixels[i](tokens, feature_map, grid)
-        return self.norm(tokens)
+    def forward_features(self, images: Tensor) -> Any:
+        grid, blocks = self.walk.grid(size_of(images)), self.walk.blocks(self.vit)
+        tokens, others = self.walk.embed(self.vit, images)
+        cnn, feature_map = self.cnn, self.rescale(images)
+        maps = cnn.maps(feature_map) if isinstance(cnn, OneWayCNN) else []
+        if not isinstance(cnn, OneWayCNN):
+            feature_map = cnn.stem(feature_map)
+        for i, exchange in enumerate(self.exchanges):
+            feature_map = maps[i] if isinstance(cnn, OneWayCNN) else self.run(cnn.stages[i], feature_map)
+            tokens, feature_map = self.run(exchange, tokens, feature_map, grid)
+            tokens, others = self.walk_blocks(blocks[self.cuts[i] : self.cuts[i + 1]], tokens, others)
+        return self.walk.finish(self.vit, tokens, others)
+
+    def fusion_layouts(self, size: Grid) -> dict[str, AttentionLayout]:
+        tokens, patches = self.vit_layout(size), self.walk.grid(size)
+        return {
+            f"exchanges.{i}.{name}": layout
+            for i, exchange in enumerate(self.exchanges)
+            for name, layout in exchange.attention_layouts(tokens, coarser(self.map_grid(i, size), patches)).items()  # type: ignore[operator]
+        }
+
+
+STRATEGIES: dict[str, type[TokenFusion]] = {"late": LateFusion, "early": EarlyFusion, "layerwise": LayerwiseFusion}
+
+
+def build_preset(
+    *,
+    strategy: str,
+    operator: str,
+    dim: int,
+    heads: int,
+    depth: int,
+    mlp_ratio: float,
+    patch_size: int,
+    stem: int,
+    conv_strides: Sequence[int],
+    conv_dims: Sequence[int],
+    conv_depths: Sequence[int],
+    img_size: int | tuple[int, int] = 224,
+    in_chans: int = 3,
+    num_classes: int = 1000,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    **fusion: Any,
+) -> TokenFusion:
+    """A plain CNN and a plain ViT, fused.
+
+    Args:
+        strategy, operator: names from `STRATEGIES` and `OPERATORS`.
+        dim, heads, depth, mlp_ratio, patch_size, drop_rate, drop_path_rate: the transformer, as in `ViT`.
+        stem, conv_strides, conv_dims, conv_depths: the CNN, as in `ConvTrunk`.
+        img_size, in_chans, num_classes: as in `create_model`.
+        **fusion: further arguments of the strategy's class: `gate`, `fusion_depth`.
+    """
+    at_least(1, in_chans=in_chans, stem=stem, conv_strides=conv_strides, conv_dims=conv_dims)
+    vit = ViT(
+        patch_size=patch_size,
+        dim=dim,
+        depth=depth,
+        heads=heads,
+        mlp_ratio=mlp_ratio,
+        img_size=img_size,
+        in_chans=in_chans,
+        num_classes=num_classes,
+        drop_rate=drop_rate,
+        drop_path_rate=drop_path_rate,
+    )
+    cnn = ConvTrunk(in_chans, stem, conv_strides, conv_dims, conv_depths)
+    model_cls, meet = choose(STRATEGIES, strategy, "strategy"), choose(OPERATORS, operator, "operator")
+    return model_cls(cnn, vit, meet, img_size=img_size, mlp_ratio=mlp_ratio, **fusion)
 
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -282,30 +485,35 @@ SIZES: dict[str, dict[str, Any]] = {
     | {"stem": 64, "conv_strides": (2, 2, 2, 2), "conv_dims": (128, 256, 512), "conv_depths": (2, 2, 2)},
 }
 # What spends the budget (docs/design.md): MACs of micro at 32×32, of the others at 224×224.
-DEPTHS: dict[type[TokenFusion], dict[str, dict[str, Any]]] = {
-    EarlyFusion: {
+DEPTHS: dict[str, dict[str, dict[str, Any]]] = {
+    "early": {
         "micro": {"depth": 2},
         "tiny": {"depth": 3},
         "small": {"depth": 4},
         "base": {"depth": 4},
     },
-    LateFusion: {
-        "micro": {"depth": 3, "fusion_depth": 1},
-        "tiny": {"depth": 5, "fusion_depth": 1},
-        "small": {"depth": 7, "fusion_depth": 2},
-        "base": {"depth": 6, "fusion_depth": 2},
+    "late": {
+        "micro": {"depth": 2, "fusion_depth": 1},
+        "tiny": {"depth": 4, "fusion_depth": 1},
+        "small": {"depth": 5, "fusion_depth": 2},
+        "base": {"depth": 4, "fusion_depth": 2},
     },
-    LayerwiseFusion: {  # from random weights there is nothing to protect: the gates start open
-        "micro": {"depth": 3, "gate": 1.0},
-        "tiny": {"depth": 6, "gate": 1.0},
-        "small": {"depth": 9, "gate": 1.0},
-        "base": {"conv_depths": (2, 3, 2), "depth": 6, "gate": 1.0},
+    "layerwise": {
+        "micro": {"depth": 3},
+        "tiny": {"depth": 6},
+        "small": {"depth": 9},
+        "base": {"conv_depths": (2, 3, 2), "depth": 6},
     },
 }
-STRATEGIES: dict[str, type[TokenFusion]] = {"late": LateFusion, "early": EarlyFusion, "layerwise": LayerwiseFusion}
+OPERATOR = {"late": "joint", "early": "joint", "layerwise": "add"}
+"""The operator of each strategy's presets: the one that measured best (docs/results)."""
 VARIANTS = {
-    f"tokenfusion_{strategy}_{size}": (model_cls, config | DEPTHS[model_cls][size])
-    for strategy, model_cls in STRATEGIES.items()
+    f"tokenfusion_{strategy}_{size}": (
+        build_preset,
+        # from random weights there is nothing to protect: the gates start open
+        {"strategy": strategy, "operator": OPERATOR[strategy], "gate": 1.0} | config | DEPTHS[strategy][size],
+    )
+    for strategy in STRATEGIES
     for size, config in SIZES.items()
 }
 register_variants(__name__, VARIANTS)

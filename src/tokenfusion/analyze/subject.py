@@ -1,0 +1,55 @@
+"""What is analysed: a trained run or an untrained name, and the images to look at it with."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tokenfusion.classifier import Classifier
+from tokenfusion.data.images import Images, read_images
+from tokenfusion.data.sources import open_source, resolved
+from tokenfusion.errors import InputError
+from tokenfusion.evaluate import choose_images, output_of_class
+from tokenfusion.recipe import Recipe, load_recipe
+
+
+def open_subject(
+    subject: str, data: str | None, num_images: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[Classifier, Images]:
+    """A classifier and some images for it, spread evenly over the data.
+
+    Args:
+        subject: a run folder, or a model's name, which is built with random weights for the data's classes.
+        data: labelled images; of a run its own held-out ones when not given.
+        num_images: how many to read; all if there are fewer.
+        progress: called with (images read, images in all).
+
+    Raises:
+        InputError: no such run or model, no data for a bare name, or data of classes that a run does not know.
+    """
+    if num_images < 1:
+        raise InputError(f"num_images={num_images} shows nothing; give 1 or more")
+    run = Path(subject)
+    if run.is_dir():
+        classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
+        own = not data or resolved(data) == resolved(recipe.data)
+        source = open_source(recipe.data if own or not data else resolved(data))
+        output_of_class(source, classifier.classes)
+    elif data:
+        own, recipe, source = False, Recipe(), open_source(data)
+        classifier = Classifier.create(subject, source.classes)
+    else:
+        raise InputError(f"DATA is missing: {subject} is no run folder and has no images of its own; name some")
+    name, indices = choose_images(source, run, own=own, split=None)
+    spread = np.linspace(0, len(indices) - 1, min(num_images, len(indices))).round().astype(np.int64)
+    images, skipped = read_images(
+        source,
+        indices[spread],
+        max_pixels=recipe.max_pixels,
+        cache_bytes=recipe.cache_mb * 2**20,
+        progress=progress,
+        split=name,
+    )
+    if not len(images):
+        raise InputError(f"none of {len(spread)} images of {source.where} is readable; the first: {skipped[0].reason}")
+    return classifier, images

@@ -1,0 +1,142 @@
+"""Who is compared: models by name, means of their predictions, and the controls of fused models."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenfusion.errors import InputError
+from tokenfusion.recipe import Recipe
+
+ROLES = {
+    "cnn": "CNN parent",
+    "vit": "transformer parent",
+    "wide_cnn": "widened CNN parent",
+    "wide_vit": "widened transformer parent",
+}
+"""Fields of `Controls` and what they are called."""
+Remark = dict[str, str]
+"""What is said of a control: `model`, `role`, `reason`."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One line of the table.
+
+    Attributes:
+        name: as `create_model` takes it, or `mean(A,B)`.
+        role: "model", or which control of which model it is.
+        members: of a mean of predictions, which is not trained itself; empty for a model.
+    """
+
+    name: str
+    role: str
+    members: tuple[str, ...] = ()
+
+
+def split_names(words: Sequence[str]) -> list[str]:
+    """Model names from words that hold several, separated by commas outside parentheses.
+
+    Raises:
+        InputError: a parenthesis without its partner.
+    """
+    names: list[str] = []
+    for word in words:
+        depth, name = 0, ""
+        for letter in word + ",":
+            depth += {"(": 1, ")": -1}.get(letter, 0)
+            if depth < 0:
+                break
+            if letter == "," and depth == 0:
+                names.append(name.strip())
+                name = ""
+            else:
+                name += letter
+        if depth:
+            raise InputError(f"models={word!r} has a parenthesis without its partner; quote such names")
+    return list(dict.fromkeys(name for name in names if name))
+
+
+def members_of(name: str) -> tuple[str, ...]:
+    """The models whose predictions `mean(A,B)` averages; none for the name of a model.
+
+    Raises:
+        InputError: fewer than two, or one that is a mean itself.
+    """
+    inner = re.fullmatch(r"mean\((.*)\)", name)
+    members = tuple(split_names([inner[1]])) if inner else ()
+    if inner and (len(members) < 2 or any(members_of(member) for member in members)):
+        raise InputError(f"{name} is no mean of two or more models; give mean(A,B) with the names of models")
+    return members
+
+
+def slug(name: str) -> str:
+    """A model's name as part of a file's name."""
+    return re.sub(r"[^A-Za-z0-9_.-]", "-", name).rstrip("-")
+
+
+def contenders(
+    names: Sequence[str], recipe: Recipe, num_classes: int, controls: bool
+) -> tuple[tuple[Contender, ...], list[Remark], list[Remark]]:
+    """The models asked for, then what they must be compared with; each once, with all the roles that it has.
+
+    Args:
+        names: of models, or means of them.
+        recipe: gives the images' channels and size.
+        num_classes: of the data.
+        controls: whether to add the parents of fused models, the parents widened to the fused model's cost, and the
+            mean of the parents' predictions.
+
+    Returns:
+        The contenders; the controls that are missing; what is to be said of others. The last two as `Remark`.
+
+    Raises:
+        InputError: no name, two names that give one folder, a mean that is none, or controls of no fused model.
+    """
+    if not names:
+        raise InputError("models is empty; name at least one, such as --models tokenfusion_early_micro,resnet_micro")
+    roles: dict[str, list[str]] = {name: ["model"] for name in names}
+
+    def add(name: str, role: str) -> None:
+        known = roles.setdefault(name, [])
+        if role not in known and "model" not in known:
+            known.append(role)
+
+    for name in names:
+        for member in members_of(name):
+            add(member, f"member of {name}")
+    missing: list[Remark] = []
+    notes: list[Remark] = []
+    found = {name: find_controls(name, recipe, num_classes) for name in names if controls and not members_of(name)}
+    for name, (added, absent, said) in found.items():
+        for role, control in added.items():
+            add(control, f"{role} of {name}")
+        missing += absent
+        notes += said
+    if controls and not any(added for added, _, _ in found.values()):
+        raise InputError(f"{', '.join(names)}: none of these fuses two parents; leave out --controls")
+    folders: dict[str, str] = {}
+    for name in roles:
+        other = folders.setdefault(slug(name), name)
+        if other != name:
+            raise InputError(f"{other} and {name} would share the folder {slug(name)}; compare them in two comparisons")
+    everyone = tuple(Contender(name, "; ".join(role), members_of(name)) for name, role in roles.items())
+    return everyone, missing, notes
+
+
+def find_controls(name: str, recipe: Recipe, num_classes: int) -> tuple[dict[str, str], list[Remark], list[Remark]]:
+    """A model's controls by role, those that are missing, and notes on others; nothing where it fuses no parents."""
+    from tokenfusion.models.controls import controls_of
+
+    size: Any = recipe.img_size or None
+    controls = controls_of(name, num_classes=num_classes, in_chans=recipe.in_chans, img_size=size)
+    added = {role: getattr(controls, field) for field, role in ROLES.items() if getattr(controls, field)}
+    if not added:
+        return {}, [], []
+    if controls.cnn and controls.vit:
+        added["mean of the parents"] = f"mean({controls.cnn},{controls.vit})"
+    missing, notes = (
+        [{"model": name, "role": ROLES[field], "reason": reason} for field, reason in remarks.items()]
+        for remarks in (controls.missing, controls.notes)
+    )
+    return added, missing, notes

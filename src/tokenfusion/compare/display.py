@@ -1,0 +1,122 @@
+"""What a person sees of a comparison: a bar over all its training, a line for each run, and the table at the end."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from tokenfusion.compare.plan import Comparison
+
+
+class Display:
+    """How far the runs are.
+
+    Args:
+        console: where to write.
+        comparison: what is run.
+        runs: name and seed of each run that is left to do.
+    """
+
+    def __init__(self, console: Console, comparison: Comparison, runs: list[tuple[str, int]]) -> None:
+        self.console = console
+        self.comparison = comparison
+        self.runs = runs
+        self.ended: set[tuple[str, int]] = set()
+        self.work = {(name, seed): comparison.counts[name].macs * comparison.epochs[name] for name, seed in runs}
+        self.began, self.done_before = perf_counter(), self.done()
+        self.bar = Progress(
+            TextColumn("{task.fields[finished]} of {task.fields[runs]} runs"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:.0f} % · {task.fields[left]} left"),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self.task = self.bar.add_task("compare", total=self.total, finished=0, runs=len(runs), left="?")
+
+    @property
+    def total(self) -> int:
+        """Multiply-adds that all the runs take, in passes over one image."""
+        return sum(self.work.values())
+
+    def done(self) -> float:
+        """Those that are behind them."""
+        done = 0.0
+        for (name, seed), work in self.work.items():
+            share = 1.0 if (name, seed) in self.ended else self.epochs_done(name, seed) / self.comparison.epochs[name]
+            done += work * share
+        return done
+
+    def epochs_done(self, name: str, seed: int) -> int:
+        metrics = self.comparison.run(name, seed) / "metrics.jsonl"
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    def left(self) -> str:
+        """Time left, if the rest goes as fast as what was done."""
+        done = self.done()
+        if done <= self.done_before:
+            return "?"
+        elapsed = perf_counter() - self.began
+        minutes, seconds = divmod(round(elapsed * (self.total - done) / (done - self.done_before)), 60)
+        return f"{minutes}:{seconds:02d}"
+
+    @contextmanager
+    def show(self) -> Iterator[None]:
+        with self.bar:
+            yield
+
+    def tick(self) -> None:
+        """Move the bar to where the runs are."""
+        if self.console.is_terminal:
+            self.bar.update(self.task, completed=self.done(), finished=len(self.ended), left=self.left())
+
+    def show_run(self, name: str, seed: int, outcome: str) -> None:
+        """Print a line for a run that has ended."""
+        self.ended.add((name, seed))
+        self.console.print(
+            f"run {len(self.ended)}/{len(self.runs)}  {name} seed {seed}: {outcome}  {self.left()} left",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def comparison_table(result: Mapping[str, Any]) -> list[list[str]]:
+    """What `comparison.json` holds as text, under a line of headings."""
+    headings = ["top-1", "95 % interval", "difference", "p", "parameters M", "GMACs", "images/s", "minutes", "MiB"]
+    table = [["model", *headings]]
+    tests = {test["name"]: test for test in result["tests"]}
+    for row in result["models"]:
+        cost = [f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3g}"]
+        if not row["runs"]:
+            table.append([row["name"], "failed" if row["failed"] else "to do", "", "", "", *cost, "", "", ""])
+            continue
+        top1 = f"{row['top1_mean']:.2%}" + (f" ± {row['top1_sd']:.2%}" if row["top1_sd"] is not None else "")
+        low, high = row["top1_ci95"] or row["top1_ci95_images"]
+        test = tests.get(row["name"], {"p": None})
+        compared = ["", ""] if test["p"] is None else [f"{100 * test['difference_mean']:+.2f}", p_text(test["p"])]
+        took = [f"{row['images_per_s']:,.0f}", f"{row['minutes']:.2f}", f"{row['peak_memory_mb']:,.0f}"]
+        table.append([row["name"], top1, f"{low:.2%} to {high:.2%}", *compared, *cost, *took])
+    return table
+
+
+def p_text(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def notes(result: Mapping[str, Any]) -> list[str]:
+    """What must be said under the table: methods, controls that are missing, runs that failed."""
+    first, count = result["models"][0]["name"], len(result["seeds"])
+    interval = f"Student's t over {count} seeds" if count > 1 else "Wilson, over the images of one seed"
+    methods = ", ".join(dict.fromkeys(test["method"] for test in result["tests"]))
+    lines = [f"budget {result['budget']} a run; 95 % interval: {interval}"]
+    if methods:
+        lines.append(f"difference: percentage points above {first}; p: {methods}")
+    lines.append(f"best for their multiply-adds: {', '.join(result['pareto'])}")
+    lines += [f"no {one['role']} of {one['model']}: {one['reason']}" for one in result["missing_controls"]]
+    lines += [f"{one['role']} of {one['model']}: {one['reason']}" for one in result["control_notes"]]
+    for row in result["models"]:
+        lines += [f"{row['name']} seed {failure['seed']} failed: {failure['reason']}" for failure in row["failed"]]
+    return lines

@@ -1,0 +1,176 @@
+"""What the run folders of a comparison say, as `comparison.json`."""
+
+import csv
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import timm
+import torch
+
+from tokenfusion.compare.contenders import Contender
+from tokenfusion.compare.ensemble import is_up_to_date
+from tokenfusion.compare.plan import Comparison
+from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front, t_interval
+from tokenfusion.errors import InputError
+from tokenfusion.hardware import default_device, hardware_name, resolve_precision
+from tokenfusion.version import __version__
+
+Failures = Mapping[tuple[str, int], str]
+Runs = dict[int, dict[str, Any]]
+
+
+def summarise(comparison: Comparison, failures: Failures) -> dict[str, Any]:
+    """What `comparison.json` holds, of the runs that are finished.
+
+    Args:
+        comparison: what was settled.
+        failures: why runs failed, by name and seed.
+
+    Raises:
+        InputError: runs of one seed were evaluated on different images.
+    """
+    runs: dict[str, Runs] = {}
+    for contender in [*comparison.trained, *comparison.means]:
+        finished = [seed for seed in comparison.seeds if is_finished(comparison, contender, seed)]
+        runs[contender.name] = {seed: read_run(comparison, contender, seed, runs) for seed in finished}
+    refuse_different_images(comparison, runs)
+    models = [describe(comparison, contender, runs[contender.name], failures) for contender in comparison.contenders]
+    points = {row["name"]: (row["macs"], row["top1_mean"]) for row in models if row["runs"]}
+    device = default_device()
+    recipe = {key: value for key, value in asdict(comparison.recipe).items() if key not in ("model", "seed", "epochs")}
+    return {
+        "data": comparison.recipe.data,
+        "training_images": comparison.training_images,
+        "recipe": recipe,
+        "budget": str(comparison.budget),
+        "seeds": list(comparison.seeds),
+        "hardware": hardware_name(device),
+        "precision": resolve_precision(comparison.recipe.precision, device),
+        "jobs": comparison.jobs,
+        "threads": comparison.threads,
+        "versions": {
+            "tokenfusion": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "models": models,
+        "tests": [test(comparison, row["name"], runs) for row in models[1:]],
+        "pareto": pareto_front(points),
+        "missing_controls": list(comparison.missing),
+        "control_notes": list(comparison.notes),
+    }
+
+
+def is_finished(comparison: Comparison, contender: Contender, seed: int) -> bool:
+    """Whether a run is trained and was last evaluated on its own held-out images."""
+    run = comparison.run(contender.name, seed)
+    if contender.members:
+        finished = all(is_finished(comparison, Contender(name, "member"), seed) for name in contender.members)
+        return finished and is_up_to_date(run, [comparison.run(name, seed) for name in contender.members])
+    if not (run / "model.safetensors").exists() or not (run / "evaluation.json").exists():
+        return False
+    evaluation = read_json(run / "evaluation.json")
+    return (evaluation["data"], evaluation["split"]) == (comparison.recipe.data, comparison.part)
+
+
+def read_run(comparison: Comparison, contender: Contender, seed: int, runs: Mapping[str, Runs]) -> dict[str, Any]:
+    """What a finished run reached and took; a mean takes what its members take together, one after the other."""
+    run = comparison.run(contender.name, seed)
+    evaluation = read_json(run / "evaluation.json")
+    if contender.members:
+        members = [runs[name][seed] for name in contender.members]
+        minutes = sum(member["minutes"] for member in members)
+        rate = 1 / sum(1 / member["images_per_s"] for member in members)
+        memory = max(member["peak_memory_mb"] for member in members)
+    else:
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        minutes = sum(record["seconds"] for record in records) / 60
+        rate = median(record["images_per_s"] for record in records)
+        memory = max(record["peak_memory_mb"] for record in records)
+    return {
+        "seed": seed,
+        "top1": evaluation["top1"],
+        "top1_ci95_images": evaluation["top1_ci95"],
+        "loss": evaluation["loss"],
+        "n": evaluation["n"],
+        "minutes": minutes,
+        "images_per_s": rate,
+        "peak_memory_mb": memory,
+        "run": str(run.relative_to(comparison.out)),
+    }
+
+
+def describe(comparison: Comparison, contender: Contender, runs: Runs, failures: Failures) -> dict[str, Any]:
+    """One contender's object in `comparison.json`; what no run has shown yet is None."""
+    counts = [comparison.counts[name] for name in contender.members or (contender.name,)]
+    rows = list(runs.values())
+    top1 = [row["top1"] for row in rows]
+    interval = t_interval(top1)
+    return {
+        "name": contender.name,
+        "role": contender.role,
+        "parameters": sum(count.parameters for count in counts),
+        "macs": sum(count.macs for count in counts),
+        "epochs": None if contender.members else comparison.epochs[contender.name],
+        "runs": rows,
+        "top1_mean": fmean(top1) if top1 else None,
+        "top1_sd": stdev(top1) if len(top1) > 1 else None,
+        "top1_ci95": list(interval) if interval else None,
+        "top1_ci95_images": rows[0]["top1_ci95_images"] if len(rows) == 1 else None,
+        "images_per_s": median(row["images_per_s"] for row in rows) if rows else None,
+        "minutes": fmean(row["minutes"] for row in rows) if rows else None,
+        "peak_memory_mb": max(row["peak_memory_mb"] for row in rows) if rows else None,
+        "failed": [{"seed": seed, "reason": why} for (name, seed), why in failures.items() if name == contender.name],
+    }
+
+
+def test(comparison: Comparison, name: str, runs: Mapping[str, Runs]) -> dict[str, Any]:
+    """A contender against the first one, over the seeds that both have."""
+    first = comparison.contenders[0].name
+    seeds = sorted(runs[name].keys() & runs[first].keys())
+    if not seeds:
+        return {"name": name, "difference_mean": None, "ci95": None, "p": None, "method": "no seed that both have"}
+    if len(seeds) > 1:
+        values, reference = ([runs[one][seed]["top1"] for seed in seeds] for one in (name, first))
+        return {"name": name, **paired_t(values, reference)}
+    right, reference_right = (
+        [row["label"] == row["prediction"] for row in predictions(comparison.run(one, seeds[0]))]
+        for one in (name, first)
+    )
+    return {"name": name, **mcnemar(right, reference_right)}
+
+
+def refuse_different_images(comparison: Comparison, runs: Mapping[str, Runs]) -> None:
+    """Refuse runs of one seed that were not evaluated on the same images; each seed may hold out images of its own."""
+    for seed in comparison.seeds:
+        first: tuple[Path, Sequence[tuple[str, str]]] | None = None
+        for name in runs:
+            if seed not in runs[name]:
+                continue
+            run = comparison.run(name, seed)
+            images = [(row["path"], row["label"]) for row in predictions(run)]
+            first = first or (run, images)
+            if images != first[1]:
+                raise InputError(
+                    f"{run} was evaluated on other images than {first[0]} ({len(images)} and {len(first[1])}), so that "
+                    "they cannot be compared; delete both folders, and the same command trains them anew"
+                )
+
+
+def predictions(run: Path) -> list[dict[str, str]]:
+    """The lines of a run's `predictions.csv`."""
+    with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}; delete it, and the same command writes it anew") from error

@@ -1,0 +1,107 @@
+"""How long a training step takes a model on this machine, for budgets in minutes."""
+
+import json
+import multiprocessing
+import statistics
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenfusion.classifier import Classifier
+from tokenfusion.compare.contenders import Contender
+from tokenfusion.data.images import read_images
+from tokenfusion.data.loader import TrainLoader
+from tokenfusion.data.sources import open_source
+from tokenfusion.data.split import choose_split
+from tokenfusion.data.transforms import Augment
+from tokenfusion.errors import InputError
+from tokenfusion.files import write_json
+from tokenfusion.hardware import keep_freed_memory
+from tokenfusion.recipe import Recipe
+from tokenfusion.train import FREE_TO_CHANGE
+from tokenfusion.train.fit import Job, train_step
+from tokenfusion.train.mixing import BatchMixing
+from tokenfusion.train.optimizer import make_optimizer
+from tokenfusion.train.state import TrainState, fingerprint
+
+WARM_UP, STEPS, SECONDS = 3, 8, 2.0
+
+
+def epoch_minutes(models: list[Contender], recipe: Recipe, threads: int, path: Path) -> dict[str, float]:
+    """Minutes of an epoch's training steps by model, measured once and kept.
+
+    Args:
+        models: each is measured in a process of its own.
+        recipe: what all runs share.
+        threads: of each run.
+        path: file that holds what was measured, so that a comparison that goes on has the same epochs.
+
+    Raises:
+        InputError: a model cannot be trained.
+    """
+    kept: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    for model in models:
+        own = replace(recipe, model=model.name)
+        key = fingerprint(replace(own, **FREE_TO_CHANGE, epochs=1, seed=0))
+        if kept.get(model.name, {}).get("key") != key:
+            kept[model.name] = {"minutes": measure(own, threads), "key": key, "threads": threads}
+            write_json(path, kept)
+    return {model.name: kept[model.name]["minutes"] for model in models}
+
+
+def measure(recipe: Recipe, threads: int) -> float:
+    """Minutes of an epoch, measured in a process of its own."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        try:
+            return process.submit(train_some_steps, recipe, threads).result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"{recipe.model} was stopped by the system while its steps were timed, most likely for want of memory; "
+                "give a smaller --batch-size, or leave it out"
+            ) from error
+
+
+def train_some_steps(recipe: Recipe, threads: int) -> float:
+    """What `measure` runs: the median of real steps, loading included, times the steps of an epoch."""
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    source = open_source(recipe.data)
+    indices = choose_split(source, recipe.val_fraction, recipe.seed).train
+    batch_size = min(recipe.batch_size_for(len(indices)), len(indices))
+    some = indices[np.linspace(0, len(indices) - 1, min(4 * batch_size, len(indices)), dtype=np.int64)]
+    images, _ = read_images(
+        source, some, max_pixels=recipe.max_pixels, cache_bytes=recipe.cache_mb * 2**20, split="train"
+    )
+    classifier = Classifier.create(
+        recipe.model,
+        source.classes,
+        in_chans=recipe.in_chans,
+        img_size=recipe.img_size or None,  # type: ignore[arg-type]
+        precision=recipe.precision,
+        drop_path=recipe.drop_path,
+    )
+    if recipe.grad_checkpointing:
+        classifier.model.set_grad_checkpointing()  # type: ignore[operator]
+    size = classifier.preprocess.img_size
+    augment = Augment(size, recipe.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment)
+    loader = TrainLoader(images, augment, batch_size=batch_size, seed=recipe.seed, workers=recipe.workers)
+    job = Job(recipe, classifier, loader, BatchMixing(recipe, len(source.classes)), images, Path())
+    state = TrainState(classifier.model, make_optimizer(classifier.model, recipe), recipe.ema, keep_best=False)
+    times: list[float] = []
+    epoch = 0
+    while len(times) < WARM_UP + STEPS or sum(times) < SECONDS:
+        clock = perf_counter()
+        for batch, labels in loader.epoch(epoch):
+            train_step(job, state, batch, labels)
+            state.update_average()
+            clock, elapsed = perf_counter(), perf_counter() - clock
+            times.append(elapsed)
+        epoch += 1
+    loader.close()
+    return statistics.median(times[WARM_UP:]) * (len(indices) // batch_size) / 60

@@ -1,0 +1,194 @@
+"""What a fused model is compared with: its two parents, and either as wide as the fused model is costly.
+
+A control is written as a model expression, a function's name with its arguments, and built from it:
+`cnn(PRESET)` and `vit(PRESET)` are the two sides of a preset of this package, each a classifier of its own;
+`wide(NAME,FACTOR)` is any model with its widths multiplied.
+"""
+
+import difflib
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenfusion.errors import InputError
+from tokenfusion.models import create_model, default_config
+from tokenfusion.models.base import image_size
+from tokenfusion.models.cost import count_costs, count_macs
+from tokenfusion.models.expressions import parse
+from tokenfusion.models.parents import ResNet
+from tokenfusion.models.registration import default_cfg
+from tokenfusion.models.token_fusion import VARIANTS
+from tokenfusion.models.transformer import ViT
+from tokenfusion.models.widths import widen
+
+TOLERANCE = 0.1  # of the fused model's multiply-adds; more is worth a note
+ROLES = ("cnn", "vit", "wide_cnn", "wide_vit")
+REFUSALS = (AssertionError, RuntimeError, ValueError)  # of models; ours are InputErrors, timm's are any of these
+
+
+def build_expression(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    in_chans: int = 3,
+    img_size: int | tuple[int, int] | None = None,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """Build `wide(NAME,FACTOR)`, `cnn(PRESET)` or `vit(PRESET)` from random weights.
+
+    Args:
+        name: the expression.
+        num_classes, in_chans, img_size, **kwargs: as in `create_model`.
+        pretrained: refused when true, as these models have no weights.
+
+    Raises:
+        InputError: an expression that `parse` refuses or another function, an impossible factor, no such model or
+            preset, a family whose widths are not known.
+    """
+    function, arguments = parse(name)
+    if pretrained:
+        raise InputError(f"{name} has no pretrained weights; leave pretrained out")
+    kwargs |= {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
+    if function == "wide":
+        return build_wide(arguments[0], arguments[1], kwargs)
+    if function in SIDES:
+        return build_side(function, arguments[0], {key: value for key, value in kwargs.items() if value is not None})
+    raise InputError(f"{name} is not built here; give one of wide, {', '.join(SIDES)}")
+
+
+def build_wide(name: str, factor: str, arguments: dict[str, Any]) -> nn.Module:
+    """The model `name` with its widths times `factor`; `arguments` are those of `create_model`."""
+    if name.startswith("wide("):
+        raise InputError(f"wide({name},{factor}) is wide twice; give one factor")
+    try:
+        times = float(factor)
+    except ValueError:
+        times = 0.0
+    if not (isfinite(times) and times > 0):
+        raise InputError(f"factor {factor} of wide({name},{factor}) is no number above 0; try 1.5")
+
+    def build(**widths: Any) -> nn.Module:
+        return create_model(name, **(arguments | widths))
+
+    try:
+        with torch.device("meta"):
+            plain = build()
+            size = image_size(arguments["img_size"] or default_config(plain)["input_size"][1:])
+            # what does not fit together fails here, and not when training starts
+            count_costs(widen(plain, times, build), torch.empty(1, arguments["in_chans"], *size))
+        return widen(plain, times, build)
+    except InputError:
+        raise
+    except (*REFUSALS, AttributeError) as error:
+        raise InputError(f"{name} cannot be {factor} times as wide: {error}; try another factor or model") from error
+
+
+SIDES: dict[str, tuple[type[nn.Module], dict[str, str]]] = {  # class, and its arguments by the preset's names
+    "cnn": (ResNet, {"stem": "stem", "strides": "conv_strides", "dims": "conv_dims", "depths": "conv_depths"}),
+    "vit": (ViT, {key: key for key in ("patch_size", "dim", "depth", "heads", "mlp_ratio")}),
+}
+
+
+def build_side(side: str, preset: str, arguments: dict[str, Any]) -> nn.Module:
+    """The CNN or the transformer of a preset alone; `arguments` are those of its class."""
+    if preset not in VARIANTS:
+        near = difflib.get_close_matches(preset, VARIANTS, n=1, cutoff=0.0)[0]
+        raise InputError(f"{preset!r} in {side}({preset}) is no fusion preset; did you mean {near}?")
+    model_cls, names = SIDES[side]
+    config: dict[str, Any] = VARIANTS[preset][1]
+    own = {ours: config[theirs] for ours, theirs in names.items()}
+    own |= {key: config[key] for key in ("img_size", "num_classes") if key in config}
+    try:
+        model: Any = model_cls(**own | arguments)
+    except TypeError as error:
+        raise InputError(f"{side}({preset}) cannot be built with {arguments}: {error}; leave that out") from error
+    model.default_cfg = default_cfg(config) | {"architecture": f"{side}({preset})"}
+    return model
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a fused model is compared with, as model names and expressions.
+
+    Attributes:
+        cnn, vit: its parents; empty where missing.
+        wide_cnn, wide_vit: the parents at the width where they cost as many multiply-adds as the fused model.
+        missing: why a control is not there, by attribute.
+        notes: what is to be said of a control that is there, by attribute.
+    """
+
+    cnn: str = ""
+    vit: str = ""
+    wide_cnn: str = ""
+    wide_vit: str = ""
+    missing: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def controls_of(name: str, *, num_classes: int, in_chans: int = 3, img_size: tuple[int, int] | None = None) -> Controls:
+    """The controls of a preset of this package or of `fuse(CNN,VIT,...)`; of any other model, all are missing.
+
+    Args:
+        name, num_classes, in_chans: as in `create_model`.
+        img_size: height and width in pixels that costs are compared at; the fused model's own when not given.
+    """
+    task: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
+    try:
+        parents = parents_of(name)
+        task["img_size"] = img_size or native_size(name)
+        target = count_macs(name, **task)
+    except REFUSALS as error:
+        return Controls(missing=dict.fromkeys(ROLES, str(error)))
+    found: dict[str, str] = {}
+    missing, notes = {}, {}
+    for role, parent in zip(("wide_cnn", "wide_vit"), parents, strict=True):
+        try:
+            found[role], macs = widen_to(target, parent, task)
+        except REFUSALS as error:
+            missing[role] = str(error)
+            continue
+        if abs(macs / target - 1) > TOLERANCE:
+            notes[role] = f"{macs:,} multiply-adds against the fused model's {target:,}: no width comes nearer"
+    return Controls(*parents, **found, missing=missing, notes=notes)
+
+
+def parents_of(name: str) -> tuple[str, str]:
+    """The CNN and the transformer that a model fuses.
+
+    Raises:
+        InputError: it is no preset of this package and no `fuse(CNN,VIT,...)`.
+    """
+    if name in VARIANTS:
+        return f"cnn({name})", f"vit({name})"
+    function, arguments = parse(name) if "(" in name else ("", [])
+    if function != "fuse":
+        raise InputError(f"{name} is not a fusion of two parents")
+    return arguments[0], arguments[1]
+
+
+def native_size(name: str) -> tuple[int, int]:
+    """Height and width of the images that a model is made for."""
+    with torch.device("meta"):
+        height, width = default_config(create_model(name))["input_size"][1:]
+    return height, width
+
+
+def widen_to(target: int, name: str, task: dict[str, Any]) -> tuple[str, int]:
+    """The expression `wide(name,FACTOR)` that costs most nearly `target` multiply-adds, and what it costs."""
+    costs: dict[str, int] = {}
+
+    def cost(hundredths: int) -> int:
+        expression = f"wide({name},{hundredths / 100:.2f})"
+        costs[expression] = count_macs(expression, **task)
+        return costs[expression]
+
+    # costs grow with the factor's square, or less where attention maps weigh
+    ratio = target / count_macs(name, **task)
+    low, high = sorted((ratio**0.5, ratio**0.8))
+    bisect_left(range(max(int(90 * low), 1), int(110 * high) + 1), target, key=cost)
+    return min(costs.items(), key=lambda item: abs(item[1] - target))

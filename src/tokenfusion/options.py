@@ -1,0 +1,68 @@
+"""What the command does with its options before a verb sees them: refuse fractions, fill in from recipe and preset."""
+
+from pathlib import Path
+from typing import Any, get_args
+
+from cyclopts import App, ArgumentCollection
+from cyclopts.config import Dict
+
+from tokenfusion.errors import InputError
+from tokenfusion.recipe import load_recipe, preset
+
+
+def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse a fraction where a whole number belongs; the parser would round it."""
+    for argument in arguments:
+        for token in argument.tokens:
+            if mentions(argument.hint, int) and is_fraction(token.value):
+                raise InputError(f"{argument.name}={token.value} is not a whole number; give one without a fraction")
+
+
+def mentions(hint: Any, kind: type) -> bool:
+    """Whether a type is `kind`, or is made of it as `tuple[kind, ...] | None` is."""
+    return hint is kind or any(mentions(part, kind) for part in get_args(hint))
+
+
+def is_fraction(text: str) -> bool:
+    try:
+        return not float(text).is_integer()
+    except ValueError:  # no number at all, which the parser says better
+        return False
+
+
+def recipe_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Give a verb that trains what its options leave open: first from the recipe file, then from the preset."""
+    if commands not in (("train",), ("compare",)):
+        return
+    given = {argument.name.removeprefix("--"): [token.value for token in argument.tokens] for argument in arguments}
+    if given.get("resume"):
+        others = [f"--{name}" for name, values in given.items() if values and name != "resume"]
+        if others:
+            raise InputError(f"--resume goes on with the run's own recipe; leave out {', '.join(others)}")
+        return
+    path = given["recipe"][0] if given.get("recipe") else ""
+    file = load_recipe(Path(path)) if path else {}
+    fill(app, commands, arguments, file, source=path)
+    if commands == ("compare",):
+        given["model"] = first_of_several(given)
+    model, data = (given[name][0] if given.get(name) else file.get(name, "") for name in ("model", "data"))
+    fill(app, commands, arguments, preset(model, data), source="preset")
+
+
+def first_of_several(given: dict[str, list[str]]) -> list[str]:
+    """The model whose preset all of a comparison's models take; refuses options that contradict each other."""
+    from tokenfusion.compare import split_names
+
+    if given.get("model"):
+        raise InputError("--model names one model; name several with --models A,B")
+    if given.get("epochs") and given.get("budget") and given["budget"] != [f"epochs={given['epochs'][0]}"]:
+        raise InputError(f"--epochs {given['epochs'][0]} and --budget {given['budget'][0]} differ; give one of them")
+    return split_names(given.get("models", []))[:1]
+
+
+def fill(
+    app: App, commands: tuple[str, ...], arguments: ArgumentCollection, values: dict[str, Any], source: str
+) -> None:
+    """Set the arguments that have no value yet."""
+    options = {name.replace("_", "-"): value for name, value in values.items()}
+    Dict(data=options, source=source, use_commands_as_keys=False)(app, commands, arguments)

@@ -1,0 +1,238 @@
+"""Real comparisons of micro models on digits: kept, killed, failed and refused runs, and what the files say of them."""
+
+import csv
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from runs import small_recipe
+from tokenfusion.checkpoint import load_tensors
+from tokenfusion.classifier import Classifier
+from tokenfusion.compare import Budget, compare
+from tokenfusion.compare.contenders import Contender
+from tokenfusion.compare.timing import epoch_minutes
+from tokenfusion.data.sources import open_source
+from tokenfusion.errors import InputError
+
+MODELS = ["resnet_micro", "vit_micro"]
+MEAN = "mean(resnet_micro,vit_micro)"
+RECIPE = small_recipe(epochs=1, drop_path=0.0)
+OPTIONS = ("digits", "--img-size", 8, "--batch-size", 128, "--lr", 4e-3, "--ema", 0.9)
+TIMES = {"minutes", "images_per_s", "peak_memory_mb"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A comparison that nothing interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    compare(RECIPE, [*MODELS, MEAN], 2, out, jobs=2)
+    return out
+
+
+@pytest.fixture
+def out(whole, tmp_path):
+    """A finished comparison that may be written into."""
+    return shutil.copytree(whole, tmp_path / "out")
+
+
+def read(out: Path):
+    return json.loads((out / "comparison.json").read_text())
+
+
+def without_times(value):
+    """What does not depend on the machine's pace."""
+    if isinstance(value, dict):
+        return {key: without_times(one) for key, one in value.items() if key not in TIMES}
+    return [without_times(one) for one in value] if isinstance(value, list) else value
+
+
+def test_the_json_says_what_the_run_folders_say(whole):
+    result = read(whole)
+    assert [row["name"] for row in result["models"]] == [*MODELS, MEAN]
+    for row in result["models"]:
+        assert row["failed"] == []
+        assert [run["seed"] for run in row["runs"]] == [0, 1]
+        for run in row["runs"]:
+            evaluation = json.loads((whole / run["run"] / "evaluation.json").read_text())
+            assert (run["top1"], run["loss"], run["n"]) == (evaluation["top1"], evaluation["loss"], evaluation["n"])
+        assert row["top1_mean"] == pytest.approx(fmean(run["top1"] for run in row["runs"]))
+        low, high = row["top1_ci95"]
+        assert (low + high) / 2 == pytest.approx(row["top1_mean"])
+        assert row["top1_ci95_images"] is None
+    cnn, vit, mean = result["models"]
+    for quantity in ("parameters", "macs", "minutes"):
+        assert mean[quantity] == pytest.approx(cnn[quantity] + vit[quantity])
+    differences = [a["top1"] - b["top1"] for a, b in zip(vit["runs"], cnn["runs"], strict=True)]
+    assert [test["name"] for test in result["tests"]] == [*MODELS[1:], MEAN]
+    assert result["tests"][0]["difference_mean"] == pytest.approx(fmean(differences))
+    assert result["tests"][0]["method"] == "paired t over 2 seeds"
+    assert (result["budget"], result["seeds"], result["training_images"]) == ("epochs=1", [0, 1], 1438)
+
+
+def test_the_mean_is_that_of_the_members_probabilities(whole):
+    classifiers = [Classifier.load(whole / "runs" / f"{name}-seed1") for name in MODELS]
+    with (whole / "runs" / "mean-resnet_micro-vit_micro-seed1" / "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    source = open_source("digits")
+    images = [source.decode(int(row["path"].removeprefix("digits:")), 10**6) for row in rows]
+    batch = torch.stack([classifiers[0].preprocess.resize(image) for image in images])
+    probabilities = sum(classifier.logits(batch).softmax(1) for classifier in classifiers) / 2
+    scores, classes = probabilities.max(1)
+    assert [int(row["prediction"]) for row in rows] == classes.tolist()
+    assert [float(row["score"]) for row in rows] == pytest.approx(scores.tolist(), abs=1e-5)
+
+
+def test_one_seed_is_tested_on_its_images(out):
+    result = compare(RECIPE, [*MODELS, MEAN], 1, out)  # all of it is there already
+    vit = result["models"][1]
+    assert (vit["top1_sd"], vit["top1_ci95"]) == (None, None)
+    low, high = vit["top1_ci95_images"]
+    assert low < vit["top1_mean"] < high
+    right = [
+        [row["label"] == row["prediction"] for row in csv.DictReader(path.open(newline=""))]
+        for path in (out / "runs" / f"{name}-seed0" / "predictions.csv" for name in MODELS)
+    ]
+    assert result["tests"][0]["method"].startswith("exact McNemar")
+    assert result["tests"][0]["difference_mean"] == pytest.approx(fmean(right[1]) - fmean(right[0]))
+
+
+def test_killed_and_run_again_it_equals_one_that_was_not(whole, tmp_path, command):
+    out = tmp_path / "out"
+    words = ["compare", *OPTIONS, "--models", ",".join([*MODELS, MEAN]), "--seeds", 1, "--budget", "epochs=1"]
+    words = [*map(str, words), "--crop-scale", "0.6", "--warmup-epochs", "1", "--out", str(out)]
+    process = subprocess.Popen([sys.executable, "-m", "tokenfusion", *words], stdout=subprocess.DEVNULL)
+    while not (out / "runs" / "vit_micro-seed0" / "recipe.toml").exists():  # the second run has begun
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    first = out / "runs" / "resnet_micro-seed0" / "model.safetensors"
+    written = first.stat().st_mtime_ns
+    status, output, _ = command(*words)
+    assert status == 0
+    assert first.stat().st_mtime_ns == written  # kept
+    assert "resnet_micro" in output
+    for row, expected in zip(read(out)["models"], read(whole)["models"], strict=True):
+        assert without_times(row["runs"]) == without_times(expected["runs"][:1])
+    for name in MODELS:
+        tensors, _ = load_tensors(out / "runs" / f"{name}-seed0" / "model.safetensors")
+        uninterrupted, _ = load_tensors(whole / "runs" / f"{name}-seed0" / "model.safetensors")
+        assert all(torch.equal(tensor, uninterrupted[key]) for key, tensor in tensors.items())
+
+
+def test_ctrl_c_saves_the_run_under_way(tmp_path):
+    out = tmp_path / "out"
+    words = ["compare", *OPTIONS, "--models", "vit_micro", "--seeds", 1, "--epochs", 500, "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tokenfusion", *map(str, words)], stderr=subprocess.PIPE, text=True
+    )
+    run = out / "runs" / "vit_micro-seed0"
+    while not (run / "metrics.jsonl").exists():  # an epoch is done
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in errors
+    assert "stopped and saved" in (out / "logs" / "vit_micro-seed0.txt").read_text()
+
+
+def test_a_model_that_fails_leaves_the_others_going(tmp_path, command):
+    """One image at a time, whose last map has one pixel, gives BatchNorm no variance; a transformer has none."""
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(4):
+            Image.fromarray(np.full((8, 8), 60 * i, np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
+    words = ("compare", tmp_path / "data", "--models", "resnet18", "vit_micro", "mean(resnet18,vit_micro)")
+    status, output, _ = command(
+        *words, "--img-size", 8, "--batch-size", 1, "--epochs", 1, "--seeds", 1, "--out", tmp_path / "out"
+    )
+    assert status == 1
+    cnn, vit, mean = read(tmp_path / "out")["models"]
+    assert cnn["runs"] == mean["runs"] == []
+    assert "BatchNorm sees a single value" in cnn["failed"][0]["reason"]
+    assert mean["failed"] == [{"seed": 0, "reason": "resnet18 failed"}]
+    assert len(vit["runs"]) == 1
+    assert "resnet18 seed 0 failed: BatchNorm" in output
+
+
+def test_a_run_folder_of_another_recipe_is_refused(out):
+    before = read(out)
+    for recipe, said in (
+        (replace(RECIPE, lr=0.005), r"lr=0\.004 instead of 0\.005"),
+        (replace(RECIPE, epochs=2), "ep"),
+    ):
+        with pytest.raises(InputError, match=f"run folder of another recipe .*{said}"):
+            compare(recipe, MODELS, 2, out)
+    assert read(out) == before
+    compare(replace(RECIPE, workers=1), MODELS, 2, out)  # decides nothing: the runs are kept
+
+
+def test_runs_on_other_images_are_refused(out):
+    path = out / "runs" / "vit_micro-seed1" / "predictions.csv"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match="vit_micro-seed1 was evaluated on other images"):
+        compare(RECIPE, MODELS, 2, out)
+
+
+def test_a_run_that_was_evaluated_on_its_training_images_is_evaluated_anew(whole, out, command):
+    assert command("evaluate", out / "runs" / "vit_micro-seed0", "--split", "train")[0] == 0
+    compare(RECIPE, [*MODELS, MEAN], 2, out)
+    assert without_times(read(out)) == without_times(read(whole)) | {"jobs": 1}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--models", "resnet_micro,vit_mikro"], "did you mean vit_micro"),
+        (["--models", "fuse(a,b"], "without its partner"),
+        (["--models", "vit_micro", "--budget", "macs=1e3"], "the smallest that works is macs="),
+        (["--models", "vit_micro", "--budget", "epochs=2.5"], "try epochs=3"),
+        (["--models", "vit_micro", "--budget", "epochs=2", "--epochs", 3], "differ"),
+        (["--models", "vit_micro", "--model", "resnet_micro"], "--models A,B"),
+        (["--models", "vit_micro", "--seeds", 0], "seeds=0"),
+        (["--models", "vit_micro", "--jobs", 0], "jobs=0"),
+        (["--models", "vit_micro", "--out", "taken"], "no folder of a comparison"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_written(command, tmp_path, monkeypatch, options, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.txt").write_text("dear")
+    out = [] if "--out" in options else ["--out", "out"]
+    status, _, errors = command("compare", *OPTIONS, *options, *out)
+    assert status == 2
+    assert errors.startswith("error: ")
+    assert said in errors
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["thesis.txt"]
+
+
+def test_the_readmes_command_is_understood(command, tmp_path):
+    """All but its training: a budget that is too small is refused when everything else is settled."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (line,) = (line for line in readme.splitlines() if line.startswith("$ tokenfusion compare"))
+    words = line.replace("epochs=2", "macs=1").replace("runs/compare", str(tmp_path / "out")).split()
+    status, _, errors = command(*words[2:])
+    assert status == 2
+    assert "budget macs=1 is less than one epoch of tokenfusion_early_micro" in errors
+
+
+def test_steps_are_timed_once_and_too_few_minutes_are_refused(tmp_path):
+    with pytest.raises(InputError, match="less than one epoch of vit_micro; the smallest that works is minutes="):
+        compare(RECIPE, ["vit_micro"], 1, tmp_path, budget=Budget("minutes", 1e-9))
+    assert not list((tmp_path / "runs").iterdir())
+    kept = json.loads((tmp_path / "timing.json").read_text())["vit_micro"]["minutes"]
+    again = epoch_minutes([Contender("vit_micro", "model")], RECIPE, 1, tmp_path / "timing.json")
+    assert again == {"vit_micro": kept}

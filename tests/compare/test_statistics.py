@@ -1,0 +1,47 @@
+"""Intervals, tests and the front, against numbers worked out by hand."""
+
+import math
+
+import pytest
+
+from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front, t_interval
+
+
+def test_the_interval_of_three_seeds():
+    # mean 0.8, standard deviation 0.1, t of two degrees of freedom 4.302653
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert t_interval([0.7, 0.8, 0.9]) == pytest.approx((0.8 - half, 0.8 + half), abs=1e-6)
+    assert t_interval([0.7]) is None
+
+
+def test_a_paired_difference():
+    # differences 0.01, 0.02, 0.03: mean 0.02, standard deviation 0.01, t = 2 sqrt(3) with two degrees of freedom,
+    # whose two-sided p is 1 - t / sqrt(t^2 + 2) = 1 - sqrt(12 / 14)
+    result = paired_t([0.51, 0.72, 0.93], [0.50, 0.70, 0.90])
+    half = 4.302653 * 0.01 / math.sqrt(3)
+    assert result["difference_mean"] == pytest.approx(0.02)
+    assert result["ci95"] == pytest.approx([0.02 - half, 0.02 + half], abs=1e-6)
+    assert result["p"] == pytest.approx(1 - math.sqrt(12 / 14), abs=1e-6)
+
+
+def test_differences_without_spread():
+    assert paired_t([0.5, 0.75], [0.5, 0.75])["p"] == 1
+    assert paired_t([0.75, 1.0], [0.5, 0.75]) == {
+        "difference_mean": 0.25, "ci95": [0.25, 0.25], "p": 0.0, "method": "paired t over 2 seeds",
+    }  # fmt: skip
+
+
+def test_mcnemar_is_a_sign_test_of_the_images_that_one_alone_gets_right():
+    # 5 images to one side, 1 to the other, 4 that both get: p = 2 (C(6,0) + C(6,1)) / 2^6
+    ours, theirs = [True] * 5 + [False] + [True] * 4, [False] * 5 + [True] + [True] * 4
+    result = mcnemar(ours, theirs)
+    assert result["difference_mean"] == pytest.approx(0.4)
+    assert result["p"] == pytest.approx(14 / 64)
+    assert mcnemar(theirs, ours)["p"] == pytest.approx(14 / 64)
+    assert mcnemar(ours, ours)["p"] == 1
+
+
+def test_the_pareto_front_leaves_out_what_is_beaten():
+    points = {"dear": (9.0, 0.9), "worse": (5.0, 0.7), "cheap": (1.0, 0.7), "middle": (4.0, 0.8), "as dear": (9.0, 0.8)}
+    assert pareto_front(points) == ["cheap", "middle", "dear"]
+    assert pareto_front({}) == []

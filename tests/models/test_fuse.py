@@ -1,0 +1,173 @@
+"""Any CNN with any transformer: what fuses learns and starts as its parents, what cannot be fused is refused."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+
+import tokenfusion
+from tokenfusion.errors import InputError
+from tokenfusion.models.operators import OPERATORS
+from tokenfusion.models.token_fusion import STRATEGIES
+from tokenfusion.models.walks import OneWayCNN, walk_cnn
+
+SIZE, CLASSES = 64, 5
+SMALL = {"img_size": SIZE, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": CLASSES}
+OURS = {"img_size": SIZE, "num_classes": CLASSES}
+TRANSFORMERS = {
+    "vit": lambda: VisionTransformer(**SMALL, dynamic_img_size=True),
+    "siglip": lambda: VisionTransformer(**SMALL, class_token=False, global_pool="avg"),
+    "dino": lambda: VisionTransformer(**SMALL, reg_tokens=2),
+    "deit": lambda: VisionTransformerDistilled(**SMALL),
+    "beit": lambda: Beit(**SMALL, use_rel_pos_bias=True, use_abs_pos_emb=False),
+    "eva": lambda: Eva(**SMALL, use_rot_pos_emb=True),
+    "deepvit_micro": lambda: tokenfusion.create_model("deepvit_micro", **OURS),
+    "crossvit_micro": lambda: tokenfusion.create_model("crossvit_micro", **OURS),
+}
+BOTH_WAYS = [
+    *("resnet18", "regnety_002", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_050", "mobilenetv4_conv_small"),
+    *("densenet121", "vgg11_bn", "repvit_m0_9", "ghostnet_100", "rexnet_100", "resnet_micro"),
+]
+ONE_WAY = ["mambaout_femto", "cmt_micro"]
+REFUSED = {  # by the transformer; what CLS asks at the entrance, nobody may
+    ("early", "joint"): ("beit", "eva", "crossvit_micro"),
+    ("early", "cls"): tuple(TRANSFORMERS),
+    ("late", "cls"): ("siglip", "beit", "eva"),
+    ("late", "add"): ("vit", "dino", "deit", "deepvit_micro", "crossvit_micro"),
+    ("layerwise", "cls"): ("siglip",),
+}
+
+
+def images(count=2, size=(SIZE, SIZE)):
+    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def without_zeros(model):
+    """Nothing starts at 0, where it would stop a gradient."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1)
+    return model
+
+
+def learns(model):
+    """Names of the parameters that a backward pass leaves without a gradient; a bias before a norm has none to have."""
+    without_zeros(model).train()
+    model(images()).square().sum().backward()
+    return [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.grad is None or not (parameter.grad.any() or name.endswith("bias"))
+    ]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("vit", sorted(TRANSFORMERS.keys() - {"dino", "deit"}))
+@pytest.mark.parametrize("cnn", [*BOTH_WAYS, *ONE_WAY])
+def test_every_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, strategy):
+    torch.manual_seed(0)
+    operator = "cross" if vit in REFUSED.get((strategy, "joint"), ()) else ""
+    transformer = TRANSFORMERS[vit]()
+    alone = copy.deepcopy(transformer).eval()
+    model = tokenfusion.fuse(cnn, transformer, strategy, operator, img_size=SIZE).eval()
+    assert isinstance(model.cnn, OneWayCNN) == (cnn in ONE_WAY)
+    if not (strategy == "early" and model.joint):  # whose tokens share every attention map from the first block on
+        with torch.no_grad():
+            torch.testing.assert_close(model(images()), alone(images()), rtol=0, atol=1e-6)
+    model.set_gates(1.0)
+    assert learns(model) == []
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("vit", TRANSFORMERS)
+def test_every_cell_of_the_grid_works_or_is_refused_with_the_reason(vit, strategy, operator):
+    torch.manual_seed(0)
+
+    def build():
+        return tokenfusion.fuse("resnet_micro", TRANSFORMERS[vit](), strategy, operator, img_size=SIZE, gate=1.0)
+
+    if vit in REFUSED.get((strategy, operator), ()):
+        with pytest.raises(InputError, match=r"does not fit .*: .*; take another operator"):
+            build()
+    else:
+        assert learns(build()) == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "densenet121", "vgg11_bn", "convnext_atto"])
+def test_a_walked_cnn_gives_the_intermediates_of_the_whole_one(name):
+    torch.manual_seed(0)
+    model = without_zeros(timm.create_model(name)).eval()
+    with torch.no_grad():
+        expected = model.forward_intermediates(images(size=(64, 96)), intermediates_only=True)[-4:]
+        walked = walk_cnn(model, (64, 96), 3)
+        feature_map = walked.stem(images(size=(64, 96)))
+        for stage, wanted in zip(walked.stages, expected, strict=True):
+            feature_map = stage(feature_map)
+            torch.testing.assert_close(feature_map, wanted)
+
+
+def test_images_are_normalised_for_each_parent():
+    """resnet18 wants ImageNet's mean and deviation, this ViT wants 0.5 and 0.5."""
+    model = tokenfusion.fuse("resnet18", "vit_tiny_patch16_224", "late", img_size=SIZE, num_classes=CLASSES)
+    pixels = torch.rand(1, 3, 4, 4)
+    mean, std = (torch.tensor(model.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+    assert mean.flatten().tolist() == [0.5] * 3
+    imagenet = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    torch.testing.assert_close(model.rescale((pixels - mean) / std), (pixels - imagenet[0]) / imagenet[1])
+
+
+def test_gates_are_open_from_random_weights_and_closed_for_modules():
+    by_name = tokenfusion.fuse("resnet_micro", "vit_micro")
+    built = tokenfusion.fuse("resnet_micro", tokenfusion.create_model("vit_micro"))
+    assert by_name.exchanges[0].gate.weight.unique().tolist() == [1.0]
+    assert built.exchanges[0].gate.weight.unique().tolist() == [0.0]
+
+
+def test_an_expression_is_a_model_name():
+    torch.manual_seed(0)
+    model = tokenfusion.create_model(
+        "fuse(resnet_micro, vit_micro, layerwise, cross)", num_classes=3, img_size=(24, 40)
+    )
+    torch.manual_seed(0)
+    same = tokenfusion.fuse("resnet_micro", "vit_micro", "layerwise", "cross", num_classes=3, img_size=(24, 40))
+    assert all(torch.equal(value, same.state_dict()[key]) for key, value in model.state_dict().items())
+    assert model(torch.zeros(1, 3, 24, 40)).shape == (1, 3)
+
+
+def test_sizes_channels_and_classes_of_a_fused_pair():
+    model = tokenfusion.fuse("resnet18", "vit_tiny_patch16_224", img_size=(64, 96), in_chans=1, num_classes=7).eval()
+    assert model(torch.zeros(2, 1, 64, 96)).shape == (2, 7)
+    assert model(torch.zeros(2, 1, 50, 70)).shape == (2, 7)
+    model.reset_classifier(3)
+    assert model.num_classes == 3
+    assert model(torch.zeros(1, 1, 64, 96)).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet81", "vit_micro"), r"no model is called 'resnet81'; did you mean .*resnet18"),
+        (("resnet18", "vit_micro", "layerwize"), r"strategy='layerwize' is not known; did you mean 'layerwise'"),
+        (("resnet18", "vit_micro", "late", "cros"), r"operator='cros' is not known; did you mean 'cross'"),
+        (("resnet18", "mixer_s16_224"), r"a MlpMixer has no row of blocks"),
+        (("resnet18", "swin_tiny_patch4_window7_224"), r"a SwinTransformer has no row of blocks"),
+        (("inception_v4", "vit_micro"), r"a InceptionV4 gives no maps .* 32×32 pixels; give a larger img_size"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        tokenfusion.fuse(*arguments)
+
+
+def test_a_cnn_without_stages_is_refused():
+    with pytest.raises(
+        InputError, match="a Linear has no stages: it names no feature maps; take a CNN such as resnet18"
+    ):
+        tokenfusion.fuse(torch.nn.Linear(3, 3), "vit_micro")
