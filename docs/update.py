@@ -13,6 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import results_page
+from results_page import table
+
 from tokenfusion.models.cost import describe_models
 from tokenfusion.models.published import PUBLISHED
 from tokenfusion.profile import NOTES, compare_with_papers, paper_table
@@ -20,12 +23,6 @@ from tokenfusion.profile import NOTES, compare_with_papers, paper_table
 DOCS = Path(__file__).parent
 ROOT = DOCS.parent
 RESULTS = ROOT / "benchmarks" / "results"
-
-
-def table(heading: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, all but the first column aligned right."""
-    rule = ["---", *["---:"] * (len(heading) - 1)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in [heading, rule, *rows])
 
 
 def demo() -> str:
@@ -118,6 +115,7 @@ def speed() -> str:
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "models": models, "results": results},
     DOCS / "papers" / "README.md": {"published": published, "speed": speed},
+    results_page.PAGE: results_page.blocks(),
 }
 
 

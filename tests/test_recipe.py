@@ -1,5 +1,8 @@
 """The recipe: whole through TOML, refused early."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from tokenfusion import InputError, Recipe
@@ -8,6 +11,7 @@ from tokenfusion.recipe import FIELDS, dump_recipe, load_recipe, preset
 
 def test_a_recipe_survives_toml(tmp_path):
     recipe = Recipe(data='a "b"\n', img_size=(96, 128), lr=3e-4, trivial_augment=True, precision="bf16", epochs=7)
+    recipe = replace(recipe, warm_start_from=("/runs/a cnn", "/runs/a vit"), freeze="cnn", head_lr=3.0)
     (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
     assert Recipe(**load_recipe(tmp_path / "recipe.toml")) == recipe
     assert load_recipe(tmp_path / "recipe.toml").keys() == set(FIELDS)
@@ -16,6 +20,15 @@ def test_a_recipe_survives_toml(tmp_path):
 def test_one_number_is_both_sides():
     assert Recipe(img_size=(64,)).img_size == (64, 64)
     assert Recipe(img_size=64).img_size == (64, 64)  # as a TOML file may say it
+
+
+def test_parents_are_named_so_that_the_run_can_be_resumed_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(warm_start_from=("cnn", "../vit"))
+    assert recipe.warm_start_from == (str(tmp_path / "cnn"), str(tmp_path.parent / "vit"))
+    monkeypatch.chdir("/")
+    (tmp_path / "recipe.toml").write_text(dump_recipe(recipe))
+    assert Recipe(**load_recipe(tmp_path / "recipe.toml")) == recipe
 
 
 def test_evaluation_keeps_the_sides_of_an_average_training_crop():
@@ -40,6 +53,10 @@ def test_whole_numbers_pass_as_floats():
         ({"img_size": (32, 0)}, "has no pixels; the nearest that works is (32, 1"),
         ({"img_size": "32"}, "must be whole numbers"),
         ({"img_size": (32, 100_000)}, "is too large; give sides up to 16384"),
+        ({"warm_start_from": (1, 2)}, r'must be texts, such as \["runs/cnn", "runs/vit"\]'),
+        ({"warm_start_from": ("a", "b", "c")}, r"is no pair of run folders; give the CNN's and then"),
+        ({"freeze": "head"}, "choose one of: none, cnn, vit, both"),
+        ({"backbone_lr": -0.1}, "backbone_lr=-0.1 is out of range; give a value from 0"),
         ({"in_chans": 1.0}, "in_chans=1.0 is not known"),
         ({"batch_size": 10, "accumulate": 4}, "try batch_size=8"),
     ],
@@ -64,8 +81,6 @@ def test_bad_files_are_refused(tmp_path, text, said):
 
 
 def test_the_recipes_that_ship_are_recipes():
-    from pathlib import Path
-
     shipped = list((Path(__file__).parents[1] / "recipes").glob("*.toml"))
     assert shipped
     for path in shipped:

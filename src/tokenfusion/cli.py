@@ -14,6 +14,7 @@ from cyclopts import App, Parameter
 from rich.console import Console
 
 from tokenfusion.analyze.cli import app as analyze
+from tokenfusion.analyze.cli import explain
 from tokenfusion.errors import InputError
 from tokenfusion.options import recipe_values, whole_numbers
 from tokenfusion.recipe import Recipe
@@ -179,7 +180,7 @@ def compare(
     recipe: Path | None = None,  # noqa: ARG001 - read by recipe_values
     as_json: AsJson = False,
 ) -> None:
-    """Train several models under one recipe and budget, with several seeds; writes OUT/comparison.json.
+    """Train several models under one recipe and budget, with several seeds; writes OUT/comparison.json and a report.
 
     Each run is a run folder in OUT/runs. The same command goes on with a comparison that was interrupted. If a run
     fails, the others go on, and the exit status is 1.
@@ -206,12 +207,13 @@ def compare(
         Print comparison.json instead of a table.
     """
     from tokenfusion import compare as room
+    from tokenfusion.report import write_comparison
 
     if not settings.data:
         raise InputError("DATA is missing; name a folder of labelled images, or `digits` for a first try")
     amount = room.Budget.parse(budget) if budget else None
     names = room.split_names(models)
-    options: dict[str, Any] = {"budget": amount, "controls": controls, "jobs": jobs}
+    options: dict[str, Any] = {"budget": amount, "controls": controls, "jobs": jobs, "after_run": write_comparison}
     try:
         result = room.compare(settings, names, seeds, out, **options, console=errors if as_json else console)
     except KeyboardInterrupt:
@@ -221,7 +223,7 @@ def compare(
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
         print_table(room.comparison_table(result))
-        for note in (*room.notes(result), f"written to {out / 'comparison.json'}"):
+        for note in (*room.notes(result), f"written to {out / 'comparison.json'}; open {out / 'report.html'}"):
             console.print(note)
     if any(row["failed"] for row in result["models"]):
         sys.exit(1)
@@ -236,11 +238,13 @@ def report(run: Path, /) -> None:
     Parameters
     ----------
     run
-        Folder that `train` wrote; `evaluate` adds what the report says of mistakes and calibration.
+        Folder that `train` or `compare` wrote; `evaluate` adds what the report says of mistakes and calibration, and
+        `explain` then where the model looked.
     """
-    from tokenfusion.report import thumbnails_of, write_report
+    from tokenfusion.report import thumbnails_of, write_comparison, write_report
 
-    console.print(f"open {write_report(run, thumbnails_of(run))}")
+    compared = (run / "comparison.json").is_file()
+    console.print(f"open {write_comparison(run) if compared else write_report(run, thumbnails_of(run))}")
 
 
 @app.command
@@ -329,6 +333,7 @@ def profile(
 
 
 app.command(analyze)
+app.command(explain)
 
 
 def print_table(lines: list[list[str]]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import tomllib
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -19,6 +20,10 @@ class Recipe:
     _: KW_ONLY
     model: str = "tokenfusion_early_tiny"
     """Name of the model; `tokenfusion models` lists them."""
+    warm_start_from: tuple[str, ...] = ()
+    """Two finished runs that a model fuse(CNN,VIT) starts from, the CNN's first: as the transformer, gates closed."""
+    freeze: Literal["none", "cnn", "vit", "both"] = "none"
+    """Parents of a fusion model whose weights stay as they are; what fuses and the head still learn."""
 
     epochs: int = 30
     """Passes over the training images."""
@@ -30,6 +35,10 @@ class Recipe:
     """Muon for matrices and kernels, AdamW for the rest: learns faster from random weights; or AdamW for everything."""
     lr: float = 2e-3
     """Peak learning rate; one value suits both optimisers."""
+    backbone_lr: float = 1.0
+    """Learning rate of a fusion model's parents, or of all but the classifier of any other model, in units of lr."""
+    head_lr: float = 1.0
+    """Learning rate of the classifier, in units of lr."""
     warmup_epochs: float = 1.0
     """Epochs over which the learning rate rises from 0 to its peak; then it falls along a cosine to 0."""
     weight_decay: float = 0.05
@@ -102,10 +111,16 @@ class Recipe:
             object.__setattr__(self, name, value)
         if len(self.img_size) == 1:
             object.__setattr__(self, "img_size", self.img_size * 2)
+        runs = tuple(map(os.path.abspath, self.warm_start_from))  # so that the run can be resumed from anywhere
+        object.__setattr__(self, "warm_start_from", runs)
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high:
                 raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}")
+        if len(runs) not in (0, 2):
+            raise InputError(
+                f"warm_start_from={runs} is no pair of run folders; give the CNN's and then the transformer's"
+            )
         if len(self.img_size) > 2:
             raise InputError(
                 f"img_size={self.img_size} is not a size; give a height and a width, or one number for both"
@@ -131,6 +146,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (0, 1_000_000),
     "accumulate": (1, 1_000_000),
     "lr": (0, 100),
+    "backbone_lr": (0, 100),
+    "head_lr": (0, 100),
     "warmup_epochs": (0, 100_000),
     "weight_decay": (0, 100),
     "clip_grad": (0, INFINITY),
@@ -152,6 +169,9 @@ RANGES: dict[str, tuple[float, float]] = {
     "save_minutes": (0, INFINITY),
 }
 
+LISTS = {int: "whole numbers, such as [128, 96]", str: 'texts, such as ["runs/cnn", "runs/vit"]'}
+"""What a field that is a tuple may hold, by the type of its items."""
+
 
 def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
     """Fields with values of their types, or an InputError; whole numbers pass as floats."""
@@ -166,10 +186,11 @@ def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
                 options = ", ".join(map(str, get_args(kind)))
                 raise InputError(f"{name}={value!r} is not known; choose one of: {options}")
         elif get_origin(kind) is tuple:
-            sides = value if isinstance(value, list | tuple) else (value,)
-            if not all(type(side) is int for side in sides):
-                raise InputError(f"{name}={value!r} must be whole numbers, such as {name} = [128, 96]")
-            result[name] = tuple(sides)
+            items = value if isinstance(value, list | tuple) else (value,)
+            item_kind = get_args(kind)[0]
+            if not all(type(item) is item_kind for item in items):
+                raise InputError(f"{name}={value!r} must be {LISTS[item_kind]}")
+            result[name] = tuple(items)
         elif type(value) is not kind:
             raise InputError(
                 f"{name}={value!r} is of type {type(value).__name__}; give a value of type {kind.__name__}"

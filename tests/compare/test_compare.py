@@ -123,6 +123,7 @@ def test_killed_and_run_again_it_equals_one_that_was_not(whole, tmp_path, comman
     assert status == 0
     assert first.stat().st_mtime_ns == written  # kept
     assert "resnet_micro" in output
+    assert f"{MEAN}</bdi>" in (out / "report.html").read_text()
     for row, expected in zip(read(out)["models"], read(whole)["models"], strict=True):
         assert without_times(row["runs"]) == without_times(expected["runs"][:1])
     for name in MODELS:

@@ -13,7 +13,7 @@ from tokenfusion.data.images import read_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.sources import open_source
 from tokenfusion.data.transforms import Augment
-from tokenfusion.train import start
+from tokenfusion.train import build, start
 from tokenfusion.train.display import Display
 from tokenfusion.train.fit import Job, fit, train_step
 from tokenfusion.train.log import Log
@@ -74,15 +74,44 @@ def test_a_gradient_is_clipped_to_its_norm(tmp_path):
     assert norms[0].item() == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_each_group_learns_at_its_share_of_the_rate(tmp_path):
+    rates = {"lr": 0.02, "backbone_lr": 0.25, "head_lr": 3.0}
+    recipe = small_recipe(batch_size=32, warmup_epochs=0.0, optimizer="adamw", **rates)
+    job, state = job_of(recipe, tmp_path)
+    parameters = dict(state.model.named_parameters())
+    before = {key: value.detach().clone() for key, value in parameters.items()}
+    train_step(job, state, *next(job.loader.epoch(0)))
+    assert {group["lr"] for group in state.optimizer.param_groups} == {0.02, 0.005, 0.06}
+    # the first step of AdamW is as long as the rate wherever there is a gradient
+    for name, rate in (("vit.norm.bias", 0.005), ("pixel_source.pixels.norm.bias", 0.02), ("vit.head.bias", 0.06)):
+        longest = (parameters[name] - before[name]).abs().max().item()
+        assert longest == pytest.approx(rate, rel=1e-3), name
+
+
+def test_frozen_parents_stay_as_they_are_and_so_do_their_averages(tmp_path):
+    recipe = small_recipe(freeze="both", ema=0.9, epochs=1)
+    start(recipe, tmp_path / "run", QUIET)
+    trained = Classifier.load(tmp_path / "run").model
+    untrained = build(recipe, open_source("digits").classes).model
+    before = untrained.state_dict()
+    changed = {name for name, tensor in trained.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {name for name in before if untrained.part_of(name) in ("fusion", "head")}
+
+
+def test_only_what_is_fused_has_parents_to_freeze():
+    with pytest.raises(InputError, match=r"freeze=cnn needs a CNN and .*, and vit_micro is no such model; leave out"):
+        build(small_recipe(model="vit_micro", freeze="cnn"), ("a", "b"))
+
+
 def test_the_average_is_the_weighted_sum_of_the_weights(tmp_path):
     job, state = job_of(small_recipe(batch_size=32, ema=0.9), tmp_path)
     batches = list(job.loader.epoch(0))
     train_step(job, state, *batches[0])
     state.progress.step = 1_000_000  # past the warm-up of the decay
-    before = state.average.module.head.weight.clone()
+    before = state.average.module.get_classifier().weight.clone()
     state.update_average()
-    expected = 0.9 * before + 0.1 * state.model.head.weight
-    torch.testing.assert_close(state.average.module.head.weight, expected)
+    expected = 0.9 * before + 0.1 * state.model.get_classifier().weight
+    torch.testing.assert_close(state.average.module.get_classifier().weight, expected)
 
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
@@ -96,7 +125,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     job.checkpoint.parent.mkdir()
     state.save(job.checkpoint)
     before = job.checkpoint.read_bytes()
-    state.model.head.bias.data[0] = torch.nan
+    state.model.get_classifier().bias.data[0] = torch.nan
     with pytest.raises(InputError, match=r"the loss is nan at step 1 .*the last good checkpoint is kept as"):
         fit(job, state, Display(QUIET, epochs=2, steps=4), Log(tmp_path, []))
     assert job.checkpoint.read_bytes() == before
@@ -164,7 +193,7 @@ def test_patience_stops_early_and_ships_the_best_epoch(tmp_path):
     assert progress["best_epoch"] == best + 1
     for name, tensor in shipped.items():
         assert torch.equal(tensor, state[f"best.{name}"])
-    assert not torch.equal(shipped["head.weight"], state["model.head.weight"])
+    assert not torch.equal(shipped["vit.head.weight"], state["model.vit.head.weight"])
 
 
 def test_training_learns_and_logs(trained):

@@ -35,8 +35,56 @@ def test_decay_falls_on_matrices_and_kernels_alone(name):
     assert decayed | free == set(names.values())
     assert not decayed & free
     assert all(name.endswith("weight") and "norm" not in name for name in decayed)
-    for name in ("cls_token", "positions.table", "to_patches.0.gate", "to_pixels.0.gate", "norm.weight", "head.bias"):
+    vit = ("vit.embed.cls_token", "vit.embed.positions.table", "vit.norm.weight", "vit.head.bias")
+    for name in (*vit, "exchanges.0.gate.weight", "exchanges.0.write.gate.weight", "exchanges.0.source.source"):
         assert name in free
+
+
+@pytest.mark.parametrize("name", ["tokenfusion_late_micro", "crossvit_micro", "resnet_micro"])
+def test_at_one_rate_there_are_two_groups_in_the_models_order(name):
+    """By which checkpoints number what they hold."""
+    model = create_model(name)
+    exempt = model.no_weight_decay()
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim > 1 and name not in exempt]
+    others = [p for name, p in named if p.ndim <= 1 or name in exempt]
+    groups = make_optimizer(model, small_recipe()).param_groups
+    assert [[id(p) for p in group["params"]] for group in groups] == [[*map(id, matrices)], [*map(id, others)]]
+    assert [group["lr_scale"] for group in groups] == [1.0, 1.0]
+
+
+HEAD = {"head.weight", "head.bias"}
+
+
+@pytest.mark.parametrize(
+    ("name", "fast", "usual"),
+    [
+        ("fuse(test_resnet,test_vit)", {"vit.head.weight", "vit.head.bias"}, "exchanges"),
+        ("vit_micro", HEAD, "nothing"),
+        ("test_efficientnet", {"classifier.weight", "classifier.bias"}, "nothing"),
+        ("deit_tiny_distilled_patch16_224", {*HEAD, "head_dist.weight", "head_dist.bias"}, "nothing"),
+    ],
+)
+def test_backbone_and_head_have_rates_of_their_own_and_what_fuses_has_the_usual_one(name, fast, usual):
+    model = create_model(name)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {
+        names[parameter]: group["lr_scale"]
+        for group in make_optimizer(model, small_recipe(backbone_lr=0.1, head_lr=10.0)).param_groups
+        for parameter in group["params"]
+    }
+    assert rates.keys() == set(names.values())
+    assert {name for name, rate in rates.items() if rate == 10.0} == fast
+    assert {name for name, rate in rates.items() if rate == 1.0} == {name for name in rates if name.startswith(usual)}
+    assert set(rates.values()) <= {0.1, 1.0, 10.0}
+
+
+@pytest.mark.parametrize(("frozen", "rest"), [("cnn", {"vit", "fusion", "head"}), ("vit", {"cnn", "fusion", "head"})])
+def test_frozen_weights_are_left_out(frozen, rest):
+    model = create_model("tokenfusion_layerwise_micro").freeze(frozen)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    groups = make_optimizer(model, small_recipe()).param_groups
+    assert {model.part_of(names[parameter]) for group in groups for parameter in group["params"]} == rest
 
 
 def test_muon_turns_a_matrix_by_an_orthogonal_step_as_long_as_adamws_and_leaves_vectors_to_adamw():

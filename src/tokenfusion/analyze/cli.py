@@ -1,12 +1,16 @@
-"""The verbs of `tokenfusion analyze`; like the others they import what they need when they are called."""
+"""The verbs that look inside, `analyze` and `explain`; like the others they import what they need when called."""
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
 app = App(name="analyze", help="Look inside a model.")
+AsJson = Annotated[bool, Parameter(name="--json", negative="")]
 
 
 @app.command
@@ -17,7 +21,7 @@ def collapse(
     *,
     num_images: int = 256,
     out: Path | None = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure whether attention collapses: how alike the blocks' maps, a block's heads and the tokens are.
 
@@ -38,23 +42,131 @@ def collapse(
     as_json
         Print collapse.json instead of a summary.
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from tokenfusion.analyze.collapse import analyze_collapse
 
-    errors = Console(stderr=True)
-    with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
-        task = bar.add_task("reading images", total=None)
-        result, folder = analyze_collapse(
-            subject,
-            data,
-            num_images=num_images,
-            out=out,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with counting("reading images") as progress:
+        result, folder = analyze_collapse(subject, data, num_images=num_images, out=out, progress=progress)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
     print(f"{result['images']:,} images. {result['summary']}")
     print(f"written to {folder / 'collapse.json'}, with {', '.join(result['figures'])}")
+
+
+@app.command
+def tokens(
+    subject: Annotated[str, Parameter(name="RUN_OR_MODEL")],
+    data: str | None = None,
+    /,
+    *,
+    num_images: int = 256,
+    out: Path | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure which tokens decide: pixels of the CNN or patches, or a CrossViT's small or large patches.
+
+    What CLS attends to, where its content comes from (attention rollout), and what is lost when the tokens of a layer
+    are replaced by their mean over images and places. Writes tokens.json and a figure as PNG and SVG.
+
+    Example: tokenfusion analyze tokens runs/photos
+
+    Parameters
+    ----------
+    subject
+        Folder that `train` wrote, or a model's name, which is looked at with random weights.
+    data
+        Labelled images; a run's own held-out images when not given.
+    num_images
+        How many images to look at, spread evenly over the data.
+    out
+        Folder to write to; RUN/tokens, or tokens for a model's name, when not given.
+    as_json
+        Print tokens.json instead of a table.
+    """
+    from tokenfusion.analyze.tokens import analyze_tokens, table_of
+
+    with counting("reading images") as progress:
+        result, folder = analyze_tokens(subject, data, num_images=num_images, out=out, progress=progress)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    print_lines(table_of(result))
+    print(result["summary"])
+    print(f"written to {folder / 'tokens.json'}, with {', '.join(result['figures'])}")
+
+
+def explain(
+    run: Path,
+    /,
+    *images: Annotated[str, Parameter(name="IMAGE")],
+    method: Literal["gradcam", "rollout", "attention"] = "gradcam",
+    branch: Literal["cnn", "transformer", "both"] = "both",
+    of_class: Annotated[str, Parameter(name="--class")] = "",
+    topk: int = 1,
+    faithfulness: int = 0,
+    out: Path | None = None,
+    as_json: AsJson = False,
+) -> None:
+    """Draw what a run looks at over images, branch by branch; without images, over its worst mistakes for the report.
+
+    Exits with 1 if any image could not be read; the others are explained all the same.
+
+    Example: tokenfusion explain runs/photos new/*.jpg --method rollout
+
+    Parameters
+    ----------
+    run
+        Folder that `train` wrote.
+    images
+        Files, folders or globs; the evaluation's worst mistakes when not given.
+    method
+        Grad-CAM, attention rollout, or what CLS attends to in the last layer.
+    branch
+        The branch whose tokens or map are looked at; both where there are two.
+    of_class
+        Name of the class to explain; the predicted one when not given.
+    topk
+        How many of the likeliest classes to explain.
+    faithfulness
+        How many held-out images to measure deletion and insertion curves on.
+    out
+        Folder to write to; RUN/explain, or RUN/explain/mistakes of the worst mistakes, when not given.
+    as_json
+        Print explain.json instead of a summary.
+    """
+    from tokenfusion.analyze import explain as room
+
+    question = room.Question(method, branch, of_class, topk)
+    with counting("explaining") as progress:
+        result, folder = room.explain(run, images, question, out=out, faithfulness=faithfulness, progress=progress)
+    failed = [image for image in result["images"] if "error" in image]
+    for image in failed:
+        print(f"{image['path']}: {image['error']}", file=sys.stderr)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+    else:
+        for line in room.describe(result["faithfulness"] or {}):
+            print(line)
+        pictures = sum(len(image.get("overlays", ())) for image in result["images"])
+        print(f"{pictures} overlays of {len(result['images']) - len(failed)} images, and explain.json, are in {folder}")
+    if failed:
+        sys.exit(1)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; gives what to call with (done, in all)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    errors = Console(stderr=True)
+    with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_lines(lines: list[list[str]]) -> None:
+    """A line of headings and lines of text, in columns."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

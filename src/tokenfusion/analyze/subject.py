@@ -16,7 +16,7 @@ from tokenfusion.recipe import Recipe, load_recipe
 def open_subject(
     subject: str, data: str | None, num_images: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Classifier, Images]:
-    """A classifier and some images for it, spread evenly over the data.
+    """A classifier and some images for it, spread evenly over the data; labels are numbers of the model's outputs.
 
     Args:
         subject: a run folder, or a model's name, which is built with random weights for the data's classes.
@@ -34,10 +34,11 @@ def open_subject(
         classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
         own = not data or resolved(data) == resolved(recipe.data)
         source = open_source(recipe.data if own or not data else resolved(data))
-        output_of_class(source, classifier.classes)
+        to_output = output_of_class(source, classifier.classes)
     elif data:
         own, recipe, source = False, Recipe(), open_source(data)
         classifier = Classifier.create(subject, source.classes)
+        to_output = output_of_class(source, source.classes)
     else:
         raise InputError(f"DATA is missing: {subject} is no run folder and has no images of its own; name some")
     name, indices = choose_images(source, run, own=own, split=None)
@@ -52,4 +53,5 @@ def open_subject(
     )
     if not len(images):
         raise InputError(f"none of {len(spread)} images of {source.where} is readable; the first: {skipped[0].reason}")
+    images.labels = to_output[images.labels]
     return classifier, images

@@ -1,7 +1,7 @@
 """Several models under one recipe and one budget, with several seeds: which is better, and how surely."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ def compare(
     controls: bool = False,
     jobs: int = 1,
     console: Console | None = None,
+    after_run: Callable[[Path], object] | None = None,
 ) -> dict[str, Any]:
     """Train and evaluate every model with every seed, each run in a process and a run folder of its own.
 
@@ -51,6 +52,7 @@ def compare(
             fused model is costly, and the mean of the parents' predictions.
         jobs: runs at once; they share the threads.
         console: where to show progress; nowhere when not given.
+        after_run: called with `out` whenever `comparison.json` is written, such as `report.write_comparison`.
 
     Returns:
         What `comparison.json` holds.
@@ -73,7 +75,7 @@ def compare(
     with hold(out, console) as lock:
         comparison = with_epochs(comparison)
         write_text(out / "recipe.toml", dump_recipe(comparison.recipe))
-        return run_all(comparison, lock, console)
+        return run_all(comparison, lock, console, after_run or (lambda _: None))
 
 
 def require_own_folder(out: Path) -> None:
@@ -151,7 +153,7 @@ def require_same_recipes(comparison: Comparison) -> None:
                 )
 
 
-def run_all(comparison: Comparison, lock: int, console: Console) -> dict[str, Any]:
+def run_all(comparison: Comparison, lock: int, console: Console, after_run: Callable[[Path], object]) -> dict[str, Any]:
     """Train what is not trained, then average what is to be averaged; `comparison.json` is written after every run."""
     failures: dict[tuple[str, int], str] = {}
     todo = [
@@ -165,6 +167,7 @@ def run_all(comparison: Comparison, lock: int, console: Console) -> dict[str, An
     def write() -> dict[str, Any]:
         result = summarise(comparison, failures)
         write_json(comparison.out / "comparison.json", result)
+        after_run(comparison.out)
         return result
 
     def ended(job: Job, fault: str) -> None:

@@ -107,15 +107,24 @@ def p_text(p: float) -> str:
 
 
 def notes(result: Mapping[str, Any]) -> list[str]:
-    """What must be said under the table: methods, controls that are missing, runs that failed."""
+    """What must be said under the table."""
+    return methods(result) + gaps(result)
+
+
+def methods(result: Mapping[str, Any]) -> list[str]:
+    """How the table's figures came about, and which models are best for their cost."""
     first, count = result["models"][0]["name"], len(result["seeds"])
     interval = f"Student's t over {count} seeds" if count > 1 else "Wilson, over the images of one seed"
-    methods = ", ".join(dict.fromkeys(test["method"] for test in result["tests"]))
+    tests = ", ".join(dict.fromkeys(test["method"] for test in result["tests"]))
     lines = [f"budget {result['budget']} a run; 95 % interval: {interval}"]
-    if methods:
-        lines.append(f"difference: percentage points above {first}; p: {methods}")
-    lines.append(f"best for their multiply-adds: {', '.join(result['pareto'])}")
-    lines += [f"no {one['role']} of {one['model']}: {one['reason']}" for one in result["missing_controls"]]
+    if tests:
+        lines.append(f"difference: percentage points above {first}; p: {tests}")
+    return [*lines, f"best for their multiply-adds: {', '.join(result['pareto'])}"]
+
+
+def gaps(result: Mapping[str, Any]) -> list[str]:
+    """Controls that are missing or not what they should be, and runs that failed."""
+    lines = [f"no {one['role']} of {one['model']}: {one['reason']}" for one in result["missing_controls"]]
     lines += [f"{one['role']} of {one['model']}: {one['reason']}" for one in result["control_notes"]]
     for row in result["models"]:
         lines += [f"{row['name']} seed {failure['seed']} failed: {failure['reason']}" for failure in row["failed"]]

@@ -1,4 +1,4 @@
-"""The report: one HTML file without a script, a font or a link to anything outside it."""
+"""The report of a run: what it reached, where it errs, what it cost."""
 
 import base64
 import struct
@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenfusion.files import write_text
 from tokenfusion.metrics import reliability, wilson_interval
+from tokenfusion.report.overlays import Overlay, overlays_of
+from tokenfusion.report.page import counted, duration, percent, write_page
 from tokenfusion.report.results import Prediction, Results, read_results
 
 MAX_CONFUSED = 30
@@ -21,8 +22,6 @@ MAX_MISTAKES = 24
 """Mistakes that are shown as pictures at most."""
 MAX_SKIPPED = 200
 """Skipped images that are listed at most."""
-
-CONTROL_CHARACTERS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,8 @@ class Mistake:
     """Whether the picture has so few pixels that they are better shown as squares."""
     reason: str
     """Why there is no picture."""
+    overlays: list[tuple[str, str]]
+    """Where the model looked: what the picture is, and its data: address."""
 
 
 def write_report(run: Path, thumbnails: Callable[[list[str]], dict[str, bytes]] | None = None) -> Path:
@@ -77,27 +78,15 @@ def write_report(run: Path, thumbnails: Callable[[list[str]], dict[str, bytes]] 
     Raises:
         InputError: the folder is not a run, is incomplete or damaged, or is of a newer version.
     """
-    page = render(read_results(run), thumbnails)
     path = run / "report.html"
-    # a name that is not UTF-8 was read as surrogates, which a page cannot hold
-    write_text(path, page.encode("utf-8", "replace").decode())
+    write_page(path, "report.html", describe(read_results(run), thumbnails))
     return path
 
 
-def render(results: Results, thumbnails: Callable[[list[str]], dict[str, bytes]] | None) -> str:
-    """The report's HTML."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
+def describe(results: Results, thumbnails: Callable[[list[str]], dict[str, bytes]] | None) -> dict[str, Any]:
+    """What the template tells."""
     from tokenfusion.report.plots import plot_curves, plot_reliability
 
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"percent": percent, "visible": visible}
     values: dict[str, Any] = {
         "results": results,
         "summary": summarise(results),
@@ -114,9 +103,9 @@ def render(results: Results, thumbnails: Callable[[list[str]], dict[str, bytes]]
             "heatmap": draw_heatmap(results.model["classes"], np.array(results.evaluation["confusion"])),
             "reliability": plot_reliability(reliability(scores, correct)),
             "wrong": correct.count(False),
-            "mistakes": show_mistakes(results.predictions, thumbnails),
+            "mistakes": show_mistakes(results.predictions, thumbnails, overlays_of(results.run)),
         }
-    return environment.get_template("report.html").render(values)
+    return values
 
 
 def summarise(results: Results) -> str:
@@ -195,24 +184,36 @@ def draw_heatmap(classes: list[str], confusion: NDArray[np.int64], limit: int = 
     return Heatmap(names=[classes[i] for i in chosen], total=len(classes), rows=cells)
 
 
-def show_mistakes(
-    predictions: list[Prediction], thumbnails: Callable[[list[str]], dict[str, bytes]] | None
-) -> list[Mistake]:
+def worst_mistakes(predictions: list[Prediction]) -> list[Prediction]:
     """The mistakes made with most confidence, the most confident first."""
     wrong = [p for p in predictions if p.label != p.prediction]
-    worst = sorted(wrong, key=lambda p: (-p.score, p.path))[:MAX_MISTAKES]
+    return sorted(wrong, key=lambda p: (-p.score, p.path))[:MAX_MISTAKES]
+
+
+def show_mistakes(
+    predictions: list[Prediction],
+    thumbnails: Callable[[list[str]], dict[str, bytes]] | None,
+    overlays: dict[tuple[str, str], list[Overlay]],
+) -> list[Mistake]:
+    """The worst mistakes with their pictures."""
+    worst = worst_mistakes(predictions)
     pictures = thumbnails([p.path for p in worst]) if thumbnails and worst else {}
     mistakes = []
     for p in worst:
+        drawn = [(of.caption, png_address(of.png)) for of in overlays.get((p.path, p.prediction), [])]
         png = pictures.get(p.path, b"")
         if png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 24:
             small = struct.unpack(">I", png[16:20])[0] < 64
-            data = f"data:image/png;base64,{base64.b64encode(png).decode()}"
-            mistakes.append(Mistake(p, picture=data, small=small, reason=""))
+            mistakes.append(Mistake(p, picture=png_address(png), small=small, reason="", overlays=drawn))
         else:
             reason = "the image cannot be read any more" if thumbnails else "pictures were not asked for"
-            mistakes.append(Mistake(p, picture="", small=False, reason=reason))
+            mistakes.append(Mistake(p, picture="", small=False, reason=reason, overlays=drawn))
     return mistakes
+
+
+def png_address(png: bytes) -> str:
+    """A picture as a data: address."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def list_cost(results: Results) -> list[tuple[str, str]]:
@@ -230,26 +231,3 @@ def list_cost(results: Results) -> list[tuple[str, str]]:
         ("Hardware", model["hardware"]),
         ("Versions", ", ".join(f"{name} {version}" for name, version in model["versions"].items())),
     ]
-
-
-def percent(share: float | None, decimals: int = 1) -> str:
-    """A share in percent; a dash where it is undefined."""
-    return "–" if share is None else f"{share * 100:.{decimals}f}%"
-
-
-def duration(seconds: float) -> str:
-    """A time as a person says it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds) // 60, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {round(seconds) % 60} s"
-
-
-def counted(n: int, noun: str) -> str:
-    """A number with its noun, in the plural where that is due."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
-
-
-def visible(text: object) -> str:
-    r"""A name with its newlines and other control characters spelled out, such as \n."""
-    return str(text).translate(CONTROL_CHARACTERS)

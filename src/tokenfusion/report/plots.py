@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
@@ -15,7 +16,9 @@ if TYPE_CHECKING:
 
 # Colours that stand for the page's own, replaced once the figure is drawn.
 TEXT, GRID, TRAIN, HELD_OUT = "#010101", "#020202", "#030303", "#040404"
+SERIES = tuple(f"#05050{i}" for i in range(8))
 PAGE_COLOURS = {TEXT: "currentColor", GRID: "var(--line)", TRAIN: "var(--train)", HELD_OUT: "var(--held-out)"}
+PAGE_COLOURS |= {colour: f"var(--series-{i})" for i, colour in enumerate(SERIES)}
 
 STYLE = {
     "svg.fonttype": "none",  # text stays text: it can be read aloud, searched and copied
@@ -129,3 +132,12 @@ def to_svg(figure: "Figure", name: str, description: str) -> Markup:
     svg = re.sub("|".join(PAGE_COLOURS), lambda match: PAGE_COLOURS[match[0]], svg)
     label = Markup('<svg role="img" aria-label="{}"').format(description)
     return label + Markup(svg.removeprefix("<svg"))
+
+
+def standalone(svg: Markup) -> str:
+    """A figure as a file of its own, with the page's colours in light and dark."""
+    colours = (Path(__file__).parent / "colours.css").read_text(encoding="utf-8")
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    start = f"<svg {names}{svg[len('<svg') : svg.index('>') + 1]}"
+    style = f"<style>\n{colours}svg {{ background: var(--page); color: var(--text); }}\n</style>"
+    return f"{start}\n{style}{svg[svg.index('>') + 1 :]}"

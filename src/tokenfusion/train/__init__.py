@@ -1,6 +1,6 @@
 """From a recipe to a run folder with a trained model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,15 @@ from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
 from tokenfusion.hardware import keep_freed_memory
+from tokenfusion.models.token_fusion import PARENTS, TokenFusion
 from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
 from tokenfusion.train.display import Display
-from tokenfusion.train.fit import Interrupted, Job, fit
+from tokenfusion.train.fit import CHECKPOINT, Interrupted, Job, fit
 from tokenfusion.train.log import Log
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer
 from tokenfusion.train.state import TrainState, fingerprint
+from tokenfusion.train.warm_start import warm_start
 
 __all__ = ["Interrupted", "resume", "start"]
 
@@ -97,19 +99,9 @@ def train(recipe: Recipe, run: Path, console: Console) -> None:
     keep_freed_memory()
     source = open_source(recipe.data)
     split = split_of(source, recipe, run)
-    torch.manual_seed(recipe.seed)
-    classifier = Classifier.create(
-        recipe.model,
-        source.classes,
-        in_chans=recipe.in_chans,
-        img_size=recipe.img_size or None,  # type: ignore[arg-type]
-        precision=recipe.precision,
-        drop_path=recipe.drop_path,
-        crop_pct=recipe.crop_pct,
-        max_pixels=recipe.max_pixels,
-    )
-    if recipe.grad_checkpointing:
-        classifier.model.set_grad_checkpointing()  # type: ignore[operator]
+    classifier = build(recipe, source.classes)
+    if recipe.warm_start_from and not (run / CHECKPOINT).exists():
+        warm_start(classifier, recipe.warm_start_from, console)
     training, held_out = read_both(source, split, recipe, run, console)
     state = TrainState(classifier.model, make_optimizer(classifier.model, recipe), recipe.ema, recipe.patience > 0)
     preprocess = classifier.preprocess
@@ -144,6 +136,36 @@ def train(recipe: Recipe, run: Path, console: Console) -> None:
     if state.best:
         state.shipped.load_state_dict(state.best)
     replace(classifier, model=state.shipped).save_weights(run)
+
+
+def build(recipe: Recipe, classes: Sequence[str]) -> Classifier:
+    """The recipe's model for these classes, from random weights, with the parents frozen that it says.
+
+    Raises:
+        InputError: the model cannot be built, or has no parents to freeze.
+    """
+    torch.manual_seed(recipe.seed)
+    classifier = Classifier.create(
+        recipe.model,
+        classes,
+        in_chans=recipe.in_chans,
+        img_size=recipe.img_size or None,  # type: ignore[arg-type]
+        precision=recipe.precision,
+        drop_path=recipe.drop_path,
+        crop_pct=recipe.crop_pct,
+        max_pixels=recipe.max_pixels,
+    )
+    model = classifier.model
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    if recipe.freeze != "none":
+        if not isinstance(model, TokenFusion):
+            raise InputError(
+                f"freeze={recipe.freeze} needs a CNN and a transformer that are fused, and {recipe.model} is no such "
+                "model; leave out --freeze, or give --model fuse(CNN,VIT)"
+            )
+        model.freeze(*(PARENTS if recipe.freeze == "both" else (recipe.freeze,)))
+    return classifier
 
 
 def split_of(source: Source, recipe: Recipe, run: Path) -> Split:

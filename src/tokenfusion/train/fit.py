@@ -26,6 +26,9 @@ from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import learning_rate, seed_step
 from tokenfusion.train.state import Record, TrainState, last_good
 
+CHECKPOINT = Path("state", "last.safetensors")
+"""Where a run folder keeps all that it needs to go on."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -40,7 +43,7 @@ class Job:
 
     @property
     def checkpoint(self) -> Path:
-        return self.run / "state" / "last.safetensors"
+        return self.run / CHECKPOINT
 
 
 class Interrupted(Exception):  # noqa: N818 - no error
@@ -122,8 +125,9 @@ def train_step(job: Job, state: TrainState, images: Tensor, labels: Tensor) -> t
         )
     if recipe.clip_grad:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
+    rate = learning_rate(recipe, progress.step, job.loader.steps_per_epoch)
     for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate(recipe, progress.step, job.loader.steps_per_epoch)
+        group["lr"] = rate * group["lr_scale"]
     state.optimizer.step()
     state.optimizer.zero_grad()
     return loss_sum, correct

@@ -8,25 +8,49 @@ from timm.optim.muon import Muon
 from torch import nn
 
 from tokenfusion.data.loader import mix
+from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Muon (timm's) or AdamW; weight decay on matrices and kernels only.
+    """Muon (timm's) or AdamW; weight decay on matrices and kernels only; nothing for frozen weights.
 
     Muon orthogonalises the momentum of a matrix or a flattened kernel and scales it to the root mean square of AdamW's
     updates, so that one learning rate serves both; biases, norms, gates, positions and CLS are left to AdamW.
+
+    Returns:
+        The optimiser, with two groups, of decayed weights and of others, for each learning rate; a group's `lr_scale`
+        is that rate in units of the recipe's.
     """
     exempt: set[str] = getattr(model, "no_weight_decay", set)()
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+    scales = lr_scales(model, recipe)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for scale in dict.fromkeys(scales.values()):
+        groups |= {(scale, True): [], (scale, False): []}
     for name, parameter in model.named_parameters():
-        (others if parameter.ndim <= 1 or name in exempt else matrices).append(parameter)
-    decayed: dict[str, Any] = {"params": matrices, "weight_decay": recipe.weight_decay}
-    free: dict[str, Any] = {"params": others, "weight_decay": 0.0}
-    if recipe.optimizer == "muon":
-        return Muon([decayed, free | {"use_fallback": True}], lr=recipe.lr, nesterov=True)
-    return torch.optim.AdamW([decayed, free], lr=recipe.lr, fused=True)
+        if parameter.requires_grad:
+            groups[scales[name], parameter.ndim > 1 and name not in exempt].append(parameter)
+    muon = recipe.optimizer == "muon"
+    options: list[dict[str, Any]] = [
+        {"params": parameters, "lr_scale": scale, "weight_decay": recipe.weight_decay if decayed else 0.0}
+        | ({"use_fallback": True} if muon and not decayed else {})
+        for (scale, decayed), parameters in groups.items()
+        if parameters
+    ]
+    return Muon(options, lr=recipe.lr, nesterov=True) if muon else torch.optim.AdamW(options, lr=recipe.lr, fused=True)
+
+
+def lr_scales(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """Each parameter's learning rate in units of the recipe's, by name: one for the backbone (the parents of a fusion
+    model), one for the classifier; what fuses learns at the recipe's own."""
+    if isinstance(model, TokenFusion):
+        scales = {"cnn": recipe.backbone_lr, "vit": recipe.backbone_lr, "fusion": 1.0, "head": recipe.head_lr}
+        return {name: scales[model.part_of(name)] for name, _ in model.named_parameters()}
+    classifier = getattr(model, "get_classifier", nn.Identity)()
+    heads = classifier if isinstance(classifier, tuple) else (classifier,)  # timm's distilled models have two
+    head = {parameter for module in heads for parameter in module.parameters()}
+    rates = {True: recipe.head_lr, False: recipe.backbone_lr}
+    return {name: rates[parameter in head] for name, parameter in model.named_parameters()}
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int) -> float:

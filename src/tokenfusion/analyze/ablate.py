@@ -1,0 +1,132 @@
+"""What a model loses when tokens of one source are replaced by their mean, from outside.
+
+The mean is over images and places, so that neither what a token shows nor where it stands is left of it. CLS and other
+tokens without a place stay.
+
+Letters: B batch, T tokens, C channels, N images, K classes.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenfusion.analyze.intervals import mean_interval
+from tokenfusion.analyze.places import Place, Span, token_places
+from tokenfusion.analyze.record import evaluating
+from tokenfusion.layers.tokens import size_of
+from tokenfusion.models.token_fusion import EarlyFusion, LayerwiseFusion
+
+Batches = Sequence[tuple[Tensor, Tensor]]
+"""Images (B, in_chans, H, W) as the model takes them, and their labels (B,)."""
+WHOLE = "whole branch"
+"""What the rows are called that are of no single layer."""
+
+
+class Target(NamedTuple):
+    """The tokens of one source in the input of one module."""
+
+    module: str
+    source: str
+    span: Span
+
+
+def targets_of(places: Iterable[Place]) -> list[Target]:
+    """All that can be replaced in some places."""
+    return [Target(place.module, source, span) for place in places for source, span in place.spans.items()]
+
+
+def whole_branch(model: nn.Module, targets: Sequence[Target], source: str) -> list[Target]:
+    """Where to replace the tokens of a source so that nothing of them is left: in all layers.
+
+    Patches that pixels are exchanged with carry those as well from then on: they are replaced where they enter.
+    """
+    mine = [target for target in targets if target.source == source]
+    carries_pixels = isinstance(model, LayerwiseFusion) or (isinstance(model, EarlyFusion) and not model.joint)
+    return mine[:1] if carries_pixels and source != "pixel" else mine
+
+
+@contextmanager
+def replaced(model: nn.Module, means: Mapping[Target, Tensor]) -> Iterator[None]:
+    """Tokens replaced by a vector (C,) each while the context lasts; the model is as before afterwards."""
+
+    def replace(span: Span, mean: Tensor, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = inputs[span.argument].clone()
+        tokens[:, span.start : span.stop] = mean.to(tokens)
+        return (*inputs[: span.argument], tokens, *inputs[span.argument + 1 :])
+
+    with ExitStack() as stack:
+        for target, mean in means.items():
+            hook = partial(replace, target.span, mean)
+            stack.callback(model.get_submodule(target.module).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def token_means(model: nn.Module, targets: Sequence[Target], batches: Batches) -> tuple[dict[Target, Tensor], Tensor]:
+    """The mean token (C,) of each target over images and places, and the model's logits (N, K)."""
+    totals: dict[Target, Tensor] = {}
+
+    def add(target: Target, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        span = target.span
+        total = inputs[span.argument][:, span.start : span.stop].double().mean(1).sum(0)
+        totals[target] = totals.get(target, 0) + total
+
+    with ExitStack() as stack:
+        for target in targets:
+            hook = model.get_submodule(target.module).register_forward_pre_hook(partial(add, target))
+            stack.callback(hook.remove)
+        logits = all_logits(model, batches)
+    return {target: total / len(logits) for target, total in totals.items()}, logits
+
+
+def all_logits(model: nn.Module, batches: Batches) -> Tensor:
+    """Logits (N, K) of all images, in float32 on the CPU."""
+    return torch.cat([model(images).float().cpu() for images, _ in batches])
+
+
+@torch.no_grad()
+def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
+    """Accuracy and loss when the tokens of a source are replaced by their mean, in one layer or in all.
+
+    Where: `token_places`. In a block's input the tokens' stream ends there. An operator's pixel tokens are those that
+    it reads: the CNN's map goes on as it was, through its own residual, and may bring the pixels back in the next
+    exchange; what an addition adds becomes the mean update.
+
+    Args:
+        model: a fusion, or a transformer that can be walked; run in evaluation mode, and left as it was.
+        batches: images of one size, and labels.
+
+    Returns:
+        `top1` and `loss` as it is; `replaced`: for each `layer` and `tokens`, and for each source's "whole branch" (see
+        `whole_branch`), `top1` and `loss`, and how much they change against the model as it is, with 95 % intervals
+        paired over images. In a late fusion CLS has read the patches before the operators, and keeps that.
+
+    Raises:
+        InputError: the model has no row of blocks over its patches.
+    """
+    targets = targets_of(token_places(model, size_of(batches[0][0])))
+    labels = torch.cat([labels for _, labels in batches]).cpu()
+    sources = dict.fromkeys(target.source for target in targets)
+    groups = [(target.module, target.source, [target]) for target in targets]
+    groups += [(WHOLE, source, whole_branch(model, targets, source)) for source in sources]
+    with evaluating(model):
+        means, logits = token_means(model, targets, batches)
+        right, loss = scores(logits, labels)
+        rows = []
+        for layer, source, chosen in groups:
+            with replaced(model, {target: means[target] for target in chosen}):
+                new_right, new_loss = scores(all_logits(model, batches), labels)
+            row = {"layer": layer, "tokens": source, "top1": float(new_right.mean()), "loss": float(new_loss.mean())}
+            row |= {"top1_change": mean_interval(new_right - right), "loss_change": mean_interval(new_loss - loss)}
+            rows.append(row)
+    return {"top1": float(right.mean()), "loss": float(loss.mean()), "replaced": rows}
+
+
+def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each image, whether it is right (1 or 0) and its cross-entropy, (N,) each."""
+    logits = logits.double()
+    return (logits.argmax(1) == labels).double(), F.cross_entropy(logits, labels, reduction="none")

@@ -1,0 +1,261 @@
+"""What a trained run looks at, drawn over its images: `tokenfusion explain`."""
+
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torchvision.io import encode_png
+
+from tokenfusion.analyze.faithfulness import Probability, importance, measure_faithfulness
+from tokenfusion.analyze.record import evaluating
+from tokenfusion.analyze.saliency import saliency
+from tokenfusion.analyze.subject import open_subject
+from tokenfusion.classifier import Classifier
+from tokenfusion.data.decode import UnreadableImage
+from tokenfusion.data.loader import eval_batches
+from tokenfusion.data.sources import open_source
+from tokenfusion.errors import InputError
+from tokenfusion.files import write_atomic, write_json
+from tokenfusion.models.base import choose
+from tokenfusion.predict import expand
+from tokenfusion.report.html import worst_mistakes
+from tokenfusion.report.results import read_evaluation
+
+Method = Literal["gradcam", "rollout", "attention"]
+Branch = Literal["cnn", "transformer", "both"]
+Prepared = tuple[str, Tensor | str]
+"""A name, and the prepared image (in_chans, h, w) or why there is none."""
+BATCH = 16
+SIDE = 224
+"""Pixels that the longer side of an overlay has at least."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be explained.
+
+    Attributes:
+        method, branch: as in `saliency`.
+        of_class: a class's name; the predicted ones where it is "".
+        topk: how many of those.
+    """
+
+    method: Method = "gradcam"
+    branch: Branch = "both"
+    of_class: str = ""
+    topk: int = 1
+
+    def __post_init__(self) -> None:
+        if self.topk < 1:
+            raise InputError(f"topk={self.topk} explains no class; give 1 or more")
+        if self.method != "gradcam" and (self.of_class or self.topk > 1):
+            raise InputError(
+                f"--method {self.method} is the same for every class; leave out --class and --topk, "
+                "or take --method gradcam"
+            )
+        if self.of_class and self.topk > 1:
+            raise InputError(f"--class {self.of_class} is one class; leave out --topk {self.topk}")
+
+
+def explain(
+    run: Path,
+    images: Sequence[str] = (),
+    question: Question = Question(),
+    *,
+    out: Path | None = None,
+    faithfulness: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Draw what a run looks at over images; write the overlays and `explain.json`.
+
+    Args:
+        run: a finished run folder.
+        images: files, folders, globs; the worst mistakes of the run's evaluation when none is given.
+        question: what to explain.
+        out: folder to write to; RUN/explain when not given, and RUN/explain/mistakes of the worst mistakes, where the
+            report finds them.
+        faithfulness: how many held-out images to measure `measure_faithfulness` on; 0 for none.
+        progress: called with (images done, images in all).
+
+    Returns:
+        what `explain.json` holds: `model`, `method`, `images`, each with `path`, `prediction`, `score` and `overlays`
+        (`branch`, `class`, `score`, `file`), or with `path` and `error`; `faithfulness`, or None; and the folder.
+
+    Raises:
+        InputError: the run cannot be used, it is not evaluated, the method says nothing of the model or the branch.
+    """
+    classifier = Classifier.load(run)
+    if question.of_class:
+        choose(dict.fromkeys(classifier.classes), question.of_class, "class")
+    named = list(expand(images))
+    prepared = (classifier.prepare(path) for path in named) if named else mistakes_of(run, classifier)
+    total = len(named)
+    folder = out or run / "explain" / ("" if named else "mistakes")
+    folder.mkdir(parents=True, exist_ok=True)
+    entries: list[dict[str, Any]] = []
+    for entry in explain_images(classifier, prepared, question, folder):
+        entries.append(entry)
+        if progress and total:
+            progress(len(entries), total)
+    measured = measure_run(run, faithfulness, question) if faithfulness else None
+    result = {"model": classifier.name, "method": question.method, "images": entries, "faithfulness": measured}
+    write_json(folder / "explain.json", result)
+    return result, folder
+
+
+def mistakes_of(run: Path, classifier: Classifier) -> Iterator[Prepared]:
+    """The images of the worst mistakes, read from the data that the run was evaluated on.
+
+    Raises:
+        InputError: it has not been evaluated, or the data is gone.
+    """
+    evaluation, predictions = read_evaluation(run, list(classifier.classes))
+    if evaluation is None:
+        raise InputError(f"{run} has not been evaluated; name images, or run `tokenfusion evaluate {run}` first")
+    source = open_source(evaluation["data"])
+    places = {name: index for index, name in enumerate(source.names)}
+    for mistake in worst_mistakes(predictions):
+        try:
+            image = source.decode(places[mistake.path], classifier.max_pixels)
+            yield mistake.path, classifier.preprocess.resize(image)
+        except (KeyError, UnreadableImage) as error:
+            yield mistake.path, f"it cannot be read any more: {error}"
+
+
+def explain_images(
+    classifier: Classifier, prepared: Iterator[Prepared], question: Question, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """An entry for each image, in order; its overlays are written as PNG into the folder."""
+    waiting: list[Prepared] = []
+    done = 0
+    for item in prepared:
+        waiting.append(item)
+        if len(waiting) == BATCH:
+            yield from explain_batch(classifier, waiting, question, folder, done)
+            waiting, done = [], done + BATCH
+    yield from explain_batch(classifier, waiting, question, folder, done)
+
+
+def explain_batch(
+    classifier: Classifier, prepared: Sequence[Prepared], question: Question, folder: Path, first: int
+) -> Iterator[dict[str, Any]]:
+    """The same of a batch whose first image has the number `first`."""
+    readable = [image for _, image in prepared if isinstance(image, Tensor)]
+    drawn = iter(draw_batch(classifier, torch.stack(readable), question) if readable else ())
+    for number, (path, image) in enumerate(prepared, start=first):
+        if isinstance(image, str):
+            yield {"path": printable(path), "error": image}
+            continue
+        prediction, score, overlays = next(drawn)
+        entry: dict[str, Any] = {"path": printable(path), "prediction": prediction, "score": score, "overlays": []}
+        for rank, (branch, name, probability, picture) in enumerate(overlays):
+            file = f"{number:04d}-{safe(Path(path).stem)}-{rank}-{branch}-{safe(name)}.png"
+            write_png(folder / file, picture)
+            entry["overlays"].append({"branch": branch, "class": name, "score": probability, "file": file})
+        yield entry
+
+
+Drawn = tuple[str, float, list[tuple[str, str, float, Tensor]]]
+"""Prediction and its probability; branch, class, the class's probability and overlay (3, H, W) of each picture."""
+
+
+def draw_batch(classifier: Classifier, batch: Tensor, question: Question) -> list[Drawn]:
+    """What there is to draw of prepared images, uint8 (B, in_chans, h, w)."""
+    images, classes = classifier.to_input(batch), classifier.classes
+    probabilities = probabilities_of(classifier, images).cpu()
+    best = probabilities.topk(min(question.topk, len(classes)), dim=1).indices
+    given = question.of_class
+    explained = torch.full_like(best[:, :1], classes.index(given)) if given else best
+    columns = [
+        saliency(classifier.model, images, column, question.method, question.branch) for column in explained.unbind(1)
+    ]
+    result: list[Drawn] = []
+    for i, (picture, scores) in enumerate(zip(batch.cpu(), probabilities, strict=True)):
+        overlays = [
+            (branch, classes[chosen[i]], float(scores[chosen[i]]), overlay(picture, of[i]))
+            for maps, chosen in zip(columns, explained.unbind(1), strict=True)
+            for branch, of in maps.items()
+        ]
+        result.append((classes[best[i, 0]], float(scores[best[i, 0]]), overlays))
+    return result
+
+
+def overlay(picture: Tensor, of: Tensor) -> Tensor:
+    """A map (h, w) in colour over an image, uint8 (1 or 3, H, W): uint8 (3, H', W'), enlarged where it is small."""
+    import matplotlib
+
+    scale = ceil(SIDE / max(picture.shape[1:]))
+    large = picture.expand(3, -1, -1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    top = of.max()
+    low = torch.minimum(of.min(), 0.95 * top)  # rounding errors stay unseen
+    level = (of - low) / (top - low).clamp_min(torch.finfo(of.dtype).tiny)
+    smooth = importance(level[None], (large.shape[1], large.shape[2]))[0].clamp(0, 1)
+    heat = torch.from_numpy(matplotlib.colormaps["turbo"](smooth.numpy())[..., :3]).permute(2, 0, 1)
+    return (large / 2 + 255 * heat / 2).round().to(torch.uint8)
+
+
+def write_png(path: Path, picture: Tensor) -> None:
+    """Write an image, uint8 (3, H, W), whole or not at all."""
+    data = encode_png(picture.contiguous()).numpy().tobytes()
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomic(path, write)
+
+
+def safe(name: str) -> str:
+    """A name as a part of a file's name that stays in its folder on any system."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:40].strip("_") or "x"
+
+
+def printable(path: str) -> str:
+    """A path whose bytes are no UTF-8 as text that a JSON file can hold."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def measure_run(run: Path, num_images: int, question: Question) -> dict[str, Any]:
+    """`measure_faithfulness` of the predicted class of held-out images."""
+    classifier, images = open_subject(str(run), None, num_images)
+
+    def batches() -> Iterator[tuple[Tensor, dict[str, Tensor], Probability]]:
+        for batch, _ in eval_batches(images, classifier.preprocess, batch_size=BATCH):
+            pixels = classifier.to_input(batch)
+            classes = probabilities_of(classifier, pixels).argmax(1)
+            maps = saliency(classifier.model, pixels, classes, question.method, question.branch)
+            yield pixels, maps, partial(probability_of, classifier, classes)
+
+    return {"images": len(images)} | measure_faithfulness(batches())
+
+
+@torch.no_grad()
+def probabilities_of(classifier: Classifier, images: Tensor) -> Tensor:
+    """Probabilities (B, K) of input images."""
+    with evaluating(classifier.model):
+        return classifier.model(images).float().softmax(1)
+
+
+def probability_of(classifier: Classifier, classes: Tensor, images: Tensor) -> Tensor:
+    """Each input image's probability (B,) of its class (B,)."""
+    return probabilities_of(classifier, images).gather(1, classes[:, None])[:, 0]
+
+
+def describe(measured: dict[str, Any]) -> list[str]:
+    """A line a branch on what `measure_faithfulness` found."""
+    lines = []
+    for branch, ways in measured.items():
+        if branch == "images":
+            continue
+        parts = []
+        for way, better in (("deletion", "lower"), ("insertion", "higher")):
+            areas = ", ".join(f"{kind} {ways[way][kind]['mean']:.3f}" for kind in ("map", "random", "centre"))
+            parts.append(f"{way} ({better} is better) {areas}")
+        lines.append(f"{branch.replace('_', ' ')}, {measured['images']} images: {'; '.join(parts)}")
+    return lines

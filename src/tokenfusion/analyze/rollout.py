@@ -1,0 +1,183 @@
+"""Attention rollout: how much of what the head reads comes from each token that entered (Abnar and Zuidema, 2020).
+
+Source: arXiv 2005.00928, section 3: heads averaged, half of every layer's weight to its residual, layers multiplied.
+Beyond it, for several streams of tokens: attention whose queries and keys differ mixes their rows alone; tokens that
+are added at the same place count half each, as residual and update do; a gate weighs what was with what came.
+Re-attention counts by its maps before the mixing, whose rows are shares.
+
+Letters: B batch, H heads, N query tokens, M key tokens, S tokens that entered, h w grid.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
+from tokenfusion.errors import InputError
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, size_of
+from tokenfusion.models.operators import AlignedAddition, Grids, regrid
+from tokenfusion.models.token_fusion import Exchange, Gate, LateFusion, TokenFusion
+
+
+class Origin(NamedTuple):
+    """Tokens that entered the model together: their source, their grid, and their columns in the rollout."""
+
+    source: str
+    grid: tuple[int, int] | None
+    start: int
+    stop: int
+
+
+class Rollout:
+    """What the tokens of each source are made of, followed through one forward pass.
+
+    Attributes:
+        origins: the tokens that entered, in the order of the columns.
+        state: by source, what each of its tokens is made of: (B, tokens, S), rows that sum to 1.
+    """
+
+    def __init__(self) -> None:
+        self.origins: list[Origin] = []
+        self.state: dict[str, Tensor] = {}
+        self.around = ""
+        self.before: Mapping[str, Tensor] = {}
+
+    def enter(self, tokens: TokenLayout, batch: int) -> None:
+        """Let those of some tokens enter that have not yet, each made of itself alone."""
+        for source, groups in by_source(tokens).items():
+            if source in self.state:
+                continue
+            count = sum(group.count for group in groups)
+            start = sum(origin.stop - origin.start for origin in self.origins)
+            self.origins.append(Origin(source, groups[0].grid, start, start + count))
+            self.state = {name: F.pad(rows, (0, count)) for name, rows in self.state.items()}
+            self.state[source] = F.pad(torch.eye(count), (start, 0)).expand(batch, -1, -1)
+
+    def follow(self, around: str, layout: AttentionLayout, maps: Tensor) -> None:
+        """A layer with its residual: queries become half themselves, half what they ask.
+
+        Args:
+            around: name of the module that the attention is a part of; its attentions all see what it was given.
+            layout: what the rows and columns are.
+            maps: (B, N, M), rows that sum to 1.
+        """
+        self.enter(layout.queries, len(maps))
+        self.enter(layout.keys, len(maps))
+        if around != self.around:
+            self.around, self.before = around, dict(self.state)
+        queries, keys = by_source(layout.queries), by_source(layout.keys)
+        asked = torch.cat([self.before[source] for source in keys], dim=1)
+        own = torch.cat([self.state[source] for source in queries], dim=1)
+        mixed = (own + maps.float().cpu() @ asked) / 2
+        counts = [sum(group.count for group in groups) for groups in queries.values()]
+        self.state |= dict(zip(queries, torch.split(mixed, counts, dim=1), strict=True))
+
+    def see(self, record: AttentionRecord) -> None:
+        """Follow a recorded map, the mean over its heads."""
+        self.follow(record.name.rpartition(".")[0], record.layout, record.map.mean(1))
+
+    def head(self) -> Tensor:
+        """What the head reads is made of, (B, S): CLS, the mean of several, or that of the patches where there is none.
+
+        The head is taken to read CLS wherever there is one.
+        """
+        rows = [rows for source, rows in self.state.items() if source.endswith("cls")]
+        rows = rows or [rows for source, rows in self.state.items() if source.endswith("patch")]
+        return torch.stack([of.mean(1) for of in rows]).mean(0)
+
+    def shares(self) -> dict[str, Tensor]:
+        """What the head reads, by source: (B,) each, which sum to 1."""
+        head, shares = self.head(), dict[str, Tensor]()
+        for origin in self.origins:
+            part = head[:, origin.start : origin.stop].sum(1)
+            shares[origin.source] = shares.get(origin.source, 0) + part
+        return shares
+
+    def maps(self) -> dict[str, Tensor]:
+        """What the head reads, by source and place: (B, h, w) each; several grids of a source on the finest one."""
+        head, found = self.head(), dict[str, list[Tensor]]()
+        for origin in self.origins:
+            if origin.grid:
+                places = head[:, origin.start : origin.stop].reshape(-1, *origin.grid)
+                found.setdefault(origin.source, []).append(places)
+        return {source: on_finest(maps) for source, maps in found.items()}
+
+
+def by_source(tokens: TokenLayout) -> dict[str, list[TokenGroup]]:
+    """The groups of each source, in order; groups of a source follow each other."""
+    groups: dict[str, list[TokenGroup]] = {}
+    for group in tokens:
+        groups.setdefault(group.source, []).append(group)
+    return groups
+
+
+def on_finest(maps: list[Tensor]) -> Tensor:
+    """The sum of maps (B, h, w) on the finest of their grids; each keeps its total, up to interpolation."""
+    finest = max((of.shape[1:] for of in maps), key=lambda grid: grid.numel())
+    resized = [
+        F.interpolate(of[:, None], size=finest, mode="bilinear")[:, 0] * (of.shape[1:].numel() / finest.numel())
+        for of in maps
+    ]
+    return torch.stack(resized).sum(0)
+
+
+@torch.no_grad()
+def attention_rollout(model: nn.Module, images: Tensor) -> Rollout:
+    """Follow images (B, in_chans, H, W) through a model.
+
+    Raises:
+        InputError: no attention that can be seen, or attention between tokens that do not stay the same on the way.
+    """
+    pooled = any(group.source == "pooled" for of in attention_layouts(model).values() for group in of.keys)
+    if pooled:
+        raise InputError(
+            f"rollout cannot follow a {type(model).__name__}: its keys stand for cells of patches, and convolutions "
+            "between its stages mix places; take --method gradcam"
+        )
+    rollout = Rollout()
+    with evaluating(model), record_attention(model, reduce=rollout.see), ExitStack() as stack:
+        if isinstance(model, TokenFusion):
+            rollout.enter(model.vit_layout(size_of(images)), len(images))
+            follow_fusion(rollout, model, size_of(images), stack)
+        model(images)
+    return rollout
+
+
+def follow_fusion(rollout: Rollout, model: TokenFusion, size: tuple[int, int], stack: ExitStack) -> None:
+    """Hook what no attention map tells of: pixels that enter, tokens that are added, and gates."""
+    alone: dict[str, Tensor] = {}
+
+    def begin(module: nn.Module, _inputs: Any) -> None:
+        if isinstance(module, Exchange):
+            rollout.state.pop("pixel", None)  # the next stage's pixels are other tokens
+        alone.clear()
+        alone.update(rollout.state)
+
+    def add(module: nn.Module, inputs: tuple[Tensor, Tensor, Grids], _output: Any) -> None:
+        (tokens, _, grids), patches = inputs, model.vit_layout(size)[-1:]
+        pixels = (TokenGroup("pixel", grids.pixels),)
+        ways = [(AttentionLayout(patches, pixels), grids.pixels, grids.patches)]
+        if module.writes:
+            ways.append((AttentionLayout(pixels, patches), grids.patches, grids.pixels))
+        for layout, old, new in ways:
+            shares = regrid(torch.eye(old[0] * old[1])[None], old, new)  # (1, places of new, places of old)
+            rollout.follow(f"addition {id(module)}", layout, shares.expand(len(tokens), -1, -1))
+
+    def weigh(module: Gate, _inputs: Any, _output: Any) -> None:
+        opening = module.weight.detach().clamp(0, 1).mean().item()
+        for source, rows in alone.items():
+            rows = F.pad(rows, (0, rollout.state[source].shape[2] - rows.shape[2]))
+            rollout.state[source] = torch.lerp(rows, rollout.state[source], opening)
+
+    first = model.operators[0] if isinstance(model, LateFusion) else None
+    for module in model.modules():
+        if isinstance(module, Exchange) or module is first:
+            stack.callback(module.register_forward_pre_hook(begin).remove)
+        if isinstance(module, AlignedAddition):
+            stack.callback(module.register_forward_hook(add).remove)
+        if isinstance(module, Gate) and module.weight.ndim == 1:  # of tokens, not of maps
+            stack.callback(module.register_forward_hook(weigh).remove)

@@ -1,0 +1,42 @@
+"""Where the model looked at its worst mistakes, as `tokenfusion explain RUN` drew it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenfusion.report.results import read_json, require
+
+
+@dataclass(frozen=True)
+class Overlay:
+    """A picture of where one branch looked.
+
+    Attributes:
+        caption: method and branch.
+        png: the file's bytes.
+    """
+
+    caption: str
+    png: bytes
+
+
+def overlays_of(run: Path) -> dict[tuple[str, str], list[Overlay]]:
+    """What RUN/explain/mistakes holds, by an image's name and the class explained; nothing where there is no such.
+
+    Raises:
+        InputError: its explain.json is damaged.
+    """
+    folder = run / "explain" / "mistakes"
+    if not (folder / "explain.json").is_file():
+        return {}
+    found = read_json(folder / "explain.json")
+    require(found, ("method", "images"), folder / "explain.json")
+    overlays: dict[tuple[str, str], list[Overlay]] = {}
+    for image in found["images"]:
+        require(image, ("path",), folder / "explain.json")
+        for drawn in image.get("overlays", ()):
+            require(drawn, ("branch", "class", "file"), folder / "explain.json")
+            path = folder / Path(drawn["file"]).name
+            if path.is_file():
+                caption = f"{found['method']}, {drawn['branch'].replace('_', ' ')}"
+                overlays.setdefault((image["path"], drawn["class"]), []).append(Overlay(caption, path.read_bytes()))
+    return overlays

@@ -1,0 +1,54 @@
+"""What the reports share: one HTML file without a script, a font or a link to anything outside it, and its words."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenfusion.files import write_text
+
+CONTROL_CHARACTERS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
+
+
+def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
+    """Write a page, whole or not at all.
+
+    Args:
+        path: the file.
+        template: a file of this room, which extends `page.html`.
+        values: what the template names.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"percent": percent, "visible": visible}
+    page = environment.get_template(template).render(values)
+    # a name that is not UTF-8 was read as surrogates, which a page cannot hold
+    write_text(path, page.encode("utf-8", "replace").decode())
+
+
+def percent(share: float | None, decimals: int = 1) -> str:
+    """A share in percent; a dash where it is undefined."""
+    return "–" if share is None else f"{share * 100:.{decimals}f}%"
+
+
+def duration(seconds: float) -> str:
+    """A time as a person says it."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    hours, minutes = divmod(round(seconds) // 60, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {round(seconds) % 60} s"
+
+
+def counted(n: int, noun: str) -> str:
+    """A number with its noun, in the plural where that is due."""
+    return f"{n:,} {noun}" + ("" if n == 1 else "s")
+
+
+def visible(text: object) -> str:
+    r"""A name with its newlines and other control characters spelled out, such as \n."""
+    return str(text).translate(CONTROL_CHARACTERS)

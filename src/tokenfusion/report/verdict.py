@@ -1,0 +1,145 @@
+"""What a comparison shows, in words: which model is best, and where fusing tokens helps."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tokenfusion.compare.display import p_text
+from tokenfusion.report.page import counted, percent
+
+FUSED = ("tokenfusion_", "fuse(")
+"""How names of fused models begin."""
+
+Row = Mapping[str, Any]
+"""One of `models` of `comparison.json`."""
+
+
+def interval(row: Row) -> tuple[float, float]:
+    """The 95 % interval of a model's top-1: over its seeds, or over the images of the only one."""
+    low, high = row["top1_ci95"] or row["top1_ci95_images"]
+    return low, high
+
+
+def overlap(one: Row, other: Row) -> bool:
+    """Whether two models' intervals have a point in common."""
+    (low, high), (other_low, other_high) = interval(one), interval(other)
+    return low <= other_high and other_low <= high
+
+
+def rank(result: Mapping[str, Any]) -> list[Row]:
+    """The models that have a finished run, best first."""
+    return sorted((row for row in result["models"] if row["runs"]), key=lambda row: -row["top1_mean"])
+
+
+def headline(result: Mapping[str, Any]) -> str:
+    """Which model is best and by how much, over the next, the first and all the others; and what is not known.
+
+    Args:
+        result: what `comparison.json` holds.
+    """
+    ranked = rank(result)
+    if not ranked:
+        return " ".join(["No model of this comparison has a finished run.", *cautions(result)])
+    best, *others = ranked
+    images = best["runs"][0]["n"]
+    spread = "" if best["top1_sd"] is None else f" ± {percent(best['top1_sd'], 2)}"
+    reached = f"it names {percent(best['top1_mean'], 2)}{spread} of {counted(images, 'image')} correctly"
+    if not others:
+        return " ".join([f"Only {best['name']} has finished runs: {reached}.", *cautions(result)])
+    sentences = [f"Of the {len(ranked)} models with finished runs, {best['name']} is best: {reached}."]
+    nearest, first = others[0], result["models"][0]
+    sentences.append(f"The next is {nearest['name']}, {distance(result, nearest, best)}.")
+    if not first["runs"]:
+        sentences.append(f"{first['name']}, with which tests compare, has no finished run.")
+    elif first not in (best, nearest):
+        sentences.append(f"{first['name']}, which was named first, is {distance(result, first, best)}.")
+    if len(others) > 1:
+        close = [row["name"] for row in others if overlap(best, row)]
+        sentences.append(f"Intervals that overlap with the best one's: {listed(close) or 'none'}.")
+    return " ".join([*sentences, *cautions(result)])
+
+
+def distance(result: Mapping[str, Any], row: Row, best: Row) -> str:
+    """How far a model is below the best, and whether that is more than chance."""
+    gap = best["top1_mean"] - row["top1_mean"]
+    far = f"{100 * gap:.2f} percentage points below" if gap else "level with it"
+    apart = "overlap: either may be the better" if overlap(row, best) else "do not overlap"
+    first = result["models"][0]["name"]
+    tests = {test["name"]: test for test in result["tests"]}
+    test = tests.get(row["name"] if best["name"] == first else best["name"], {"p": None})
+    if first not in (row["name"], best["name"]) or test["p"] is None:
+        return f"{far}; their 95% intervals {apart}"
+    return f"{far}; their 95% intervals {apart} (p {p_text(test['p'])}, {test['method']})"
+
+
+def cautions(result: Mapping[str, Any]) -> list[str]:
+    """What the figures do not tell."""
+    seeds, models = len(result["seeds"]), result["models"]
+    failed = sum(len(row["failed"]) for row in models)
+    left = len(models) * seeds - sum(len(row["runs"]) for row in models) - failed
+    sentences = []
+    if failed:
+        sentences.append(f"{counted(failed, 'run')} failed.")
+    if left > 0:
+        sentences.append(f"{counted(left, 'run')} still to do.")
+    if seeds == 1:
+        sentences.append("Of one seed the intervals are over images alone: they do not tell what another seed gives.")
+    if seeds == 2:
+        sentences.append("Of two seeds an interval is 9 standard deviations to either side, so that most overlap.")
+    return sentences
+
+
+def fusion_against_others(result: Mapping[str, Any]) -> list[str]:
+    """Of each fused model, best first, whether it is better than its controls and than models that fuse nothing.
+
+    Better and worse are those whose intervals do not overlap with the fused model's; gains are in percentage points.
+
+    Args:
+        result: what `comparison.json` holds.
+    """
+    ranked = rank(result)
+    said = []
+    for fused in (row for row in ranked if row["name"].startswith(FUSED)):
+        rivals = [row for row in ranked if is_rival(row, fused["name"])]
+        if not rivals:
+            continue
+        unclear = [row for row in rivals if overlap(row, fused)]
+        clear = [row for row in rivals if not overlap(row, fused)]
+        groups = {
+            "It is better than": [row for row in clear if row["top1_mean"] < fused["top1_mean"]],
+            "Intervals overlap with": unclear,
+            "It is worse than": [row for row in clear if row["top1_mean"] > fused["top1_mean"]],
+        }
+        better = len(groups["It is better than"])
+        which = {0: "none", len(rivals): "all"}.get(better, str(better))
+        models = f"{which} of the {counted(len(rivals), 'model')} compared with it"
+        sentences = [f"{fused['name']}, {percent(fused['top1_mean'], 2)}, is better than {models}."]
+        sentences += [
+            f"{words} {listed(name_with_gain(row, fused) for row in rows)}." for words, rows in groups.items() if rows
+        ]
+        said.append(" ".join(sentences))
+    return said
+
+
+def is_rival(row: Row, fused: str) -> bool:
+    """Whether a model is a control of the fused one, or fuses nothing and is no other model's control."""
+    roles = row["role"].split("; ")
+    if any(role.endswith(f" of {fused}") for role in roles):
+        return True
+    asked_for = any(role == "model" or role.startswith("member of ") for role in roles)
+    return asked_for and not row["name"].startswith(FUSED)
+
+
+def name_with_gain(row: Row, fused: Row) -> str:
+    """A rival with its role, what the fused model gains over it, and its cost where that is another one."""
+    roles = [role.removesuffix(f" of {fused['name']}") for role in row["role"].split("; ")]
+    own = [role for role in roles if role not in row["role"].split("; ")]
+    gain = f"{100 * (fused['top1_mean'] - row['top1_mean']):+.2f}"
+    ratio = row["macs"] / fused["macs"]
+    cost = [f"at {ratio:.2f}× the multiply-adds"] if abs(ratio - 1) > 0.1 else []
+    return f"{row['name']} ({', '.join([*own, gain, *cost])})"
+
+
+def listed(words: Iterable[str]) -> str:
+    """Words as a sentence lists them."""
+    several: Sequence[str] = list(words)
+    return " and ".join([", ".join(several[:-1]), several[-1]] if len(several) > 1 else several)

@@ -1,0 +1,119 @@
+"""The command `explain`: overlays that stay in their folder, and in the report."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenfusion import Classifier, InputError
+from tokenfusion.analyze.explain import Question, explain, overlay, safe
+from tokenfusion.report import write_report
+
+
+def test_overlays_of_named_images(command, run, digit, tmp_path):
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(b"no image")
+    out = tmp_path / "out"
+    status, output, errors = command("explain", run, digit, bad, "--topk", 2, "--out", out)
+    assert (status, "bad.png: " in errors) == (1, True)
+    assert "4 overlays of 1 images" in output
+    found = json.loads((out / "explain.json").read_text())
+    good, failed = found["images"]
+    assert set(failed) == {"path", "error"}
+    prediction = Classifier.load(run).predict(digit, topk=2)[0]
+    assert good["prediction"] == prediction.label
+    assert [(of["branch"], of["class"]) for of in good["overlays"]] == [
+        (branch, label) for label, _ in prediction.topk for branch in ("cnn", "transformer")
+    ]
+    assert {path.name for path in out.iterdir()} == {"explain.json", *(of["file"] for of in good["overlays"])}
+    for of in good["overlays"]:
+        with Image.open(out / of["file"]) as picture:
+            assert picture.size == (224, 224)  # 8×8 pixels, enlarged
+
+
+def test_the_overlay_is_hot_where_the_map_is():
+    picture = torch.zeros(1, 7, 14, dtype=torch.uint8)
+    drawn = overlay(picture, torch.tensor([[0.0, 1.0]])).float()
+    assert drawn.shape == (3, 7 * 16, 14 * 16)
+    red, _, blue = drawn.mean(1)  # along the width
+    assert red[-1] > blue[-1]
+    assert blue[:90].mean() > red[:40].mean()
+    assert overlay(picture, torch.zeros(3, 3)).float().std() < 40  # nothing is looked at: one colour
+
+
+def test_names_never_leave_the_folder(run, tmp_path):
+    classifier = Classifier.load(run)
+    classes = ["../../up", "/root", "..", *classifier.classes[3:]]
+    description = json.loads((run / "model.json").read_text()) | {"classes": classes}
+    (run / "model.json").write_text(json.dumps(description))
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    pixels = Image.fromarray(np.full((9, 9), 99, np.uint8))
+    for name in ("..png", "a b;c%2f..%2fx.png", "é" * 60 + ".png", ".hidden.png"):
+        pixels.save(photos / name, "png")
+    before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
+    names = sorted(map(str, photos.iterdir()))
+    found, folder = explain(run, names, Question(topk=10), out=tmp_path / "out")
+    files = [of["file"] for image in found["images"] for of in image["overlays"]]
+    assert len(files) == len(set(files)) == 4 * 10 * 2
+    assert all((folder / file).parent == folder and (folder / file).is_file() for file in files)
+    assert {path for path in tmp_path.rglob("*") if "out" not in path.parts} == before
+    assert (safe("../../up"), safe(".."), safe("")) == ("up", "x", "x")
+
+
+def test_the_worst_mistakes_are_in_the_report(command, run):
+    status, _, errors = command("explain", run)
+    assert (status, "has not been evaluated" in errors) == (2, True)
+    assert command("evaluate", run)[0] == 0
+    wrong = round((1 - json.loads((run / "evaluation.json").read_text())["top1"]) * 359)
+    shown = min(wrong, 24)
+    assert shown > 0
+    before = write_report(run).read_text().count("data:image/png")
+    status, output, _ = command("explain", run, "--branch", "cnn")
+    assert f"{shown} overlays of {shown} images" in output
+    page = write_report(run).read_text()
+    assert page.count("data:image/png") == before + shown
+    assert page.count("<small>gradcam, cnn</small>") == shown
+    shutil.copy(run / "explain" / "mistakes" / "explain.json", run / "kept.json")
+    (run / "explain" / "mistakes" / "explain.json").write_text('{"method": "gradcam", "images": [{}]}')
+    with pytest.raises(InputError, match="incomplete: it lacks path"):
+        write_report(run)
+
+
+def test_faithfulness_is_measured_on_held_out_images(command, run, digit):
+    status, output, _ = command("explain", run, digit, "--faithfulness", 20, "--method", "rollout", "--branch", "cnn")
+    assert status == 0
+    measured = json.loads((run / "explain" / "explain.json").read_text())["faithfulness"]
+    assert measured["images"] == 20
+    for way in ("deletion", "insertion"):
+        kinds = measured["cnn"][way]
+        difference = kinds["map"]["mean"] - kinds["random"]["mean"]
+        assert kinds["map_minus_random"]["mean"] == pytest.approx(difference)
+        assert kinds["map_minus_random"]["ci95"][0] < difference < kinds["map_minus_random"]["ci95"][1]
+        assert 0 < kinds["centre"]["mean"] < 1
+    assert "cnn, 20 images: deletion (lower is better) map 0." in output
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--class", "eleven"], "class='eleven' is not known"),
+        (["--class", "3", "--topk", "2"], "is one class; leave out --topk"),
+        (["--topk", "0"], "explains no class"),
+        (["--method", "rollout", "--topk", "2"], "is the same for every class"),
+    ],
+)
+def test_questions_without_an_answer(command, run, digit, options, reason):
+    status, _, errors = command("explain", run, digit, *options)
+    assert (status, reason in " ".join(errors.split())) == (2, True)
+
+
+def test_a_class_that_was_not_predicted(run, digit):
+    found, _ = explain(run, [str(digit)], Question(of_class="7", branch="transformer"))
+    (of,) = found["images"][0]["overlays"]
+    assert (of["class"], of["branch"]) == ("7", "transformer")
+    expected = dict(Classifier.load(run).predict(digit, topk=10)[0].topk)["7"]
+    assert of["score"] == pytest.approx(expected, abs=0.01)

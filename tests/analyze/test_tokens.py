@@ -1,0 +1,191 @@
+"""What is lost without some tokens, where it can be told beforehand."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenfusion import InputError, create_model, fuse
+from tokenfusion.analyze.ablate import WHOLE, Target, measure_ablation, replaced, targets_of, token_means
+from tokenfusion.analyze.intervals import mean_interval
+from tokenfusion.analyze.places import Span, token_places
+from tokenfusion.analyze.tokens import describe, measure_tokens
+from tokenfusion.evaluate import evaluate
+
+
+def batches(height=32, width=32, classes=10):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(n, 3, height, width, generator=generator), torch.randint(classes, (n,), generator=generator))
+        for n in (4, 3)
+    ]
+
+
+def fused(strategy, operator, **changes):
+    torch.manual_seed(0)
+    config = {"img_size": 32, "num_classes": 10, "gate": 1.0} | changes
+    return fuse("resnet_micro", "vit_micro", strategy, operator, **config).eval()
+
+
+def changes_by(result, tokens):
+    return [row["loss_change"]["mean"] for row in result["replaced"] if row["tokens"] == tokens]
+
+
+def test_the_interval_by_hand():
+    found = mean_interval(torch.tensor([1.0, 0.0, -1.0, 1.0]))
+    assert found["mean"] == pytest.approx(0.25)
+    half = 3.1824463 * 0.9574271 / 2  # t of 3 degrees of freedom times the standard deviation, over √4
+    assert found["ci95"] == pytest.approx([0.25 - half, 0.25 + half])
+    assert mean_interval(torch.tensor([2.0])) == {"mean": 2.0, "ci95": None}
+
+
+def test_without_the_pixels_that_a_model_ignores_nothing_changes():
+    model = fused("layerwise", "cross")
+    with torch.no_grad():
+        for exchange in model.exchanges:
+            exchange.operator.ask_pixels.proj.weight.zero_()
+            exchange.operator.ask_pixels.proj.bias.zero_()
+    result = measure_ablation(model, batches())
+    assert changes_by(result, "pixel") == [0, 0, 0, 0]
+    of_pixels = [row["top1_change"] for row in result["replaced"] if row["tokens"] == "pixel"]
+    assert of_pixels == 4 * [{"mean": 0, "ci95": [0, 0]}]
+    assert min(map(abs, changes_by(result, "patch"))) > 1e-6
+
+
+def test_without_the_patches_that_a_model_ignores_nothing_changes():
+    model = fused("early", "joint")
+    with torch.no_grad():  # every patch is the same whatever the image
+        model.vit.embed.patches.weight.zero_()
+        model.vit.embed.positions.table.zero_()
+    result = measure_ablation(model, batches())
+    first = result["replaced"][0]
+    assert (first["layer"], first["tokens"]) == ("vit.blocks.0", "patch")
+    assert first["loss_change"]["mean"] == pytest.approx(0, abs=1e-6)
+    assert abs(changes_by(result, "pixel")[0]) > 1e-6
+
+
+@pytest.mark.parametrize("source", ["patch", "pixel"])
+def test_the_mean_is_over_images_and_places(source):
+    model, data = create_model("tokenfusion_early_micro", num_classes=10).eval(), batches()
+    target = next(t for t in targets_of(token_places(model, (32, 32))) if t.source == source)
+    with torch.no_grad():
+        means, logits = token_means(model, [target], data)
+        images = torch.cat([images for images, _ in data])
+        torch.testing.assert_close(logits, model(images))
+        patches, _ = model.vit.embed(images)
+        tokens = patches[:, 1:] if source == "patch" else model.pixel_source(model.cnn(images))
+        torch.testing.assert_close(means[target].float(), tokens.mean((0, 1)))
+        with replaced(model, means):
+            ablated = model(images)
+        part = model.vit.embed if source == "patch" else model.pixel_source
+
+        def mean_instead(_module, _inputs, output):  # the same from the other side: where the tokens are made
+            if source == "pixel":
+                return tokens.mean((0, 1)).expand_as(output)
+            return torch.cat([output[0][:, :1], tokens.mean((0, 1)).expand_as(tokens)], dim=1), output[1]
+
+        with part.register_forward_hook(mean_instead):
+            torch.testing.assert_close(ablated, model(images))
+    assert not ablated.equal(logits)
+
+
+def test_what_is_replaced_where():
+    layers = {
+        "tokenfusion_early_micro": ["vit.blocks.0", "vit.blocks.1"],
+        "tokenfusion_late_micro": ["operators.0"],
+        "tokenfusion_layerwise_micro": [f"exchanges.{i}.operator" for i in range(3)],
+    }
+    for name, expected in layers.items():
+        places = token_places(create_model(name), (32, 32))
+        assert [place.module for place in places] == expected
+        assert all(set(place.spans) == {"patch", "pixel"} for place in places)
+    small, large = token_places(create_model("crossvit_micro"), (48, 32))[0].spans.values()
+    assert (small, large) == (Span(0, 1, 97, (12, 8)), Span(1, 1, 25, (6, 4)))
+    joint = token_places(create_model("tokenfusion_early_micro"), (48, 32))[0].spans
+    assert joint == {"patch": Span(0, 1, 25, (6, 4)), "pixel": Span(0, 25, 49, (6, 4))}
+
+
+def test_uniform_attention_is_shared_by_number():
+    model = create_model("tokenfusion_early_micro", num_classes=10)
+    with torch.no_grad():
+        for block in model.vit.blocks:
+            block.attn.qkv.weight[: 2 * model.walk.dim].zero_()
+    result = measure_tokens(model, batches(48, 32))
+    for layer in result["attention"]:
+        for of in layer["to"].values():
+            assert of["attention"]["mean"] == pytest.approx(of["share_of_tokens"], rel=1e-5)
+        assert {source: of["tokens"] for source, of in layer["to"].items()} == {"cls": 1, "patch": 24, "pixel": 24}
+    assert sum(of["mean"] for of in result["rollout"].values()) == pytest.approx(1)
+    assert "which are 49% of them" in describe(result)
+
+
+def test_crossvit_compares_its_branches():
+    model = create_model("crossvit_micro", num_classes=10)
+    with torch.no_grad():
+        model.head.small.weight.zero_()  # the small branch's CLS is not read
+        for stage in model.stages:  # and the large one asks it nothing
+            stage.fusion.large.attn.proj.weight.zero_()
+    result = measure_tokens(model, batches())
+    assert changes_by(result, "small_patch") == pytest.approx([0, 0, 0, 0], abs=1e-6)
+    assert max(map(abs, changes_by(result, "large_patch"))) > 1e-4
+    assert "Without its small_patch tokens at all" in describe(result)
+
+
+def test_the_patches_of_an_exchange_are_replaced_where_they_enter():
+    result = measure_ablation(fused("layerwise", "add"), batches())
+    by_layer = {(row["layer"], row["tokens"]): row["loss"] for row in result["replaced"]}
+    assert by_layer[WHOLE, "patch"] == by_layer["exchanges.0.operator", "patch"]
+    assert by_layer[WHOLE, "pixel"] != by_layer["exchanges.0.operator", "pixel"]
+
+
+@pytest.mark.parametrize("name", ["tokenfusion_layerwise_micro", "crossvit_micro"])
+def test_the_model_is_left_as_it_was(name):
+    model = create_model(name, num_classes=10).train()
+    model.get_submodule("head_drop" if name == "crossvit_micro" else "cnn").eval()
+    before = [(module.training, dict(module._forward_pre_hooks)) for module in model.modules()]
+    weights = {key: value.clone() for key, value in model.state_dict().items()}
+    measure_tokens(model, batches())
+    broken = [(images[:, :2], labels) for images, labels in batches()]
+    for measure in (measure_tokens, measure_ablation):
+        with pytest.raises(RuntimeError, match="expected input"):
+            measure(model, broken)
+    assert [(module.training, dict(module._forward_pre_hooks)) for module in model.modules()] == before
+    assert all(value.equal(weights[key]) for key, value in model.state_dict().items())
+    place = token_places(model, (32, 32))[0].module
+    with pytest.raises(ZeroDivisionError), replaced(model, {Target(place, "patch", Span(0, 0, 1, (1, 1))): 0}):
+        raise ZeroDivisionError
+    assert not model.get_submodule(place)._forward_pre_hooks
+
+
+@pytest.mark.parametrize("name", ["resnet_micro", "cmt_micro", "resnet18"])
+def test_models_without_a_row_of_blocks(name):
+    with pytest.raises(InputError, match="has no row of blocks over its patches"):
+        measure_tokens(create_model(name, num_classes=10), batches())
+
+
+def test_no_image():
+    with pytest.raises(InputError, match="no image"):
+        measure_tokens(create_model("vit_micro"), [])
+
+
+def test_the_command(command, run, tmp_path):
+    from sklearn.datasets import load_digits
+
+    digits, labels = load_digits(return_X_y=True)
+    for label in (7, 3):  # two of the run's classes, so that the data's numbers are not the model's
+        folder = tmp_path / "photos" / str(label)
+        folder.mkdir(parents=True)
+        for i in np.flatnonzero(labels == label)[:6]:
+            Image.fromarray((digits[i].reshape(8, 8) * 15.9).astype(np.uint8)).save(folder / f"{i}.png")
+    status, output, _ = command("analyze", "tokens", run, tmp_path / "photos", "--out", tmp_path / "out")
+    assert status == 0
+    result = json.loads((tmp_path / "out" / "tokens.json").read_text())
+    assert result["top1"] == pytest.approx(evaluate(run, str(tmp_path / "photos"))["top1"])
+    assert result["images"] == 12
+    assert result["summary"] in output
+    assert "vit.blocks.1" in output
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"tokens.json", "tokens.png", "tokens.svg"}
+    status, _, errors = command("analyze", "tokens", "vit_micro")
+    assert (status, "DATA is missing" in errors) == (2, True)

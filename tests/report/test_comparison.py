@@ -1,0 +1,233 @@
+"""The report of a comparison, read back from folders whose figures were worked out by hand."""
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tokenfusion.compare.statistics import pareto_front, t_interval
+from tokenfusion.errors import InputError
+from tokenfusion.report import write_comparison
+from tokenfusion.report.comparison_plots import accuracy_range, plot_cost, spread
+from tokenfusion.report.plots import standalone
+from tokenfusion.report.verdict import fusion_against_others, headline, overlap
+
+FUSED, CNN, VIT = "tokenfusion_late_micro", "resnet_micro", "vit_micro"
+EVIL = "<b>&$x^{ mean"
+
+
+def model(name: str, top1: list[float], role: str = "model", macs: int = 40_000_000, **changes: Any) -> dict[str, Any]:
+    """A line of `models`, with seeds 0, 1 and so on."""
+    runs = [
+        {
+            "seed": seed,
+            "top1": one,
+            "top1_ci95_images": [one - 0.1, one + 0.1],
+            "n": 500,
+            "run": f"runs/{name[:3]}-{seed}",
+        }
+        for seed, one in enumerate(top1)
+    ]
+    several = len(top1) > 1
+    row = {"name": name, "role": role, "parameters": 450_000, "macs": macs, "epochs": 2, "runs": runs, "failed": []}
+    row |= {"images_per_s": 1234.0, "minutes": 2.5, "peak_memory_mb": 612.0} if runs else {}
+    row |= {"top1_mean": fmean(top1) if top1 else None, "top1_sd": stdev(top1) if several else None}
+    row |= {"top1_ci95": list(t_interval(top1) or ()) or None}
+    row |= {"top1_ci95_images": runs[0]["top1_ci95_images"] if len(top1) == 1 else None}
+    return row | changes
+
+
+def comparison(*models: dict[str, Any], seeds: int = 3, **changes: Any) -> dict[str, Any]:
+    """What `comparison.json` holds of these."""
+    tests = [
+        {"name": row["name"], "difference_mean": 0.01, "ci95": None, "p": 0.0421, "method": "a test"} for row in models
+    ]
+    points = {row["name"]: (row["macs"], row["top1_mean"]) for row in models if row["runs"]}
+    result = {"data": "photos", "training_images": 1438, "recipe": {"lr": 0.002}, "budget": "epochs=2"}
+    result |= {
+        "seeds": list(range(seeds)),
+        "hardware": "AMD EPYC, 2 cores",
+        "precision": "bf16",
+        "jobs": 1,
+        "threads": 2,
+    }
+    result |= {"versions": {"torch": "2.14.1"}, "models": list(models), "tests": tests[1:]}
+    return result | {"pareto": pareto_front(points), "missing_controls": [], "control_notes": []} | changes
+
+
+def page(out: Path, result: dict[str, Any]) -> str:
+    (out / "comparison.json").write_text(json.dumps(result))
+    return write_comparison(out).read_text(encoding="utf-8")
+
+
+def words(page: str) -> str:
+    """What a reader sees of a page: no tags, no styles, no figures."""
+    page = re.sub(r"<style>.*?</style>|<svg.*?</svg>", "", page, flags=re.DOTALL)
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+# means 90, 88 and 80 %; of three seeds 0.002 apart the interval is 4.3027 * 0.002 / sqrt(3) = 0.497 % to either side
+CLEAR = [
+    model(FUSED, [0.898, 0.900, 0.902]),
+    model(CNN, [0.878, 0.880, 0.882]),
+    model(VIT, [0.798, 0.800, 0.802], macs=60_000_000),
+]
+
+
+def test_a_clear_winner_by_hand() -> None:
+    assert headline(comparison(*CLEAR)) == (
+        f"Of the 3 models with finished runs, {FUSED} is best: it names 90.00% ± 0.20% of 500 images correctly. "
+        f"The next is {CNN}, 2.00 percentage points below; their 95% intervals do not overlap (p 0.042, a test). "
+        "Intervals that overlap with the best one's: none."
+    )
+    assert fusion_against_others(comparison(*CLEAR)) == [
+        f"{FUSED}, 90.00%, is better than all of the 2 models compared with it. "
+        f"It is better than {CNN} (+2.00) and {VIT} (+10.00, at 1.50× the multiply-adds)."
+    ]
+
+
+def test_intervals_that_overlap_are_said_to() -> None:
+    close = model(CNN, [0.893, 0.895, 0.897])  # 0.5 % below: 89.997 % at most, where 89.503 % is the winner's least
+    assert overlap(CLEAR[0], close)
+    said = headline(comparison(CLEAR[0], close, CLEAR[2]))
+    assert "their 95% intervals overlap: either may be the better" in said
+    assert said.endswith(f"Intervals that overlap with the best one's: {CNN}.")
+    [fused] = fusion_against_others(comparison(CLEAR[0], close, CLEAR[2]))
+    assert "is better than 1 of the 2 models compared with it" in fused
+    assert f"Intervals overlap with {CNN} (+0.50)." in fused
+
+
+def test_intervals_that_touch_overlap() -> None:
+    low, high = (model("a", [0.5, 0.5], top1_ci95=[0.4, 0.6]), model("b", [0.7, 0.7], top1_ci95=[0.6, 0.8]))
+    assert overlap(low, high)
+    assert not overlap(low, model("c", [0.7, 0.7], top1_ci95=[0.601, 0.8]))
+
+
+def test_a_fused_model_that_loses_is_told() -> None:
+    result = comparison(CLEAR[1], model(FUSED, [0.848, 0.850, 0.852]), CLEAR[2])
+    assert f"Of the 3 models with finished runs, {CNN} is best" in headline(result)
+    [fused] = fusion_against_others(result)
+    assert f"It is worse than {CNN} (-3.00)." in fused
+
+
+def test_controls_are_compared_with_their_own_model_only() -> None:
+    other = "tokenfusion_early_micro"
+    result = comparison(
+        *(CLEAR[0], model(other, [0.91, 0.911, 0.909])),
+        model("cnn(a)", [0.7, 0.701, 0.699], f"CNN parent of {FUSED}"),
+        model("cnn(b)", [0.6, 0.601, 0.599], f"CNN parent of {other}; widened CNN parent of {other}"),
+        model("mean(a,b)", [0.5, 0.501, 0.499], f"mean of the parents of {FUSED}; mean of the parents of {other}"),
+    )
+    early, late = fusion_against_others(result)
+    assert early.startswith(other)
+    assert early.endswith(
+        "It is better than cnn(b) (CNN parent, widened CNN parent, +31.00) and mean(a,b) (mean of the parents, +41.00)."
+    )
+    assert late.endswith("It is better than cnn(a) (CNN parent, +20.00) and mean(a,b) (mean of the parents, +40.00).")
+
+
+def test_what_one_and_two_seeds_do_not_tell() -> None:
+    one = comparison(model(FUSED, [0.9]), model(CNN, [0.85]), seeds=1)
+    assert "they do not tell what another seed gives" in headline(one)
+    assert "their 95% intervals overlap" in headline(one)  # of images: 0.8 to 1.0 and 0.75 to 0.95
+    # t is 12.706 at one degree of freedom, over the square root of two: 8.98 standard deviations
+    low, high = t_interval([0.9, 0.91]) or (0, 0)
+    assert (high - low) / 2 / stdev([0.9, 0.91]) == pytest.approx(8.98, abs=0.01)
+    two = comparison(model(FUSED, [0.9, 0.91]), model(CNN, [0.85, 0.86]), seeds=2)
+    assert "9 standard deviations to either side" in headline(two)
+
+
+def test_failed_runs_and_missing_controls_are_shown(tmp_path: Path) -> None:
+    broken = model("cmt_micro", [], failed=[{"seed": 1, "reason": "the loss is <nan> & not finite"}])
+    missing = [{"model": FUSED, "role": "widened CNN parent", "reason": "no width fits"}]
+    text = words(page(tmp_path, comparison(*CLEAR, broken, missing_controls=missing)))
+    assert "cmt_micro seed 1 failed: the loss is <nan> & not finite" in text
+    assert f"no widened CNN parent of {FUSED}: no width fits" in text
+    assert "cmt_micro failed 0.45 0.04" in text  # its line of the table
+    assert "1 run failed. 2 runs still to do." in text
+    assert "Nothing: no run failed" in words(page(tmp_path, comparison(*CLEAR)))
+
+
+def test_the_first_model_failed(tmp_path: Path) -> None:
+    result = comparison(
+        model(VIT, []), *CLEAR[:2], tests=[{"name": FUSED, "p": None, "method": "no seed that both have"}]
+    )
+    assert f"{VIT}, with which tests compare, has no finished run." in headline(result)
+    assert "to do" in words(page(tmp_path, result))
+
+
+def test_before_the_first_run_ends(tmp_path: Path) -> None:
+    text = page(tmp_path, comparison(model(FUSED, []), model(CNN, [])))
+    assert "No model of this comparison has a finished run. 6 runs still to do." in words(text)
+    assert "<svg" not in text
+
+
+def test_names_are_escaped_and_nothing_is_loaded(tmp_path: Path) -> None:
+    for seed in range(3):
+        run = tmp_path / f"runs/{EVIL[:3]}-{seed}"
+        run.mkdir(parents=True)
+        line = {"lr": 0.1, "train_loss": 1, "train_top1": 0.1, "val_loss": 1, "val_top1": 0.5, "seconds": 1}
+        (run / "metrics.jsonl").write_text(json.dumps(line | {"epoch": 1, "images_per_s": 1}) + "\n")
+    text = page(tmp_path, comparison(model(EVIL, [0.5, 0.6, 0.7], role=EVIL), *CLEAR, data=EVIL))
+    assert "<b>" not in text
+    assert text.count("&lt;b&gt;&amp;$x^{ mean") >= 5  # title, table, role, and both figures
+    assert "://" not in text
+    assert not re.search(r"<(script|link|iframe|img|a)\b|@import", text)
+    assert "default-src 'none'" in text
+    ids = re.findall(r'\bid="([^"]*)"', text)
+    assert len(ids) == len(set(ids))
+
+
+def test_curves_are_means_over_seeds_at_epochs_that_all_have(tmp_path: Path) -> None:
+    from tokenfusion.report.comparison import read_curves
+
+    line = {"lr": 0.1, "train_loss": 1, "train_top1": 0.1, "val_loss": 1, "seconds": 1, "images_per_s": 1}
+    for seed, accuracies in enumerate([(0.2, 0.4, 0.9), (0.4, 0.5), (0.6, None)]):
+        run = tmp_path / f"runs/tok-{seed}"
+        run.mkdir(parents=True)
+        lines = [line | {"epoch": epoch, "val_top1": one} for epoch, one in enumerate(accuracies, start=1)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    assert read_curves(tmp_path, comparison(*CLEAR)) == {FUSED: [(1, pytest.approx(0.4))]}
+
+
+def test_labels_keep_their_distance_and_order() -> None:
+    # two that want one place part by half the gap each; the third is far enough
+    assert spread([0.5, 0.5, 0.9], 0.1) == pytest.approx([0.45, 0.55, 0.9])
+    assert spread([0.9, 0.1, 0.12], 0.1) == pytest.approx([0.9, 0.06, 0.16])
+    assert spread([1.0, 1.0, 1.0], 0.2) == pytest.approx([0.6, 0.8, 1.0])
+
+
+def test_a_wide_interval_does_not_flatten_the_figure() -> None:
+    wide = [model("a", [0.5, 0.5], top1_ci95=[-3.0, 4.0]), model("b", [0.6, 0.6], top1_ci95=[0.59, 0.61])]
+    # means 50 and 60 %, ten points to either side, and a twentieth of these thirty as margin
+    assert accuracy_range(wide) == pytest.approx((38.5, 71.5))
+
+
+def test_a_figure_stands_alone() -> None:
+    svg = standalone(plot_cost(comparison(*CLEAR)))
+    root = ElementTree.fromstring(svg)
+    assert root.tag == "{http://www.w3.org/2000/svg}svg"
+    texts = {"".join(node.itertext()).strip() for node in root.iter("{http://www.w3.org/2000/svg}text")}
+    assert {FUSED, CNN, VIT, "Top-1 accuracy (%)"} <= texts
+    assert set(re.findall(r"var\((--[\w-]+)\)", svg)) <= set(re.findall(r"(--[\w-]+):", svg))
+
+
+def test_what_is_no_comparison_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"has no comparison\.json"):
+        write_comparison(tmp_path)
+    (tmp_path / "comparison.json").write_text("{")
+    with pytest.raises(InputError, match=r"comparison\.json is not JSON"):
+        write_comparison(tmp_path)
+
+
+def test_the_command_writes_it_of_a_comparison(tmp_path: Path, command: Any) -> None:
+    (tmp_path / "comparison.json").write_text(json.dumps(comparison(*CLEAR)))
+    status, output, _ = command("report", tmp_path)
+    assert status == 0
+    assert output.strip() == f"open {tmp_path / 'report.html'}"
+    assert "Comparison of 3 models" in (tmp_path / "report.html").read_text()
