@@ -9,8 +9,9 @@ from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.layers.cross_attention import CrossAttention
 from tokenfusion.layers.tokens import TokenGroup
 from tokenfusion.models.cost import CountProducts
+from tokenfusion.models.exchange import WriteBack
 from tokenfusion.models.operators import AlignedAddition, ClsAttention, Grids, JointAttention, TwoWayAttention, regrid
-from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, WriteBack
+from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion
 from tokenfusion.models.transformer import ViT
 
 VIT = {"patch_size": 4, "dim": 24, "depth": 4, "heads": 3, "mlp_ratio": 2.0, "img_size": 16, "num_classes": 3}

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tokenfusion.layers.tokens import TokenGroup, TokenLayout
-from tokenfusion.models.token_fusion import EarlyFusion, Exchange, LateFusion, TokenFusion
+from tokenfusion.models.exchange import Exchange
+from tokenfusion.models.token_fusion import EarlyFusion, LateFusion, TokenFusion
 from tokenfusion.models.walks import walk_transformer
 
 Grid = tuple[int, int]
@@ -75,7 +76,7 @@ def block_places(model: nn.Module, size: Grid) -> list[Place]:
 def joint_pixels(model: nn.Module, size: Grid) -> TokenLayout:
     """The pixel tokens that pass through the transformer's own blocks, behind its own tokens."""
     if isinstance(model, EarlyFusion) and model.joint:
-        return (TokenGroup("pixel", model.map_grid(-1, size)),)
+        return (TokenGroup("pixel", model.map_grids(size)[-1]),)
     return ()
 
 
@@ -91,10 +92,10 @@ def operator_places(model: TokenFusion, size: Grid) -> list[Place]:
 def operator_grids(model: TokenFusion, size: Grid) -> dict[str, Grid]:
     """The grid of the pixel tokens that each operator takes, by the operator's name."""
     if isinstance(model, LateFusion):
-        return {f"operators.{i}": model.map_grid(-1, size) for i in range(len(model.operators))}
+        return {f"operators.{i}": model.map_grids(size)[-1] for i in range(len(model.operators))}
     exchanges = [name for name, module in model.named_modules() if isinstance(module, Exchange)]
     patches, stages = model.walk.grid(size), len(model.cnn.dims)
-    grids = [model.map_grid(stage, size) for stage in range(stages - len(exchanges), stages)]
+    grids = model.map_grids(size)[stages - len(exchanges) :]
     return {
         f"{name}.operator": (min(rows, patches[0]), min(columns, patches[1]))
         for name, (rows, columns) in zip(exchanges, grids, strict=True)

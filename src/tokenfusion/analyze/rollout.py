@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.errors import InputError
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, size_of
+from tokenfusion.models.exchange import Exchange, Gate
 from tokenfusion.models.operators import AlignedAddition, Grids, regrid
-from tokenfusion.models.token_fusion import Exchange, Gate, LateFusion, TokenFusion
+from tokenfusion.models.token_fusion import LateFusion, TokenFusion
 
 
 class Origin(NamedTuple):

@@ -91,7 +91,7 @@ def fuse(
     config_cnn, config_vit = getattr(cnn, "default_cfg", None), getattr(vit, "default_cfg", None)
     staged = walk_cnn(cnn, size, in_chans, min(MAX_STAGES, depth) if model_cls is LayerwiseFusion else MAX_STAGES)
     opened = (0.0 if trained else 1.0) if gate is None else gate
-    model = model_cls(staged, vit, meet, img_size=size, gate=opened, **kwargs)
+    model = model_cls(staged, vit, meet, img_size=size, in_chans=in_chans, gate=opened, **kwargs)
     model.default_cfg = fused_config(config_vit, size, in_chans)  # type: ignore[assignment]
     if config_cnn and in_chans == 3:
         model.rescale = rescaled(model.default_cfg, config_cnn)

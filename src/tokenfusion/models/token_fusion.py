@@ -14,123 +14,21 @@ from functools import partial
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.layers.blocks import layer_norm
 from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.layers.intermediates import FeaturePoint
-from tokenfusion.layers.positions import Grid, PositionTable
-from tokenfusion.layers.tokens import (
-    AttentionLayout,
-    PixelTokens,
-    TokenGroup,
-    TokenLayout,
-    grid_of,
-    size_of,
-    tokens_to_map,
-)
+from tokenfusion.layers.positions import Grid
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, size_of
 from tokenfusion.models.base import PaperModel, at_least, choose, image_size
+from tokenfusion.models.exchange import Exchange, Gate, PixelSource, coarser
 from tokenfusion.models.operators import OPERATORS, AlignedAddition, ClsAttention, Grids, JointAttention, Operator
 from tokenfusion.models.registration import register_variants
 from tokenfusion.models.transformer import ViT
-from tokenfusion.models.walks import CNN, OneWayCNN, walk_transformer
+from tokenfusion.models.walks import CNN, OneWayCNN, map_shapes, walk_transformer
 
 PARENTS = ("cnn", "vit")
-
-
-class PixelSource(nn.Module):
-    """A CNN's map as tokens: projected, normalised, placed, and marked by a source embedding.
-
-    Args:
-        channels: channels of the map.
-        dim: width C of a token.
-        grid: rows and columns of the map that the positions are learned on.
-    """
-
-    def __init__(self, channels: int, dim: int, grid: Grid) -> None:
-        super().__init__()
-        self.pixels = PixelTokens(channels, dim)
-        self.positions = PositionTable(dim, grid, prefix_tokens=0)
-        self.source = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
-
-    def forward(self, feature_map: Tensor) -> Tensor:
-        """Map (B, channels, h, w) to tokens (B, M, C)."""
-        return self.pixels(feature_map) + self.positions(size_of(feature_map)) + self.source
-
-
-class Gate(nn.Module):
-    """What was alone where the gate is 0, what is fused where it is 1, channel by channel.
-
-    Args:
-        shape: of the gate: (C,) for tokens, (C, 1, 1) for maps.
-        start: its value before training.
-    """
-
-    def __init__(self, shape: tuple[int, ...], start: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full(shape, start))
-
-    def forward(self, alone: Tensor, fused: Tensor) -> Tensor:
-        """Two tensors of the same shape to one of it."""
-        return torch.lerp(alone, fused.to(alone.dtype), self.weight.to(alone.dtype))
-
-
-class WriteBack(nn.Module):
-    """Pixel tokens back into the map that they came from, through a gate."""
-
-    def __init__(self, dim: int, channels: int, gate: float) -> None:
-        super().__init__()
-        self.norm = layer_norm(dim)
-        self.proj = nn.Linear(dim, channels)
-        self.gate = Gate((channels, 1, 1), gate)
-
-    def forward(self, pixels: Tensor, feature_map: Tensor, grid: Grid) -> Tensor:
-        """Tokens (B, M, C) on `grid` and the map (B, channels, h, w) to a new map."""
-        update = F.adaptive_avg_pool2d(tokens_to_map(self.proj(self.norm(pixels)), grid), size_of(feature_map))
-        return self.gate(feature_map, feature_map + update)
-
-
-class Exchange(nn.Module):
-    """A map's pixels become tokens, meet the transformer's, and both go home, each through a gate.
-
-    A map finer than the patches is averaged to their grid first: attention among all pixels of an early stage would
-    cost more than both parents together.
-
-    Args:
-        channels: channels of the map.
-        operator: how the tokens meet.
-        dim: width C of a token.
-        grid: rows and columns of the pixel tokens that positions are learned on.
-        gate: start of the gates; 0 leaves either side as it is alone, 1 opens them.
-    """
-
-    def __init__(self, channels: int, operator: Operator, dim: int, grid: Grid, gate: float) -> None:
-        super().__init__()
-        self.source = PixelSource(channels, dim, grid)
-        self.operator = operator
-        self.gate = Gate((dim,), gate)
-        self.write = WriteBack(dim, channels, gate) if operator.writes else None
-
-    def forward(self, tokens: Tensor, feature_map: Tensor, patches: Grid) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, C), their patches on a grid, and a map (B, channels, h, w), to new ones."""
-        grids = Grids(patches, coarser(size_of(feature_map), patches))
-        pixels = self.source(F.adaptive_avg_pool2d(feature_map, grids.pixels))
-        fused, pixels = self.operator(tokens, pixels, grids)
-        if self.write is not None:
-            feature_map = self.write(pixels, feature_map, grids.pixels)
-        return self.gate(tokens, fused), feature_map
-
-    def attention_layouts(self, tokens: TokenLayout, grid: Grid) -> dict[str, AttentionLayout]:
-        layouts = self.operator.attention_layouts(tokens, (TokenGroup("pixel", grid),))
-        return {f"operator.{name}": layout for name, layout in layouts.items()}
-
-
-def coarser(one: Grid, other: Grid) -> Grid:
-    """The fewer rows and the fewer columns of two grids."""
-    return min(one[0], other[0]), min(one[1], other[1])
 
 
 class TokenFusion(PaperModel):
@@ -142,6 +40,7 @@ class TokenFusion(PaperModel):
         operator: class of the fusion operator.
         img_size: height and width that position tables of pixels are made for; `forward` takes any other that the
             transformer takes.
+        in_chans: channels of the images.
         gate: start of the gates that fused tokens pass: 0 leaves the transformer as it is alone.
         mlp_ratio: of the operators' MLPs, where they have one.
     """
@@ -155,6 +54,7 @@ class TokenFusion(PaperModel):
         operator: type[Operator],
         *,
         img_size: int | tuple[int, int],
+        in_chans: int = 3,
         gate: float = 0.0,
         mlp_ratio: float = 2.0,
     ) -> None:
@@ -163,7 +63,7 @@ class TokenFusion(PaperModel):
         if reason := self.refusal(operator):
             raise InputError(f"{operator.__name__} does not fit {type(self).__name__}: {reason}; take another operator")
         self.cnn, self.vit = cnn, vit
-        self.img_size = image_size(img_size)
+        self.img_size, self.in_chans = image_size(img_size), in_chans
         self.frozen: tuple[str, ...] = ()
         self.make = partial(operator, self.walk.dim, self.walk.heads, mlp_ratio)
         self.initial_gate = gate
@@ -187,9 +87,12 @@ class TokenFusion(PaperModel):
     def head_hidden_size(self) -> int:  # type: ignore[override]
         return self.vit.head_hidden_size  # type: ignore[return-value]
 
-    def map_grid(self, stage: int, size: Grid | None = None) -> Grid:
-        """Rows and columns of the pixels after a stage, for images (H, W)."""
-        return grid_of(size or self.img_size, self.cnn.reductions[stage])
+    def map_grids(self, size: Grid) -> list[Grid]:
+        """Rows and columns of the CNN's maps for images (H, W)."""
+        grids = map_shapes(self.cnn, size, self.in_chans)
+        if grids is None:
+            raise InputError(f"the CNN gives no maps for images of {size[0]}×{size[1]} pixels; give a larger size")
+        return grids
 
     def walk_cnn(self, images: Tensor) -> Tensor:
         """The CNN's last map of images (B, in_chans, H, W)."""
@@ -288,7 +191,7 @@ class EarlyFusion(TokenFusion):
 
     def __init__(self, cnn: CNN, vit: nn.Module, operator: type[Operator], **config: Any) -> None:
         super().__init__(cnn, vit, operator, **config)
-        grid = self.map_grid(-1)
+        grid = self.map_grids(self.img_size)[-1]
         self.joint = operator is JointAttention  # which the transformer's own blocks do
         if self.joint:
             self.pixel_source = PixelSource(cnn.dims[-1], self.walk.dim, grid)
@@ -317,13 +220,13 @@ class EarlyFusion(TokenFusion):
         if not self.joint:
             return layouts
         size = img_size or self.img_size
-        both = AttentionLayout.among((*self.vit_layout(size), TokenGroup("pixel", self.map_grid(-1, size))))
+        both = AttentionLayout.among((*self.vit_layout(size), TokenGroup("pixel", self.map_grids(size)[-1])))
         return dict.fromkeys(layouts, both)
 
     def fusion_layouts(self, size: Grid) -> dict[str, AttentionLayout]:
         if self.joint:
             return {}
-        grid = coarser(self.map_grid(-1, size), self.walk.grid(size))
+        grid = coarser(self.map_grids(size)[-1], self.walk.grid(size))
         inside = self.exchange.attention_layouts(self.vit_layout(size), grid)
         return {f"exchange.{name}": layout for name, layout in inside.items()}
 
@@ -340,7 +243,7 @@ class LateFusion(TokenFusion):
     ) -> None:
         super().__init__(cnn, vit, operator, **config)
         at_least(1, fusion_depth=fusion_depth)
-        self.pixel_source = PixelSource(cnn.dims[-1], self.walk.dim, self.map_grid(-1))
+        self.pixel_source = PixelSource(cnn.dims[-1], self.walk.dim, self.map_grids(self.img_size)[-1])
         # after the last operator nobody reads the pixels any more
         self.operators = nn.ModuleList(self.make(one_way=i == fusion_depth - 1) for i in range(fusion_depth))
         self.gate = Gate((self.walk.dim,), self.initial_gate)
@@ -367,7 +270,7 @@ class LateFusion(TokenFusion):
         return [*super().feature_points(), fused]
 
     def fusion_layouts(self, size: Grid) -> dict[str, AttentionLayout]:
-        tokens, pixels = self.vit_layout(size), (TokenGroup("pixel", self.map_grid(-1, size)),)
+        tokens, pixels = self.vit_layout(size), (TokenGroup("pixel", self.map_grids(size)[-1]),)
         return {
             f"operators.{i}.{name}": layout
             for i, operator in enumerate(self.operators)
@@ -390,16 +293,16 @@ class LayerwiseFusion(TokenFusion):
                 f"or a CNN of {depth} stages"
             )
         self.cuts = [depth * i // stages for i in range(stages + 1)]
-        two_way = not isinstance(cnn, OneWayCNN)
+        two_way, patches = not isinstance(cnn, OneWayCNN), self.walk.grid(self.img_size)
         self.exchanges = nn.ModuleList(
             Exchange(
                 channels,
                 self.make(one_way=not two_way or i == stages - 1),  # after the last stage nobody reads the map
                 self.walk.dim,
-                coarser(self.map_grid(i), self.walk.grid(self.img_size)),
+                coarser(grid, patches),
                 self.initial_gate,
             )
-            for i, channels in enumerate(cnn.dims)
+            for i, (channels, grid) in enumerate(zip(cnn.dims, self.map_grids(self.img_size), strict=True))
         )
 
     def forward_features(self, images: Tensor) -> Any:
@@ -419,8 +322,8 @@ class LayerwiseFusion(TokenFusion):
         tokens, patches = self.vit_layout(size), self.walk.grid(size)
         return {
             f"exchanges.{i}.{name}": layout
-            for i, exchange in enumerate(self.exchanges)
-            for name, layout in exchange.attention_layouts(tokens, coarser(self.map_grid(i, size), patches)).items()  # type: ignore[operator]
+            for i, (exchange, grid) in enumerate(zip(self.exchanges, self.map_grids(size), strict=True))
+            for name, layout in exchange.attention_layouts(tokens, coarser(grid, patches)).items()  # type: ignore[operator]
         }
 
 
@@ -471,7 +374,7 @@ def build_preset(
     )
     cnn = ConvTrunk(in_chans, stem, conv_strides, conv_dims, conv_depths)
     model_cls, meet = choose(STRATEGIES, strategy, "strategy"), choose(OPERATORS, operator, "operator")
-    return model_cls(cnn, vit, meet, img_size=img_size, mlp_ratio=mlp_ratio, **fusion)
+    return model_cls(cnn, vit, meet, img_size=img_size, in_chans=in_chans, mlp_ratio=mlp_ratio, **fusion)
 
 
 SIZES: dict[str, dict[str, Any]] = {
