@@ -152,7 +152,7 @@ def test_memory_that_does_not_suffice_is_said_without_a_traceback(command, run, 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(command, run, digit, value):
     weights = load_file(run / "model.safetensors")
-    weights["head.bias"][3] = value
+    weights["vit.head.bias"][3] = value
     save_file(weights, run / "model.safetensors")
     status, output, errors = command("predict", run, digit, "--format", "json")
     assert (status, output) == (2, "")
@@ -161,7 +161,7 @@ def test_weights_that_are_not_finite_are_refused(command, run, digit, value):
 
 def test_scores_that_are_not_finite_are_no_prediction(command, run, digit):
     weights = load_file(run / "model.safetensors")
-    weights["head.weight"].fill_(3e38)
+    weights["vit.head.weight"].fill_(3e38)
     save_file(weights, run / "model.safetensors")
     status, output, _ = command("predict", run, digit, "--format", "json")
     assert status == 1

@@ -222,7 +222,6 @@ def test_the_stem_has_the_official_keys(name):
         ("vit_micro", {"patch_size": 0}, "patch_size=0 cannot be built"),
         ("resnet_micro", {"strides": (0, 2, 2, 2)}, r"strides=\(0, 2, 2, 2\) cannot be built"),
         ("tokenfusion_late_micro", {"fusion_depth": 0}, "fusion_depth=0 cannot be built"),
-        ("tokenfusion_late_micro", {"fusion_depth": 4}, "fusion_depth=4 is more than all depth=3 blocks; try 3"),
         *((name, {"in_chans": -3}, "in_chans=-3 cannot be built") for name in list_models("*_micro")),
         *((name, {"num_classes": -1}, "num_classes=-1 cannot be built") for name in list_models("*_micro")),
     ],
