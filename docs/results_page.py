@@ -17,7 +17,7 @@ from tokenfusion.report.verdict import fusion_against_others, headline
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PAGE = DOCS / "results" / "README.md"
-NAMES = ("cifar10_comparison", "cifar10_operators", "transfer")
+COMPARISONS = ("cifar10_comparison", "cifar10_operators")
 """Files in `benchmarks/results`, and blocks of the page."""
 
 
@@ -47,8 +47,24 @@ def comparison(name: str) -> str:
     )
 
 
+def transfer(name: str) -> str:
+    """What `benchmarks/transfer.py` wrote, as a table."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = []
+    for row in result["rows"]:
+        model, comma, how = row["name"].partition(", ")
+        top1 = ", ".join(f"{value:.2%}" for value in row["top1"])
+        costs = (f"{row[key] / 1e9:.3f}" for key in ("macs", "training_macs_per_image"))
+        rows.append([f"`{model}`{comma}{how}", top1, *costs])
+    seeds = counted(max(len(row["top1"]) for row in result["rows"]), "seed")
+    epochs = f"{result['parents_epochs']} epochs of each parent, {result['warm_epochs']} of the pair made of them"
+    heading = ["model", "top-1, seed by seed", "GMACs", "GMACs of forward passes in training, an image"]
+    return f"{epochs}; {seeds}.\n\n{table(heading, rows)}"
+
+
 def blocks() -> dict[str, Callable[[], str]]:
     """What writes each block that the page has, or must have because its comparison is measured."""
     text = PAGE.read_text()
-    wanted = [name for name in NAMES if f"<!-- {name} -->" in text or (RESULTS / f"{name}.json").exists()]
-    return {name: partial(comparison, name) for name in wanted}
+    writers = dict.fromkeys(COMPARISONS, comparison) | {"transfer": transfer}
+    wanted = [name for name in writers if f"<!-- {name} -->" in text or (RESULTS / f"{name}.json").exists()]
+    return {name: partial(writers[name], name) for name in wanted}

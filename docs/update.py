@@ -53,7 +53,8 @@ def load(name: str) -> dict[str, Any]:
 
 def results() -> str:
     """What training reached and how fast images are loaded, beside what was aimed at, and on what."""
-    rows = []
+    rows, any_stale = [], False
+    parameters = {model["name"]: model["parameters"] for model in describe_models()}
     for name, what, aim in (
         ("cifar10_micro", "CIFAR-10", "90% in 15 minutes"),
         ("imagenette_128", "Imagenette, 128 px", "87.43%, fastai's leaderboard"),
@@ -63,15 +64,18 @@ def results() -> str:
         changed = [key for key, value in recipe.items() if run["recipe"][key] != value]
         assert not changed, f"recipes/{name}.toml has another {', '.join(changed)} than its result; measure again"
         low, high = run["evaluation"]["top1_ci95"]
+        stale = parameters[run["model"]["name"]] != run["model"]["parameters"]
+        any_stale |= stale
         rows.append(
             [
-                f"{what}, `{run['model']['name']}`, {run['recipe']['epochs']} epochs from random weights",
+                f"{what}, `{run['model']['name']}`{'†' * stale}, {run['recipe']['epochs']} epochs from random weights",
                 f"{run['evaluation']['top1']:.2%} ({low:.2%} to {high:.2%})",
                 aim,
                 f"{run['minutes']:.1f}; {run['threads']}",
                 f"{run['peak_memory_mb']:,.0f} MB",
             ]
         )
+    footnote = "\n\n† measured before the model's last change; not measured again yet" * any_stale
     training = table(["training", "top-1 (95 % interval)", "aim", "minutes; threads", "peak memory"], rows)
     rows = []
     for size in load("loader")["results"]:
@@ -83,7 +87,7 @@ def results() -> str:
                 [f"{size['size']} px, {how}", f"{rates[ours]:,.0f}", f"{rates[theirs]:,.0f}", f"{ratio:.2f}×", "2×"]
             )
     loading = table(["loading, augmentation included", "images/s", "timm's loader", "ratio", "aim"], rows)
-    return f"On {load('cifar10_micro')['hardware']}:\n\n{training}\n\n{loading}"
+    return f"On {load('cifar10_micro')['hardware']}:\n\n{training}{footnote}\n\n{loading}"
 
 
 def speed() -> str:

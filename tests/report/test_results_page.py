@@ -58,20 +58,32 @@ def results_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_a_block_needs_its_file_and_a_file_its_block(results_page: ModuleType) -> None:
     assert results_page.blocks() == {}
-    results_page.PAGE.write_text("<!-- transfer -->\n<!-- /transfer -->\n")
+    results_page.PAGE.write_text("<!-- cifar10_comparison -->\n<!-- /cifar10_comparison -->\n")
     (results_page.RESULTS / "cifar10_operators.json").write_text(json.dumps(RESULT))
     blocks = results_page.blocks()
-    assert set(blocks) == {"cifar10_operators", "transfer"}
-    with pytest.raises(AssertionError, match=r"has a block transfer, but .*transfer\.json is not measured yet"):
-        blocks["transfer"]()
+    assert set(blocks) == {"cifar10_operators", "cifar10_comparison"}
+    with pytest.raises(
+        AssertionError, match=r"a block cifar10_comparison, but .*_comparison\.json is not measured yet"
+    ):
+        blocks["cifar10_comparison"]()
 
 
 def test_a_block_is_of_its_file(results_page: ModuleType) -> None:
-    (results_page.RESULTS / "transfer.json").write_text(json.dumps(RESULT))
-    text = results_page.blocks()["transfer"]()
+    (results_page.RESULTS / "cifar10_comparison.json").write_text(json.dumps(RESULT))
+    text = results_page.blocks()["cifar10_comparison"]()
     assert "tokenfusion_late_micro is best: it names 90.00% ± 0.10% of 500 images correctly." in text
     assert "It is better than resnet_micro (+2.00)." in text
     assert "| resnet_micro | 88.00% ± 0.10% | 87.50% to 88.50% | -2.00 | 0.200 | 0.45 | 0.039 | 9 | 2.00 | 99 |" in text
     assert "on AMD EPYC, 1 thread a run, bf16" in text
-    assert "](transfer.svg)" in text
-    assert "resnet_micro" in (results_page.PAGE.parent / "transfer.svg").read_text()
+    assert "](cifar10_comparison.svg)" in text
+    assert "resnet_micro" in (results_page.PAGE.parent / "cifar10_comparison.svg").read_text()
+
+
+def test_the_transfer_block_tells_every_seed_and_what_training_cost(results_page: ModuleType) -> None:
+    warm = {"name": "fuse(A,B,late), warm", "macs": 8e7, "training_macs_per_image": 4.6e8, "top1": [0.84, 0.8512]}
+    (results_page.RESULTS / "transfer.json").write_text(
+        json.dumps({"parents_epochs": 4, "warm_epochs": 2, "rows": [warm]})
+    )
+    text = results_page.blocks()["transfer"]()
+    assert text.startswith("4 epochs of each parent, 2 of the pair made of them; 2 seeds.")
+    assert "| `fuse(A,B,late)`, warm | 84.00%, 85.12% | 0.080 | 0.460 |" in text
