@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenfusion.classifier import Classifier
 from tokenfusion.compare.contenders import Contender
 from tokenfusion.data.images import read_images
 from tokenfusion.data.loader import TrainLoader
@@ -24,7 +23,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.recipe import Recipe
-from tokenfusion.train import FREE_TO_CHANGE
+from tokenfusion.train import FREE_TO_CHANGE, build
 from tokenfusion.train.fit import Job, train_step
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer
@@ -78,16 +77,7 @@ def train_some_steps(recipe: Recipe, threads: int) -> float:
     images, _ = read_images(
         source, some, max_pixels=recipe.max_pixels, cache_bytes=recipe.cache_mb * 2**20, split="train"
     )
-    classifier = Classifier.create(
-        recipe.model,
-        source.classes,
-        in_chans=recipe.in_chans,
-        img_size=recipe.img_size or None,  # type: ignore[arg-type]
-        precision=recipe.precision,
-        drop_path=recipe.drop_path,
-    )
-    if recipe.grad_checkpointing:
-        classifier.model.set_grad_checkpointing()  # type: ignore[operator]
+    classifier = build(recipe, source.classes)
     size = classifier.preprocess.img_size
     augment = Augment(size, recipe.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment)
     loader = TrainLoader(images, augment, batch_size=batch_size, seed=recipe.seed, workers=recipe.workers)
