@@ -171,3 +171,42 @@ def test_a_cnn_without_stages_is_refused():
         InputError, match="a Linear has no stages: it names no feature maps; take a CNN such as resnet18"
     ):
         tokenfusion.fuse(torch.nn.Linear(3, 3), "vit_micro")
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: tokenfusion.fuse("tokenfusion_late_micro", "vit_micro"), "is fused already; give one of its parents"),
+        (lambda: tokenfusion.fuse("resnet_micro", "vit_small_patch16_18x2_224"), "several attentions side by side"),
+        (lambda: tokenfusion.fuse("resnet_micro", "vit_micro", nonsense=1), "cannot be built with .*nonsense"),
+        (
+            lambda: tokenfusion.fuse("resnet_micro", "vit_micro", fusion_depth=2),
+            "layerwise fusion cannot be built with",
+        ),
+        (lambda: tokenfusion.fuse("resnet_micro", "vit_micro", pretrained=True), "has no pretrained weights"),
+        (lambda: tokenfusion.fuse("resnet_micro", TRANSFORMERS["deit"](), img_size=96), "cannot take 3-channel images"),
+        (lambda: tokenfusion.fuse("resnet_micro", "vit_micro").freeze("both"), "parent='both' is not known"),
+    ],
+)
+def test_what_would_fail_later_is_refused_at_once(build, message):
+    with pytest.raises(InputError, match=message):
+        build()
+
+
+def test_early_fusion_of_trained_parents_starts_as_its_transformer_too():
+    transformer = TRANSFORMERS["vit"]().eval()
+    alone = copy.deepcopy(transformer)
+    model = tokenfusion.fuse("resnet_micro", transformer, "early", img_size=SIZE).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(images()), alone(images()), rtol=0, atol=1e-6)
+
+
+def test_no_classes_leave_features():
+    model = tokenfusion.fuse("resnet_micro", "vit_micro", num_classes=0)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, model.num_features)
+
+
+def test_registers_are_no_cls():
+    transformer = VisionTransformer(**SMALL, class_token=False, reg_tokens=2, global_pool="avg")
+    model = tokenfusion.fuse("resnet_micro", transformer, img_size=SIZE)
+    assert [group.source for group in model.token_layout()] == ["register", "register", "patch"]

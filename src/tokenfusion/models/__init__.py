@@ -58,6 +58,10 @@ def create_model(
         arguments["img_size"] = img_size
     try:
         return timm.create_model(name, **arguments)
+    except RuntimeError as error:
+        if "No pretrained weights" not in str(error):
+            raise
+        raise InputError(f"{name} has no pretrained weights; leave pretrained out") from error
     except TypeError as error:
         raise InputError(f"{name} cannot be built with {arguments}: {error}; leave that argument out") from error
 

@@ -6,6 +6,7 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tokenfusion.errors import InputError
 from tokenfusion.models.base import choose, image_size
@@ -54,13 +55,14 @@ def fuse(
             model's.
         strategy: "late", "early" or "layerwise".
         operator: "joint" (self-attention of all tokens), "cls" (CLS asks the pixels), "cross" (each asks the other) or
-            "add" (at the same place); the strategy's best where not given.
+            "add" (at the same place); the strategy's own where not given, for early fusion with closed gates "cross".
         pretrained: begin with timm's weights.
         num_classes: outputs of the head; the transformer's own where not given.
         img_size: height and width in pixels; the transformer's own where not given.
         in_chans: channels of the images.
-        gate: start of the gates that fused tokens pass. 0 leaves the transformer exactly as it is alone, 1 opens them;
-            by default 0 where a parent is trained (`pretrained`, or a module), else 1.
+        gate: start of the gates that fused tokens pass. 0 leaves the transformer exactly as it is alone (but for early
+            joint attention, which has none), 1 opens them; by default 0 where a parent is trained (`pretrained`, or a
+            module), else 1.
         drop_path_rate: largest rate of stochastic depth of the transformer, where it is given by name.
         **kwargs: further arguments of the strategy's class: `fusion_depth` of the late one, `mlp_ratio`.
 
@@ -68,8 +70,11 @@ def fuse(
         InputError: an unknown name, strategy or operator; a pair that cannot be fused, with the reason.
     """
     model_cls = choose(STRATEGIES, strategy, "strategy")
-    meet = choose(OPERATORS, operator or OPERATOR[strategy], "operator")
     trained = pretrained or not (isinstance(cnn, str) and isinstance(vit, str))
+    opened = (0.0 if trained else 1.0) if gate is None else float(gate)
+    # joint attention at the entrance has no gate to close
+    default = "cross" if strategy == "early" and not opened else OPERATOR[strategy]
+    meet = choose(OPERATORS, operator or default, "operator")
     if isinstance(vit, str):
         vit = build_transformer(
             vit,
@@ -90,8 +95,11 @@ def fuse(
     depth = len(walk.blocks(vit))
     config_cnn, config_vit = getattr(cnn, "default_cfg", None), getattr(vit, "default_cfg", None)
     staged = walk_cnn(cnn, size, in_chans, min(MAX_STAGES, depth) if model_cls is LayerwiseFusion else MAX_STAGES)
-    opened = (0.0 if trained else 1.0) if gate is None else gate
-    model = model_cls(staged, vit, meet, img_size=size, in_chans=in_chans, gate=opened, **kwargs)
+    try:
+        model = model_cls(staged, vit, meet, img_size=size, in_chans=in_chans, gate=opened, **kwargs)
+    except TypeError as error:
+        raise InputError(f"{strategy} fusion cannot be built with {kwargs}: {error}; leave that out") from error
+    require_size(model, size, in_chans)
     model.default_cfg = fused_config(config_vit, size, in_chans)  # type: ignore[assignment]
     if config_cnn and in_chans == 3:
         model.rescale = rescaled(model.default_cfg, config_cnn)
@@ -102,13 +110,29 @@ def build_transformer(name: str, img_size: int | tuple[int, int] | None, **argum
     """A transformer by its name, one of timm's plain ones with positions that fit any image size."""
     from tokenfusion.models import create_model
 
-    arguments = {key: value for key, value in arguments.items() if value}
+    arguments = {key: value for key, value in arguments.items() if value or (key, value) == ("num_classes", 0)}
     if timm.is_model(name):
         with torch.device("meta"):
             plain = isinstance(timm.create_model(name), VisionTransformer)
         if plain:
             arguments |= {"dynamic_img_size": True, "dynamic_img_pad": True}
     return create_model(name, img_size=img_size, **arguments)
+
+
+def require_size(model: TokenFusion, size: tuple[int, int], in_chans: int) -> None:
+    """Refuse a pair that cannot take such images, before it is trained; nothing is computed."""
+    meta = {n: torch.empty_like(t, device="meta") for n, t in [*model.named_parameters(), *model.named_buffers()]}
+    training = model.training
+    try:
+        functional_call(model.eval(), meta, torch.empty(1, in_chans, *size, device="meta"))
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0].rstrip(".")
+        raise InputError(
+            f"the pair cannot take {in_chans}-channel images of {size[0]}×{size[1]} pixels: {reason}; "
+            "give the transformer's own img_size and in_chans"
+        ) from error
+    finally:
+        model.train(training)
 
 
 def native_size(vit: nn.Module) -> tuple[int, int]:

@@ -71,7 +71,7 @@ class TokenFusion(PaperModel):
 
     def refusal(self, operator: type[Operator]) -> str:
         """Why an operator does not fit this strategy and this transformer; "" where it does."""
-        if operator is ClsAttention and not self.walk.prefix_tokens:
+        if operator is ClsAttention and "cls" not in self.walk.prefix:
             return "the transformer has no CLS token"
         return ""
 
@@ -151,6 +151,8 @@ class TokenFusion(PaperModel):
 
     def freeze(self, *parents: str) -> Self:
         """Keep "cnn", "vit" or both as they are: no gradient, and BatchNorm's statistics fixed; heads still learn."""
+        for parent in parents:
+            choose(dict.fromkeys(PARENTS), parent, "parent")
         self.frozen = parents
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(self.part_of(name) not in parents)
@@ -164,7 +166,7 @@ class TokenFusion(PaperModel):
 
     @torch.no_grad()
     def set_gates(self, value: float) -> None:
-        """Set every gate: 0 leaves either parent as it is alone."""
+        """Set every gate: 0 leaves either parent as it is alone; early joint attention has none."""
         for name, parameter in self.named_parameters():
             if name.endswith("gate.weight") and self.part_of(name) == "fusion":
                 parameter.fill_(value)
@@ -409,7 +411,7 @@ DEPTHS: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 OPERATOR = {"late": "joint", "early": "joint", "layerwise": "add"}
-"""The operator of each strategy's presets: the one that measured best (docs/results)."""
+"""The operator of each strategy's presets; docs/results compares them."""
 VARIANTS = {
     f"tokenfusion_{strategy}_{size}": (
         build_preset,

@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from timm.layers import PatchDropout
 from timm.models._features import FeatureListNet
 from timm.models.beit import Beit
 from timm.models.eva import Eva
@@ -91,9 +92,12 @@ def walk_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int = MAX_
     Raises:
         InputError: the model gives no feature maps, or its maps vanish at this size.
     """
-    if isinstance(getattr(model, "cnn", None), ConvTrunk):  # this package's ResNet
-        return model.cnn  # type: ignore[return-value]
     name = type(model).__name__
+    trunk = getattr(model, "cnn", None)
+    if trunk is not None and hasattr(model, "vit"):
+        raise InputError(f"a {name} is fused already; give one of its parents, such as cnn(tokenfusion_late_micro)")
+    if isinstance(trunk, ConvTrunk):  # this package's ResNet
+        return trunk
     info = list(getattr(model, "feature_info", None) or [])
     if not info:
         raise InputError(f"a {name} has no stages: it names no feature maps; take a CNN such as resnet18")
@@ -158,12 +162,13 @@ def map_shapes(cnn: CNN, img_size: Grid, in_chans: int) -> list[Grid] | None:
     cnn.eval()
     try:
         maps = functional_call(WithMaps(cnn), {f"cnn.{name}": tensor for name, tensor in meta.items()}, images)
-    except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, IndexError):
+    except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, LookupError):
         return None
     finally:
         cnn.train(training)
     good = all(
-        m.ndim == 4 and m.shape[1] == dim and min(m.shape[2:]) > 0 for m, dim in zip(maps, cnn.dims, strict=True)
+        isinstance(m, Tensor) and m.ndim == 4 and m.shape[1] == dim and min(m.shape[2:]) > 0
+        for m, dim in zip(maps, cnn.dims, strict=True)
     )
     return [size_of(m) for m in maps] if good else None
 
@@ -190,6 +195,7 @@ class Walk:
     Attributes:
         reduction: side of a patch in pixels.
         rigid: why no further tokens can pass through the blocks; "" where they can.
+        prefix: what the tokens before the patches are.
         reads_cls: whether the head reads CLS, rather than the mean of the patches.
     """
 
@@ -200,7 +206,7 @@ class Walk:
     def __init__(self, vit: Any) -> None:
         self.dim: int = vit.embed_dim
         self.heads: int = vit.blocks[0].attn.heads
-        self.prefix_tokens = 1
+        self.prefix_tokens, self.prefix = 1, ["cls"]
         self.reduction = vit.patch_size
 
     def blocks(self, vit: Any) -> Sequence[nn.Module]:
@@ -245,15 +251,20 @@ class TimmWalk(Walk):
     def __init__(self, vit: Any) -> None:
         self.dim, self.prefix_tokens = vit.embed_dim, vit.num_prefix_tokens
         self.heads = vit.blocks[0].attn.num_heads
-        self.reduction = vit.patch_embed.patch_size[0]
+        self.reduction = vit.patch_embed.feat_ratio(as_scalar=True)
+        self.pads = getattr(vit.patch_embed, "dynamic_img_pad", False)
         self.reads_cls = vit.global_pool == "token"
+        known = ["cls"] * (vit.cls_token is not None) + ["dist"] * hasattr(vit, "dist_token")
+        self.prefix = [*known, *["register"] * (self.prefix_tokens - len(known))]
 
     def embed(self, vit: Any, images: Tensor) -> tuple[Tensor, Any]:
         return vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))), ()
 
+    def grid(self, size: Grid) -> Grid:
+        return super().grid(size) if self.pads else (size[0] // self.reduction, size[1] // self.reduction)
+
     def layout(self, vit: Any, size: Grid) -> TokenLayout:  # noqa: ARG002
-        names = ["cls", *["register"] * (self.prefix_tokens - 1)][: self.prefix_tokens]
-        return *map(TokenGroup, names), TokenGroup("patch", self.grid(size))
+        return *map(TokenGroup, self.prefix), TokenGroup("patch", self.grid(size))
 
     def attention_layouts(self, vit: Any, size: Grid) -> dict[str, AttentionLayout]:
         layout = AttentionLayout.among(self.layout(vit, size))
@@ -288,7 +299,7 @@ class CrossViTWalk(Walk):
     rigid = "its stages bring two branches together, each of its own tokens"
 
     def __init__(self, vit: Any) -> None:
-        self.dim, self.prefix_tokens = vit.embed_dim[1], 1
+        self.dim, self.prefix_tokens, self.prefix = vit.embed_dim[1], 1, ["cls"]
         self.heads = vit.stages[0].large[0].attn.heads
         self.reduction = vit.scale_large.reduction
         self.scale = vit.scale_large
@@ -326,15 +337,31 @@ def walk_transformer(vit: nn.Module) -> Walk:
     """
     if isinstance(vit, PlainTransformer):
         return Walk(vit)
-    if isinstance(vit, VisionTransformer) and not isinstance(vit.attn_pool, nn.Module):
-        return TimmWalk(vit)
-    if isinstance(vit, Beit):
-        return BeitWalk(vit)
-    if isinstance(vit, Eva) and not getattr(vit, "rope_mixed", False):
-        return EvaWalk(vit)
+    if isinstance(vit, VisionTransformer | Beit | Eva):
+        return walk_timm(vit)
     if isinstance(vit, PaperModel) and hasattr(vit, "branch_layouts"):
         return CrossViTWalk(vit)
     raise InputError(
         f"a {type(vit).__name__} has no row of blocks over its patches to walk; "
         "take a ViT, DeiT, BEiT or EVA of timm's, or deepvit_*, crossvit_* or vit_micro"
     )
+
+
+def walk_timm(vit: Any) -> Walk:
+    """How to walk one of timm's transformers."""
+    reasons = {
+        "its blocks hold several attentions side by side": not hasattr(vit.blocks[0], "attn"),
+        "its head asks the tokens by an attention of its own": isinstance(getattr(vit, "attn_pool", None), nn.Module),
+        "it drops patches while it trains, so that none has a place": isinstance(
+            getattr(vit, "patch_drop", None), PatchDropout
+        ),
+        "its rotary positions differ from block to block": getattr(vit, "rope_mixed", False),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(
+                f"this {type(vit).__name__} cannot be walked: {reason}; take a plain ViT, DeiT, BEiT or EVA"
+            )
+    walks: dict[type, type[Walk]] = {Beit: BeitWalk, Eva: EvaWalk}
+    walk = next((walk for kind, walk in walks.items() if isinstance(vit, kind)), TimmWalk)
+    return walk(vit)
