@@ -4,7 +4,7 @@
 
 Parents are trained by recipes/cifar10_comparison.toml, unless `--runs` has them from a comparison. A fused pair goes on
 for `--epochs`; from random weights it gets as many epochs as make the multiply-adds of both parents' training and of
-that. Every row is an ordinary run folder in `--runs`.
+that, and so does the CNN alone, as wide as the pair is costly. Every row is an ordinary run folder in `--runs`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from tokenfusion.compare.contenders import slug
 from tokenfusion.compare.ensemble import evaluate_mean
 from tokenfusion.compare.statistics import t_interval
 from tokenfusion.files import write_json
+from tokenfusion.models.controls import controls_of
 from tokenfusion.models.cost import count_macs
 
 CNN, VIT = "resnet_micro", "vit_micro"
@@ -28,7 +29,9 @@ CNN, VIT = "resnet_micro", "vit_micro"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="as `tokenfusion train` takes it")
-    parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "cifar10_comparison.toml")
+    parser.add_argument(
+        "--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "cifar10_comparison.toml"
+    )
     parser.add_argument("--runs", type=Path, required=True, help="folder of run folders")
     parser.add_argument("--epochs", type=int, default=2, help="of a warm-started pair")
     parser.add_argument("--seeds", type=int, default=2)
@@ -72,6 +75,9 @@ def main() -> None:
             equal = round((before + options.epochs * cost) / cost)
             scratch = run(name, seed, equal, suffix=f"-{equal}epochs")
             note(f"{name}, from random weights", scratch, equal * cost, cost)
+            wide = controls_of(name, num_classes=10).wide_cnn
+            wide_cost = count_macs(wide)
+            note(f"{wide}, from random weights", run(wide, seed, equal), equal * wide_cost, wide_cost)
         for row in rows.values():
             interval = t_interval(row["top1"])
             row |= {"top1_mean": fmean(row["top1"]), "top1_ci95": list(interval) if interval else None}

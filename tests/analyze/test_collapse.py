@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.models.beit import Beit
 
 from tokenfusion import InputError, create_model, record_attention
 from tokenfusion.analyze import collapse as room
 from tokenfusion.analyze.collapse import measure_collapse
-from tokenfusion.analyze.figures import feature_maps
+from tokenfusion.analyze.figures import feature_maps, write_figures
 from tokenfusion.analyze.quantities import block_cosines
-from tokenfusion.analyze.words import describe
+from tokenfusion.analyze.subject import open_subject
+from tokenfusion.analyze.words import describe, on_features
 from tokenfusion.layers.attend import split_heads
 from tokenfusion.models.deepvit import DeepViT
 
@@ -145,7 +147,57 @@ def test_the_model_is_left_as_it_was():
     assert all(weights[key].equal(value) for key, value in model.state_dict().items())
 
 
+def test_what_costs_most_is_of_a_sample(monkeypatch):
+    monkeypatch.setattr(room, "SAMPLE", 3)
+    few, all_of_them = (measure_collapse(deepvit(2), [images()[:n]]) for n in (3, 5))
+    before = [result["groups"][0]["similarity_before_mixing"] for result in (few, all_of_them)]
+    torch.testing.assert_close(torch.tensor(before[0]), torch.tensor(before[1]))
+    ranks = [[block["effective_rank"] for block in result["blocks"]] for result in (few, all_of_them)]
+    assert ranks[0] == pytest.approx(ranks[1])
+    assert few["groups"][0]["similarity"] != all_of_them["groups"][0]["similarity"]
+    assert (few["sample"], all_of_them["sample"], all_of_them["images"]) == (3, 3, 5)
+    assert "in 3 of the images." in describe(all_of_them)
+
+
+def test_the_first_images_are_not_of_the_first_classes(tmp_path):
+    for label in ("ant", "bee", "cow"):
+        (tmp_path / label).mkdir()
+        for i in range(20):
+            Image.new("RGB", (8, 8)).save(tmp_path / label / f"{i}.png")
+    first, again = (open_subject("vit_micro", str(tmp_path), 30)[1] for _ in range(2))
+    assert first.names == again.names
+    assert torch.as_tensor(first.labels).bincount().tolist() == [10, 10, 10]  # spread evenly all the same
+    assert set(torch.as_tensor(first.labels[:10]).tolist()) == {0, 1, 2}
+
+
+def test_without_feature_maps_it_is_said_and_none_are_left(tmp_path):
+    model = Beit(img_size=(24, 40), patch_size=8, embed_dim=12, depth=3, num_heads=3, num_classes=5).eval()
+    features = feature_maps(model, images(2))
+    assert features == []
+    assert "Feature maps are not drawn" in on_features({"feature_maps": features})[0]
+    for name in ("feature_maps.png", "feature_maps.svg"):
+        (tmp_path / name).write_text("of another model")
+    drawn = write_figures(measure_collapse(model, [images()]), tmp_path, torch.zeros(0, 3, 8, 8), features)
+    assert {path.name for path in tmp_path.iterdir()} == set(drawn)
+    assert not any("feature_maps" in name for name in drawn)
+
+
+def test_nothing_to_mend_is_said_of_nothing_alike_only():
+    result = measure_collapse(deepvit(0, spread=3.0), [images()])
+    for block in result["blocks"]:
+        block["head_similarity"] = 0.1
+    result["groups"][0] |= {"runs": [], "similar_blocks": []}
+    assert "Nothing to mend here" in describe(result)
+    result["groups"][0]["similar_blocks"] = ["blocks.0.attn", "blocks.2.attn"]
+    assert "To try: a smaller depth" in describe(result)
+    result["blocks"][1]["head_similarity"] = 0.9
+    assert "To try: fewer heads" in describe(result)
+    assert "Nothing to mend" not in describe(result)
+
+
 def test_models_that_have_nothing_to_compare():
+    with pytest.raises(InputError, match="no image is given"):
+        measure_collapse(deepvit(0), [])
     with pytest.raises(InputError, match="1 block of attention; collapse compares 2"):
         measure_collapse(deepvit(0, depth=1), [images()])
     with pytest.raises(InputError, match="no attention that can be seen"):

@@ -1,7 +1,9 @@
 """The command `explain`: overlays that stay in their folder, and in the report."""
 
 import json
+import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +11,10 @@ import torch
 from PIL import Image
 
 from tokenfusion import Classifier, InputError
-from tokenfusion.analyze.explain import Question, explain, overlay, safe
+from tokenfusion.analyze.explain import Question, explain, overlay, probabilities_of, safe
+from tokenfusion.evaluate import evaluate
 from tokenfusion.report import write_report
+from tokenfusion.report.overlays import overlays_of
 
 
 def test_overlays_of_named_images(command, run, digit, tmp_path):
@@ -83,6 +87,72 @@ def test_the_worst_mistakes_are_in_the_report(command, run):
         write_report(run)
 
 
+def test_mistakes_are_explained_as_the_evaluation_named_them(command, run):
+    assert command("evaluate", run)[0] == 0
+    heading, *lines = (run / "predictions.csv").read_text().splitlines()
+    rows = [line.rsplit(",", 3) for line in lines]
+    named = {path: str((int(label) + 5) % 10) for path, label, prediction, _ in rows if prediction != label}
+
+    def name(predictions):
+        new = [",".join([path, label, predictions.get(path, label), score]) for path, label, _, score in rows]
+        (run / "predictions.csv").write_text("\n".join([heading, *new]))
+
+    name(named)
+    found, _ = explain(run, (), Question(branch="cnn"))
+    for image in found["images"]:
+        assert image["prediction"] == named[image["path"]]
+        assert [of["class"] for of in image["overlays"]] == [image["prediction"]]
+    name(dict.fromkeys(named, "x"))
+    with pytest.raises(InputError, match="prediction='x' is not known"):
+        explain(run)
+
+
+def test_probabilities_are_those_that_are_predicted(run):
+    batch = torch.randint(256, (3, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for precision in ("bf16", "fp32"):
+        classifier = replace(Classifier.load(run), precision=precision)
+        found[precision] = probabilities_of(classifier, classifier.to_input(batch)).cpu()
+        torch.testing.assert_close(found[precision], classifier.logits(batch).softmax(1))
+    assert not found["bf16"].equal(found["fp32"])
+
+
+def test_mistakes_whose_names_are_not_text_are_in_the_report(run, digit, tmp_path):
+    label = Classifier.load(run).predict(digit)[0].label
+    folder = tmp_path / "photos" / str((int(label) + 1) % 10)
+    folder.mkdir(parents=True)
+    shutil.copy(digit, os.fsencode(folder) + b"/\xff.png")
+    evaluate(run, str(tmp_path / "photos"))
+    written = (run / "predictions.csv").read_bytes()
+    for name in (rb"\udcff", b"\xff"):  # as `evaluate` spells it, and as the file is called
+        (run / "predictions.csv").write_bytes(written.replace(rb"\udcff", name))
+        explain(run, (), Question(branch="cnn"))
+        assert write_report(run).read_text().count("<small>gradcam, cnn</small>") == 1
+        shutil.rmtree(run / "explain")
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        ({"method": "gradcam", "images": 5}, "images is 5"),
+        ({"method": "gradcam", "images": [{"path": []}]}, r"path is \[\]"),
+        ({"method": "gradcam", "images": [{"path": "a", "overlays": 3}]}, "overlays is 3"),
+        ({"method": "gradcam", "images": [{"path": "a", "overlays": [{"branch": "cnn"}]}]}, "lacks class, file"),
+        (
+            {"method": "gradcam", "images": [{"path": "a", "overlays": [{"branch": 1, "class": "b", "file": "c"}]}]},
+            "branch is 1",
+        ),
+        ([], "lacks method, images"),
+    ],
+)
+def test_damaged_overlays_are_refused(tmp_path, found, reason):
+    folder = tmp_path / "explain" / "mistakes"
+    folder.mkdir(parents=True)
+    (folder / "explain.json").write_text(json.dumps(found))
+    with pytest.raises(InputError, match=reason):
+        overlays_of(tmp_path)
+
+
 def test_faithfulness_is_measured_on_held_out_images(command, run, digit):
     status, output, _ = command("explain", run, digit, "--faithfulness", 20, "--method", "rollout", "--branch", "cnn")
     assert status == 0
@@ -103,6 +173,7 @@ def test_faithfulness_is_measured_on_held_out_images(command, run, digit):
         (["--class", "eleven"], "class='eleven' is not known"),
         (["--class", "3", "--topk", "2"], "is one class; leave out --topk"),
         (["--topk", "0"], "explains no class"),
+        (["--faithfulness", "-1"], "faithfulness=-1 is no number of images"),
         (["--method", "rollout", "--topk", "2"], "is the same for every class"),
     ],
 )

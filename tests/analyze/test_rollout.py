@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from tokenfusion import InputError, create_model, fuse, record_attention
 from tokenfusion.analyze.rollout import Rollout, attention_rollout, on_finest
@@ -47,6 +48,18 @@ def test_of_a_vit_it_is_the_product_of_its_layers():
     torch.testing.assert_close(rollout.head(), product[:, 0])
     torch.testing.assert_close(rollout.maps()["patch"], product[:, 0, 1:].reshape(2, 3, 5))
     torch.testing.assert_close(rollout.shares()["cls"], product[:, 0, 0])
+
+
+def test_where_the_head_reads_the_mean_of_the_patches_so_does_the_rollout():
+    torch.manual_seed(0)
+    config = {"img_size": (24, 40), "patch_size": 8, "embed_dim": 12, "depth": 2, "num_heads": 3, "num_classes": 5}
+    for pool, read in (("avg", slice(1, None)), ("token", slice(0, 1))):
+        model = VisionTransformer(**config, global_pool=pool).eval()
+        for block in model.blocks:
+            torch.nn.init.normal_(block.attn.qkv.weight)
+        rollout = attention_rollout(model, images())
+        made_of = torch.cat([rollout.state["cls"], rollout.state["patch"]], dim=1)
+        torch.testing.assert_close(rollout.head(), made_of[:, read].mean(1))
 
 
 def test_cls_alone_asks():

@@ -149,6 +149,13 @@ def test_what_makes_no_sense(name, method, branch, reason):
         saliency(model_of(name), images(32, 32), CLASSES, method, branch)
 
 
+def test_a_map_that_is_not_finite_is_no_result():
+    model = model_of("vit_micro")
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    with pytest.raises(InputError, match="the map of transformer is not finite"):
+        saliency(model, images(), torch.tensor([1, 2]))
+
+
 def test_features_that_are_no_map():
     model = create_model("swin_tiny_patch4_window7_224", img_size=64, num_classes=5, depths=(1, 1, 1, 1))
     with pytest.raises(InputError, match="not a map"):

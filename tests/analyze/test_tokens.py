@@ -8,7 +8,16 @@ import torch
 from PIL import Image
 
 from tokenfusion import InputError, create_model, fuse
-from tokenfusion.analyze.ablate import WHOLE, Target, measure_ablation, replaced, targets_of, token_means
+from tokenfusion.analyze.ablate import (
+    WHOLE,
+    Target,
+    all_logits,
+    measure_ablation,
+    replaced,
+    targets_of,
+    token_means,
+    whole_branch,
+)
 from tokenfusion.analyze.intervals import mean_interval
 from tokenfusion.analyze.places import Span, token_places
 from tokenfusion.analyze.tokens import describe, measure_tokens
@@ -138,6 +147,21 @@ def test_the_patches_of_an_exchange_are_replaced_where_they_enter():
     by_layer = {(row["layer"], row["tokens"]): row["loss"] for row in result["replaced"]}
     assert by_layer[WHOLE, "patch"] == by_layer["exchanges.0.operator", "patch"]
     assert by_layer[WHOLE, "pixel"] != by_layer["exchanges.0.operator", "pixel"]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "operator"),
+    [("late", "cross"), ("late", "joint"), ("layerwise", "add"), ("layerwise", "cls"), ("early", "add")],
+)
+def test_behind_closed_gates_no_image_is_left_without_its_patches(strategy, operator):
+    model, data = fused(strategy, operator), batches()
+    model.set_gates(0)
+    with torch.no_grad():
+        means, logits = token_means(model, whole_branch(model, (32, 32), "patch"), data)
+        with replaced(model, means):
+            ablated = all_logits(model, data)
+    assert logits.std(0).min() > 1e-4
+    torch.testing.assert_close(ablated, ablated[:1].expand_as(ablated))
 
 
 @pytest.mark.parametrize("name", ["tokenfusion_layerwise_micro", "crossvit_micro"])

@@ -237,3 +237,13 @@ def test_steps_are_timed_once_and_too_few_minutes_are_refused(tmp_path):
     kept = json.loads((tmp_path / "timing.json").read_text())["vit_micro"]["minutes"]
     again = epoch_minutes([Contender("vit_micro", "model")], RECIPE, 1, tmp_path / "timing.json")
     assert again == {"vit_micro": kept}
+
+
+def test_a_folder_of_runs_is_no_comparison(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "project" / "runs").mkdir(parents=True)
+    (tmp_path / "project" / "recipe.toml").write_text("mine = 1")
+    status, _, errors = command("compare", *OPTIONS, "--models", "vit_micro", "--out", "project")
+    assert status == 2
+    assert "no folder of a comparison" in errors
+    assert (tmp_path / "project" / "recipe.toml").read_text() == "mine = 1"

@@ -26,9 +26,11 @@ def test_a_paired_difference():
 
 def test_differences_without_spread():
     assert paired_t([0.5, 0.75], [0.5, 0.75])["p"] == 1
-    assert paired_t([0.75, 1.0], [0.5, 0.75]) == {
-        "difference_mean": 0.25, "ci95": [0.25, 0.25], "p": 0.0, "method": "paired t over 2 seeds",
-    }  # fmt: skip
+    for values, reference, difference in (([0.75, 1.0], [0.5, 0.75], 0.25), ([0.7, 0.8], [0.6, 0.7], 0.1)):
+        result = paired_t(values, reference)  # two seeds of equal difference are no certainty
+        assert result["difference_mean"] == pytest.approx(difference)
+        assert (result["ci95"], result["p"]) == (None, None)
+        assert result["method"] == "none, the same difference with all of 2 seeds"
 
 
 def test_mcnemar_is_a_sign_test_of_the_images_that_one_alone_gets_right():

@@ -142,6 +142,15 @@ def test_what_one_and_two_seeds_do_not_tell() -> None:
     assert "9 standard deviations to either side" in headline(two)
 
 
+def test_intervals_of_different_kinds_are_said_to_be() -> None:
+    said = headline(comparison(CLEAR[0], model(CNN, [0.85]), model(VIT, [0.8, 0.81])))
+    assert f"Intervals are of different kinds: of {CNN}, with one finished run, over images alone" in said
+    assert f"Of two seeds ({VIT}) an interval is 9 standard deviations" in said
+    only_one_yet = headline(comparison(model(FUSED, [0.9]), model(CNN, [0.85])))  # of three seeds that were asked for
+    assert "4 runs still to do. Of one seed the intervals are over images alone" in only_one_yet
+    assert "different kinds" not in only_one_yet + headline(comparison(*CLEAR))
+
+
 def test_failed_runs_and_missing_controls_are_shown(tmp_path: Path) -> None:
     broken = model("cmt_micro", [], failed=[{"seed": 1, "reason": "the loss is <nan> & not finite"}])
     missing = [{"model": FUSED, "role": "widened CNN parent", "reason": "no width fits"}]
@@ -155,7 +164,7 @@ def test_failed_runs_and_missing_controls_are_shown(tmp_path: Path) -> None:
 
 def test_the_first_model_failed(tmp_path: Path) -> None:
     result = comparison(
-        model(VIT, []), *CLEAR[:2], tests=[{"name": FUSED, "p": None, "method": "no seed that both have"}]
+        model(VIT, []), *CLEAR[:2], tests=[{"name": FUSED, "difference_mean": None, "p": None, "method": "no"}]
     )
     assert f"{VIT}, with which tests compare, has no finished run." in headline(result)
     assert "to do" in words(page(tmp_path, result))
@@ -223,6 +232,29 @@ def test_what_is_no_comparison_is_refused(tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text("{")
     with pytest.raises(InputError, match=r"comparison\.json is not JSON"):
         write_comparison(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda found: found.pop("seeds"), "lacks seeds"),
+        (lambda found: found.update(models={}), r"models is \{\}"),
+        (lambda found: found.update(models=[]), "it has no model"),
+        (lambda found: found["models"].append(7), "lacks name, role"),
+        (lambda found: found["models"][1].update(top1_mean="88 %"), "top1_mean is '88 %'"),
+        (lambda found: found["models"][1].update(top1_ci95=None), "the interval of resnet_micro is None"),
+        (lambda found: found["models"][1].update(top1_ci95=[0.8]), "the interval of resnet_micro"),
+        (lambda found: found["models"][0]["runs"][2].pop("run"), "lacks run"),
+        (lambda found: found["tests"][0].update(p="small"), "p is 'small'"),
+        (lambda found: found["pareto"].append("nobody"), "pareto names 'nobody'"),
+        (lambda found: found["missing_controls"].append({"model": FUSED}), "lacks role, reason"),
+    ],
+)
+def test_a_damaged_comparison_is_refused(tmp_path: Path, change: Any, reason: str) -> None:
+    found = json.loads(json.dumps(comparison(*CLEAR)))
+    change(found)
+    with pytest.raises(InputError, match=rf"comparison\.json .*{reason}"):
+        page(tmp_path, found)
 
 
 def test_the_command_writes_it_of_a_comparison(tmp_path: Path, command: Any) -> None:

@@ -182,3 +182,10 @@ def test_a_parent_must_be_finished(parents, tmp_path):
         started(recipe_of([parents[0], unfinished]))
     with pytest.raises(InputError, match="is not a folder"):
         started(Recipe(**vars(recipe_of([tmp_path / "nowhere", parents[1]]))))
+
+
+def test_parents_that_saw_the_held_out_images_are_refused(parents, tmp_path):
+    with pytest.raises(
+        InputError, match=r"was trained on [\d,]+ of the [\d,]+ images that this run holds out; give the"
+    ):
+        start(recipe_of(parents, seed=7), tmp_path / "run", QUIET)

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenfusion.analyze.intervals import mean_interval
-from tokenfusion.analyze.places import Place, Span, token_places
+from tokenfusion.analyze.places import Place, Span, block_places, token_places
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.layers.tokens import size_of
-from tokenfusion.models.token_fusion import EarlyFusion, LayerwiseFusion
+from tokenfusion.models.token_fusion import LateFusion, TokenFusion
 
 Batches = Sequence[tuple[Tensor, Tensor]]
 """Images (B, in_chans, H, W) as the model takes them, and their labels (B,)."""
@@ -40,14 +40,20 @@ def targets_of(places: Iterable[Place]) -> list[Target]:
     return [Target(place.module, source, span) for place in places for source, span in place.spans.items()]
 
 
-def whole_branch(model: nn.Module, targets: Sequence[Target], source: str) -> list[Target]:
-    """Where to replace the tokens of a source so that nothing of them is left: in all layers.
+def whole_branch(model: nn.Module, size: tuple[int, int], source: str) -> list[Target]:
+    """Where to replace the tokens of a source so that nothing of them is left, in images (H, W): in all layers.
 
-    Patches that pixels are exchanged with carry those as well from then on: they are replaced where they enter.
+    Patches that pixels are exchanged with carry those as well from then on, and a gate leads past the operators: they
+    are replaced where they enter, before the first exchange, or before the first block of a late fusion.
     """
-    mine = [target for target in targets if target.source == source]
-    carries_pixels = isinstance(model, LayerwiseFusion) or (isinstance(model, EarlyFusion) and not model.joint)
-    return mine[:1] if carries_pixels and source != "pixel" else mine
+    mine = [target for target in targets_of(token_places(model, size)) if target.source == source]
+    if source == "pixel" or not isinstance(model, TokenFusion):
+        return mine
+    if isinstance(model, LateFusion):
+        return [target for target in targets_of(block_places(model, size)[:1]) if target.source == source]
+    first, *_ = mine
+    around = first.module.removesuffix(".operator")
+    return mine if around == first.module else [first._replace(module=around)]
 
 
 @contextmanager
@@ -66,7 +72,7 @@ def replaced(model: nn.Module, means: Mapping[Target, Tensor]) -> Iterator[None]
         yield
 
 
-def token_means(model: nn.Module, targets: Sequence[Target], batches: Batches) -> tuple[dict[Target, Tensor], Tensor]:
+def token_means(model: nn.Module, targets: Iterable[Target], batches: Batches) -> tuple[dict[Target, Tensor], Tensor]:
     """The mean token (C,) of each target over images and places, and the model's logits (N, K)."""
     totals: dict[Target, Tensor] = {}
 
@@ -92,9 +98,9 @@ def all_logits(model: nn.Module, batches: Batches) -> Tensor:
 def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
     """Accuracy and loss when the tokens of a source are replaced by their mean, in one layer or in all.
 
-    Where: `token_places`. In a block's input the tokens' stream ends there. An operator's pixel tokens are those that
-    it reads: the CNN's map goes on as it was, through its own residual, and may bring the pixels back in the next
-    exchange; what an addition adds becomes the mean update.
+    Where: `token_places`. In a block's input the tokens' stream ends there. An operator's tokens are those that it
+    reads: patches pass it by as far as its gate is closed, and the CNN's map goes on as it was, through its own
+    residual, and may bring the pixels back in the next exchange; what an addition adds becomes the mean update.
 
     Args:
         model: a fusion, or a transformer that can be walked; run in evaluation mode, and left as it was.
@@ -103,18 +109,19 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
     Returns:
         `top1` and `loss` as it is; `replaced`: for each `layer` and `tokens`, and for each source's "whole branch" (see
         `whole_branch`), `top1` and `loss`, and how much they change against the model as it is, with 95 % intervals
-        paired over images. In a late fusion CLS has read the patches before the operators, and keeps that.
+        paired over images. At a late fusion's operators CLS has read the patches already, and keeps that.
 
     Raises:
         InputError: the model has no row of blocks over its patches.
     """
-    targets = targets_of(token_places(model, size_of(batches[0][0])))
+    size = size_of(batches[0][0])
+    targets = targets_of(token_places(model, size))
     labels = torch.cat([labels for _, labels in batches]).cpu()
     sources = dict.fromkeys(target.source for target in targets)
     groups = [(target.module, target.source, [target]) for target in targets]
-    groups += [(WHOLE, source, whole_branch(model, targets, source)) for source in sources]
+    groups += [(WHOLE, source, whole_branch(model, size, source)) for source in sources]
     with evaluating(model):
-        means, logits = token_means(model, targets, batches)
+        means, logits = token_means(model, dict.fromkeys(t for _, _, chosen in groups for t in chosen), batches)
         right, loss = scores(logits, labels)
         rows = []
         for layer, source, chosen in groups:

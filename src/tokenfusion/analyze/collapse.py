@@ -29,7 +29,7 @@ from tokenfusion.analyze.quantities import (
 )
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.analyze.subject import open_subject
-from tokenfusion.analyze.words import describe
+from tokenfusion.analyze.words import describe, on_features
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
@@ -100,6 +100,8 @@ class Collapse:
                 model(images)
                 step = max(1, STEP_BYTES * len(images) // self.compare_blocks(records))
                 self.images += len(images)
+        if not self.images:
+            raise InputError("no image is given; collapse is measured on images")
 
     def see_block(self, record: AttentionRecord) -> tuple[Tensor, Tensor]:
         """Count what one block says alone; gives its map before and after mixing, to compare the blocks by."""
@@ -133,7 +135,8 @@ class Collapse:
             if len(names) > 1:
                 self.count_pairs(group, "applied", [maps[name][1] for name in names])
             if len(names) > 1 and self.mixed.intersection(names) and self.images < SAMPLE:
-                self.count_pairs(group, "before_mixing", [maps[name][0] for name in names])
+                left = SAMPLE - self.images
+                self.count_pairs(group, "before_mixing", [maps[name][0][:left] for name in names])
         return sum(before.nbytes + (after is not before) * after.nbytes for before, after in maps.values())
 
     def count_pairs(self, group: Group, which: str, maps: Sequence[Tensor]) -> None:
@@ -147,6 +150,7 @@ class Collapse:
         groups = [self.describe_group(group, names) for group, names in self.groups.items() if len(names) > 1]
         return {
             "images": self.images,
+            "sample": min(SAMPLE, self.images),
             "img_size": list(self.img_size),
             "thresholds": {"blocks": BLOCK_THRESHOLD, "heads": HEAD_THRESHOLD},
             "groups": groups,
@@ -198,15 +202,14 @@ def measure_collapse(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, A
         batches: images (B, C, H, W) as the model takes them, all of one size.
 
     Returns:
-        `images`, `img_size`, `thresholds`;
+        `images`, `sample` (how many of them, the first, what costs the most is of), `img_size`, `thresholds`;
         `groups`: for blocks with equal tokens and heads, in order: `similarity` (L, L), the mean over images, heads and
-        tokens; `similarity_before_mixing` (L, L), of the first 32 images, or
-        None; `similar_share` (L, L), how many heads and tokens are more
-        similar than 0.8; `neighbours` k = 1, 2, 3 apart; `previous_by_head` (H, L - 1); `similar_blocks`, those whose
-        similarity to at least one other exceeds 0.8, and their share; `runs`, first and last of the consecutive blocks
-        that are each similar to the one before;
+        tokens; `similarity_before_mixing` (L, L), of the sample, or None; `similar_share` (L, L), how many heads and
+        tokens are more similar than 0.8; `neighbours` k = 1, 2, 3 apart; `previous_by_head` (H, L - 1);
+        `similar_blocks`, those whose similarity to at least one other exceeds 0.8, and their share; `runs`, first and
+        last of the consecutive blocks that are each similar to the one before;
         `blocks`: of each, `head_similarity`, `similar_heads` (share of pairs above 0.5), `entropy` in nats beside that
-        of uniform attention, `distance_px`, `token_similarity`, `effective_rank` (of 32 images); None where undefined;
+        of uniform attention, `distance_px`, `token_similarity`, `effective_rank` (of the sample); None where undefined;
         `not_compared`: blocks that no other has the tokens of.
 
     Raises:
@@ -240,7 +243,8 @@ def analyze_collapse(
         out: folder to write to; RUN/collapse, or `collapse` for a model's name, when not given.
 
     Returns:
-        what `collapse.json` holds (see `measure_collapse`), with `model`, `summary` and `figures`; and the folder.
+        what `collapse.json` holds (see `measure_collapse`), with `model`, `feature_maps` (the blocks that have some),
+        `summary` and `figures`; and the folder.
 
     Raises:
         InputError: the model or the data cannot be used, or as in `measure_collapse`.
@@ -255,7 +259,8 @@ def analyze_collapse(
     folder.mkdir(parents=True, exist_ok=True)
     pictures = torch.stack([classifier.preprocess.resize(images[i]) for i in range(min(PICTURES, len(images)))])
     features = feature_maps(classifier.model, classifier.to_input(pictures))
-    result["summary"] = describe(result)
+    result["feature_maps"] = [of.block for of in features]
+    result["summary"] = " ".join([describe(result), *on_features(result)])
     result["figures"] = write_figures(result, folder, pictures, features)
     write_json(folder / "collapse.json", result)
     return result, folder

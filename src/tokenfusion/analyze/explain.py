@@ -1,13 +1,12 @@
 """What a trained run looks at, drawn over its images: `tokenfusion explain`."""
 
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +19,10 @@ from tokenfusion.analyze.subject import open_subject
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_source, printable
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_atomic, write_json
+from tokenfusion.hardware import autocast
 from tokenfusion.models.base import choose
 from tokenfusion.predict import expand
 from tokenfusion.report.html import worst_mistakes
@@ -30,11 +30,23 @@ from tokenfusion.report.results import read_evaluation
 
 Method = Literal["gradcam", "rollout", "attention"]
 Branch = Literal["cnn", "transformer", "both"]
-Prepared = tuple[str, Tensor | str]
-"""A name, and the prepared image (in_chans, h, w) or why there is none."""
 BATCH = 16
 SIDE = 224
 """Pixels that the longer side of an overlay has at least."""
+
+
+class Prepared(NamedTuple):
+    """An image to look at.
+
+    Attributes:
+        path: its name.
+        image: its pixels (in_chans, h, w) as the classifier takes them, or why there are none.
+        prediction: the class that an evaluation took it for; "" where the model is to say.
+    """
+
+    path: str
+    image: Tensor | str
+    prediction: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ def explain(
     Args:
         run: a finished run folder.
         images: files, folders, globs; the worst mistakes of the run's evaluation when none is given.
-        question: what to explain.
+        question: what to explain; of mistakes the predicted class is the one that the evaluation named.
         out: folder to write to; RUN/explain when not given, and RUN/explain/mistakes of the worst mistakes, where the
             report finds them.
         faithfulness: how many held-out images to measure `measure_faithfulness` on; 0 for none.
@@ -91,11 +103,13 @@ def explain(
     Raises:
         InputError: the run cannot be used, it is not evaluated, the method says nothing of the model or the branch.
     """
+    if faithfulness < 0:
+        raise InputError(f"faithfulness={faithfulness} is no number of images; give 1 or more, or 0 to measure none")
     classifier = Classifier.load(run)
     if question.of_class:
         choose(dict.fromkeys(classifier.classes), question.of_class, "class")
     named = list(expand(images))
-    prepared = (classifier.prepare(path) for path in named) if named else mistakes_of(run, classifier)
+    prepared = (Prepared(*classifier.prepare(path)) for path in named) if named else mistakes_of(run, classifier)
     total = len(named)
     folder = out or run / "explain" / ("" if named else "mistakes")
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +128,7 @@ def mistakes_of(run: Path, classifier: Classifier) -> Iterator[Prepared]:
     """The images of the worst mistakes, read from the data that the run was evaluated on.
 
     Raises:
-        InputError: it has not been evaluated, or the data is gone.
+        InputError: it has not been evaluated, the data is gone, or it was taken for a class that there is not.
     """
     evaluation, predictions = read_evaluation(run, list(classifier.classes))
     if evaluation is None:
@@ -122,11 +136,13 @@ def mistakes_of(run: Path, classifier: Classifier) -> Iterator[Prepared]:
     source = open_source(evaluation["data"])
     places = {name: index for index, name in enumerate(source.names)}
     for mistake in worst_mistakes(predictions):
+        path, prediction = printable(mistake.path), mistake.prediction
+        choose(dict.fromkeys(classifier.classes), prediction, "prediction")
         try:
-            image = source.decode(places[mistake.path], classifier.max_pixels)
-            yield mistake.path, classifier.preprocess.resize(image)
+            image = source.decode(places[path], classifier.max_pixels)
+            yield Prepared(path, classifier.preprocess.resize(image), prediction)
         except (KeyError, UnreadableImage) as error:
-            yield mistake.path, f"it cannot be read any more: {error}"
+            yield Prepared(path, f"it cannot be read any more: {error}")
 
 
 def explain_images(
@@ -147,9 +163,9 @@ def explain_batch(
     classifier: Classifier, prepared: Sequence[Prepared], question: Question, folder: Path, first: int
 ) -> Iterator[dict[str, Any]]:
     """The same of a batch whose first image has the number `first`."""
-    readable = [image for _, image in prepared if isinstance(image, Tensor)]
-    drawn = iter(draw_batch(classifier, torch.stack(readable), question) if readable else ())
-    for number, (path, image) in enumerate(prepared, start=first):
+    readable = [item for item in prepared if isinstance(item.image, Tensor)]
+    drawn = iter(draw_batch(classifier, readable, question) if readable else ())
+    for number, (path, image, _) in enumerate(prepared, start=first):
         if isinstance(image, str):
             yield {"path": printable(path), "error": image}
             continue
@@ -166,11 +182,16 @@ Drawn = tuple[str, float, list[tuple[str, str, float, Tensor]]]
 """Prediction and its probability; branch, class, the class's probability and overlay (3, H, W) of each picture."""
 
 
-def draw_batch(classifier: Classifier, batch: Tensor, question: Question) -> list[Drawn]:
-    """What there is to draw of prepared images, uint8 (B, in_chans, h, w)."""
+def draw_batch(classifier: Classifier, prepared: Sequence[Prepared], question: Question) -> list[Drawn]:
+    """What there is to draw of images that have pixels."""
+    batch = torch.stack([image for _, image, _ in prepared if isinstance(image, Tensor)])  # (B, in_chans, h, w)
     images, classes = classifier.to_input(batch), classifier.classes
     probabilities = probabilities_of(classifier, images).cpu()
-    best = probabilities.topk(min(question.topk, len(classes)), dim=1).indices
+    order = probabilities.clone()
+    for row, (_, _, prediction) in zip(order, prepared, strict=True):
+        if prediction:
+            row[classes.index(prediction)] = 2  # what the evaluation said comes first, were it level with another
+    best = order.topk(min(question.topk, len(classes)), dim=1).indices
     given = question.of_class
     explained = torch.full_like(best[:, :1], classes.index(given)) if given else best
     columns = [
@@ -216,11 +237,6 @@ def safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:40].strip("_") or "x"
 
 
-def printable(path: str) -> str:
-    """A path whose bytes are no UTF-8 as text that a JSON file can hold."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
-
-
 def measure_run(run: Path, num_images: int, question: Question) -> dict[str, Any]:
     """`measure_faithfulness` of the predicted class of held-out images."""
     classifier, images = open_subject(str(run), None, num_images)
@@ -237,8 +253,8 @@ def measure_run(run: Path, num_images: int, question: Question) -> dict[str, Any
 
 @torch.no_grad()
 def probabilities_of(classifier: Classifier, images: Tensor) -> Tensor:
-    """Probabilities (B, K) of input images."""
-    with evaluating(classifier.model):
+    """Probabilities (B, K) of input images, in the arithmetic that the classifier predicts in."""
+    with evaluating(classifier.model), autocast(classifier.device, classifier.precision):
         return classifier.model(images).float().softmax(1)
 
 

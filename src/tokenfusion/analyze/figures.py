@@ -109,6 +109,8 @@ def write_figures(result: dict[str, Any], folder: Path, pictures: Tensor, featur
             blocks = [block for block in result["blocks"] if block["name"] in group["blocks"]]
             for name, figure in group_figures(group, blocks):
                 names += write_figure(folder, name + suffix, figure)
+        for kind in () if features else ("png", "svg"):  # of another model
+            (folder / f"feature_maps.{kind}").unlink(missing_ok=True)
         if features:
             names += write_figure(folder, "feature_maps", draw_features(pictures, features))
     return names

@@ -22,6 +22,7 @@ from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, 
 from tokenfusion.models.exchange import Exchange, Gate
 from tokenfusion.models.operators import AlignedAddition, Grids, regrid
 from tokenfusion.models.token_fusion import LateFusion, TokenFusion
+from tokenfusion.models.walks import walk_transformer
 
 
 class Origin(NamedTuple):
@@ -39,9 +40,13 @@ class Rollout:
     Attributes:
         origins: the tokens that entered, in the order of the columns.
         state: by source, what each of its tokens is made of: (B, tokens, S), rows that sum to 1.
+
+    Args:
+        reads_cls: whether the head reads CLS where there is one, rather than the mean of the patches.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reads_cls: bool = True) -> None:
+        self.read = (("cls", "dist"), ("patch",)) if reads_cls else (("patch",),)
         self.origins: list[Origin] = []
         self.state: dict[str, Tensor] = {}
         self.around = ""
@@ -82,13 +87,9 @@ class Rollout:
         self.follow(record.name.rpartition(".")[0], record.layout, record.map.mean(1))
 
     def head(self) -> Tensor:
-        """What the head reads is made of, (B, S): CLS, the mean of several, or that of the patches where there is none.
-
-        The head is taken to read CLS wherever there is one.
-        """
-        rows = [rows for source, rows in self.state.items() if source.endswith("cls")]
-        rows = rows or [rows for source, rows in self.state.items() if source.endswith("patch")]
-        return torch.stack([of.mean(1) for of in rows]).mean(0)
+        """What the head reads is made of, (B, S): CLS, the mean of several (with DeiT's "dist"), or of patches."""
+        found = ([rows for source, rows in self.state.items() if source.endswith(kinds)] for kinds in self.read)
+        return torch.stack([rows.mean(1) for rows in next(filter(None, found))]).mean(0)
 
     def shares(self) -> dict[str, Tensor]:
         """What the head reads, by source: (B,) each, which sum to 1."""
@@ -139,13 +140,21 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Rollout:
             f"rollout cannot follow a {type(model).__name__}: its keys stand for cells of patches, and convolutions "
             "between its stages mix places; take --method gradcam"
         )
-    rollout = Rollout()
+    rollout = Rollout(head_reads_cls(model))
     with evaluating(model), record_attention(model, reduce=rollout.see), ExitStack() as stack:
         if isinstance(model, TokenFusion):
             rollout.enter(model.vit_layout(size_of(images)), len(images))
             follow_fusion(rollout, model, size_of(images), stack)
         model(images)
     return rollout
+
+
+def head_reads_cls(model: nn.Module) -> bool:
+    """Whether a model's head reads CLS; taken to where its transformer cannot be walked."""
+    try:
+        return walk_transformer(model.vit if isinstance(model, TokenFusion) else model).reads_cls
+    except InputError:
+        return True
 
 
 def follow_fusion(rollout: Rollout, model: TokenFusion, size: tuple[int, int], stack: ExitStack) -> None:

@@ -182,7 +182,7 @@ def saliency(model: nn.Module, images: Tensor, classes: Tensor, method: str = "g
         "transformer_large".
 
     Raises:
-        InputError: the method cannot read the model, or says nothing of this branch.
+        InputError: the method cannot read the model, says nothing of this branch, or gives what is not finite.
     """
     maps = choose(METHODS, method, "method")(model, images, classes)
     wanted = {name: of for name, of in maps.items() if branch == "both" or name.startswith(branch)}
@@ -191,4 +191,10 @@ def saliency(model: nn.Module, images: Tensor, classes: Tensor, method: str = "g
         if isinstance(model, TokenFusion):
             reason = f"no attention of this {type(model).__name__} asks its tokens, which are added"
         raise InputError(f"--branch {branch} cannot be shown: {reason}; take --branch both")
+    for name, of in wanted.items():
+        if not of.isfinite().all():
+            raise InputError(
+                f"the map of {name} is not finite: weights or activations of this {type(model).__name__} are not; "
+                "take another run, or train with a smaller lr"
+            )
     return wanted

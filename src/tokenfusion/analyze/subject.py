@@ -16,7 +16,9 @@ from tokenfusion.recipe import Recipe, load_recipe
 def open_subject(
     subject: str, data: str | None, num_images: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Classifier, Images]:
-    """A classifier and some images for it, spread evenly over the data; labels are numbers of the model's outputs.
+    """A classifier and some images for it, spread evenly over the data and in random order, always the same.
+
+    Labels are numbers of the model's outputs.
 
     Args:
         subject: a run folder, or a model's name, which is built with random weights for the data's classes.
@@ -43,15 +45,16 @@ def open_subject(
         raise InputError(f"DATA is missing: {subject} is no run folder and has no images of its own; name some")
     name, indices = choose_images(source, run, own=own, split=None)
     spread = np.linspace(0, len(indices) - 1, min(num_images, len(indices))).round().astype(np.int64)
+    chosen = np.random.default_rng(0).permutation(indices[spread])  # the first few are of any class
     images, skipped = read_images(
         source,
-        indices[spread],
+        chosen,
         max_pixels=recipe.max_pixels,
         cache_bytes=recipe.cache_mb * 2**20,
         progress=progress,
         split=name,
     )
     if not len(images):
-        raise InputError(f"none of {len(spread)} images of {source.where} is readable; the first: {skipped[0].reason}")
+        raise InputError(f"none of {len(chosen)} images of {source.where} is readable; the first: {skipped[0].reason}")
     images.labels = to_output[images.labels]
     return classifier, images

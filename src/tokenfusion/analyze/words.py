@@ -1,6 +1,5 @@
 """What an analysis found, in words."""
 
-from collections.abc import Sequence
 from typing import Any
 
 UNIFORM = 0.98
@@ -13,10 +12,10 @@ def describe(result: dict[str, Any]) -> str:
     sentences = []
     for group in result["groups"]:
         where = f" (of {group['blocks'][0]} to {group['blocks'][-1]})" if several else ""
-        sentences += [on_repetition(group, where), *on_mixing(group)]
+        sentences += [on_repetition(group, where), *on_mixing(group, result["sample"])]
     if result["not_compared"]:
         sentences.append(f"Not compared, since no other block has their tokens: {', '.join(result['not_compared'])}.")
-    sentences += [*on_blocks(result["blocks"], result["thresholds"]["heads"]), advice(result)]
+    sentences += [*on_blocks(result), advice(result)]
     return " ".join(sentences)
 
 
@@ -34,27 +33,41 @@ def on_repetition(group: dict[str, Any], where: str) -> str:
     return text
 
 
-def on_mixing(group: dict[str, Any]) -> list[str]:
+def on_mixing(group: dict[str, Any], sample: int) -> list[str]:
     before = group["similarity_before_mixing"]
     if before is None:
         return []
     neighbours = [row[i + 1] for i, row in enumerate(before[:-1])]
-    return [f"Before Re-attention mixes the heads it is {sum(neighbours) / len(neighbours):.2f}."]
+    mean = sum(neighbours) / len(neighbours)
+    return [f"Before Re-attention mixes the heads it is {mean:.2f}, in {sample} of the images."]
 
 
-def on_blocks(blocks: Sequence[dict[str, Any]], threshold: float) -> list[str]:
-    sentences = []
-    alike = [block for block in blocks if (block["head_similarity"] or 0) > threshold]
+def on_blocks(result: dict[str, Any]) -> list[str]:
+    sentences, blocks, alike = [], result["blocks"], with_heads_alike(result)
     if alike:
-        sentences.append(f"In {len(alike)} of {len(blocks)} blocks the heads are alike (above {threshold}).")
+        above = result["thresholds"]["heads"]
+        sentences.append(f"In {len(alike)} of {len(blocks)} blocks the heads are alike (above {above}).")
     tokens = [block for block in blocks if block["token_similarity"] is not None]
     if tokens:
         last, rank = tokens[-1], tokens[-1]["effective_rank"]
         sentences.append(
             f"Behind {last['name']} the tokens' mean similarity is {last['token_similarity']:.2f} "
-            f"and their effective rank {rank:.1f}."
+            f"and, in {result['sample']} of the images, their effective rank {rank:.1f}."
         )
     return sentences
+
+
+def with_heads_alike(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """The blocks whose heads are alike."""
+    threshold = result["thresholds"]["heads"]
+    return [block for block in result["blocks"] if (block["head_similarity"] or 0) > threshold]
+
+
+def on_features(result: dict[str, Any]) -> list[str]:
+    """That there are no feature maps, where there are none: a sentence, or nothing."""
+    if result["feature_maps"]:
+        return []
+    return ["Feature maps are not drawn: no block gives its values by a layer that can be seen."]
 
 
 def advice(result: dict[str, Any]) -> str:
@@ -66,7 +79,10 @@ def advice(result: dict[str, Any]) -> str:
             "such maps are alike whatever the depth, so train first."
         )
     if not any(group["runs"] for group in result["groups"]):
-        return "Nothing to mend here: depth is used."
+        to_try = ["fewer heads, since those of a block are alike"] if with_heads_alike(result) else []
+        if any(group["similar_blocks"] for group in result["groups"]):
+            to_try.append("a smaller depth, since blocks apart from each other are similar")
+        return f"To try: {', or '.join(to_try)}." if to_try else "Nothing to mend here: no blocks or heads are alike."
     repeated = sum(last - first for group in result["groups"] for first, last in group["runs"])
     if all(block["re_attention"] for block in blocks):
         return f"To try: a depth smaller by {repeated}, or a wider embedding."

@@ -80,7 +80,8 @@ def compare(
 
 def require_own_folder(out: Path) -> None:
     """Refuse a folder that holds other things than a comparison."""
-    if out.exists() and not (out.is_dir() and ((out / "runs").is_dir() or not any(out.iterdir()))):
+    ours = out.is_dir() and ((out / ".lock").is_file() or {path.name for path in out.iterdir()} <= {"runs", "logs"})
+    if out.exists() and not ours:
         raise InputError(f"{out} exists and is no folder of a comparison; give another --out")
 
 

@@ -95,14 +95,19 @@ def comparison_table(result: Mapping[str, Any]) -> list[list[str]]:
             continue
         top1 = f"{row['top1_mean']:.2%}" + (f" ± {row['top1_sd']:.2%}" if row["top1_sd"] is not None else "")
         low, high = row["top1_ci95"] or row["top1_ci95_images"]
-        test = tests.get(row["name"], {"p": None})
-        compared = ["", ""] if test["p"] is None else [f"{100 * test['difference_mean']:+.2f}", p_text(test["p"])]
+        test = tests.get(row["name"], {"difference_mean": None})
+        if test["difference_mean"] is None:
+            compared = ["", ""]
+        else:
+            compared = [f"{100 * test['difference_mean']:+.2f}", p_text(test["p"])]
         took = [f"{row['images_per_s']:,.0f}", f"{row['minutes']:.2f}", f"{row['peak_memory_mb']:,.0f}"]
         table.append([row["name"], top1, f"{low:.2%} to {high:.2%}", *compared, *cost, *took])
     return table
 
 
-def p_text(p: float) -> str:
+def p_text(p: float | None) -> str:
+    if p is None:
+        return "–"
     return "<0.001" if p < 0.001 else f"{p:.3f}"
 
 
@@ -127,5 +132,9 @@ def gaps(result: Mapping[str, Any]) -> list[str]:
     lines = [f"no {one['role']} of {one['model']}: {one['reason']}" for one in result["missing_controls"]]
     lines += [f"{one['role']} of {one['model']}: {one['reason']}" for one in result["control_notes"]]
     for row in result["models"]:
+        done, wanted = len(row["runs"]), len(result["seeds"])
+        if 0 < done < wanted:
+            over = "the images of one" if done == 1 else f"{done} seeds"
+            lines.append(f"{row['name']}: {done} of {wanted} seeds only; its interval is over {over}")
         lines += [f"{row['name']} seed {failure['seed']} failed: {failure['reason']}" for failure in row["failed"]]
     return lines

@@ -40,7 +40,8 @@ def summarise(comparison: Comparison, failures: Failures) -> dict[str, Any]:
         runs[contender.name] = {seed: read_run(comparison, contender, seed, runs) for seed in finished}
     refuse_different_images(comparison, runs)
     models = [describe(comparison, contender, runs[contender.name], failures) for contender in comparison.contenders]
-    points = {row["name"]: (row["macs"], row["top1_mean"]) for row in models if row["runs"]}
+    whole = [row for row in models if len(row["runs"]) == len(comparison.seeds)]
+    points = {row["name"]: (row["macs"], row["top1_mean"]) for row in whole}
     device = default_device()
     recipe = {key: value for key, value in asdict(comparison.recipe).items() if key not in ("model", "seed", "epochs")}
     return {

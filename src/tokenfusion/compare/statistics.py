@@ -20,19 +20,23 @@ def paired_t(values: Sequence[float], reference: Sequence[float]) -> dict[str, A
     """Test whether values differ from others that they are paired with, two or more of each.
 
     Returns:
-        `difference_mean`, its 95 % interval `ci95`, the two-sided `p`, and the `method` in words.
+        `difference_mean`, its 95 % interval `ci95`, the two-sided `p`, and the `method` in words. Where all the
+        differences are equal there is no spread to test against: no `ci95`, and no `p` unless all are 0, where it is 1.
     """
     from scipy.stats import ttest_rel
 
     differences = [a - b for a, b in zip(values, reference, strict=True)]
-    if len(set(differences)) == 1:  # t is 0 / 0, or infinite
-        p = 1.0 if differences[0] == 0 else 0.0
-    else:
-        p = float(ttest_rel(values, reference).pvalue)
+    if max(differences) - min(differences) < 1e-9:  # accuracies are steps of 1/n, and differ by rounding alone
+        return {
+            "difference_mean": fmean(differences),
+            "ci95": None,
+            "p": 1.0 if abs(differences[0]) < 1e-9 else None,
+            "method": f"none, the same difference with all of {len(values)} seeds",
+        }
     return {
         "difference_mean": fmean(differences),
         "ci95": list(t_interval(differences) or ()),
-        "p": p,
+        "p": float(ttest_rel(values, reference).pvalue),
         "method": f"paired t over {len(values)} seeds",
     }
 

@@ -8,9 +8,27 @@ from typing import Any
 
 from tokenfusion.compare.display import comparison_table, gaps, methods
 from tokenfusion.errors import InputError
+from tokenfusion.report.kinds import NUMBER, Kinds, check, damaged
 from tokenfusion.report.page import counted, write_page
 from tokenfusion.report.results import read_epochs, read_json
 from tokenfusion.report.verdict import fusion_against_others, headline, rank
+
+RESULT: Kinds = (
+    dict.fromkeys(("data", "budget", "hardware", "precision"), str)
+    | dict.fromkeys(("training_images", "jobs", "threads"), int)
+    | dict.fromkeys(("recipe", "versions"), dict)
+    | dict.fromkeys(("seeds", "models", "tests", "pareto", "missing_controls", "control_notes"), list)
+)
+MODEL: Kinds = {"name": str, "role": str, "parameters": int, "macs": int, "epochs": int | None} | dict.fromkeys(
+    ("runs", "failed"), list
+)
+FINISHED: Kinds = dict.fromkeys(("top1_mean", "images_per_s", "minutes", "peak_memory_mb"), NUMBER) | {
+    "top1_sd": NUMBER | None
+}
+RUN: Kinds = {"run": str, "n": int}
+FAILURE: Kinds = {"seed": int, "reason": str}
+TEST: Kinds = {"name": str, "method": str, "difference_mean": NUMBER | None, "p": NUMBER | None}
+CONTROL: Kinds = dict.fromkeys(("model", "role", "reason"), str)
 
 
 def write_comparison(out: Path) -> Path:
@@ -28,9 +46,45 @@ def write_comparison(out: Path) -> Path:
     if not (out / "comparison.json").is_file():
         raise InputError(f"{out} is no folder of a comparison (it has no comparison.json); give one")
     result = read_json(out / "comparison.json")
+    check_comparison(result, out / "comparison.json")
     path = out / "report.html"
     write_page(path, "comparison.html", describe(result, read_curves(out, result)))
     return path
+
+
+def check_comparison(result: Any, path: Path) -> None:
+    """Refuse a comparison.json that a report cannot be made of.
+
+    Raises:
+        InputError: fields are missing or of another type, or it names models that it does not have.
+    """
+    check(result, RESULT, path)
+    if not result["models"]:
+        raise damaged(path, "it has no model")
+    for row in result["models"]:
+        check(row, MODEL, path)
+        for run in row["runs"]:
+            check(run, RUN, path)
+        for failure in row["failed"]:
+            check(failure, FAILURE, path)
+        if row["runs"]:
+            check(row, FINISHED, path)
+            check_interval(row, path)
+    for test in result["tests"]:
+        check(test, TEST, path)
+    for control in [*result["missing_controls"], *result["control_notes"]]:
+        check(control, CONTROL, path)
+    finished = [row["name"] for row in result["models"] if row["runs"]]
+    if unknown := [name for name in result["pareto"] if name not in finished]:
+        raise damaged(path, f"pareto names {unknown[0]!r}, which has no finished run")
+
+
+def check_interval(row: Mapping[str, Any], path: Path) -> None:
+    """Refuse a model with finished runs that has no interval."""
+    interval: Any = row.get("top1_ci95") or row.get("top1_ci95_images")
+    numbers = isinstance(interval, list) and all(isinstance(end, NUMBER) for end in interval)
+    if not numbers or len(interval) != 2:
+        raise damaged(path, f"the interval of {row['name']} is {interval!r:.60}")
 
 
 def describe(result: Mapping[str, Any], curves: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any]:
@@ -62,11 +116,19 @@ def read_curves(out: Path, result: Mapping[str, Any]) -> dict[str, list[tuple[in
         paths = [out / run["run"] / "metrics.jsonl" for run in row["runs"]]
         if not all(path.is_file() for path in paths):  # a mean of predictions
             continue
-        runs = [{epoch["epoch"]: epoch["val_top1"] for epoch in read_epochs(path)} for path in paths]
+        runs = [read_accuracy(path) for path in paths]
         shared = [epoch for epoch in runs[0] if all(run.get(epoch) is not None for run in runs)]
         if shared:
             curves[row["name"]] = [(epoch, fmean(run[epoch] for run in runs)) for epoch in shared]
     return curves
+
+
+def read_accuracy(path: Path) -> dict[int, Any]:
+    """Held-out accuracy by epoch of one metrics.jsonl; None where it was not measured."""
+    epochs = read_epochs(path)
+    for epoch in epochs:
+        check(epoch, {"epoch": int, "val_top1": NUMBER | None}, path)
+    return {epoch["epoch"]: epoch["val_top1"] for epoch in epochs}
 
 
 def list_setting(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenfusion.data.sources import printable
 from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.report.overlays import Overlay, overlays_of
 from tokenfusion.report.page import counted, duration, percent, write_page
@@ -200,7 +201,7 @@ def show_mistakes(
     pictures = thumbnails([p.path for p in worst]) if thumbnails and worst else {}
     mistakes = []
     for p in worst:
-        drawn = [(of.caption, png_address(of.png)) for of in overlays.get((p.path, p.prediction), [])]
+        drawn = [(of.caption, png_address(of.png)) for of in overlays.get((printable(p.path), p.prediction), [])]
         png = pictures.get(p.path, b"")
         if png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 24:
             small = struct.unpack(">I", png[16:20])[0] < 64

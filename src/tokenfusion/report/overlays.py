@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenfusion.report.results import read_json, require
+from tokenfusion.report.kinds import check
+from tokenfusion.report.results import read_json
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Overlay:
 def overlays_of(run: Path) -> dict[tuple[str, str], list[Overlay]]:
     """What RUN/explain/mistakes holds, by an image's name and the class explained; nothing where there is no such.
 
+    Names are as `data.sources.printable` spells them.
+
     Raises:
         InputError: its explain.json is damaged.
     """
@@ -29,12 +32,15 @@ def overlays_of(run: Path) -> dict[tuple[str, str], list[Overlay]]:
     if not (folder / "explain.json").is_file():
         return {}
     found = read_json(folder / "explain.json")
-    require(found, ("method", "images"), folder / "explain.json")
+    check(found, {"method": str, "images": list}, folder / "explain.json")
     overlays: dict[tuple[str, str], list[Overlay]] = {}
     for image in found["images"]:
-        require(image, ("path",), folder / "explain.json")
-        for drawn in image.get("overlays", ()):
-            require(drawn, ("branch", "class", "file"), folder / "explain.json")
+        check(image, {"path": str}, folder / "explain.json")
+        if "error" in image:
+            continue
+        check(image, {"overlays": list}, folder / "explain.json")
+        for drawn in image["overlays"]:
+            check(drawn, dict.fromkeys(("branch", "class", "file"), str), folder / "explain.json")
             path = folder / Path(drawn["file"]).name
             if path.is_file():
                 caption = f"{found['method']}, {drawn['branch'].replace('_', ' ')}"

@@ -73,7 +73,7 @@ def distance(result: Mapping[str, Any], row: Row, best: Row) -> str:
 
 def cautions(result: Mapping[str, Any]) -> list[str]:
     """What the figures do not tell."""
-    seeds, models = len(result["seeds"]), result["models"]
+    seeds, models, ranked = len(result["seeds"]), result["models"], rank(result)
     failed = sum(len(row["failed"]) for row in models)
     left = len(models) * seeds - sum(len(row["runs"]) for row in models) - failed
     sentences = []
@@ -81,10 +81,19 @@ def cautions(result: Mapping[str, Any]) -> list[str]:
         sentences.append(f"{counted(failed, 'run')} failed.")
     if left > 0:
         sentences.append(f"{counted(left, 'run')} still to do.")
-    if seeds == 1:
+    single, double = ([row["name"] for row in ranked if len(row["runs"]) == count] for count in (1, 2))
+    if single and len(single) == len(ranked):
         sentences.append("Of one seed the intervals are over images alone: they do not tell what another seed gives.")
-    if seeds == 2:
-        sentences.append("Of two seeds an interval is 9 standard deviations to either side, so that most overlap.")
+    elif single:
+        sentences.append(
+            f"Intervals are of different kinds: of {listed(single)}, with one finished run, over images alone, which "
+            "does not tell what another seed gives; of the others over seeds."
+        )
+    if double:
+        whose = "" if len(double) == len(ranked) else f" ({listed(double)})"
+        sentences.append(
+            f"Of two seeds{whose} an interval is 9 standard deviations to either side, so that most overlap."
+        )
     return sentences
 
 

@@ -27,7 +27,7 @@ from tokenfusion.train.log import Log
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer
 from tokenfusion.train.state import TrainState, fingerprint
-from tokenfusion.train.warm_start import warm_start
+from tokenfusion.train.warm_start import refuse_seen, warm_start
 
 __all__ = ["Interrupted", "resume", "start"]
 
@@ -101,6 +101,7 @@ def train(recipe: Recipe, run: Path, console: Console) -> None:
     split = split_of(source, recipe, run)
     classifier = build(recipe, source.classes)
     if recipe.warm_start_from and not (run / CHECKPOINT).exists():
+        refuse_seen(recipe, source, split)
         warm_start(classifier, recipe.warm_start_from, console)
     training, held_out = read_both(source, split, recipe, run, console)
     state = TrainState(classifier.model, make_optimizer(classifier.model, recipe), recipe.ema, recipe.patience > 0)

@@ -9,11 +9,14 @@ from torch import nn
 
 from tokenfusion.checkpoint import load_weights_exactly
 from tokenfusion.classifier import Classifier
+from tokenfusion.data.sources import Source
+from tokenfusion.data.split import Split, read_split
 from tokenfusion.data.transforms import Preprocess
 from tokenfusion.errors import InputError
 from tokenfusion.models.expressions import parse
 from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.models.walks import walk_cnn
+from tokenfusion.recipe import Recipe, load_recipe
 
 
 def warm_start(classifier: Classifier, runs: Sequence[str], console: Console) -> None:
@@ -93,3 +96,18 @@ def require_same_images(classifier: Classifier, cnn: Classifier, vit: Classifier
 
 def shape_of(preprocess: Preprocess) -> str:
     return f"{preprocess.img_size[0]}×{preprocess.img_size[1]} pixels and {preprocess.in_chans} channels"
+
+
+def refuse_seen(recipe: Recipe, source: Source, split: Split) -> None:
+    """Refuse parents that were trained on images which this run holds out, where the data has no split of its own."""
+    held_out = set(split.val.tolist())
+    for parent in map(Path, recipe.warm_start_from):
+        own = parent / "split.csv"
+        if not own.exists() or load_recipe(parent / "recipe.toml").get("data") != recipe.data:
+            continue
+        seen = held_out & set(read_split(own, source).train.tolist())
+        if seen:
+            raise InputError(
+                f"{parent} was trained on {len(seen):,} of the {len(held_out):,} images that this run holds out; "
+                "give the parents' --seed and --val-fraction"
+            )
