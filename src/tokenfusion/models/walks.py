@@ -156,6 +156,8 @@ def map_shapes(cnn: CNN, img_size: Grid, in_chans: int) -> list[Grid] | None:
 
     Nothing is computed: the CNN runs with weights on the meta device.
     """
+    if isinstance(cnn, ConvTrunk):
+        return [grid_of(img_size, reduction) for reduction in cnn.reductions]
     meta = {name: torch.empty_like(t, device="meta") for name, t in [*cnn.named_parameters(), *cnn.named_buffers()]}
     images = torch.empty(2, in_chans, *img_size, device="meta")
     training = cnn.training
