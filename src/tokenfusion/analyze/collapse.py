@@ -28,7 +28,7 @@ from tokenfusion.analyze.quantities import (
     token_similarity,
 )
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
-from tokenfusion.analyze.subject import open_subject
+from tokenfusion.analyze.subject import folder_of, open_subject
 from tokenfusion.analyze.words import describe, on_features
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
@@ -255,8 +255,7 @@ def analyze_collapse(
         classifier.to_input(batch) for batch, _ in eval_batches(images, classifier.preprocess, batch_size=PREPARED)
     )
     result = {"model": classifier.name} | measure_collapse(classifier.model, batches)
-    folder = out or (Path(subject) / "collapse" if Path(subject).is_dir() else Path("collapse"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(subject, out, "collapse")
     pictures = torch.stack([classifier.preprocess.resize(images[i]) for i in range(min(PICTURES, len(images)))])
     features = feature_maps(classifier.model, classifier.to_input(pictures))
     result["feature_maps"] = [of.block for of in features]

@@ -13,6 +13,13 @@ from tokenfusion.evaluate import choose_images, output_of_class
 from tokenfusion.recipe import Recipe, load_recipe
 
 
+def folder_of(subject: str, out: Path | None, name: str) -> Path:
+    """Where results go, made if it is missing: `out` where given, else RUN/name, or `name` for a model's name."""
+    folder = out or (Path(subject) / name if Path(subject).is_dir() else Path(name))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def open_subject(
     subject: str, data: str | None, num_images: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Classifier, Images]:

@@ -17,7 +17,7 @@ from tokenfusion.analyze.intervals import mean_interval
 from tokenfusion.analyze.places import token_places
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.analyze.rollout import attention_rollout, by_source
-from tokenfusion.analyze.subject import open_subject
+from tokenfusion.analyze.subject import folder_of, open_subject
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
@@ -145,8 +145,7 @@ def analyze_tokens(
     ]
     result = {"model": classifier.name} | measure_tokens(classifier.model, batches)
     result["summary"] = describe(result)
-    folder = out or (Path(subject) / "tokens" if Path(subject).is_dir() else Path("tokens"))
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = folder_of(subject, out, "tokens")
     result["figures"] = draw(result, folder)
     write_json(folder / "tokens.json", result)
     return result, folder

@@ -13,7 +13,7 @@ from tokenfusion.models.base import choose, image_size
 from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.registration import default_cfg
 from tokenfusion.models.token_fusion import OPERATOR, STRATEGIES, LayerwiseFusion, TokenFusion
-from tokenfusion.models.walks import MAX_STAGES, walk_cnn, walk_transformer
+from tokenfusion.models.walks import MAX_STAGES, meta_tensors, walk_cnn, walk_transformer
 
 
 class Rescale(nn.Module):
@@ -121,10 +121,9 @@ def build_transformer(name: str, img_size: int | tuple[int, int] | None, **argum
 
 def require_size(model: TokenFusion, size: tuple[int, int], in_chans: int) -> None:
     """Refuse a pair that cannot take such images, before it is trained; nothing is computed."""
-    meta = {n: torch.empty_like(t, device="meta") for n, t in [*model.named_parameters(), *model.named_buffers()]}
     training = model.training
     try:
-        functional_call(model.eval(), meta, torch.empty(1, in_chans, *size, device="meta"))
+        functional_call(model.eval(), meta_tensors(model), torch.empty(1, in_chans, *size, device="meta"))
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(

@@ -151,6 +151,12 @@ def split_stages(model: nn.Module, stages: int) -> StagedCNN | None:
     )
 
 
+def meta_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers on the meta device, for `functional_call`: it then computes shapes alone."""
+    named = [*module.named_parameters(), *module.named_buffers()]
+    return {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+
+
 def map_shapes(cnn: CNN, img_size: Grid, in_chans: int) -> list[Grid] | None:
     """Grids of the CNN's maps for images of a size; None where walking it does not give the maps that it names.
 
@@ -158,12 +164,13 @@ def map_shapes(cnn: CNN, img_size: Grid, in_chans: int) -> list[Grid] | None:
     """
     if isinstance(cnn, ConvTrunk):
         return [grid_of(img_size, reduction) for reduction in cnn.reductions]
-    meta = {name: torch.empty_like(t, device="meta") for name, t in [*cnn.named_parameters(), *cnn.named_buffers()]}
     images = torch.empty(2, in_chans, *img_size, device="meta")
     training = cnn.training
     cnn.eval()
     try:
-        maps = functional_call(WithMaps(cnn), {f"cnn.{name}": tensor for name, tensor in meta.items()}, images)
+        maps = functional_call(
+            WithMaps(cnn), {f"cnn.{name}": tensor for name, tensor in meta_tensors(cnn).items()}, images
+        )
     except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, LookupError):
         return None
     finally:
