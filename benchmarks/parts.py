@@ -2,7 +2,7 @@
 
     python benchmarks/parts.py --out benchmarks/results/parts.json
 
-The choice that the header of `src/tokenfusion/models/token_fusion.py` tells of. The CNN: `ConvTrunk` as the micro
+The choice that the header of `src/tokenfusion/models/presets.py` tells of. The CNN: `ConvTrunk` as the micro
 models have it, against a trunk of timm's `BasicBlock` (ResNet's) with the same widths and reductions and about the
 same multiply-adds. The transformer: `Block` with `SelfAttention` against timm's `Block`, same widths.
 """

@@ -10,7 +10,7 @@ from tokenfusion.models.controls import controls_of
 from tokenfusion.models.cost import count_macs
 from tokenfusion.models.expressions import parse
 from tokenfusion.models.parents import ResNet
-from tokenfusion.models.token_fusion import VARIANTS
+from tokenfusion.models.presets import VARIANTS
 from tokenfusion.models.transformer import ViT
 
 FAMILIES = (

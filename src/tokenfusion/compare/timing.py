@@ -1,9 +1,7 @@
 """How long a training step takes a model on this machine, for budgets in minutes."""
 
 import json
-import multiprocessing
 import statistics
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.hardware import keep_freed_memory
+from tokenfusion.processes import in_fresh_process
 from tokenfusion.recipe import Recipe
 from tokenfusion.train import FREE_TO_CHANGE, build
 from tokenfusion.train.fit import Job, train_step
@@ -56,14 +55,13 @@ def epoch_minutes(models: list[Contender], recipe: Recipe, threads: int, path: P
 
 def measure(recipe: Recipe, threads: int) -> float:
     """Minutes of an epoch, measured in a process of its own."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(train_some_steps, recipe, threads).result()
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"{recipe.model} was stopped by the system while its steps were timed, most likely for want of memory; "
-                "give a smaller --batch-size, or leave it out"
-            ) from error
+    try:
+        return in_fresh_process(train_some_steps, recipe, threads)
+    except BrokenProcessPool as error:
+        raise InputError(
+            f"{recipe.model} was stopped by the system while its steps were timed, most likely for want of memory; "
+            "give a smaller --batch-size, or leave it out"
+        ) from error
 
 
 def train_some_steps(recipe: Recipe, threads: int) -> float:
@@ -87,8 +85,8 @@ def train_some_steps(recipe: Recipe, threads: int) -> float:
     epoch = 0
     while len(times) < WARM_UP + STEPS or sum(times) < SECONDS:
         clock = perf_counter()
-        for batch, labels in loader.epoch(epoch):
-            train_step(job, state, batch, labels)
+        for batch in loader.epoch(epoch):
+            train_step(job, state, *batch)
             state.update_average()
             clock, elapsed = perf_counter(), perf_counter() - clock
             times.append(elapsed)

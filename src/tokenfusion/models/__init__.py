@@ -8,9 +8,9 @@ import timm
 from torch import nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.models import cmt, crossvit, deepvit, parents, token_fusion
+from tokenfusion.models import cmt, crossvit, deepvit, parents, presets
 
-PAPERS = (token_fusion, crossvit, deepvit, cmt, parents)
+PAPERS = (presets, crossvit, deepvit, cmt, parents)
 
 
 def list_models(pattern: str = "*") -> list[str]:

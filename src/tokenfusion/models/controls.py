@@ -20,8 +20,8 @@ from tokenfusion.models.base import image_size
 from tokenfusion.models.cost import count_costs, count_macs
 from tokenfusion.models.expressions import parse
 from tokenfusion.models.parents import ResNet
+from tokenfusion.models.presets import VARIANTS
 from tokenfusion.models.registration import default_cfg
-from tokenfusion.models.token_fusion import VARIANTS
 from tokenfusion.models.transformer import ViT
 from tokenfusion.models.widths import widen
 

@@ -11,8 +11,9 @@ from torch.func import functional_call
 from tokenfusion.errors import InputError
 from tokenfusion.models.base import choose, image_size
 from tokenfusion.models.operators import OPERATORS
+from tokenfusion.models.presets import OPERATOR
 from tokenfusion.models.registration import default_cfg
-from tokenfusion.models.token_fusion import OPERATOR, STRATEGIES, LayerwiseFusion, TokenFusion
+from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, TokenFusion
 from tokenfusion.models.walks import MAX_STAGES, meta_tensors, walk_cnn, walk_transformer
 
 

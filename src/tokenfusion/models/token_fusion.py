@@ -3,8 +3,8 @@
 Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so
 the widths and the fusion operators (`models/operators.py`) are this project's own.
 
-Any CNN and any transformer that `models/walks.py` can walk are fused by `models/fuse.py`. The presets below are made of
-`layers/conv.py` and the plain ViT; `benchmarks/parts.py` times timm's parts beside them.
+Any CNN and any transformer that `models/walks.py` can walk are fused by `models/fuse.py`; `models/presets.py` holds the
+presets.
 
 Letters: B batch, T tokens of the transformer (CLS first, then patches), M pixel tokens, C channels, h w grid.
 """
@@ -17,15 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, size_of
 from tokenfusion.models.base import PaperModel, at_least, choose, image_size
 from tokenfusion.models.exchange import Exchange, Gate, PixelSource, coarser
-from tokenfusion.models.operators import OPERATORS, AlignedAddition, ClsAttention, Grids, JointAttention, Operator
-from tokenfusion.models.registration import register_variants
-from tokenfusion.models.transformer import ViT
+from tokenfusion.models.operators import AlignedAddition, ClsAttention, Grids, JointAttention, Operator
 from tokenfusion.models.walks import CNN, OneWayCNN, map_shapes, walk_transformer
 
 PARENTS = ("cnn", "vit")
@@ -330,95 +327,3 @@ class LayerwiseFusion(TokenFusion):
 
 
 STRATEGIES: dict[str, type[TokenFusion]] = {"late": LateFusion, "early": EarlyFusion, "layerwise": LayerwiseFusion}
-
-
-def build_preset(
-    *,
-    strategy: str,
-    operator: str,
-    dim: int,
-    heads: int,
-    depth: int,
-    mlp_ratio: float,
-    patch_size: int,
-    stem: int,
-    conv_strides: Sequence[int],
-    conv_dims: Sequence[int],
-    conv_depths: Sequence[int],
-    img_size: int | tuple[int, int] = 224,
-    in_chans: int = 3,
-    num_classes: int = 1000,
-    drop_rate: float = 0.0,
-    drop_path_rate: float = 0.0,
-    **fusion: Any,
-) -> TokenFusion:
-    """A plain CNN and a plain ViT, fused.
-
-    Args:
-        strategy, operator: names from `STRATEGIES` and `OPERATORS`.
-        dim, heads, depth, mlp_ratio, patch_size, drop_rate, drop_path_rate: the transformer, as in `ViT`.
-        stem, conv_strides, conv_dims, conv_depths: the CNN, as in `ConvTrunk`.
-        img_size, in_chans, num_classes: as in `create_model`.
-        **fusion: further arguments of the strategy's class: `gate`, `fusion_depth`.
-    """
-    at_least(1, in_chans=in_chans, stem=stem, conv_strides=conv_strides, conv_dims=conv_dims)
-    vit = ViT(
-        patch_size=patch_size,
-        dim=dim,
-        depth=depth,
-        heads=heads,
-        mlp_ratio=mlp_ratio,
-        img_size=img_size,
-        in_chans=in_chans,
-        num_classes=num_classes,
-        drop_rate=drop_rate,
-        drop_path_rate=drop_path_rate,
-    )
-    cnn = ConvTrunk(in_chans, stem, conv_strides, conv_dims, conv_depths)
-    model_cls, meet = choose(STRATEGIES, strategy, "strategy"), choose(OPERATORS, operator, "operator")
-    return model_cls(cnn, vit, meet, img_size=img_size, in_chans=in_chans, mlp_ratio=mlp_ratio, **fusion)
-
-
-SIZES: dict[str, dict[str, Any]] = {
-    "micro": {"img_size": 32, "num_classes": 10, "patch_size": 8, "dim": 64, "heads": 2, "mlp_ratio": 2.0}
-    | {"stem": 16, "conv_strides": (1, 2, 2, 2), "conv_dims": (48, 96, 112), "conv_depths": (1, 1, 1)},
-    "tiny": {"img_size": 224, "patch_size": 16, "dim": 192, "heads": 3, "mlp_ratio": 4.0}
-    | {"stem": 32, "conv_strides": (2, 2, 2, 2), "conv_dims": (48, 112, 256), "conv_depths": (1, 1, 1)},
-    "small": {"img_size": 224, "patch_size": 16, "dim": 384, "heads": 6, "mlp_ratio": 4.0}
-    | {"stem": 32, "conv_strides": (2, 2, 2, 2), "conv_dims": (64, 192, 384), "conv_depths": (1, 1, 1)},
-    "base": {"img_size": 224, "patch_size": 16, "dim": 768, "heads": 12, "mlp_ratio": 4.0}
-    | {"stem": 64, "conv_strides": (2, 2, 2, 2), "conv_dims": (128, 256, 512), "conv_depths": (2, 2, 2)},
-}
-# What spends the budget (docs/design.md): MACs of micro at 32×32, of the others at 224×224.
-DEPTHS: dict[str, dict[str, dict[str, Any]]] = {
-    "early": {
-        "micro": {"depth": 2},
-        "tiny": {"depth": 3},
-        "small": {"depth": 4},
-        "base": {"depth": 4},
-    },
-    "late": {
-        "micro": {"depth": 2, "fusion_depth": 1},
-        "tiny": {"depth": 4, "fusion_depth": 1},
-        "small": {"depth": 5, "fusion_depth": 2},
-        "base": {"depth": 4, "fusion_depth": 2},
-    },
-    "layerwise": {
-        "micro": {"depth": 3},
-        "tiny": {"depth": 6},
-        "small": {"depth": 9},
-        "base": {"conv_depths": (2, 3, 2), "depth": 6},
-    },
-}
-OPERATOR = {"late": "joint", "early": "joint", "layerwise": "add"}
-"""The operator of each strategy's presets; docs/results compares them."""
-VARIANTS = {
-    f"tokenfusion_{strategy}_{size}": (
-        build_preset,
-        # from random weights there is nothing to protect: the gates start open
-        {"strategy": strategy, "operator": OPERATOR[strategy], "gate": 1.0} | config | DEPTHS[strategy][size],
-    )
-    for strategy in STRATEGIES
-    for size, config in SIZES.items()
-}
-register_variants(__name__, VARIANTS)

@@ -1,9 +1,7 @@
 """What inference takes on this machine: memory and time."""
 
-import multiprocessing
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ import torch
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import Precision, autocast, default_device, resident_mb
 from tokenfusion.models import create_model
+from tokenfusion.processes import in_fresh_process
 
 WARM_UP, REPETITIONS, SECONDS = 2, 5, 1.0
 
@@ -38,16 +37,14 @@ def measure_model(name: str, img_size: tuple[int, int], batch_size: int, precisi
         InputError: the batch does not fit into memory.
     """
     remedy = f"try batch_size={batch_size // 2 or 1}"
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        run = process.submit(run_inference, name, img_size, batch_size, precision, torch.get_num_threads())
-        try:
-            return run.result()
-        except BrokenProcessPool as error:
-            raise InputError(f"{name} was stopped by the system, most likely for want of memory; {remedy}") from error
-        except RuntimeError as error:
-            if "memory" not in str(error):
-                raise
-            raise InputError(f"{name} does not fit into memory with batch_size={batch_size}; {remedy}") from error
+    try:
+        return in_fresh_process(run_inference, name, img_size, batch_size, precision, torch.get_num_threads())
+    except BrokenProcessPool as error:
+        raise InputError(f"{name} was stopped by the system, most likely for want of memory; {remedy}") from error
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise InputError(f"{name} does not fit into memory with batch_size={batch_size}; {remedy}") from error
 
 
 def run_inference(
