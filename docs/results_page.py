@@ -4,14 +4,22 @@ A file from elsewhere has the same fields; a row whose `role` is "WHAT of NAME" 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from tokenfusion.compare.display import comparison_table, gaps, methods
+from tokenfusion.compare.statistics import t_interval
 from tokenfusion.report.comparison_plots import plot_cost
 from tokenfusion.report.page import counted
-from tokenfusion.report.plots import standalone
+from tokenfusion.report.plots import GRID, HELD_OUT, STYLE, TRAIN, standalone, to_svg
 from tokenfusion.report.verdict import fusion_against_others, headline
 
 DOCS = Path(__file__).parent
@@ -19,6 +27,8 @@ RESULTS = DOCS.parent / "benchmarks" / "results"
 PAGE = DOCS / "results" / "README.md"
 COMPARISONS = ("cifar10_comparison", "cifar10_operators")
 """Files in `benchmarks/results`, and blocks of the page."""
+Row = dict[str, Any]
+"""What was measured of one trained model."""
 
 
 def table(heading: list[str], rows: list[list[str]]) -> str:
@@ -62,9 +72,177 @@ def transfer(name: str) -> str:
     return f"{epochs}; {seeds}.\n\n{table(heading, rows)}"
 
 
+def depth(name: str) -> str:
+    """What `benchmarks/depth.py` wrote: whether DeepViT's finding repeats, its two plots and a table."""
+    path = RESULTS / f"{name}.json"
+    assert path.exists(), f"{PAGE} has a block {name}, but {path} is not measured yet; measure, or take the block out"
+    result = json.loads(path.read_text())
+    kinds = {(row["depth"], row["re_attention"]) for row in result["rows"]}
+    depths = sorted(at for at, re_attends in kinds if re_attends and (at, False) in kinds)
+    assert len(depths) > 1, f"{path} has fewer than two depths with and without Re-attention; measure more"
+    rows = [row for row in result["rows"] if row["depth"] in depths]
+    for figure, draw in (("accuracy", plot_depths), ("collapse", plot_collapse)):
+        (PAGE.parent / f"{name}_{figure}.svg").write_text(standalone(draw(rows, depths)) + "\n")
+    seeds = len({row["seed"] for row in rows})
+    over = f"Student's t over {seeds} seeds" if seeds > 1 else "over the images of one seed: another may give others"
+    recipe = f"{result['epochs']} epochs on {result['images']:,} training images of CIFAR-10, width {result['dim']}"
+    return "\n\n".join(
+        [
+            on_collapse(rows, depths),
+            on_cure(rows, depths),
+            on_accuracy(result["differences"], depths),
+            f"![Accuracy against depth, with and without Re-attention]({name}_accuracy.svg)",
+            f"![Similar blocks against depth, and neighbours' similarity in the deepest models]({name}_collapse.svg)",
+            depth_table(rows, depths),
+            f"- {recipe}, {counted(seeds, 'seed')}, on {result['hardware']}, {counted(result['threads'], 'thread')}\n"
+            f"- 95 % intervals: {over}; similarity: of {result['looked_at']} test images",
+        ]
+    )
+
+
+KINDS = {False: "plain attention", True: "Re-attention"}
+
+
+def mean_of(rows: Sequence[Row], depth: int, re_attends: bool, value: Callable[[Row], float]) -> float:
+    """The mean over seeds of a value of the models of a depth and kind."""
+    return fmean(value(row) for row in rows if (row["depth"], row["re_attention"]) == (depth, re_attends))
+
+
+def likeness(row: Row) -> float:
+    """Mean cosine similarity of blocks next to each other."""
+    return fmean(row["neighbours"]["1"])
+
+
+def share(row: Row) -> float:
+    return float(row["share_of_similar_blocks"])
+
+
+def similar_blocks(rows: Sequence[Row], depths: Sequence[int], re_attends: bool) -> str:
+    """How many blocks are similar at each depth, in words."""
+    return listed([f"{mean_of(rows, at, re_attends, share) * at:.3g} of {at}" for at in depths])
+
+
+def on_collapse(rows: Sequence[Row], depths: Sequence[int]) -> str:
+    """Whether more blocks are alike in deeper models."""
+    shares = [mean_of(rows, at, False, share) for at in depths]
+    rises = shares[-1] > shares[0]
+    verdict = "it repeats" if rises else "it does not repeat, the smallest depth has as large a share of similar blocks"
+    uniform = mean_of(rows, depths[-1], False, lambda row: fmean(row["share_of_uniform_entropy"]))
+    return (
+        f"**Attention collapses with depth: {verdict}.** {similar_blocks(rows, depths, False)} blocks of plain ViTs "
+        f"are similar to another one (above 0.8); at depth {depths[-1]} the similarity of neighbours is "
+        f"{mean_of(rows, depths[-1], False, likeness):.2f} on average. Their attention has {uniform:.0%} of the "
+        "entropy of uniform attention, whose maps are alike at any depth."
+    )
+
+
+def on_cure(rows: Sequence[Row], depths: Sequence[int]) -> str:
+    """Whether Re-attention keeps blocks apart."""
+    fewer = [at for at in depths if mean_of(rows, at, True, share) < mean_of(rows, at, False, share)]
+    where = "at every depth" if fewer == list(depths) else f"at depth {listed(fewer)} only" if fewer else ""
+    return (
+        f"**Re-attention keeps blocks apart: {f'it repeats, {where}' if fewer else 'it does not repeat'}.** With it "
+        f"{similar_blocks(rows, depths, True)} blocks are similar; at depth {depths[-1]} the similarity of neighbours "
+        f"is {mean_of(rows, depths[-1], True, likeness):.2f}."
+    )
+
+
+def on_accuracy(differences: Sequence[dict[str, Any]], depths: Sequence[int]) -> str:
+    """Whether depth helps less without Re-attention, and whether Re-attention helps."""
+    sentences = []
+    for re_attends, kind in KINDS.items():
+        change = difference(differences, (depths[-1], re_attends), (depths[0], re_attends))
+        sentences.append(f"From depth {depths[0]} to {depths[-1]}, top-1 with {kind} {judged(*change)}.")
+    against = {at: difference(differences, (at, True), (at, False)) for at in depths}
+    sentences += [f"At depth {at}, Re-attention {judged(*change)}." for at, change in against.items()]
+    helps = [at for at, (_, (low, _)) in against.items() if low > 0]
+    found = f"it repeats at depth {listed(helps)}" if helps else "it does not repeat at this scale"
+    return f"**Deeper ViTs are better with Re-attention: {found}.** {' '.join(sentences)}"
+
+
+def difference(
+    differences: Sequence[dict[str, Any]], one: tuple[int, bool], other: tuple[int, bool]
+) -> tuple[float, tuple[float, float]]:
+    """By how much one kind of model is above another, over seeds, and its 95 % interval."""
+    pair = (one, other)
+    found = [of for of in differences if tuple(tuple(of[end].values()) for end in ("of", "above")) == pair]
+    low, high = t_interval([of["mean"] for of in found]) or found[0]["ci95"]
+    return fmean(of["mean"] for of in found), (low, high)
+
+
+def judged(mean: float, interval: tuple[float, float]) -> str:
+    """A change of accuracy in words: what it is, and whether it can be told from none."""
+    low, high = interval
+    verb = "gains" if low > 0 else "loses" if high < 0 else "may gain or lose"
+    return f"{verb} ({100 * mean:+.1f} points, {100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def listed(parts: Sequence[object]) -> str:
+    """Things as a person lists them."""
+    *first, last = map(str, parts)
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def top1(rows: Sequence[Row], depth: int, re_attends: bool) -> tuple[float, float, float]:
+    """Accuracy over seeds and its interval; of one seed, over images."""
+    mine = [row for row in rows if (row["depth"], row["re_attention"]) == (depth, re_attends)]
+    low, high = t_interval([row["top1"] for row in mine]) or mine[0]["top1_ci95"]
+    return fmean(row["top1"] for row in mine), low, high
+
+
+def depth_table(rows: Sequence[Row], depths: Sequence[int]) -> str:
+    heading = ["model", "top-1", "95 % interval", "similar blocks", "neighbours' similarity", "parameters M", "GMACs"]
+    lines = []
+    for at in depths:
+        for re_attends, kind in KINDS.items():
+            mean, low, high = top1(rows, at, re_attends)
+            values = {key: mean_of(rows, at, re_attends, itemgetter(key)) for key in ("parameters", "macs")}
+            cost = [f"{values['parameters'] / 1e6:.2f}", f"{values['macs'] / 1e9:.3f}"]
+            alike = [f"{mean_of(rows, at, re_attends, share):.0%}", f"{mean_of(rows, at, re_attends, likeness):.2f}"]
+            lines.append([f"depth {at}, {kind}", f"{mean:.2%}", f"{low:.2%} to {high:.2%}", *alike, *cost])
+    return table(heading, lines)
+
+
+def plot_depths(rows: Sequence[Row], depths: Sequence[int]) -> Markup:
+    """Accuracy against depth, with intervals, a line a kind."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.0, 4.0), layout="constrained")
+        axes = figure.subplots()
+        for (re_attends, kind), colour in zip(KINDS.items(), (TRAIN, HELD_OUT), strict=True):
+            found = [[100 * value for value in top1(rows, at, re_attends)] for at in depths]
+            below, above = ([abs(of[0] - of[end]) for of in found] for end in (1, 2))
+            axes.errorbar(
+                depths, [of[0] for of in found], [below, above], fmt="o-", capsize=3, color=colour, label=kind
+            )
+        axes.set(title="Top-1 accuracy (%)", xlabel="blocks", xticks=depths)
+        axes.legend()
+        return to_svg(figure, "depths", "Accuracy against depth, with and without Re-attention")
+
+
+def plot_collapse(rows: Sequence[Row], depths: Sequence[int]) -> Markup:
+    """The share of similar blocks against depth, and the similarity of blocks k apart in the deepest models."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(11.0, 4.0), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for (re_attends, kind), colour in zip(KINDS.items(), (TRAIN, HELD_OUT), strict=True):
+            shares = [100 * mean_of(rows, at, re_attends, share) for at in depths]
+            left.plot(depths, shares, "o-", color=colour, label=kind)
+            deepest = [row for row in rows if (row["depth"], row["re_attention"]) == (depths[-1], re_attends)]
+            for k, dashes in zip(deepest[0]["neighbours"], ("-", "--", ":"), strict=False):
+                curve = [fmean(values) for values in zip(*(row["neighbours"][k] for row in deepest), strict=True)]
+                blocks = range(1 + int(k), len(curve) + 1 + int(k))
+                right.plot(blocks, curve, dashes, color=colour, label=f"{kind}, k = {k}")
+        left.set(title="Similar blocks (%)", xlabel="blocks", xticks=depths, ylim=(-3, 103))
+        right.axhline(0.8, color=GRID, linewidth=1)
+        right.set(title=f"Similarity to k blocks before, depth {depths[-1]}", xlabel="block")
+        left.legend()
+        right.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        return to_svg(figure, "alike", "Similar blocks against depth, and similarity of neighbouring blocks")
+
+
 def blocks() -> dict[str, Callable[[], str]]:
     """What writes each block that the page has, or must have because its comparison is measured."""
     text = PAGE.read_text()
-    writers = dict.fromkeys(COMPARISONS, comparison) | {"transfer": transfer}
+    writers = dict.fromkeys(COMPARISONS, comparison) | {"transfer": transfer, "depth": depth}
     wanted = [name for name in writers if f"<!-- {name} -->" in text or (RESULTS / f"{name}.json").exists()]
     return {name: partial(writers[name], name) for name in wanted}

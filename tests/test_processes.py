@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import pytest
 
@@ -41,8 +42,8 @@ def test_ctrl_c_ends_both_and_only_the_caller_answers(tmp_path):
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stdout.readline() == "begun\n"
-    children = f"/proc/{process.pid}/task/{process.pid}/children"
-    while len(open(children).read().split()) < 2:  # the resource tracker and the new process
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    while len(children.read_text().split()) < 2:  # the resource tracker and the new process
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)

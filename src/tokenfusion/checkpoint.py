@@ -14,7 +14,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import write_atomic
 from tokenfusion.hardware import Precision
 
-FORMAT = 1  # of the run folder; a reader refuses a newer one
+FORMAT = 2  # of the run folder; a reader refuses a newer one, and takes 1, which knew one class an image only
 DESCRIPTION: dict[str, type] = {
     "name": str,
     "classes": list,
@@ -25,6 +25,8 @@ DESCRIPTION: dict[str, type] = {
     "macs": int,
     "versions": dict,
     "hardware": str,
+    "multi_label": bool,
+    "thresholds": list,
 }
 """Fields of `model.json` and their types."""
 
@@ -118,6 +120,8 @@ def load_description(run: Path) -> dict[str, Any]:
         raise InputError(
             f"{run} is of format {version}, newer than the {FORMAT} that this version reads; update tokenfusion"
         )
+    if version < 2:
+        description |= {"multi_label": False, "thresholds": []}
     fault = fault_of(description)
     if fault:
         raise InputError(f"{path} {fault}; it is damaged, train again with another --out")
@@ -135,6 +139,9 @@ def fault_of(description: dict[str, Any]) -> str:
     classes, precision = description["classes"], description["precision"]
     if not all(isinstance(name, str) for name in classes) or not len(classes) == len(set(classes)) > 0:
         return f"has classes={classes!r}, which are not different names"
+    thresholds, wanted = description["thresholds"], len(classes) if description["multi_label"] else 0
+    if len(thresholds) != wanted or not all(isinstance(t, float | int) and 0 <= t <= 1 for t in thresholds):
+        return f"has thresholds={thresholds!r}, which are not {wanted} scores from 0 to 1"
     if precision not in get_args(Precision):
         return f"has precision={precision!r}, which is not one of {', '.join(get_args(Precision))}"
     return ""

@@ -2,7 +2,8 @@
 
 import platform
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -42,13 +43,15 @@ class Prediction:
 
     Attributes:
         path: the file, or "" for an image given as an array.
-        topk: (class name, softmax probability) of the best classes, best first.
+        topk: (class name, softmax or, of multi-label models, sigmoid probability) of the best classes, best first.
         error: why there is no prediction; "" where there is one.
+        labels: of multi-label models, (class name, probability) of all that reach their thresholds, best first.
     """
 
     path: str
     topk: tuple[tuple[str, float], ...] = ()
     error: str = ""
+    labels: tuple[tuple[str, float], ...] | None = None
 
     @property
     def label(self) -> str:
@@ -62,6 +65,9 @@ class Prediction:
         if self.error:
             return {"path": self.path, "error": self.error}
         best = [{"label": label, "score": score} for label, score in self.topk]
+        if self.labels is not None:
+            labels = [{"label": label, "score": score} for label, score in self.labels]
+            return {"path": self.path, "labels": labels, "topk": best}
         return {"path": self.path, "label": self.label, "score": self.score, "topk": best}
 
 
@@ -77,6 +83,7 @@ class Classifier:
         device: where the model is.
         precision: arithmetic of inference.
         max_pixels: largest image, in pixels, that is decoded at all.
+        thresholds: of a multi-label model, the score from which an image has each class; empty of any other model.
     """
 
     name: str
@@ -86,6 +93,12 @@ class Classifier:
     device: torch.device
     precision: Precision = "auto"
     max_pixels: int = Recipe.max_pixels
+    thresholds: tuple[float, ...] = ()
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has any number of classes, rather than one."""
+        return bool(self.thresholds)
 
     @classmethod
     def create(
@@ -100,6 +113,7 @@ class Classifier:
         drop_path: float = 0.0,
         crop_pct: float = 1.0,
         max_pixels: int = Recipe.max_pixels,
+        multi_label: bool = False,
     ) -> Self:
         """Build an untrained model for these classes, with the preprocessing that its variant names.
 
@@ -111,6 +125,7 @@ class Classifier:
             drop_path: largest rate of stochastic depth while training.
             crop_pct: share of an image's sides that is looked at.
             max_pixels: largest image that is decoded at all.
+            multi_label: whether an image has any number of the classes; the thresholds are 0.5.
         """
         rates = {"drop_path_rate": drop_path} if drop_path else {}
         model = create_model(name, num_classes=len(classes), in_chans=in_chans, img_size=img_size, **rates)
@@ -124,7 +139,9 @@ class Classifier:
             crop_pct=crop_pct,
         )
         device = device or default_device()
-        return cls(name, as_placed(model, device), tuple(classes), preprocess, device, precision, max_pixels)
+        thresholds = (0.5,) * len(classes) if multi_label else ()
+        placed = as_placed(model, device)
+        return cls(name, placed, tuple(classes), preprocess, device, precision, max_pixels, thresholds)
 
     @classmethod
     def load(cls, run: str | Path, device: torch.device | None = None) -> Self:
@@ -153,6 +170,7 @@ class Classifier:
             max_pixels=description["max_pixels"],
             device=device,
         )
+        classifier = replace(classifier, thresholds=tuple(description["thresholds"]))
         tensors, _ = load_tensors(weights)
         load_weights_exactly(classifier.model, tensors, weights)
         classifier.model.eval()
@@ -168,6 +186,8 @@ class Classifier:
             "preprocess": self.preprocess.to_dict(),
             "precision": self.precision,
             "max_pixels": self.max_pixels,
+            "multi_label": self.multi_label,
+            "thresholds": list(self.thresholds),
             "parameters": count_parameters(self.model),
             "macs": count_macs(self.name, num_classes=len(self.classes), in_chans=in_chans, img_size=img_size),
             "versions": {
@@ -239,15 +259,26 @@ class Classifier:
         """Predictions of what `prepare` gave, one each, in order."""
         readable = [image for _, image in prepared if isinstance(image, Tensor)]
         if readable:
-            scores, indices = self.logits(torch.stack(readable)).softmax(1).topk(min(topk, len(self.classes)))
-            best = iter(zip(scores.tolist(), indices.tolist(), strict=True))
+            named = len(self.classes) if self.multi_label else min(topk, len(self.classes))
+            best = self.scores(self.logits(torch.stack(readable))).topk(named)
+            ranked = iter(zip(best.values.tolist(), best.indices.tolist(), strict=True))
         for path, image in prepared:
             if isinstance(image, str):
                 yield Prediction(path, error=image)
+                continue
+            scores, indices = next(ranked)
+            row = tuple((self.classes[index], score) for score, index in zip(scores, indices, strict=True))
+            if not all(map(isfinite, scores)):
+                yield Prediction(path, error="the model's scores are not finite")
+            elif self.multi_label:
+                reached = [score >= self.thresholds[index] for score, index in zip(scores, indices, strict=True)]
+                yield Prediction(path, row[:topk], labels=tuple(compress(row, reached)))
             else:
-                row = tuple((self.classes[index], score) for score, index in zip(*next(best), strict=True))
-                finite = isfinite(row[0][1])
-                yield Prediction(path, row) if finite else Prediction(path, error="the model's scores are not finite")
+                yield Prediction(path, row)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Probabilities (B, K): of one class an image by softmax, of any number of them by sigmoid."""
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
 
 
 def decode(image: ImageLike, max_pixels: int) -> Tensor:

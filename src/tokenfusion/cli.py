@@ -15,8 +15,9 @@ from rich.console import Console
 
 from tokenfusion.analyze.cli import app as analyze
 from tokenfusion.analyze.cli import explain
+from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
-from tokenfusion.options import recipe_values, whole_numbers
+from tokenfusion.options import autos, recipe_values, whole_numbers
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 
@@ -30,7 +31,7 @@ app = App(
     help="Train, compare, explain and ship image classifiers that fuse CNN and transformer tokens.",
     help_epilogue="Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
     default_parameter=Parameter(consume_multiple=True, negative_iterable=""),
-    config=(whole_numbers, recipe_values),
+    config=(autos, whole_numbers, recipe_values),
     result_action="return_value",
 )
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
@@ -43,6 +44,8 @@ def train(
     out: Path | None = None,
     recipe: Path | None = None,  # noqa: ARG001 - read by recipe_values
     resume: Path | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train a model on labelled images.
 
@@ -58,10 +61,22 @@ def train(
         TOML file with any of these options; `data` and `model` may be among them.
     resume
         Run folder to go on with, as if it had never stopped.
+    dry_run
+        Print steps, memory, time and checkpoint size from a few measured steps, and write nothing; --out is not needed.
+    as_json
+        With --dry-run, print JSON.
     """
     from tokenfusion import train as training
+    from tokenfusion.analyze.watch import watch_collapse
     from tokenfusion.checkpoint import resume_command
 
+    if as_json and not dry_run:
+        raise InputError("--json prints a plan; give --dry-run with it, or leave it out")
+    if dry_run and resume is None and settings.data:
+        from tokenfusion.train.plan import print_plan
+
+        print_plan(settings, as_json, console.print, errors.print)
+        return
     if resume is None and out is None:
         raise InputError("--out is missing; name the folder to write the run to, such as --out runs/first")
     if resume is None and not settings.data:
@@ -70,9 +85,9 @@ def train(
     assert run is not None
     try:
         if resume:
-            training.resume(run, console)
+            training.resume(run, console, watch_collapse)
         else:
-            training.start(settings, run, console)
+            training.start(settings, run, console, watch_collapse)
     except training.Interrupted:
         errors.print(f"\nstopped and saved; go on with `{resume_command(run)}`")
         sys.exit(130)
@@ -109,6 +124,7 @@ def evaluate(
     from rich.progress import Progress
 
     from tokenfusion.evaluate import evaluate as evaluate_run
+    from tokenfusion.evaluate import in_words
 
     with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
         task = bar.add_task("reading images", total=None)
@@ -116,13 +132,11 @@ def evaluate(
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    low, high = result["top1_ci95"]
     console.print(f"{result['n']:,} images ({result['split']}), {result['skipped']} unreadable ones skipped")
     for image in result["unreadable"][:5]:
         console.print(f"  skipped {image['path']}: {image['reason']}")
-    top5 = f", top-5 {result['top5']:.2%}" * (len(result["per_class"]) > 5)
-    console.print(f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}){top5}")
-    console.print(f"loss {result['loss']:.4f}, calibration error {result['ece']:.4f}")
+    for line in in_words(result):
+        console.print(line)
     console.print(f"written to {run / 'evaluation.json'}; next: tokenfusion report {shlex.quote(str(run))}")
 
 
@@ -161,7 +175,8 @@ def predict(
         if path.startswith("--") and not os.path.lexists(path):
             raise InputError(f"{path} is no option of predict, and no file; `tokenfusion predict --help` lists them")
     classifier = Classifier.load(run)
-    failed = print_predictions(classifier.iter_predictions(expand(paths), topk=topk), output, console)
+    predictions = classifier.iter_predictions(expand(paths), topk=topk)
+    failed = print_predictions(predictions, output, console, classifier.multi_label)
     if failed:
         errors.print(f"{failed} of the images could not be read")
         sys.exit(1)
@@ -334,6 +349,7 @@ def profile(
 
 app.command(analyze)
 app.command(explain)
+app.command(check)
 
 
 def print_table(lines: list[list[str]]) -> None:

@@ -3,6 +3,8 @@
 import csv
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +13,33 @@ import torch
 from torch import Tensor
 
 from tokenfusion.classifier import Classifier
+from tokenfusion.data.exclude import open_remaining
 from tokenfusion.data.images import Images, read_images
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.sources import Source, held_out_name, open_source, resolved
+from tokenfusion.data.sources import Source, held_out_name, resolved
 from tokenfusion.data.split import read_split
+from tokenfusion.data.stratify import stratified
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json, write_text
 from tokenfusion.metrics import evaluate_logits
+from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, scores_of, tune_thresholds
 from tokenfusion.recipe import Recipe, load_recipe
 
 
 def collect_logits(
-    classifier: Classifier, images: Images, batch_size: int = 256, workers: int = 0
+    classifier: Classifier,
+    images: Images,
+    batch_size: int = 256,
+    workers: int = 0,
+    indices: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and labels (N,) of all the images, in order; `workers` processes decode what is not in memory."""
+    """Logits (N, K) and labels (N,) of all the images, in order, or of those of some indices.
+
+    `workers` processes decode what is not in memory.
+    """
     workers = 0 if images.cached else workers
-    results = [
-        (classifier.logits(batch), labels)
-        for batch, labels in eval_batches(images, classifier.preprocess, batch_size=batch_size, workers=workers)
-    ]
+    batches = eval_batches(images, classifier.preprocess, batch_size=batch_size, workers=workers, indices=indices)
+    results = [(classifier.logits(batch), labels) for batch, labels in batches]
     return torch.cat([logits for logits, _ in results]), torch.cat([labels for _, labels in results])
 
 
@@ -45,7 +55,9 @@ def evaluate(
         progress: called with (images read, images in all).
 
     Returns:
-        What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split` and the `unreadable` images.
+        What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split` and the `unreadable` images;
+        of multi-label runs see `multilabel.evaluate_multilabel`, with `cross_fitted` too: the thresholds were tuned on
+        the run's held-out images, so that these are judged by thresholds tuned on the other half of them.
 
     Raises:
         InputError: the run or the data cannot be used, or the data has classes that the model does not know.
@@ -54,7 +66,8 @@ def evaluate(
     recipe = Recipe(**load_recipe(run / "recipe.toml"))
     own = not data or resolved(data) == resolved(recipe.data)
     data = recipe.data if not data or own else resolved(data)
-    source = open_source(data)
+    source = open_remaining(data, recipe.exclude if own else "")
+    refuse_other_kind(source, classifier)
     to_output = output_of_class(source, classifier.classes)
     name, indices = choose_images(source, run, own=own, split=split)
     images, skipped = read_images(
@@ -68,13 +81,43 @@ def evaluate(
     if not len(images):
         raise InputError(f"none of the {len(indices)} images of {data} is readable; the first: {skipped[0].reason}")
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
-    labels = to_output[labels]
-    result = evaluate_logits(logits, labels, classifier.classes, skipped=len(skipped))
+    labels = as_outputs(labels, to_output, len(classifier.classes))
+    if classifier.multi_label:
+        tuned_on = "val" if (run / "split.csv").exists() else held_out_name(source)
+        cross_fit = own and name == tuned_on
+        predictions = decide(classifier, logits, labels, cross_fit)
+        result = evaluate_multilabel(
+            logits, labels, predictions, classifier.classes, classifier.thresholds, skipped=len(skipped)
+        )
+        result |= {"multi_label": True, "cross_fitted": cross_fit}
+        write_label_sets(run / "predictions.csv", classifier.classes, images.names, labels, predictions, logits)
+    else:
+        result = evaluate_logits(logits, labels, classifier.classes, skipped=len(skipped))
+        write_predictions(run / "predictions.csv", classifier.classes, images.names, labels, logits)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"data": data, "split": name, "unreadable": unreadable}
-    write_predictions(run / "predictions.csv", classifier.classes, images.names, labels, logits)
     write_json(run / "evaluation.json", result)
     return result
+
+
+def in_words(result: dict[str, Any]) -> list[str]:
+    """What an evaluation found, in two or three lines."""
+    if not result.get("multi_label"):
+        low, high = result["top1_ci95"]
+        top5 = f", top-5 {result['top5']:.2%}" * (len(result["per_class"]) > 5)
+        top1 = f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}){top5}"
+        return [top1, f"loss {result['loss']:.4f}, calibration error {result['ece']:.4f}"]
+    if result["map"] is None:
+        lines = ["none of the images has any of the classes, so that there is no mAP"]
+    else:
+        low, high = result["map_ci95"]
+        interval = f"95 % interval {low:.2%} to {high:.2%}"
+        lines = [f"mAP {result['map']:.2%} ({interval}), loss {result['loss']:.4f}"]
+    macro, micro = ("–" if value is None else f"{value:.2%}" for value in (result["f1_macro"], result["f1_micro"]))
+    lines.append(f"F1 {macro} macro, {micro} micro; all classes right in {result['exact_match']:.2%} of the images")
+    if result["cross_fitted"]:
+        lines.append("each half of the images is judged by thresholds that were tuned on the other half")
+    return lines
 
 
 def output_of_class(source: Source, classes: Sequence[str]) -> Tensor:
@@ -90,6 +133,45 @@ def output_of_class(source: Source, classes: Sequence[str]) -> Tensor:
             f"it knows {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}; rename or remove those"
         )
     return torch.tensor([classes.index(name) for name in source.classes])
+
+
+def refuse_other_kind(source: Source, classifier: Classifier) -> None:
+    """Refuse data of one class an image for a model of any number of them, and the other way round."""
+    if source.multi_label == classifier.multi_label:
+        return
+    one, several = "one class an image", "any number of classes an image"
+    has, wants = (several, one) if source.multi_label else (one, several)
+    column = "labels" if classifier.multi_label else "label"
+    raise InputError(f"{source.where} has {has}, but the model was trained on {wants}; give data with `{column}`")
+
+
+def as_outputs(labels: Tensor, to_output: Tensor, outputs: int) -> Tensor:
+    """Labels (N,) or (N, K) as the model numbers its outputs, given the output of each of the data's classes."""
+    if labels.ndim == 1:
+        return to_output[labels]
+    return labels.new_zeros(len(labels), outputs).index_copy_(1, to_output, labels)
+
+
+def decide(classifier: Classifier, logits: Tensor, labels: Tensor, cross_fit: bool) -> np.ndarray:
+    """Which classes each image is given, bool (N, K).
+
+    Args:
+        classifier: gives thresholds.
+        logits, labels: (N, K).
+        cross_fit: whether to judge each half of the images by thresholds tuned on the other half instead.
+    """
+    scores = scores_of(logits)
+    if not cross_fit:
+        return scores >= np.array(classifier.thresholds)
+    fold = np.zeros(len(scores), dtype=np.int64)
+    fold[stratified(labels.numpy(), 0.5, seed=0)] = 1
+    return cross_fitted(scores, labels.numpy(), fold)
+
+
+def with_tuned_thresholds(classifier: Classifier, images: Images, workers: int = 0) -> Classifier:
+    """A multi-label classifier whose thresholds give the largest F1 on these images."""
+    logits, labels = collect_logits(classifier, images, workers=workers)
+    return replace(classifier, thresholds=tuple(tune_thresholds(scores_of(logits), labels.numpy()).tolist()))
 
 
 def choose_images(source: Source, run: Path, *, own: bool, split: str | None) -> tuple[str, np.ndarray]:
@@ -119,4 +201,17 @@ def write_predictions(path: Path, classes: Sequence[str], names: Sequence[str], 
         names, labels.tolist(), predictions.tolist(), scores.tolist(), strict=True
     ):
         writer.writerow([name, classes[label], classes[prediction], f"{score:.6f}"])
+    write_text(path, text.getvalue())
+
+
+def write_label_sets(
+    path: Path, classes: Sequence[str], names: Sequence[str], labels: Tensor, predictions: np.ndarray, logits: Tensor
+) -> None:
+    """Write `path,labels,predictions,loss` for every image, with `|` between classes."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "labels", "predictions", "loss"])
+    losses = image_losses(logits, labels).tolist()
+    for name, *sets, loss in zip(names, labels.tolist(), predictions.tolist(), losses, strict=True):
+        writer.writerow([name, *("|".join(compress(classes, chosen)) for chosen in sets), f"{loss:.6f}"])
     write_text(path, text.getvalue())

@@ -64,6 +64,30 @@ def resident_mb(field: Literal["VmRSS", "VmHWM"]) -> float | None:
     return int(found[1]) / 2**10 if found else None
 
 
+def available_mb(device: torch.device) -> float | None:
+    """MiB that could still be taken: of the GPU, or on a CPU of the machine and of this process's control group.
+
+    Returns:
+        None where the system has no /proc.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2**20
+    meminfo = Path("/proc/meminfo")
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(), re.MULTILINE) if meminfo.exists() else None
+    return min(int(found[1]) / 2**10, group_available_mb(Path("/sys/fs/cgroup"))) if found else None
+
+
+def group_available_mb(root: Path) -> float:
+    """MiB up to the limit of a control group (version 2), not counting files that the system can drop; inf for none."""
+    try:
+        limit = (root / "memory.max").read_text().strip()
+        used = int((root / "memory.current").read_text())
+        droppable = re.search(r"^inactive_file (\d+)", (root / "memory.stat").read_text(), re.MULTILINE)
+    except OSError:  # no such limit
+        return float("inf")
+    return float("inf") if limit == "max" else (int(limit) - used + int(droppable[1] if droppable else 0)) / 2**20
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep what is freed for the next tensor instead of giving it back to the system.
 

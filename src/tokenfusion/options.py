@@ -7,7 +7,7 @@ from cyclopts import App, ArgumentCollection
 from cyclopts.config import Dict
 
 from tokenfusion.errors import InputError
-from tokenfusion.recipe import load_recipe, preset
+from tokenfusion.recipe import AUTO, AUTO_FIELDS, load_recipe, preset
 
 
 def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -16,6 +16,15 @@ def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentColl
         for token in argument.tokens:
             if mentions(argument.hint, int) and is_fraction(token.value):
                 raise InputError(f"{argument.name}={token.value} is not a whole number; give one without a fraction")
+
+
+def autos(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Read `auto` where a number is chosen by measuring."""
+    for argument in arguments:
+        if argument.name.removeprefix("--").replace("-", "_") in AUTO_FIELDS:
+            argument.tokens = [
+                token.evolve(value=str(AUTO)) if token.value == "auto" else token for token in argument.tokens
+            ]
 
 
 def mentions(hint: Any, kind: type) -> bool:

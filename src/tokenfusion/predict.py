@@ -39,7 +39,9 @@ def images_below(folder: str) -> list[str]:
     return sorted(path for path in found if is_image(path))
 
 
-def print_predictions(predictions: Iterable[Prediction], output: str, console: Console) -> int:
+def print_predictions(
+    predictions: Iterable[Prediction], output: str, console: Console, multi_label: bool = False
+) -> int:
     """Print as "table", "json" or "csv"; returns how many images failed."""
     failed = 0
 
@@ -49,44 +51,56 @@ def print_predictions(predictions: Iterable[Prediction], output: str, console: C
             failed += bool(prediction.error)
             yield prediction
 
-    PRINTERS[output](counted(), console)
+    PRINTERS[output](counted(), console, multi_label)
     return failed
 
 
-def print_json(predictions: Iterable[Prediction], console: Console) -> None:
+def print_json(predictions: Iterable[Prediction], console: Console, multi_label: bool) -> None:
     """A JSON object a line."""
-    del console  # plain lines, for a program to read
+    del console, multi_label  # plain lines, for a program to read
     for prediction in predictions:
         print(json.dumps(prediction.to_dict(), ensure_ascii=False, allow_nan=False), flush=True)
 
 
-def print_csv(predictions: Iterable[Prediction], console: Console) -> None:
-    """`path,label,score,error` lines."""
+def print_csv(predictions: Iterable[Prediction], console: Console, multi_label: bool) -> None:
+    """`path,label,score,error` lines; of multi-label models `path,labels,scores,error`, with `|` in between."""
     del console
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["path", "label", "score", "error"])
+    writer.writerow(["path", "labels", "scores", "error"] if multi_label else ["path", "label", "score", "error"])
     for prediction in predictions:
         if prediction.error:
             writer.writerow([prediction.path, "", "", prediction.error])
+        elif prediction.labels is not None:
+            names = "|".join(label for label, _ in prediction.labels)
+            writer.writerow([prediction.path, names, "|".join(f"{score:.6f}" for _, score in prediction.labels), ""])
         else:
             writer.writerow([prediction.path, prediction.label, f"{prediction.score:.6f}", ""])
 
 
-def print_table(predictions: Iterable[Prediction], console: Console) -> None:
+def print_table(predictions: Iterable[Prediction], console: Console, multi_label: bool) -> None:
     """A table to read."""
-    table = Table("image", "label", box=None, pad_edge=False)
-    table.add_column("score", justify="right")
+    table = Table("image", "labels" if multi_label else "label", box=None, pad_edge=False)
+    if not multi_label:
+        table.add_column("score", justify="right")
     table.add_column("then")
     for prediction in predictions:
         if prediction.error:
-            table.add_row(prediction.path, "", "", f"error: {prediction.error}")
+            blank = [""] if multi_label else ["", ""]
+            table.add_row(prediction.path, *blank, f"error: {prediction.error}")
+        elif prediction.labels is not None:
+            others = [row for row in prediction.topk if row not in prediction.labels]
+            table.add_row(prediction.path, listed(prediction.labels), listed(others))
         else:
-            others = ", ".join(f"{label} {score:.1%}" for label, score in prediction.topk[1:])
-            table.add_row(prediction.path, prediction.label, f"{prediction.score:.1%}", others)
+            table.add_row(prediction.path, prediction.label, f"{prediction.score:.1%}", listed(prediction.topk[1:]))
     console.print(table, soft_wrap=False)
 
 
-PRINTERS: dict[str, Callable[[Iterable[Prediction], Console], None]] = {
+def listed(rows: Iterable[tuple[str, float]]) -> str:
+    """Classes and their scores, such as `cat 91.2%, dog 5.0%`."""
+    return ", ".join(f"{label} {score:.1%}" for label, score in rows)
+
+
+PRINTERS: dict[str, Callable[[Iterable[Prediction], Console, bool], None]] = {
     "table": print_table,
     "json": print_json,
     "csv": print_csv,

@@ -10,13 +10,16 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tokenfusion.errors import InputError
 
+AUTO = -1
+"""A field that is chosen by measuring; `auto` in TOML and on the command line."""
+
 
 @dataclass(frozen=True)
 class Recipe:
     """What is trained, on what, and how. Every field is an option of `tokenfusion train`."""
 
     data: str = ""
-    """Images: a folder with a subfolder per class, Parquet files, a CSV or JSONL, a tar, or `digits`."""
+    """Images: a folder with a subfolder per class, Parquet files, a CSV or JSONL, a tar, shards, or `digits`."""
     _: KW_ONLY
     model: str = "tokenfusion_early_tiny"
     """Name of the model; `tokenfusion models` lists them."""
@@ -26,15 +29,16 @@ class Recipe:
     """Parents of a fusion model whose weights stay as they are; what fuses and the head still learn."""
 
     epochs: int = 30
-    """Passes over the training images."""
+    """Passes over the training images; auto goes on until held-out accuracy stops improving, then lets lr fall to 0."""
     batch_size: int = 0
-    """Images per optimiser step, accumulation included; 0 takes 128, or fewer for 20 steps an epoch, but 8 at least."""
+    """Images per optimiser step, accumulation included; 0 takes 128, or fewer for 20 steps an epoch, but 8 at least;
+    auto the largest that fits into memory."""
     accumulate: int = 1
     """Parts that a batch is computed in, to save memory; BatchNorm sees a part at a time."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon for matrices and kernels, AdamW for the rest: learns faster from random weights; or AdamW for everything."""
     lr: float = 2e-3
-    """Peak learning rate; one value suits both optimisers."""
+    """Peak learning rate; one value suits both optimisers; auto chooses it by a range test."""
     backbone_lr: float = 1.0
     """Learning rate of a fusion model's parents, or of all but the classifier of any other model, in units of lr."""
     head_lr: float = 1.0
@@ -45,10 +49,15 @@ class Recipe:
     """Decoupled weight decay of matrices and kernels; none on biases, norms and gates."""
     clip_grad: float = 1.0
     """Largest norm of the gradient; 0 leaves it as it is."""
+    on_bad_loss: Literal["stop", "skip", "rollback"] = "stop"
+    """A loss or gradient not finite stops; or it, and a spike, is skipped or rolled back to the epoch's start."""
+    max_bad_steps: int = 10
+    """Most steps of a run that are skipped or rolled back; at one more it stops."""
     ema: float = 0.0
     """Decay of the exponential moving average of weights that is evaluated and shipped; 0 for none."""
     patience: int = 0
-    """Epochs without a better held-out accuracy before training stops and keeps the best epoch; 0 trains to the end."""
+    """Epochs without a better held-out accuracy (or mAP) before training stops and keeps the best epoch; 0 trains to
+    the end, or with --epochs auto waits for 10."""
 
     img_size: tuple[int, ...] = ()
     """Height and width that images are resized to, or one number for both; the model's own when not given."""
@@ -67,7 +76,9 @@ class Recipe:
     mix_prob: float = 1.0
     """Share of the batches that are mixed."""
     label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes."""
+    """Share of the target that is spread over all classes; of multi-label data, over a label's two values."""
+    balance: Literal["none", "sampling", "loss"] = "none"
+    """For classes of unequal size: sampling draws them evenly, loss weighs them by their inverse frequency."""
     drop_path: float = 0.0
     """Largest rate of stochastic depth."""
 
@@ -75,10 +86,14 @@ class Recipe:
     """Decides weights, split, order, augmentation and dropout."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrix products; auto takes bf16 where the hardware has it."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes share: ddp the batch alone, fsdp weights and optimiser state too."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     workers: int = 0
     """Processes that augment images; 0 does it between steps. The result does not depend on it."""
+    exclude: str = ""
+    """CSV whose column path names images to leave out, such as the quarantine.csv that `tokenfusion check` writes."""
     val_fraction: float = 0.2
     """Share of each class that is held out when the data has no split of its own."""
     max_skipped: float = 0.01
@@ -89,6 +104,10 @@ class Recipe:
     """Largest part (training, held-out) that is kept in memory decoded; a larger one is decoded anew each epoch."""
     save_minutes: float = 5.0
     """Minutes between checkpoints inside an epoch; there is one after every epoch."""
+    every: int = 0
+    """Epochs between looks at attention collapse, on 32 held-out images (see `analyze collapse`); 0 for none."""
+    loggers: tuple[Literal["wandb", "mlflow"], ...] = ()
+    """Where else to log: wandb (Weights & Biases), mlflow; TensorBoard's events and CSV are always written."""
 
     @property
     def crop_pct(self) -> float:
@@ -99,12 +118,18 @@ class Recipe:
         """
         return math.sqrt((self.crop_scale + 1) / 2)
 
-    def batch_size_for(self, images: int) -> int:
-        """Images per optimiser step when so many are trained on."""
+    @property
+    def autos(self) -> tuple[str, ...]:
+        """Names of the fields that are left to be chosen by measuring."""
+        return tuple(name for name in AUTO_FIELDS if getattr(self, name) == AUTO)
+
+    def batch_size_for(self, images: int, processes: int = 1) -> int:
+        """Images per optimiser step when so many are trained on, by so many processes together."""
         if self.batch_size:
             return self.batch_size
         size = 2 ** int(math.log2(min(max(images / 20, 8), 128)))
-        return size // self.accumulate * self.accumulate or self.accumulate
+        parts = self.accumulate * processes
+        return size // parts * parts or parts
 
     def __post_init__(self) -> None:
         for name, value in of_their_types({name: getattr(self, name) for name in FIELDS}).items():
@@ -113,9 +138,10 @@ class Recipe:
             object.__setattr__(self, "img_size", self.img_size * 2)
         runs = tuple(map(os.path.abspath, self.warm_start_from))  # so that the run can be resumed from anywhere
         object.__setattr__(self, "warm_start_from", runs)
+        object.__setattr__(self, "exclude", self.exclude and os.path.abspath(self.exclude))
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high:
+            if not low <= value <= high and name not in self.autos:
                 raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}")
         if len(runs) not in (0, 2):
             raise InputError(
@@ -130,7 +156,7 @@ class Recipe:
             raise InputError(f"img_size={self.img_size} has no pixels; the nearest that works is {nearest}")
         if any(side > MAX_SIDE for side in self.img_size):
             raise InputError(f"img_size={self.img_size} is too large; give sides up to {MAX_SIDE}")
-        if self.batch_size % self.accumulate:
+        if "batch_size" not in self.autos and self.batch_size % self.accumulate:
             raise InputError(
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} equal parts; "
                 f"try batch_size={self.batch_size // self.accumulate * self.accumulate or self.accumulate}"
@@ -138,6 +164,8 @@ class Recipe:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
+AUTO_FIELDS = ("epochs", "batch_size", "lr")
+"""Fields that may be AUTO."""
 INFINITY = float("inf")
 MAX_SIDE = 16_384
 """Longest side of a model's input, in pixels."""
@@ -151,6 +179,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup_epochs": (0, 100_000),
     "weight_decay": (0, 100),
     "clip_grad": (0, INFINITY),
+    "max_bad_steps": (0, 1_000_000),
     "ema": (0, 0.999999),
     "patience": (0, 100_000),
     "crop_scale": (0.01, 1),
@@ -167,6 +196,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "max_pixels": (1, 2**40),
     "cache_mb": (0, 2**40),
     "save_minutes": (0, INFINITY),
+    "every": (0, 100_000),
 }
 
 LISTS = {int: "whole numbers, such as [128, 96]", str: 'texts, such as ["runs/cnn", "runs/vit"]'}
@@ -179,7 +209,9 @@ def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
     result = dict(values)
     for name, value in values.items():
         kind = kinds[name]
-        if kind is float and type(value) is int:
+        if value == "auto" and name in AUTO_FIELDS:
+            result[name] = kind(AUTO)
+        elif kind is float and type(value) is int:
             result[name] = float(value)
         elif get_origin(kind) is Literal:
             if repr(value) not in map(repr, get_args(kind)):  # 1.0 and True are equal to 1
@@ -188,7 +220,12 @@ def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
         elif get_origin(kind) is tuple:
             items = value if isinstance(value, list | tuple) else (value,)
             item_kind = get_args(kind)[0]
-            if not all(type(item) is item_kind for item in items):
+            if get_origin(item_kind) is Literal:
+                unknown = [item for item in items if item not in get_args(item_kind)]
+                if unknown:
+                    options = ", ".join(get_args(item_kind))
+                    raise InputError(f"{name}={unknown[0]!r} is not known; choose from: {options}")
+            elif not all(type(item) is item_kind for item in items):
                 raise InputError(f"{name}={value!r} must be {LISTS[item_kind]}")
             result[name] = tuple(items)
         elif type(value) is not kind:
@@ -244,6 +281,5 @@ def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML, every field stated."""
     import tomli_w
 
-    return tomli_w.dumps(
-        {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(recipe).items()}
-    )
+    values = dataclasses.asdict(recipe) | dict.fromkeys(recipe.autos, "auto")
+    return tomli_w.dumps({name: list(v) if isinstance(v, tuple) else v for name, v in values.items()})

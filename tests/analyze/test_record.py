@@ -212,3 +212,21 @@ def test_compiled_models_are_refused():
     model.blocks[1].compile()
     with pytest.raises(InputError, match=r"before torch\.compile"), record_attention(model):
         pass
+
+
+def test_an_attention_pool_at_the_head_is_refused():
+    model = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=3, class_token=False, global_pool="map"
+    )
+    refused = pytest.raises(InputError, match=r"attn_pool, a AttentionPoolLatent, cannot be seen.*global_pool='token'")
+    with refused, record_attention(model):
+        pass
+    assert all(block.attn.fused_attn == model.attn_pool.fused_attn for block in model.blocks)
+
+
+def test_class_attention_behind_the_blocks_is_refused():
+    model = create_model("vit_micro")
+    model.asks = torch.nn.MultiheadAttention(96, 3)
+    refused = pytest.raises(InputError, match="the attention of asks, a MultiheadAttention, cannot be seen")
+    with refused, record_attention(model):
+        pass

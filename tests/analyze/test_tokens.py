@@ -1,6 +1,7 @@
 """What is lost without some tokens, where it can be told beforehand."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
@@ -18,10 +19,12 @@ from tokenfusion.analyze.ablate import (
     token_means,
     whole_branch,
 )
-from tokenfusion.analyze.intervals import mean_interval
+from tokenfusion.analyze.intervals import mean_interval, share_interval
 from tokenfusion.analyze.places import Span, token_places
-from tokenfusion.analyze.tokens import describe, measure_tokens
+from tokenfusion.analyze.tokens import COLOURS, Prepared, describe, measure_tokens
+from tokenfusion.classifier import Classifier
 from tokenfusion.evaluate import evaluate
+from tokenfusion.metrics import wilson_interval
 
 
 def batches(height=32, width=32, classes=10):
@@ -50,6 +53,80 @@ def test_the_interval_by_hand():
     assert mean_interval(torch.tensor([2.0])) == {"mean": 2.0, "ci95": None}
 
 
+def flips(gained, lost, count):
+    return torch.tensor([1.0] * gained + [-1.0] * lost + [0.0] * (count - gained - lost))
+
+
+@pytest.mark.parametrize(("gained", "lost", "count"), [(12, 2, 44), (0, 3, 21), (5, 5, 17)])
+def test_an_interval_of_a_paired_change_ends_where_the_score_test_begins_to_reject(gained, lost, count):
+    found = share_interval(flips(gained, lost, count))
+    assert found["mean"] == pytest.approx((gained - lost) / count)
+    for change in found["ci95"]:
+        lowest, highest = (
+            max(0, -change),
+            (1 - change) / 2,
+        )  # of the share lost; the share gained is that plus the change
+        shares = np.linspace(lowest, highest, 2_000_003)[1:-1]
+        likelihood = gained * np.log(shares + change) + (count - gained - lost) * np.log1p(-2 * shares - change)
+        likelihood += lost * np.log(shares)
+        likeliest = shares[likelihood.argmax()]
+        variance = count * (2 * likeliest + change - change**2)
+        assert abs(gained - lost - count * change) / variance**0.5 == pytest.approx(1.959964, rel=1e-4)
+
+
+def test_an_interval_of_a_change_at_its_edges():
+    none, all_gained = share_interval(flips(0, 0, 256)), share_interval(flips(7, 0, 7))
+    assert none["ci95"] == pytest.approx([-wilson_interval(0, 256)[1], wilson_interval(0, 256)[1]])
+    assert all_gained["ci95"][1] == 1
+    assert 0 < all_gained["ci95"][0] < 1
+    assert share_interval(flips(0, 7, 7))["ci95"] == pytest.approx([-1, -all_gained["ci95"][0]])
+
+
+def test_which_is_needed_more_is_judged_by_the_difference_on_the_same_images():
+    result = measure_tokens(create_model("tokenfusion_early_micro", num_classes=10), batches())
+    apart = {"loss_difference": {"mean": -0.2, "ci95": [-0.3, -0.1]}, "tokens": ["patch", "pixel"]}
+    for row in result["replaced"]:  # wide intervals that overlap say nothing of the difference
+        row["loss_change"] = {"mean": 1.0, "ci95": [-5.0, 7.0]}
+    said = describe(result | {"compared": [apart]})
+    assert "It needs the pixel tokens more: without them the loss is 0.100 to 0.300 higher." in said
+    level = {"loss_difference": {"mean": 0.2, "ci95": [-0.1, 0.5]}, "tokens": ["patch", "pixel"]}
+    assert "these images do not say" in describe(result | {"compared": [level]})
+
+
+class Tracked:
+    """Batches that are made anew in every pass, and how many of their images were alive at once."""
+
+    def __init__(self):
+        self.alive, self.most, self.passes = weakref.WeakSet(), 0, 0
+
+    def __iter__(self):
+        self.passes += 1
+        for _ in range(5):
+            images = torch.randn(2, 3, 32, 32)
+            self.alive.add(images)
+            self.most = max(self.most, len(self.alive))
+            yield images, torch.tensor([1, 2])
+
+
+def test_images_are_let_go_batch_by_batch():
+    data = Tracked()
+    assert measure_tokens(create_model("tokenfusion_late_micro", num_classes=10), data)["images"] == 10
+    assert data.passes > 4
+    assert data.most <= 2
+
+
+def test_large_maps_come_in_small_batches():
+    sizes = [(32, 32), (256, 256), (512, 512)]
+    by_size = [Prepared(Classifier.create("vit_micro", "ab", img_size=size), None).batch_size() for size in sizes]
+    assert by_size == [64, 1, 1]  # of 65, 4,097 and 16,385 tokens
+    middle = Classifier.create("vit_micro", "ab", img_size=(96, 96))
+    assert Prepared(middle, None).batch_size() == 6  # 577 tokens: 332,929 elements a head
+
+
+def test_kinds_of_tokens_have_colours_of_their_own():
+    assert len(set(COLOURS.values())) == len(COLOURS)
+
+
 def test_without_the_pixels_that_a_model_ignores_nothing_changes():
     model = fused("layerwise", "cross")
     with torch.no_grad():
@@ -59,7 +136,12 @@ def test_without_the_pixels_that_a_model_ignores_nothing_changes():
     result = measure_ablation(model, batches())
     assert changes_by(result, "pixel") == [0, 0, 0, 0]
     of_pixels = [row["top1_change"] for row in result["replaced"] if row["tokens"] == "pixel"]
-    assert of_pixels == 4 * [{"mean": 0, "ci95": [0, 0]}]
+    _, high = wilson_interval(0, 7)  # no flip among 7 images leaves room for some
+    assert of_pixels == 4 * [{"mean": 0, "ci95": pytest.approx([-high, high])}]
+    pair = result["compared"][0]
+    assert pair["tokens"] == ["patch", "pixel"]
+    whole = next(row for row in result["replaced"] if (row["layer"], row["tokens"]) == (WHOLE, "patch"))
+    assert pair["loss_difference"] == {key: pytest.approx(value) for key, value in whole["loss_change"].items()}
     assert min(map(abs, changes_by(result, "patch"))) > 1e-6
 
 
@@ -183,10 +265,12 @@ def test_the_model_is_left_as_it_was(name):
     assert not model.get_submodule(place)._forward_pre_hooks
 
 
-@pytest.mark.parametrize("name", ["resnet_micro", "cmt_micro", "resnet18"])
-def test_models_without_a_row_of_blocks(name):
-    with pytest.raises(InputError, match="has no row of blocks over its patches"):
+@pytest.mark.parametrize(("name", "kind"), [("resnet_micro", "ResNet"), ("cmt_micro", "CMT"), ("resnet18", "ResNet")])
+def test_models_without_a_row_of_blocks(name, kind):
+    with pytest.raises(InputError) as error:
         measure_tokens(create_model(name, num_classes=10), batches())
+    assert f"a {kind} has no row of blocks over its patches" in str(error.value)
+    assert "take a ViT, DeiT, BEiT or EVA of timm's, or deepvit_*, crossvit_* or vit_micro" in str(error.value)
 
 
 def test_no_image():

@@ -87,3 +87,89 @@ def test_the_transfer_block_tells_every_seed_and_what_training_cost(results_page
     text = results_page.blocks()["transfer"]()
     assert text.startswith("4 epochs of each parent, 2 of the pair made of them; 2 seeds.")
     assert "| `fuse(A,B,late)`, warm | 84.00%, 85.12% | 0.080 | 0.460 |" in text
+
+
+def depth_row(depth: int, re_attends: bool, top1: float, similar: int, neighbours: float) -> dict[str, object]:
+    return {
+        "depth": depth,
+        "re_attention": re_attends,
+        "seed": 0,
+        "top1": top1,
+        "top1_ci95": [top1 - 0.01, top1 + 0.01],
+        "share_of_similar_blocks": similar / depth,
+        "neighbours": {str(k): [neighbours] * (depth - k) for k in (1, 2, 3)},
+        "share_of_uniform_entropy": [0.5, 0.7],
+        "parameters": 2_340_000,
+        "macs": 45_600_000,
+    }
+
+
+def gain(of: tuple[int, bool], above: tuple[int, bool], low: float, high: float) -> dict[str, object]:
+    ends = ({"depth": depth, "re_attention": re_attends} for depth, re_attends in (of, above))
+    one, other = ends
+    return {"seed": 0, "of": one, "above": other, "mean": (low + high) / 2, "ci95": [low, high]}
+
+
+DEPTH = {
+    "epochs": 3,
+    "images": 5000,
+    "dim": 48,
+    "hardware": "AMD EPYC",
+    "threads": 1,
+    "looked_at": 256,
+    "rows": [
+        depth_row(12, False, 0.50, 3, 0.7),
+        depth_row(12, True, 0.49, 4, 0.3),
+        depth_row(32, False, 0.51, 16, 0.85),
+        depth_row(32, True, 0.54, 0, 0.2),
+        depth_row(24, False, 0.52, 9, 0.75),  # its partner is still to do
+    ],
+    "differences": [
+        gain((32, False), (12, False), -0.01, 0.03),
+        gain((32, True), (12, True), 0.02, 0.08),
+        gain((12, True), (12, False), -0.03, -0.01),
+        gain((32, True), (32, False), 0.01, 0.05),
+    ],
+}
+
+
+def test_the_depth_block_says_whether_the_finding_repeats(results_page: ModuleType) -> None:
+    (results_page.RESULTS / "depth.json").write_text(json.dumps(DEPTH))
+    text = results_page.blocks()["depth"]()
+    assert (
+        "**Attention collapses with depth: it repeats.** 3 of 12 and 16 of 32 blocks of plain ViTs are similar" in text
+    )
+    assert "the similarity of neighbours is 0.85 on average. Their attention has 60% of the entropy" in text
+    assert "**Re-attention keeps blocks apart: it repeats, at depth 32 only.** With it 4 of 12 and 0 of 32" in text
+    assert "**Deeper ViTs are better with Re-attention: it repeats at depth 32.**" in text
+    assert "From depth 12 to 32, top-1 with plain attention may gain or lose (+1.0 points, -1.0 to +3.0)." in text
+    assert "At depth 12, Re-attention loses (-2.0 points, -3.0 to -1.0)." in text
+    assert "| depth 32, Re-attention | 54.00% | 53.00% to 55.00% | 0% | 0.20 | 2.34 | 0.046 |" in text
+    assert "depth 24" not in text
+    assert "over the images of one seed" in text
+    for figure in ("accuracy", "collapse"):
+        assert f"](depth_{figure}.svg)" in text
+        assert "Re-attention" in (results_page.PAGE.parent / f"depth_{figure}.svg").read_text()
+
+
+def test_the_depth_block_says_what_does_not_repeat(results_page: ModuleType) -> None:
+    level = [row | {"share_of_similar_blocks": 1.0} for row in DEPTH["rows"]]
+    none = [of | {"mean": 0, "ci95": [-0.01, 0.01]} for of in DEPTH["differences"]]
+    (results_page.RESULTS / "depth.json").write_text(json.dumps(DEPTH | {"rows": level, "differences": none}))
+    text = results_page.blocks()["depth"]()
+    assert "**Attention collapses with depth: it does not repeat" in text
+    assert "**Re-attention keeps blocks apart: it does not repeat.**" in text
+    assert "**Deeper ViTs are better with Re-attention: it does not repeat at this scale.**" in text
+
+
+def test_half_of_the_depths_are_no_result(results_page: ModuleType) -> None:
+    (results_page.RESULTS / "depth.json").write_text(json.dumps(DEPTH | {"rows": DEPTH["rows"][:3]}))
+    with pytest.raises(AssertionError, match="fewer than two depths"):
+        results_page.blocks()["depth"]()
+
+
+@pytest.mark.parametrize(("finished", "said"), [(2, "Student's t over 2 seeds"), (1, "Wilson, over the images of one")])
+def test_intervals_are_over_the_seeds_that_finished(results_page: ModuleType, finished: int, said: str) -> None:
+    rows = [row | {"runs": finished * [{"n": 500}]} for row in RESULT["models"]]  # of three that were asked for
+    (results_page.RESULTS / "cifar10_comparison.json").write_text(json.dumps(RESULT | {"models": rows}))
+    assert f"95 % interval: {said}" in results_page.blocks()["cifar10_comparison"]()

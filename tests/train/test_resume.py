@@ -1,11 +1,13 @@
 """A run that is killed at any moment and resumed ends bit-equal to one that never stopped."""
 
+import itertools
 import json
 import multiprocessing
 import os
 import random
 import shutil
 import signal
+import stat
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from rich.console import Console
 from runs import small_recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.errors import InputError
+from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.train import Interrupted, resume, start
 
 server = multiprocessing.get_context("forkserver")  # children that have imported everything and run nothing yet
@@ -38,13 +41,46 @@ def child(run: Path, workers: int = 0):
     return process
 
 
+def die_in_a_write(run: Path, workers: int, moment: str, write: int) -> None:
+    """Train, and be killed in the middle of a write, counted from 1 and whatever its file."""
+    fsync, replace, writes = os.fsync, os.replace, itertools.count(1)
+
+    def die() -> None:
+        signal.raise_signal(signal.SIGKILL)
+
+    def flush(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and next(writes) == write:
+            if moment == "half written":
+                os.truncate(descriptor_path(descriptor), os.fstat(descriptor).st_size // 2)
+            if moment in ("half written", "not flushed"):
+                die()
+            os.replace = rename
+        fsync(descriptor)
+
+    def rename(source, target) -> None:
+        if moment == "renamed":
+            replace(source, target)
+        die()
+
+    os.fsync = flush
+    train_in_child(run, workers)
+
+
+def descriptor_path(descriptor: int) -> str:
+    return os.readlink(f"/proc/self/fd/{descriptor}")
+
+
+def records_of(run: Path):
+    """Every number but the times."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
 def results(run: Path):
     """Every tensor, and every number but the times, that a finished run leaves."""
     tensors, progress = load_tensors(run / "state" / "last.safetensors")
     shipped, _ = load_tensors(run / "model.safetensors")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-    return tensors | {f"shipped.{k}": v for k, v in shipped.items()}, records, progress["step"]
+    return tensors | {f"shipped.{k}": v for k, v in shipped.items()}, records_of(run), progress["step"]
 
 
 def assert_same(one: Path, other: Path) -> None:
@@ -66,25 +102,74 @@ def whole(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("workers", [0, 1, 4])
-def test_killed_at_random_moments_and_resumed(whole, tmp_path, workers):
-    run, moments = tmp_path / "run", random.Random(workers)
-    kills = 0
-    while kills < 5:
-        process = child(run, workers)
-        process.join(timeout=moments.uniform(0.1, 1.5))
-        if not process.is_alive():
-            break
+class Killed:
+    """Runs of the same recipe that are killed again and again; each that comes to its end must be as the whole one.
+
+    Attributes:
+        run: under way.
+        kills: so far, of all runs.
+    """
+
+    def __init__(self, folder: Path, whole: Path, workers: int) -> None:
+        self.whole, self.workers = whole, workers
+        self.kills, self.step, self.run = 0, 0, folder / "run"
+
+    def kill(self, process, moment: float) -> None:
+        """Kill a process that trains so many seconds after its first checkpoint, if it has not come to its end."""
+        checkpoint = self.run / "state" / "last.safetensors"
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        while process.is_alive() and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
+            process.join(timeout=0.01)
+        process.join(timeout=moment)
         process.kill()
         process.join()
-        kills += 1
-        if (run / "model.safetensors").exists():  # the kill came after the last write
-            break
-    process = child(run, workers)
-    process.join()
-    assert process.exitcode == 0
-    assert kills > 0
-    assert_same(run, whole)
+        self.note(process)
+
+    def note(self, process) -> None:
+        """Look at what a process that was killed has left."""
+        before, self.step = self.step, self.seen_step()
+        assert self.step >= before
+        if (self.run / "metrics.jsonl").exists():
+            records_of(self.run)
+        if (self.run / "recipe.toml").exists():
+            Recipe(**load_recipe(self.run / "recipe.toml"))
+        self.kills += process.exitcode == -signal.SIGKILL
+        if (self.run / "model.safetensors").exists():
+            assert_same(self.run, self.whole)
+            self.run, self.step = self.run.with_name(f"{self.run.name} again"), 0
+
+    def seen_step(self) -> int:
+        """Steps that the checkpoint holds, which is whole or not there."""
+        checkpoint = self.run / "state" / "last.safetensors"
+        return load_tensors(checkpoint)[1]["step"] if checkpoint.exists() else 0
+
+    def finish(self) -> None:
+        process = child(self.run, self.workers)
+        process.join()
+        assert process.exitcode == 0
+        assert_same(self.run, self.whole)
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(0, 9), (1, 4)])
+def test_killed_at_random_moments_and_resumed(whole, tmp_path, workers, kills):
+    killed, moments = Killed(tmp_path, whole, workers), random.Random(workers)
+    while killed.kills < kills:
+        killed.kill(child(killed.run, workers), moments.uniform(0, 0.3))
+    killed.finish()
+
+
+@pytest.mark.parametrize(("workers", "kills"), [(0, 9), (1, 3)])
+def test_killed_in_the_middle_of_random_writes_and_resumed(whole, tmp_path, workers, kills):
+    """Of recipe, description, checkpoints, metrics or weights, whichever comes."""
+    killed, moments = Killed(tmp_path, whole, workers), random.Random(workers)
+    while killed.kills < kills:
+        moment = ("half written", "not flushed", "not renamed", "renamed")[killed.kills % 4]
+        process = server.Process(target=die_in_a_write, args=(killed.run, workers, moment, moments.randint(1, 12)))
+        process.start()
+        process.join()
+        assert process.exitcode in (-signal.SIGKILL, 0)
+        killed.note(process)
+    killed.finish()
 
 
 def test_every_kind_of_state_is_compared(whole):
@@ -189,13 +274,30 @@ def test_a_damaged_checkpoint_is_named(tmp_path, whole):
     assert_same(run, whole)
 
 
-def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
-    """The limit on a file's size is the kernel's: a write beyond it fails as on a full disk."""
+def limit_file_sizes(_run: Path) -> None:
+    """The limit is the kernel's: a write beyond it fails as on a full disk."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+
+
+def forbid_writing(run: Path) -> None:
+    """To everybody but root, who may write anyway, and so becomes nobody."""
+    for folder in (run, run / "state"):
+        folder.chmod(0o555)
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+
+
+@pytest.mark.parametrize("harm", [limit_file_sizes, forbid_writing], ids=["full disk", "read-only folder"])
+def test_what_cannot_be_written_any_more_keeps_the_last_checkpoint(tmp_path, harm):
     run = tmp_path / "run"
-    process = server.Process(target=fill_disk_after_first_epoch, args=(run,))
+    process = server.Process(target=train_and_harm, args=(run, harm))
     process.start()
     process.join()
     assert process.exitcode == 0
+    for folder in (run, run / "state"):
+        folder.chmod(0o755)
     _, progress = load_tensors(run / "state" / "last.safetensors")
     assert progress["epoch"] == 1
     assert [path.name for path in (run / "state").iterdir()] == ["last.safetensors"]  # and no temporary file
@@ -203,22 +305,20 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     assert (run / "model.safetensors").exists()
 
 
-def fill_disk_after_first_epoch(run: Path) -> None:
-    import resource
-
+def train_and_harm(run: Path, harm) -> None:
     from tokenfusion.train import display
 
     show_epoch = display.Display.show_epoch
 
-    def show_and_fill(self, record, seconds_left):
+    def show_and_harm(self, record, seconds_left):
         show_epoch(self, record, seconds_left)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+        harm(run)
 
-    display.Display.show_epoch = show_and_fill
+    display.Display.show_epoch = show_and_harm
     try:
-        start(small_recipe(epochs=3), run, Console(quiet=True))
+        start(small_recipe(epochs=2), run, Console(quiet=True))
     except InputError as error:
         assert "could not be written" in str(error)  # noqa: PT017 - in a child process
         assert "--resume" in str(error)  # noqa: PT017
         return
-    raise AssertionError("training did not notice the full disk")
+    raise AssertionError("training did not notice that it cannot write")

@@ -6,23 +6,24 @@ tokens without a place stay.
 Letters: B batch, T tokens, C channels, N images, K classes.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenfusion.analyze.intervals import mean_interval
+from tokenfusion.analyze.intervals import mean_interval, share_interval
 from tokenfusion.analyze.places import Place, Span, block_places, token_places
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.layers.tokens import size_of
 from tokenfusion.models.token_fusion import LateFusion, TokenFusion
 
-Batches = Sequence[tuple[Tensor, Tensor]]
-"""Images (B, in_chans, H, W) as the model takes them, and their labels (B,)."""
+Batches = Iterable[tuple[Tensor, Tensor]]
+"""Images (B, in_chans, H, W) as the model takes them, and their labels (B,); to be gone through several times."""
 WHOLE = "whole branch"
 """What the rows are called that are of no single layer."""
 
@@ -107,14 +108,16 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
         batches: images of one size, and labels.
 
     Returns:
-        `top1` and `loss` as it is; `replaced`: for each `layer` and `tokens`, and for each source's "whole branch" (see
-        `whole_branch`), `top1` and `loss`, and how much they change against the model as it is, with 95 % intervals
-        paired over images. At a late fusion's operators CLS has read the patches already, and keeps that.
+        `images`, how many; `top1` and `loss` as it is; `replaced`: for each `layer` and `tokens`, and for each source's
+        "whole branch" (see `whole_branch`), `top1` and `loss`, and how much they change against the model as it is,
+        with 95 % intervals paired over images; at a late fusion's operators CLS has read the patches already, and keeps
+        that. `compared`: of each two sources, `tokens`, by how much the loss without the whole branch of the first is
+        above that without the second's, `loss_difference`, paired as well.
 
     Raises:
         InputError: the model has no row of blocks over its patches.
     """
-    size = size_of(batches[0][0])
+    size = size_of(next(iter(batches))[0])
     targets = targets_of(token_places(model, size))
     labels = torch.cat([labels for _, labels in batches]).cpu()
     sources = dict.fromkeys(target.source for target in targets)
@@ -123,14 +126,21 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
     with evaluating(model):
         means, logits = token_means(model, dict.fromkeys(t for _, _, chosen in groups for t in chosen), batches)
         right, loss = scores(logits, labels)
-        rows = []
+        rows, losses = [], {}
         for layer, source, chosen in groups:
             with replaced(model, {target: means[target] for target in chosen}):
                 new_right, new_loss = scores(all_logits(model, batches), labels)
             row = {"layer": layer, "tokens": source, "top1": float(new_right.mean()), "loss": float(new_loss.mean())}
-            row |= {"top1_change": mean_interval(new_right - right), "loss_change": mean_interval(new_loss - loss)}
+            row |= {"top1_change": share_interval(new_right - right), "loss_change": mean_interval(new_loss - loss)}
             rows.append(row)
-    return {"top1": float(right.mean()), "loss": float(loss.mean()), "replaced": rows}
+            if layer == WHOLE:
+                losses[source] = new_loss
+    compared = [
+        {"tokens": [one, other], "loss_difference": mean_interval(losses[one] - losses[other])}
+        for one, other in combinations(losses, 2)
+    ]
+    known = {"images": len(labels), "top1": float(right.mean()), "loss": float(loss.mean())}
+    return known | {"replaced": rows, "compared": compared}
 
 
 def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

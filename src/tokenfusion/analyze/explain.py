@@ -15,7 +15,7 @@ from torchvision.io import encode_png
 from tokenfusion.analyze.faithfulness import Probability, importance, measure_faithfulness
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.saliency import saliency
-from tokenfusion.analyze.subject import open_subject
+from tokenfusion.analyze.subject import open_subject, refuse_multi_label
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.loader import eval_batches
@@ -106,6 +106,7 @@ def explain(
     if faithfulness < 0:
         raise InputError(f"faithfulness={faithfulness} is no number of images; give 1 or more, or 0 to measure none")
     classifier = Classifier.load(run)
+    refuse_multi_label(classifier.multi_label, str(run))
     if question.of_class:
         choose(dict.fromkeys(classifier.classes), question.of_class, "class")
     named = list(expand(images))

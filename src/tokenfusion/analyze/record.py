@@ -3,7 +3,7 @@
 Letters: B batch, H heads, N query tokens, M key tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -89,6 +89,7 @@ def record_attention(model: nn.Module, *, reduce: Reduce | None = None) -> Itera
             are not finite.
     """
     layouts = attention_layouts(model)
+    require_all_seen(model, layouts)
     records = {name: AttentionRecord(name, layout) for name, layout in layouts.items()}
     with ExitStack() as stack:
         for name, record in records.items():
@@ -128,6 +129,18 @@ def attention_layouts(model: Any, img_size: Size | None = None) -> dict[str, Att
             "give a model of this package, or a VisionTransformer, DeiT, BEiT or EVA of timm"
         )
     return layouts
+
+
+def require_all_seen(model: nn.Module, names: Iterable[str]) -> None:
+    """Refuse a model with attention beside what is recorded, such as a pool at the head that asks the tokens."""
+    seen = tuple(f"{name}." for name in names)
+    for name, module in model.named_modules():
+        attends = hasattr(module, "fused_attn") or isinstance(module, nn.MultiheadAttention)
+        if attends and not f"{name}.".startswith(seen):
+            raise InputError(
+                f"the attention of {name}, a {type(module).__name__}, cannot be seen: only that of the blocks is; give "
+                "a model whose head reads CLS or the mean of the tokens (in timm global_pool='token' or 'avg')"
+            )
 
 
 def timm_layouts(model: Any, img_size: Size | None) -> dict[str, AttentionLayout]:

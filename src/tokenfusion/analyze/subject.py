@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenfusion.classifier import Classifier
+from tokenfusion.data.exclude import open_remaining
 from tokenfusion.data.images import Images, read_images
 from tokenfusion.data.sources import open_source, resolved
 from tokenfusion.errors import InputError
@@ -18,6 +19,19 @@ def folder_of(subject: str, out: Path | None, name: str) -> Path:
     folder = out or (Path(subject) / name if Path(subject).is_dir() else Path(name))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def refuse_multi_label(multi_label: bool, name: str) -> None:
+    """Refuse images with any number of classes: what is analysed is the decision for one of them.
+
+    Raises:
+        InputError: it is such a run, or such data.
+    """
+    if multi_label:
+        raise InputError(
+            f"{name} has any number of classes an image, and an analysis is of the decision for one; "
+            "give a run, or data, of one class an image"
+        )
 
 
 def open_subject(
@@ -42,10 +56,12 @@ def open_subject(
     if run.is_dir():
         classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
         own = not data or resolved(data) == resolved(recipe.data)
-        source = open_source(recipe.data if own or not data else resolved(data))
+        refuse_multi_label(classifier.multi_label, subject)
+        source = open_remaining(recipe.data, recipe.exclude) if own or not data else open_source(resolved(data))
         to_output = output_of_class(source, classifier.classes)
     elif data:
         own, recipe, source = False, Recipe(), open_source(data)
+        refuse_multi_label(source.multi_label, data)
         classifier = Classifier.create(subject, source.classes)
         to_output = output_of_class(source, source.classes)
     else:

@@ -3,7 +3,8 @@
 Letters: B batch, H heads, N query tokens, M key tokens.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from tokenfusion.analyze.places import token_places
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.analyze.rollout import attention_rollout, by_source
 from tokenfusion.analyze.subject import folder_of, open_subject
+from tokenfusion.classifier import Classifier
+from tokenfusion.data.images import Images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
@@ -27,8 +30,26 @@ from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, size_of
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-BATCH = 64
-COLOURS = {"pixel": "tab:orange", "patch": "tab:blue", "small_patch": "tab:orange", "large_patch": "tab:blue"}
+BATCH, MAP_ELEMENTS = 64, 2**21
+"""Images in the model at once, and elements of one head's maps of them: whichever is less."""
+COLOURS = {"pixel": "tab:orange", "patch": "tab:blue", "small_patch": "tab:green", "large_patch": "tab:purple"}
+
+
+class Prepared:
+    """Images and labels in batches as the model takes them, prepared anew in every pass, so that few are in memory."""
+
+    def __init__(self, classifier: Classifier, images: Images) -> None:
+        self.classifier, self.images = classifier, images
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        preprocess = self.classifier.preprocess
+        for batch, labels in eval_batches(self.images, preprocess, batch_size=self.batch_size()):
+            yield self.classifier.to_input(batch), labels
+
+    def batch_size(self) -> int:
+        layouts = attention_layouts(self.classifier.model, self.classifier.preprocess.img_size).values()
+        largest = max(prod(sum(group.count for group in tokens) for tokens in layout) for layout in layouts)
+        return min(BATCH, max(1, MAP_ELEMENTS // largest))
 
 
 def ranges(tokens: TokenLayout) -> dict[str, tuple[int, int]]:
@@ -60,7 +81,7 @@ def attention_by_token(maps: Tensor, layout: AttentionLayout, asks: str) -> dict
 
 def measure_attention(model: nn.Module, batches: Batches) -> list[dict[str, Any]]:
     """What share of its attention CLS gives to the tokens of each source, by layer in the order of the computation."""
-    asks = asking(attention_layouts(model, size_of(batches[0][0])))
+    asks = asking(attention_layouts(model))
     seen: dict[str, dict[str, list[Tensor]]] = {}
 
     def see(record: AttentionRecord) -> None:
@@ -97,24 +118,25 @@ def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
 
     Args:
         model: a fusion of this package, or a transformer alone, whose attention can be seen; it is left as it was.
-        batches: images (B, in_chans, H, W) of one size as the model takes them, with labels (B,).
+        batches: images (B, in_chans, H, W) of one size as the model takes them, with labels (B,); gone through several
+            times.
 
     Returns:
         `images`; `attention`: of each layer, how many tokens of each source CLS asks, their share, and the share of its
-        attention that they get; `rollout`: the share of each source in what the head reads (`Rollout`); `top1`, `loss`
-        and `replaced`, as `measure_ablation` gives them. Means over images, with 95 % intervals.
+        attention that they get; `rollout`: the share of each source in what the head reads (`Rollout`); `top1`, `loss`,
+        `replaced` and `compared`, as `measure_ablation` gives them. Means over images, with 95 % intervals.
 
     Raises:
         InputError: no image; no attention that can be seen; a model without a row of blocks, such as CMT or a CNN.
     """
-    if not batches:
+    size = next((size_of(images) for images, _ in batches), None)
+    if size is None:
         raise InputError("no image is given; which tokens decide is measured on images")
-    token_places(model, size_of(batches[0][0]))  # refuses before anything is computed
+    token_places(model, size)  # refuses before anything is computed
     with evaluating(model):
         attention = measure_attention(model, batches)
         rollout = measure_rollout(model, batches)
-    images = sum(len(labels) for _, labels in batches)
-    return {"images": images, "attention": attention, "rollout": rollout} | measure_ablation(model, batches)
+    return {"attention": attention, "rollout": rollout} | measure_ablation(model, batches)
 
 
 def analyze_tokens(
@@ -139,11 +161,7 @@ def analyze_tokens(
     """
     classifier, images = open_subject(subject, data, num_images, progress)
     keep_freed_memory()
-    batches = [
-        (classifier.to_input(batch), labels)
-        for batch, labels in eval_batches(images, classifier.preprocess, batch_size=BATCH)
-    ]
-    result = {"model": classifier.name} | measure_tokens(classifier.model, batches)
+    result = {"model": classifier.name} | measure_tokens(classifier.model, Prepared(classifier, images))
     result["summary"] = describe(result)
     folder = folder_of(subject, out, "tokens")
     result["figures"] = draw(result, folder)
@@ -157,8 +175,7 @@ def describe(result: dict[str, Any]) -> str:
     single = [row for row in result["replaced"] if row["layer"] != WHOLE]
     sentences = [f"As it is, the model is right on {result['top1']:.1%} of {result['images']:,} images."]
     sentences += [f"Without its {row['tokens']} tokens at all {loses(row)}." for row in whole]
-    if len(whole) > 1:
-        sentences.append(on_the_stronger(whole))
+    sentences += [on_the_stronger(pair) for pair in result["compared"]]
     worst = max(single, key=lambda row: row["loss_change"]["mean"])
     if len(single) > len(whole) and (worst["loss_change"]["ci95"] or [0])[0] > 0:
         sentences.append(f"Of single layers, {worst['layer']} needs its {worst['tokens']} tokens most: {loses(worst)}.")
@@ -194,13 +211,14 @@ def points(share: float) -> str:
     return f"{100 * share:+.1f}"
 
 
-def on_the_stronger(whole: Sequence[dict[str, Any]]) -> str:
-    """Which tokens the model needs more, if the intervals of what it loses in loss do not overlap."""
-    most, less = sorted(whole, key=lambda row: row["loss_change"]["mean"], reverse=True)[:2]
-    first, second = most["loss_change"]["ci95"], less["loss_change"]["ci95"]
-    if first and second and first[0] > second[1]:
-        return f"It needs the {most['tokens']} tokens more."
-    return f"Whether it needs the {most['tokens']} or the {less['tokens']} tokens more, these images do not say."
+def on_the_stronger(pair: dict[str, Any]) -> str:
+    """Which of two kinds of tokens the model needs more, if the interval of the loss between them leaves 0 out."""
+    one, other = pair["tokens"]
+    low, high = pair["loss_difference"]["ci95"] or (0, 0)
+    if low > 0 or high < 0:
+        needed, by = (one, (low, high)) if low > 0 else (other, (-high, -low))
+        return f"It needs the {needed} tokens more: without them the loss is {by[0]:.3f} to {by[1]:.3f} higher."
+    return f"Whether it needs the {one} or the {other} tokens more, these images do not say."
 
 
 def table_of(result: dict[str, Any]) -> list[list[str]]:

@@ -15,7 +15,8 @@ from tokenfusion.compare.ensemble import evaluate_mean
 from tokenfusion.compare.jobs import Job, hold, run_jobs
 from tokenfusion.compare.plan import Budget, Comparison, count
 from tokenfusion.compare.results import is_finished, summarise
-from tokenfusion.data.sources import held_out_name, open_source, resolved
+from tokenfusion.data.exclude import open_remaining
+from tokenfusion.data.sources import held_out_name, resolved
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json, write_text
@@ -63,6 +64,17 @@ def compare(
     """
     if seeds < 1 or jobs < 1:
         raise InputError(f"seeds={seeds} and jobs={jobs} must be 1 or more")
+    if recipe.every:
+        raise InputError(
+            f"every={recipe.every} looks at attention, which not every model that is compared has; leave it out, and "
+            "look at the runs by `tokenfusion analyze collapse`"
+        )
+    autos = [name for name in recipe.autos if name != "epochs" or budget is None]
+    if autos:
+        raise InputError(
+            f"{autos[0]}=auto would be another number in each run, and a comparison trains all of them alike; give a "
+            "number, such as the one that a run with auto has in its recipe.toml"
+        )
     console = console or Console(quiet=True)
     require_own_folder(out)
     recipe = replace(recipe, data=resolved(recipe.data))
@@ -89,7 +101,12 @@ def settle(
     recipe: Recipe, models: Sequence[str], seeds: int, out: Path, budget: Budget, controls: bool, jobs: int
 ) -> Comparison:
     """All that can be known without training; a budget in minutes leaves the epochs open."""
-    source = open_source(recipe.data)
+    source = open_remaining(recipe.data, recipe.exclude)
+    if source.multi_label:
+        raise InputError(
+            f"{source.where} has any number of classes an image; a comparison ranks models by the share of images that "
+            "they name correctly, of one class each: train and evaluate the models one by one"
+        )
     classes = len(source.classes)
     training_images = len(choose_split(source, recipe.val_fraction, recipe.seed).train)
     everyone, missing, remarks = contenders(models, recipe, classes, controls)

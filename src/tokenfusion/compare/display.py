@@ -118,8 +118,8 @@ def notes(result: Mapping[str, Any]) -> list[str]:
 
 def methods(result: Mapping[str, Any]) -> list[str]:
     """How the table's figures came about, and which models are best for their cost."""
-    first, count = result["models"][0]["name"], len(result["seeds"])
-    interval = f"Student's t over {count} seeds" if count > 1 else "Wilson, over the images of one seed"
+    first, finished = result["models"][0]["name"], max(len(row["runs"]) for row in result["models"])
+    interval = f"Student's t over {finished} seeds" if finished > 1 else "Wilson, over the images of one seed"
     tests = ", ".join(dict.fromkeys(test["method"] for test in result["tests"]))
     lines = [f"budget {result['budget']} a run; 95 % interval: {interval}"]
     if tests:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tokenfusion.classifier import Classifier
+from tokenfusion.data.exclude import open_remaining
 from tokenfusion.data.images import read_images
-from tokenfusion.data.sources import open_source
 from tokenfusion.evaluate import choose_images, collect_logits, write_predictions
 from tokenfusion.files import write_json
 from tokenfusion.metrics import evaluate_logits
@@ -33,7 +33,7 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         InputError: a run cannot be used.
     """
     recipe = Recipe(**load_recipe(runs[0] / "recipe.toml"))
-    source = open_source(recipe.data)
+    source = open_remaining(recipe.data, recipe.exclude)
     part, indices = choose_images(source, runs[0], own=True, split=None)
     images, skipped = read_images(
         source, indices, max_pixels=recipe.max_pixels, cache_bytes=recipe.cache_mb * 2**20, split=part

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from tokenfusion.compare.contenders import Contender
+from tokenfusion.data.exclude import open_remaining
 from tokenfusion.data.images import read_images
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.sources import open_source
 from tokenfusion.data.split import choose_split
 from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
@@ -68,7 +68,7 @@ def train_some_steps(recipe: Recipe, threads: int) -> float:
     """What `measure` runs: the median of real steps, loading included, times the steps of an epoch."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    source = open_source(recipe.data)
+    source = open_remaining(recipe.data, recipe.exclude)
     indices = choose_split(source, recipe.val_fraction, recipe.seed).train
     batch_size = min(recipe.batch_size_for(len(indices)), len(indices))
     some = indices[np.linspace(0, len(indices) - 1, min(4 * batch_size, len(indices)), dtype=np.int64)]

@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import Source, quoted
+from tokenfusion.data.sources import Source, classes_in, quoted
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
 
@@ -52,7 +53,7 @@ class Images:
     """Readable, labelled images; indexing gives one as uint8 (3, H, W), from memory or decoded anew."""
 
     labels: Tensor
-    """int64 (N,)."""
+    """int64 (N,); of multi-label data bool (N, K)."""
     names: list[str]
     source: Source | None
     """What to decode from; None when the cache holds everything."""
@@ -60,6 +61,18 @@ class Images:
     """int64 (N,): which of the source's images these are."""
     max_pixels: int
     cache: PixelCache | None
+    checksums: np.ndarray | None = None
+    """uint32 (N,): of the pixels as they were first read, by which an image that changes is noticed."""
+    weights: Tensor | None = None
+    """float32 (N,): how much each image's loss counts; None where all count the same."""
+    checked: bool = True
+    """Whether every image was decoded once; where not, an unreadable one shows while training."""
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        """int64 (N,): the shard of each image; None where they can be had in any order at the same cost."""
+        numbers = None if self.source is None else self.source.shard_numbers
+        return None if numbers is None else numbers[self.indices]
 
     @property
     def cached(self) -> bool:
@@ -74,9 +87,28 @@ class Images:
             return self.cache[index]
         assert self.source is not None
         try:
-            return self.source.decode(int(self.indices[index]), self.max_pixels)
+            image = self.source.decode(int(self.indices[index]), self.max_pixels)
         except UnreadableImage as error:
+            if not self.checked:
+                raise
             raise UnreadableImage(f"{self.names[index]}: {error}; it was readable before, restore it") from error
+        if self.checksums is not None and checksum(image) != self.checksums[index]:
+            raise UnreadableImage(f"{self.names[index]}: its pixels have changed since the run read them; restore it")
+        return image
+
+
+def unread_images(source: Source, indices: np.ndarray, max_pixels: int) -> Images:
+    """Images that nobody has looked at yet, for there are too many: each is decoded whenever it is wanted."""
+    return Images(
+        labels=torch.from_numpy(source.labels[indices]),
+        names=[source.names[index] for index in indices],
+        source=source,
+        indices=indices,
+        max_pixels=max_pixels,
+        cache=None,
+        weights=None if source.weights is None else torch.from_numpy(source.weights[indices]).float(),
+        checked=False,
+    )
 
 
 def read_images(
@@ -104,15 +136,17 @@ def read_images(
     pixels = bytearray()  # grows in place, so that no second copy of the images ever exists
     sizes: list[tuple[int, int]] = []
     readable: list[int] = []
+    checksums: list[int] = []
     skipped: list[Skipped] = []
     keep = True
     for done, (index, image) in enumerate(decode_ahead(source, indices, max_pixels)):
         if progress is not None and done % 64 == 0:
             progress(done, len(indices))
         if isinstance(image, UnreadableImage):
-            skipped.append(Skipped(source.names[index], source.classes[source.labels[index]], split, str(image)))
+            skipped.append(Skipped(source.names[index], source.label_text(index), split, str(image)))
             continue
         readable.append(index)
+        checksums.append(checksum(image))
         keep = keep and len(pixels) + image.nbytes <= cache_bytes
         if keep:
             pixels.extend(image.permute(1, 2, 0).contiguous().numpy().data)
@@ -122,12 +156,14 @@ def read_images(
     if progress is not None:
         progress(len(indices), len(indices))
     images = Images(
-        labels=torch.from_numpy(source.labels[readable].astype(np.int64)),
+        labels=torch.from_numpy(source.labels[readable]),
         names=[source.names[index] for index in readable],
         source=None if keep else source,
         indices=np.array(readable, dtype=np.int64),
         max_pixels=max_pixels,
         cache=as_cache(pixels, sizes) if keep else None,
+        checksums=np.array(checksums, dtype=np.uint32),
+        weights=None if source.weights is None else torch.from_numpy(source.weights[readable]).float(),
     )
     return images, skipped
 
@@ -154,6 +190,11 @@ def decode_ahead(
             yield first, future.result()
 
 
+def checksum(image: Tensor) -> int:
+    """CRC-32 of an image's pixels (3, H, W): of what is trained on, so that another date changes nothing."""
+    return zlib.crc32(image.permute(1, 2, 0).contiguous().numpy().data)
+
+
 def as_cache(pixels: bytearray, sizes: list[tuple[int, int]]) -> PixelCache:
     shapes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
     offsets = np.cumsum([0, *(3 * shapes[:, 0] * shapes[:, 1])])[:-1]
@@ -167,7 +208,7 @@ def require_every_class(images: Images, classes: tuple[str, ...]) -> None:
     Raises:
         InputError: naming those classes.
     """
-    present = set(images.labels.tolist())
+    present = classes_in(images.labels.numpy())
     missing = [name for label, name in enumerate(classes) if label not in present]
     if missing:
         raise InputError(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import numpy as np
 
 from tokenfusion.data.sources import SPLITS, Files, Source, printable, read_file
 from tokenfusion.errors import InputError
+
+COLUMNS = "path,label[,split][,weight], or labels (a|b) in place of label"
+SEVERAL = '"a|b" in a CSV or ["a", "b"] in a JSONL, and "" or [] for an image of no class'
 
 
 @dataclass(eq=False, kw_only=True)
@@ -27,36 +31,64 @@ class Listed(Files):
 
 
 def open_list(path: Path) -> Source:
-    """Open a CSV with columns `path,label[,split]`, or a JSONL with such fields; paths start at its folder."""
+    """Open a CSV with columns `path,label[,split][,weight]`, or a JSONL with such fields; paths start at its folder.
+
+    With `labels` in place of `label` the data is multi-label: `a|b` in a CSV, a list in a JSONL, empty for none.
+    """
     paths: list[str] = []
-    labels: list[str] = []
+    labels: list[tuple[str, ...]] = []
     splits: list[str] = []
+    weights: list[float | None] = []
+    several: bool | None = None
     try:
         for line, row in read_csv(path) if path.suffix.lower() == ".csv" else read_jsonl(path):
             where = f"{path}, line {line}"
+            if several is None:
+                several = "labels" in row
             paths.append(inside(require(row, "path", where), where))
-            labels.append(printable(require(row, "label", where)))
+            labels.append(read_labels(row, where) if several else (printable(require(row, "label", where)),))
             splits.append(known_split(row, where))
+            weights.append(read_weight(row, where))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give a UTF-8 file with path,label[,split]") from error
-    classes = sorted(set(labels))
-    label = {name: index for index, name in enumerate(classes)}
+        raise InputError(f"{path}: cannot be read ({error}); give a UTF-8 file with {COLUMNS}") from error
+    classes = sorted({name for names in labels for name in names})
+    number = {name: index for index, name in enumerate(classes)}
+    if several and not classes:
+        raise InputError(f"{path}: no image has a label; name some in `labels`")
     return Listed(
         where=str(path),
         classes=tuple(classes),
         names=[printable(name) for name in paths],
-        labels=np.array([label[name] for name in labels], dtype=np.int64),
+        labels=as_matrix(labels, number) if several else np.array([number[name] for (name,) in labels], dtype=np.int64),
         splits=splits,
+        weights=as_weights(path, paths, weights),
         root=path.parent,
         paths=paths,
     )
 
 
+def as_matrix(labels: list[tuple[str, ...]], number: dict[str, int]) -> np.ndarray:
+    """bool (N, K): whether an image has each class."""
+    matrix = np.zeros((len(labels), len(number)), dtype=bool)
+    for row, names in zip(matrix, labels, strict=True):
+        row[[number[name] for name in names]] = True
+    return matrix
+
+
+def as_weights(path: Path, paths: list[str], weights: list[float | None]) -> np.ndarray | None:
+    """float64 (N,), or None where no image has a weight; refuses a list in which only some have one."""
+    given = [weight for weight in weights if weight is not None]
+    if given and len(given) < len(weights):
+        name = paths[weights.index(None)]
+        raise InputError(f"{path}: {name!r} has no weight while others have one; give one to all images or to none")
+    return np.array(given) if given else None
+
+
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        if not {"path", "label"} <= set(reader.fieldnames or []):
-            raise InputError(f"{path}: its first line is {reader.fieldnames}; it must name columns path,label[,split]")
+        if not any({"path", label} <= set(reader.fieldnames or []) for label in ("label", "labels")):
+            raise InputError(f"{path}: its first line is {reader.fieldnames}; it must name columns {COLUMNS}")
         for row in reader:
             yield reader.line_num, row
 
@@ -80,6 +112,34 @@ def require(row: dict[str, Any], name: str, where: str) -> str:
     if value is None or isinstance(value, dict | list) or str(value) == "":
         raise InputError(f"{where}: {name}={value!r}; every image needs a path and a label")
     return str(value)
+
+
+def read_labels(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    """The names in `labels`: `a|b` in a CSV, a list in a JSONL; empty for an image of no class."""
+    value = row.get("labels")
+    names = (value.split("|") if value else []) if isinstance(value, str) else value
+    if "label" in row or not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
+        raise InputError(f"{where}: labels={value!r}; give every image `labels` and none `label`: {SEVERAL}")
+    texts = tuple(printable(str(name)) for name in names)
+    if len(set(texts)) < len(texts) or any(name == "" or "|" in name for name in texts):
+        raise InputError(f"{where}: labels={value!r}; name each label once, none empty and none with | in it")
+    return texts
+
+
+def read_weight(row: dict[str, Any], where: str) -> float | None:
+    """The row's `weight`; None where it has none."""
+    value = row.get("weight")
+    if value is None or value == "":
+        return None
+    try:
+        weight = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise InputError(
+            f"{where}: weight={value!r} is no weight; give a finite number above 0, or leave the image out"
+        )
+    return weight
 
 
 def known_split(row: dict[str, Any], where: str) -> str:

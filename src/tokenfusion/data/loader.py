@@ -1,25 +1,43 @@
 """Batches for training and evaluation. What a batch holds depends on the seed, the epoch and the step alone."""
 
-import hashlib
 import signal
-import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from tokenfusion.data.ahead import Ahead
+from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.images import Images
+from tokenfusion.data.orders import Key, ShardOrder, Share, choose_order, mix
 from tokenfusion.data.transforms import Augment, Preprocess
 from tokenfusion.errors import InputError
 
-Batch = tuple[Tensor, Tensor]
-"""Images uint8 (B, C, h, w) and labels int64 (B,)."""
+Batch = tuple[Tensor, ...]
+"""Images uint8 (B, C, h, w); labels int64 (B,) or bool (B, K); while training on weighted images, weights (B,)."""
 
-Key = tuple[int, int]
-"""Epoch, and index of an image."""
+
+@dataclass(frozen=True)
+class Mended:
+    """A batch in which others stand in for images that could not be read."""
+
+    batch: Batch
+    unreadable: dict[int, str]
+    """Indices of those images, and the reasons."""
+
+
+Loaded = Batch | Mended | InputError
+"""What a worker gives; an error as a value, for raised, it would bring the worker's traceback along."""
+
+OnUnreadable = Callable[[dict[int, str]], None]
+
+
+def ignore(_unreadable: dict[int, str]) -> None:
+    """Unreadable images are of no interest, as where there can be none."""
 
 
 class TrainLoader:
@@ -30,18 +48,41 @@ class TrainLoader:
     Args:
         images: what to train on.
         augment: what to do with each; draws from torch's default generator.
-        batch_size: images per batch; all of them if there are fewer.
+        batch_size: images per batch, of all processes together; all of them if there are fewer.
         seed: decides order and augmentation.
         workers: processes that augment; 0 for none but this.
+        balanced: whether classes are drawn evenly, rather than every image once an epoch.
+        share: the part of each batch that this process loads.
+        on_unreadable: told of images that turn out to be unreadable, by index, with the reasons; the next image of
+            the batch is drawn in the place of each.
 
     Raises:
-        InputError: there are no images.
+        InputError: there are no images, or batches do not divide among the processes.
     """
 
-    def __init__(self, images: Images, augment: Augment, *, batch_size: int, seed: int, workers: int) -> None:
+    def __init__(
+        self,
+        images: Images,
+        augment: Augment,
+        *,
+        batch_size: int,
+        seed: int,
+        workers: int,
+        balanced: bool = False,
+        share: Share = Share(),  # noqa: B008 - frozen
+        on_unreadable: OnUnreadable = ignore,
+    ) -> None:
         if len(images) == 0:
             raise InputError("there is no readable image to train on; look at skipped.csv for the reasons")
-        self.order = RandomOrder(len(images), min(batch_size, len(images)), seed)
+        size = min(batch_size, len(images))
+        self.order = choose_order(images, size, seed, balanced)
+        share.require_even(size)
+        self.images, self.order.share, self.share = images, share, share
+        self.on_unreadable = on_unreadable
+        self.ahead = None
+        if isinstance(self.order, ShardOrder) and images.source is not None:
+            self.ahead = Ahead(images.source.fetch)
+            self.order.on_coming = self.ahead.want
         self.loader = DataLoader(
             AugmentedImages(images, augment, seed),
             batch_sampler=self.order,
@@ -51,7 +92,12 @@ class TrainLoader:
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # otherwise starting an epoch would draw from the caller's
         )
-        self.iterator: Iterator[Batch | InputError] | None = None
+        self.iterator: Iterator[Loaded] | None = None
+
+    @property
+    def batch_size(self) -> int:
+        """Images per batch, of all processes together."""
+        return self.order.batch_size
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,16 +115,20 @@ class TrainLoader:
         """
         self.order.epoch, self.order.start = epoch, start
         self.iterator = start_workers(self.loader)
-        yield from guarded(self.iterator)
+        yield from guarded(self.iterator, self.on_unreadable)
 
     def close(self) -> None:
-        """End the workers."""
+        """End the workers, and what is fetched beside them."""
+        if self.ahead:
+            self.ahead.close()
         end_workers(self.iterator)
         self.iterator = None
 
 
-def eval_batches(images: Images, preprocess: Preprocess, *, batch_size: int, workers: int = 0) -> Iterator[Batch]:
-    """Every image once, in order; the last batch may be smaller.
+def eval_batches(
+    images: Images, preprocess: Preprocess, *, batch_size: int, workers: int = 0, indices: Sequence[int] | None = None
+) -> Iterator[Batch]:
+    """Every image once, in order, or those of some indices; the last batch may be smaller.
 
     Yields:
         images uint8 (B, in_chans, h, w), not yet normalised, and labels int64 (B,).
@@ -89,6 +139,7 @@ def eval_batches(images: Images, preprocess: Preprocess, *, batch_size: int, wor
     loader = DataLoader(
         ResizedImages(images, preprocess),
         batch_size=batch_size,
+        sampler=indices,
         num_workers=workers,
         collate_fn=as_it_is,
         generator=torch.Generator(),
@@ -100,44 +151,60 @@ def eval_batches(images: Images, preprocess: Preprocess, *, batch_size: int, wor
         end_workers(iterator)
 
 
-class RandomOrder(Sampler[list[Key]]):
-    """The keys of each batch of an epoch; `epoch` and `start` are set before it is iterated over."""
-
-    def __init__(self, images: int, batch_size: int, seed: int) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.steps = images // batch_size
-        self.epoch = self.start = 0
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
-        order = torch.randperm(self.images, generator=generator)
-        for step in range(self.start, self.steps):
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-            yield [(self.epoch, index) for index in batch.tolist()]
-
-
 class AugmentedImages(Dataset[Batch]):
     """A batch of images at once, each augmented by randomness of its own."""
 
     def __init__(self, images: Images, augment: Augment, seed: int) -> None:
         self.images, self.augment, self.seed = images, augment, seed
 
-    def __getitems__(self, keys: list[Key]) -> Batch | InputError:
+    def __getitems__(self, keys: list[Key]) -> Loaded:
         generator = torch.default_generator
         state = generator.get_state()
+        unreadable: dict[int, str] = {}
         try:
-            batch = []
-            for epoch, index in keys:
-                generator.manual_seed(mix(self.seed, epoch, index))
-                batch.append(self.augment(self.images[index]))
+            indices = [key[1] for key in keys]
+            loaded = [self.try_load(key, unreadable) for key in keys]
+            indices = stand_ins(indices, unreadable)
+            batch = [
+                self.load(key, index) if image is None else image
+                for key, index, image in zip(keys, indices, loaded, strict=True)
+            ]
         except InputError as error:
             return error
         finally:
             generator.set_state(state)
-        return stack(batch), self.images.labels[[index for _, index in keys]]
+        labels, weights = self.images.labels[indices], self.images.weights
+        whole = (stack(batch), labels) if weights is None else (stack(batch), labels, weights[indices])
+        return Mended(whole, unreadable) if unreadable else whole
+
+    def try_load(self, key: Key, unreadable: dict[int, str]) -> Tensor | None:
+        """An image, or None where it turns out to be unreadable, which is noted."""
+        try:
+            return self.load(key, key[1])
+        except UnreadableImage as error:
+            if self.images.checked:
+                raise
+            unreadable[key[1]] = str(error)
+            return None
+
+    def load(self, key: Key, index: int) -> Tensor:
+        """An image with the augmentation of a key."""
+        image = self.images[index]
+        torch.default_generator.manual_seed(mix(self.seed, *key))
+        return self.augment(image)
+
+
+def stand_ins(indices: list[int], unreadable: dict[int, str]) -> list[int]:
+    """For each image of a batch the image itself, or the next one of the batch that can be read."""
+    readable = [index for index in indices if index not in unreadable]
+    if not readable:
+        reason = next(iter(unreadable.values()))
+        raise InputError(f"none of the {len(indices)} images of a batch can be read ({reason}); mend their shards")
+    following, last = [], readable[0]
+    for index in reversed(indices):
+        last = last if index in unreadable else index
+        following.append(last)
+    return following[::-1]
 
 
 class ResizedImages(Dataset[Batch]):
@@ -163,23 +230,18 @@ def stack(images: list[Tensor]) -> Tensor:
     return batch.permute(0, 3, 1, 2)
 
 
-def mix(*numbers: int) -> int:
-    """A seed of 63 bits in which every bit of every number counts; neighbouring numbers give unrelated seeds."""
-    digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def as_it_is(batch: Any) -> Any:
     """The datasets give whole batches, or an error as a value: raised, it would bring a worker's traceback along."""
     return batch
 
 
 def ignore_interrupts(_worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the training process alone answers it."""
+    """Ctrl-C reaches every process of a terminal; the training process alone answers it, and ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def start_workers(loader: DataLoader[Batch]) -> Iterator[Batch | InputError]:
+def start_workers(loader: DataLoader[Batch]) -> Iterator[Loaded]:
     """Begin an epoch. Should a worker die, only the wait for its batch shall fail.
 
     torch also installs a SIGCHLD handler that raises wherever the main thread happens to be, in the middle of an
@@ -194,15 +256,16 @@ def start_workers(loader: DataLoader[Batch]) -> Iterator[Batch | InputError]:
         signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def guarded(batches: Iterator[Batch | InputError]) -> Iterator[Batch]:
+def guarded(batches: Iterator[Loaded], on_unreadable: OnUnreadable = ignore) -> Iterator[Batch]:
     """The batches; what went wrong in a worker is raised here."""
     while True:
         try:
             batch = next(batches)
         except StopIteration:
             return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
+            # not a RuntimeError where it died after it announced a batch and before it handed it over
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
             raise InputError(
                 f"a loader process died ({error}); most often memory ran out: "
@@ -210,10 +273,12 @@ def guarded(batches: Iterator[Batch | InputError]) -> Iterator[Batch]:
             ) from error
         if isinstance(batch, InputError):
             raise batch
-        yield batch
+        if isinstance(batch, Mended):
+            on_unreadable(batch.unreadable)
+        yield batch.batch if isinstance(batch, Mended) else batch
 
 
-def end_workers(iterator: Iterator[Batch | InputError] | None) -> None:
+def end_workers(iterator: Iterator[Loaded] | None) -> None:
     """Tell the worker processes of an epoch to end, and wait for them."""
     shut_down = getattr(iterator, "_shutdown_workers", None)  # an iterator without workers has none
     if shut_down is not None:

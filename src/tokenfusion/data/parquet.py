@@ -49,7 +49,12 @@ class RowGroups:
 def read_row_group(path: Path, group: int, column: str) -> pa.ChunkedArray:
     # Arrow's own threads do not survive a fork into a loader worker.
     with pq.ParquetFile(path, memory_map=True) as file:
-        values = file.read_row_group(group, columns=[column], use_threads=False)[column]
+        return image_files(file, group, column)
+
+
+def image_files(file: pq.ParquetFile, group: int, column: str) -> pa.ChunkedArray:
+    """The image files of one row group, as binary values."""
+    values = file.read_row_group(group, columns=[column], use_threads=False)[column]
     return pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values
 
 
@@ -129,15 +134,15 @@ def open_parquet(root: Path, files: list[str], ignored: int = 0) -> Source:
 
 
 def split_of(name: str) -> str:
-    """The split in a file's name, or else in its folder's: `data/test-00000-of-00002.parquet`, `val/0.parquet`."""
+    """The split in a file's name, or else in its folder's: `set-test-00000.parquet`, `val/0.parquet`."""
     for part in reversed(Path(name).parts):
-        word = re.split(r"[-._]", part.lower())[0]
-        if word in SPLITS:
-            return SPLITS[word]
+        for word in re.split(r"[-._]", part.lower()):
+            if word in SPLITS:
+                return SPLITS[word]
     return ""
 
 
-def read_layout(path: Path, schema: pa.Schema) -> Layout:
+def read_layout(path: Path | str, schema: pa.Schema) -> Layout:
     features = read_features(schema)
     images = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
     images += [column.name for column in schema if holds_files(column.type)]
@@ -181,7 +186,7 @@ def holds_files(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
-def label_column(path: Path, schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str:
+def label_column(path: Path | str, schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str:
     """The column `label` or `labels`, else the only one of class labels, else the only one of integers or strings."""
     for name in ("label", "labels"):
         if name in schema.names:

@@ -24,7 +24,7 @@ MAX_FILE_BYTES = 2**30
 
 KINDS = (
     "a folder with a subfolder per class, Parquet files in the Hugging Face image layout, a CSV or JSONL with "
-    "path and label, a tar of a class-folder tree, or the name digits"
+    "path and label (or labels), a tar of a class-folder tree, shards by pattern or URL, or the name digits"
 )
 
 
@@ -44,11 +44,13 @@ class Source(ABC):
     names: list[str]
     """What a person knows each image by: its path relative to DATA, or `train.parquet:123`."""
     labels: np.ndarray
-    """int64 (N,)."""
+    """int64 (N,); of multi-label data bool (N, K): whether an image has each class."""
     splits: list[str]
     """For each image `train`, `val`, `test`, or `""` when the data does not say."""
     ignored: int = 0
     """Files that lie in the data but are no images by their name, or lie outside every class."""
+    weights: np.ndarray | None = None
+    """float64 (N,), above 0: how much each image's loss counts; None where the data does not say."""
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -59,6 +61,17 @@ class Source(ABC):
 
     def __len__(self) -> int:
         return len(self.names)
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has any number of classes rather than one."""
+        return self.labels.ndim == 2
+
+    def label_text(self, index: int) -> str:
+        """An image's class, or its classes with `|` between them."""
+        if self.multi_label:
+            return "|".join(self.classes[label] for label in np.flatnonzero(self.labels[index]))
+        return self.classes[self.labels[index]]
 
     @abstractmethod
     def decode(self, index: int, max_pixels: int) -> Tensor:
@@ -75,6 +88,22 @@ class Source(ABC):
             UnreadableImage: it is corrupt, truncated, empty, no image, gone, or too large.
         """
 
+    @property
+    def shard_numbers(self) -> np.ndarray | None:
+        """int64 (N,): the shard that each image lies in; None where images can be had in any order at the same cost."""
+        return None
+
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        """Bytes of each shard, by which one that has changed is noticed."""
+        return None
+
+    def fetch(self, number: int) -> None:  # noqa: B027 - most kinds have no shards
+        """Have the images of a shard on this machine, so that decoding one does not wait."""
+
+    def require_room(self) -> None:  # noqa: B027 - most kinds need none
+        """Refuse to train where images must be kept on this machine and there is no room for them."""
+
     def refuse_equal_classes(self) -> None:
         twice = [name for name, count in Counter(self.classes).items() if count > 1]
         if twice:
@@ -88,9 +117,9 @@ class Source(ABC):
     def refuse_unknown_labels(self) -> None:
         """Refuse held-out images of a class without training images."""
         splits = np.array(self.splits)
-        known = set(self.labels[splits == "train"].tolist())
+        known = classes_in(self.labels[splits == "train"])
         for split in ("val", "test"):
-            unknown = set(self.labels[splits == split].tolist()) - known
+            unknown = classes_in(self.labels[splits == split]) - known
             if known and unknown:
                 names = quoted(self.classes[label] for label in sorted(unknown))
                 raise InputError(
@@ -144,16 +173,19 @@ def open_source(data: str | Path) -> Source:
 
     Args:
         data: a folder with a subfolder per class (with `train/` and `val/` or `test/` above them, or without), a folder
-            of Parquet files or one of them, a CSV or JSONL with `path,label[,split]`, a tar, or `digits`.
+            of Parquet files or one of them, a CSV or JSONL with `path`, `label` or `labels`, and perhaps `split` and
+            `weight`, a tar, shards (a folder of tars, a pattern in braces or a URL, see `data/shards.py`), or `digits`.
 
     Raises:
         InputError: there is nothing usable there; the message says why.
     """
     # The kinds are imported when they are met: pyarrow and scikit-learn take a second.
-    from tokenfusion.data import lists, parquet, trees
+    from tokenfusion.data import lists, parquet, shards, trees
 
     if str(data) == "digits":
         return open_digits()
+    if shards.names_shards(str(data)):
+        return shards.open_shards(str(data))
     path = Path(data)
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder; {nearest(path)}")
@@ -166,6 +198,8 @@ def open_source(data: str | Path) -> Source:
                 f"{path}: holds both Parquet files ({quoted(tables[:1])}) and images in class folders "
                 f"({quoted(map(printable, images[:1]))}); move one kind elsewhere"
             )
+        if any(file.endswith(".tar") for file in files) and not (tables or images):
+            return shards.open_shards(str(path))
         if tables:
             return parquet.open_parquet(path, tables, ignored=len(files) - len(tables))
         return trees.open_folder(path, files, folders)
@@ -174,6 +208,8 @@ def open_source(data: str | Path) -> Source:
         return parquet.open_parquet(path.parent, [path.name])
     if name.endswith((".csv", ".jsonl", ".ndjson")):
         return lists.open_list(path)
+    if name.endswith(".tar") and shards.is_webdataset(path):
+        return shards.open_shards(str(path))
     if ".tar" in path.suffixes or name.endswith((".tgz", ".txz", ".tbz2")):
         return trees.open_tar(path)
     raise InputError(f"{path}: not a kind of data that is known here; give {KINDS}")
@@ -181,7 +217,14 @@ def open_source(data: str | Path) -> Source:
 
 def resolved(data: str) -> str:
     """DATA named so that it means the same from any folder."""
+    if "{" in data and "://" not in data:
+        return os.path.abspath(data)
     return str(Path(data).resolve()) if data != "digits" and os.path.exists(data) else data
+
+
+def classes_in(labels: np.ndarray) -> set[int]:
+    """The classes that some image has, of labels int64 (N,) or bool (N, K)."""
+    return set((np.flatnonzero(labels.any(0)) if labels.ndim == 2 else np.unique(labels)).tolist())
 
 
 def held_out_name(source: Source) -> str | None:

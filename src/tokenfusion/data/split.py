@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenfusion.data.sources import Source, held_out_name
+from tokenfusion.data.stratify import stratified
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
 
@@ -25,6 +26,8 @@ class Split:
 def choose_split(source: Source, val_fraction: float, seed: int) -> Split:
     """The data's own split into training and held-out images, or else one drawn class by class.
 
+    Multi-label data is drawn so that each class is held out in about the same share (see `data/stratify.py`).
+
     Args:
         source: the images; where it has no held-out part, one is drawn from its training images.
         val_fraction: share of each class that is held out, rounded to whole images, at least one.
@@ -33,7 +36,7 @@ def choose_split(source: Source, val_fraction: float, seed: int) -> Split:
     Raises:
         InputError: there is only one class, or a class has no training image, or too few to hold one out.
     """
-    if len(source.classes) < 2:
+    if len(source.classes) < 2 and not source.multi_label:
         raise InputError(f"{source.where}: a single class, {source.classes[0]!r}; a classifier needs at least two")
     splits = np.array(source.splits)
     held_out = held_out_name(source)
@@ -41,6 +44,16 @@ def choose_split(source: Source, val_fraction: float, seed: int) -> Split:
     if held_out is not None:
         require_images(source, candidates, 1)
         return Split(candidates, np.flatnonzero(splits == held_out))
+    if source.shard_numbers is not None:
+        return hold_out_shards(source, source.shard_numbers, val_fraction, seed)
+    if source.multi_label:
+        require_images(source, candidates, 1)
+        chosen = candidates[stratified(source.labels[candidates], val_fraction, seed)]
+        if not len(chosen):
+            raise InputError(
+                f"{source.where}: no class has two images, one to train on and one to hold out; add images"
+            )
+        return Split(np.setdiff1d(candidates, chosen), chosen)
     require_images(source, candidates, 2)
     val = []
     for label in range(len(source.classes)):
@@ -51,9 +64,27 @@ def choose_split(source: Source, val_fraction: float, seed: int) -> Split:
     return Split(np.setdiff1d(candidates, chosen), chosen)
 
 
+def hold_out_shards(source: Source, shards: np.ndarray, val_fraction: float, seed: int) -> Split:
+    """Hold out whole shards, at least one, so that validation fetches those alone.
+
+    Raises:
+        InputError: there is a single shard, or a class lies in the shards that are held out only.
+    """
+    numbers = np.unique(shards)
+    if len(numbers) < 2:
+        raise InputError(
+            f"{source.where}: a single shard, and none to hold out; pack more, or name them train-*.tar and val-*.tar"
+        )
+    count = min(max(round(len(numbers) * val_fraction), 1), len(numbers) - 1)
+    held_out = np.isin(shards, np.random.default_rng(seed).permutation(numbers)[:count])
+    require_images(source, np.flatnonzero(~held_out), 1)
+    return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
+
+
 def require_images(source: Source, candidates: np.ndarray, least: int) -> None:
     """Refuse a class with fewer than `least` images to train on."""
-    counts = np.bincount(source.labels[candidates], minlength=len(source.classes))
+    labels = source.labels[candidates]
+    counts = labels.sum(0) if source.multi_label else np.bincount(labels, minlength=len(source.classes))
     for name, count in zip(source.classes, counts, strict=True):
         if count < least:
             reason = "to train on" if least == 1 else "one to train on and one to hold out"
@@ -70,8 +101,8 @@ def write_split(path: Path, source: Source, split: Split) -> None:
     writer.writerow(HEADER)
     names = np.full(len(source), "", dtype=object)
     names[split.train], names[split.val] = "train", "val"
-    for image, label, name in zip(source.names, source.labels, names, strict=True):
-        writer.writerow([image, source.classes[label], name])
+    for index, (image, name) in enumerate(zip(source.names, names, strict=True)):
+        writer.writerow([image, source.label_text(index), name])
     write_text(path, text.getvalue())
 
 
@@ -90,7 +121,7 @@ def read_split(path: Path, source: Source) -> Split:
         raise InputError(f"{path}: not the split of a run, which has the columns {','.join(HEADER)}; start a new run")
     for index in range(max(len(rows), len(source))):
         then = rows[index][:2] if index < len(rows) else None
-        now = [source.names[index], source.classes[source.labels[index]]] if index < len(source) else None
+        now = [source.names[index], source.label_text(index)] if index < len(source) else None
         if then != now:
             raise InputError(
                 f"{source.where}: image {index} was {then} when the split was written and is {now} now; "

@@ -263,7 +263,7 @@ def parents(file: str) -> list[str]:
     return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
-def refuse_damage(path: Path, tar: tarfile.TarFile) -> None:
+def refuse_damage(path: Path | str, tar: tarfile.TarFile) -> None:
     """A tar ends with a block of zeros; where anything else stopped the reading, files would be lost silently."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)

@@ -1,7 +1,5 @@
 """The report of a run: what it reached, where it errs, what it cost."""
 
-import base64
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,10 @@ from numpy.typing import NDArray
 
 from tokenfusion.data.sources import printable
 from tokenfusion.metrics import reliability, wilson_interval
+from tokenfusion.recipe import AUTO
+from tokenfusion.report.multilabel import describe_multilabel
 from tokenfusion.report.overlays import Overlay, overlays_of
-from tokenfusion.report.page import counted, duration, percent, write_page
+from tokenfusion.report.page import counted, duration, percent, picture, write_page
 from tokenfusion.report.results import Prediction, Results, read_results
 
 MAX_CONFUSED = 30
@@ -80,21 +80,27 @@ def write_report(run: Path, thumbnails: Callable[[list[str]], dict[str, bytes]] 
         InputError: the folder is not a run, is incomplete or damaged, or is of a newer version.
     """
     path = run / "report.html"
-    write_page(path, "report.html", describe(read_results(run), thumbnails))
+    results = read_results(run)
+    template = "multilabel.html" if results.model["multi_label"] else "report.html"
+    write_page(path, template, describe(results, thumbnails))
     return path
 
 
 def describe(results: Results, thumbnails: Callable[[list[str]], dict[str, bytes]] | None) -> dict[str, Any]:
     """What the template tells."""
-    from tokenfusion.report.plots import plot_curves, plot_reliability
+    from tokenfusion.report.plots import plot_curves, plot_lr_range, plot_reliability
 
     values: dict[str, Any] = {
         "results": results,
-        "summary": summarise(results),
         "curves": plot_curves(results.epochs),
+        "lr_range": results.lr_range and plot_lr_range(results.lr_range),
         "cost": list_cost(results),
         "skipped": results.skipped[:MAX_SKIPPED],
     }
+    if results.model["multi_label"]:
+        judged = judged_on(results.recipe.data, results.evaluation) if results.evaluation else ""
+        return values | describe_multilabel(results, judged, thumbnails)
+    values["summary"] = summarise(results)
     if results.evaluation is not None:
         scores = [p.score for p in results.predictions]
         correct = [p.label == p.prediction for p in results.predictions]
@@ -201,20 +207,14 @@ def show_mistakes(
     pictures = thumbnails([p.path for p in worst]) if thumbnails and worst else {}
     mistakes = []
     for p in worst:
-        drawn = [(of.caption, png_address(of.png)) for of in overlays.get((printable(p.path), p.prediction), [])]
-        png = pictures.get(p.path, b"")
-        if png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 24:
-            small = struct.unpack(">I", png[16:20])[0] < 64
-            mistakes.append(Mistake(p, picture=png_address(png), small=small, reason="", overlays=drawn))
+        drawn = [(of.caption, picture(of.png)[0]) for of in overlays.get((printable(p.path), p.prediction), [])]
+        address, small = picture(pictures.get(p.path, b""))
+        if address:
+            mistakes.append(Mistake(p, picture=address, small=small, reason="", overlays=drawn))
         else:
             reason = "the image cannot be read any more" if thumbnails else "pictures were not asked for"
             mistakes.append(Mistake(p, picture="", small=False, reason=reason, overlays=drawn))
     return mistakes
-
-
-def png_address(png: bytes) -> str:
-    """A picture as a data: address."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def list_cost(results: Results) -> list[tuple[str, str]]:
@@ -224,7 +224,7 @@ def list_cost(results: Results) -> list[tuple[str, str]]:
     memory = [epoch["peak_memory_mb"] for epoch in epochs if epoch.get("peak_memory_mb") is not None]
     return [
         ("Training time", f"{duration(seconds)}, {duration(seconds / len(epochs))} per epoch"),
-        ("Epochs", f"{len(epochs)} of {results.recipe.epochs}"),
+        ("Epochs", f"{len(epochs)} of {results.recipe.epochs}" if results.recipe.epochs != AUTO else f"{len(epochs)}"),
         ("Speed", f"{median(epoch['images_per_s'] for epoch in epochs):,.0f} images/s (median epoch)"),
         ("Peak memory", f"{max(memory):,.0f} MB" if memory else "not measured"),
         ("Parameters", f"{model['parameters']:,}"),

@@ -1,5 +1,7 @@
 """What the reports share: one HTML file without a script, a font or a link to anything outside it, and its words."""
 
+import base64
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,16 @@ def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
     page = environment.get_template(template).render(values)
     # a name that is not UTF-8 was read as surrogates, which a page cannot hold
     write_text(path, page.encode("utf-8", "replace").decode())
+
+
+def picture(png: bytes) -> tuple[str, bool]:
+    """A PNG file as a data: address, and whether it has so few pixels that they are better shown as squares.
+
+    The address is empty where there is no such file.
+    """
+    if not (png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 24):
+        return "", False
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}", struct.unpack(">I", png[16:20])[0] < 64
 
 
 def percent(share: float | None, decimals: int = 1) -> str:

@@ -45,21 +45,47 @@ STYLE = {
 }
 
 
+COLLAPSE = {
+    "neighbour_similarity": "neighbouring blocks",
+    "head_similarity": "heads of a block",
+    "token_similarity": "tokens behind the last",
+    "similar_blocks": "share of similar blocks",
+    "entropy": "entropy / uniform's",
+}
+"""What is watched of attention collapse from 0 to 1, and its name in the legend."""
+
+
 def plot_curves(epochs: Sequence[dict[str, Any]]) -> list[Markup]:
-    """Loss, accuracy and learning rate over the epochs: three figures.
+    """Loss, accuracy and learning rate over the epochs, and attention collapse where it was watched: a figure each.
 
     Args:
         epochs: the lines of metrics.jsonl.
     """
     loss = plot_lines("loss", "Loss", epochs, {"train_loss": "training", "val_loss": "held out"})
-    accuracy = plot_lines("accuracy", "Accuracy (%)", epochs, {"train_top1": "training", "val_top1": "held out"}, 100)
-    return [loss, accuracy, plot_lines("lr", "Learning rate", epochs, {"lr": ""})]
+    lines = {"train_top1": "training", "val_top1": "held out"}
+    if "val_map" in epochs[-1]:
+        lines = {"train_exact_match": "training, exact match", "val_map": "held out, mAP"}
+    accuracy = plot_lines("accuracy", "Accuracy (%)", epochs, lines, 100)
+    return [loss, accuracy, plot_lines("lr", "Learning rate", epochs, {"lr": ""}), *plot_collapse(epochs)]
+
+
+def plot_collapse(epochs: Sequence[dict[str, Any]]) -> list[Markup]:
+    """Attention collapse over the epochs that it was looked at in; nothing where there are none."""
+    watched = [epoch for epoch in epochs if "collapse/neighbour_similarity" in epoch]
+    if not watched:
+        return []
+    shares = {f"collapse/{key}": label for key, label in COLLAPSE.items() if f"collapse/{key}" in watched[-1]}
+    figures = [plot_lines("collapse", "Attention collapse", watched, shares)]
+    if "collapse/effective_rank" in watched[-1]:
+        rank = {"collapse/effective_rank": ""}
+        figures.append(plot_lines("rank", "Effective rank of the tokens", watched, rank))
+    return figures
 
 
 def plot_lines(
     name: str, title: str, epochs: Sequence[dict[str, Any]], lines: dict[str, str], scale: float = 1
 ) -> Markup:
-    """A figure of one or two numbers over the epochs.
+    """A figure of one or more numbers over the epochs.
 
     Args:
         name: the figure's name within the page.
@@ -76,7 +102,7 @@ def plot_lines(
         figure = Figure(figsize=(4.2, 2.9), layout="constrained")
         axes = figure.subplots()
         at = [epoch["epoch"] for epoch in epochs]
-        for (key, label), colour in zip(lines.items(), (TRAIN, HELD_OUT), strict=False):
+        for (key, label), colour in zip(lines.items(), (TRAIN, HELD_OUT, *SERIES[2:]), strict=False):
             values = [float("nan") if epoch.get(key) is None else epoch[key] * scale for epoch in epochs]
             axes.plot(at, values, color=colour, label=label, marker="o" if len(at) < 8 else "", markersize=4)
         axes.set_title(title)
@@ -85,6 +111,27 @@ def plot_lines(
         if len(lines) > 1:
             axes.legend()
         return to_svg(figure, name, f"{title} at each epoch")
+
+
+def plot_lr_range(tested: dict[str, Any]) -> Markup:
+    """The loss at each rate of a range test, its running mean, and the rate that was chosen.
+
+    Args:
+        tested: as in lr_range.json.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.9), layout="constrained")
+        axes = figure.subplots()
+        axes.plot(tested["rates"], tested["losses"], color=GRID, label="loss", linewidth=1)
+        axes.plot(tested["rates"], tested["smoothed"], color=TRAIN, label="smoothed")
+        axes.axvline(tested["chosen"], color=TEXT, linestyle="--", linewidth=1.2, label=f"chosen: {tested['chosen']:g}")
+        axes.set(xscale="log", title="Loss in the range test", xlabel="learning rate")
+        axes.set_ylim(0, 2 * max(tested["smoothed"][0], min(tested["smoothed"])))
+        axes.legend()
+        return to_svg(figure, "lr-range", f"Loss in the range test; the learning rate {tested['chosen']:g} was chosen")
 
 
 def plot_reliability(bins: Bins) -> Markup:

@@ -3,10 +3,10 @@
 import csv
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.data.images import Skipped
@@ -14,6 +14,13 @@ from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe
 
 EPOCH_KEYS = ("epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "seconds", "images_per_s")
+MULTILABEL_EPOCH_KEYS = (
+    *("epoch", "lr", "train_loss", "train_exact_match", "val_loss", "val_map", "seconds", "images_per_s"),
+)
+MULTILABEL_EVALUATION_KEYS = (
+    *("data", "split", "n", "map", "map_ci95", "loss", "f1_macro", "f1_micro", "exact_match", "exact_match_ci95"),
+    *("cross_fitted", "per_class", "skipped"),
+)
 EVALUATION_KEYS = (
     *("data", "split", "n", "top1", "top5", "top1_ci95", "loss", "ece", "temperature"),
     *("per_class", "confusion", "skipped"),
@@ -32,6 +39,17 @@ class Prediction:
 
 
 @dataclass(frozen=True)
+class LabelSet:
+    """One evaluated image with any number of classes."""
+
+    path: str
+    labels: tuple[str, ...]
+    predictions: tuple[str, ...]
+    loss: float
+    """Binary cross-entropy, the mean over all classes."""
+
+
+@dataclass(frozen=True)
 class Results:
     """Everything that a report tells."""
 
@@ -43,11 +61,15 @@ class Results:
     """model.json."""
     epochs: list[dict[str, Any]]
     """metrics.jsonl, a dict per epoch, at least one."""
+    lr_range: dict[str, Any] | None
+    """lr_range.json, or None where the learning rate was given."""
     skipped: list[Skipped]
     evaluation: dict[str, Any] | None
     """evaluation.json, or None where the run has not been evaluated."""
     predictions: list[Prediction]
-    """An entry per evaluated image; empty without an evaluation."""
+    """An entry per evaluated image; empty without an evaluation, and of a multi-label run."""
+    label_sets: list[LabelSet]
+    """The same of a multi-label run."""
 
     def command(self, verb: str) -> str:
         """The command line that does `verb` to this run."""
@@ -64,32 +86,49 @@ def read_results(run: Path) -> Results:
     epochs = read_epochs(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     if not epochs:
         raise InputError(f"{run} has no finished epoch yet; go on with `{resume_command(run)}`")
-    evaluation, predictions = read_evaluation(run, model["classes"])
+    predictions: list[Prediction] = []
+    label_sets: list[LabelSet] = []
+    if model["multi_label"]:
+        evaluation, label_sets = read_judged(run, model["classes"], MULTILABEL_EVALUATION_KEYS, read_label_sets)
+    else:
+        evaluation, predictions = read_evaluation(run, model["classes"])
     return Results(
         run=run,
         recipe=Recipe(**load_recipe(run / "recipe.toml")),
         recipe_text=(run / "recipe.toml").read_text(encoding="utf-8"),
         model=model,
         epochs=epochs,
+        lr_range=read_lr_range(run / "lr_range.json"),
         skipped=read_skipped(run / "skipped.csv"),
         evaluation=evaluation,
         predictions=predictions,
+        label_sets=label_sets,
     )
 
 
 def read_evaluation(run: Path, classes: list[str]) -> tuple[dict[str, Any] | None, list[Prediction]]:
     """evaluation.json and the predictions.csv that belongs to it; None and nothing where there is no evaluation."""
+    return read_judged(run, classes, EVALUATION_KEYS, read_predictions)
+
+
+Row = TypeVar("Row")
+
+
+def read_judged(
+    run: Path, classes: list[str], keys: tuple[str, ...], read: Callable[[Path], list[Row]]
+) -> tuple[dict[str, Any] | None, list[Row]]:
+    """An evaluation with certain fields, and what `read` makes of the predictions that belong to it."""
     path = run / "evaluation.json"
     if not path.is_file():
         return None, []
     evaluation = read_json(path)
-    require(evaluation, EVALUATION_KEYS, path)
+    require(evaluation, keys, path)
     again = f"make both anew with `tokenfusion evaluate {shlex.quote(str(run))}`"
-    if list(evaluation["per_class"]) != classes or len(evaluation["confusion"]) != len(classes):
+    if list(evaluation["per_class"]) != classes or len(evaluation.get("confusion", classes)) != len(classes):
         raise InputError(f"{path} has other classes than model.json, so that it is of another model; {again}")
     if not (run / "predictions.csv").is_file():
         raise InputError(f"run {run} has evaluation.json but no predictions.csv, which is written with it; {again}")
-    predictions = read_predictions(run / "predictions.csv")
+    predictions = read(run / "predictions.csv")
     if len(predictions) != evaluation["n"]:
         raise InputError(
             f"run {run}: predictions.csv has {len(predictions)} images and evaluation.json {evaluation['n']}, "
@@ -106,9 +145,18 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
             epoch = json.loads(line)
         except json.JSONDecodeError as error:
             raise InputError(f"{path} line {number} is not JSON ({error}); remove the line, or train again") from error
-        require(epoch, EPOCH_KEYS, path)
+        require(epoch, MULTILABEL_EPOCH_KEYS if "val_map" in epoch else EPOCH_KEYS, path)
         epochs.append(epoch)
     return epochs
+
+
+def read_lr_range(path: Path) -> dict[str, Any] | None:
+    """What the range test wrote; None where there was none."""
+    if not path.is_file():
+        return None
+    tested: dict[str, Any] = read_json(path)
+    require(tested, ("chosen", "rule", "rates", "losses", "smoothed"), path)
+    return tested
 
 
 def read_predictions(path: Path) -> list[Prediction]:
@@ -117,6 +165,19 @@ def read_predictions(path: Path) -> list[Prediction]:
         Prediction(path=row["path"], label=row["label"], prediction=row["prediction"], score=number(row["score"], path))
         for row in read_csv(path, ("path", "label", "prediction", "score"))
     ]
+
+
+def read_label_sets(path: Path) -> list[LabelSet]:
+    """The rows of a multi-label run's predictions.csv."""
+    return [
+        LabelSet(row["path"], names(row["labels"]), names(row["predictions"]), number(row["loss"], path))
+        for row in read_csv(path, ("path", "labels", "predictions", "loss"))
+    ]
+
+
+def names(cell: str) -> tuple[str, ...]:
+    """The classes in a cell, which have `|` between them."""
+    return tuple(cell.split("|")) if cell else ()
 
 
 def read_skipped(path: Path) -> list[Skipped]:

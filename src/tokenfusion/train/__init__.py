@@ -1,51 +1,89 @@
 """From a recipe to a run folder with a trained model."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import Progress
 
 from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.images import Images, Skipped, read_images, require_every_class, write_skipped
+from tokenfusion.data.exclude import Remaining, open_remaining
+from tokenfusion.data.images import Images
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.sources import Source, held_out_name, open_source, resolved
-from tokenfusion.data.split import Split, choose_split, read_split, write_split
+from tokenfusion.data.orders import Share
+from tokenfusion.data.sources import Source, resolved
 from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
+from tokenfusion.evaluate import with_tuned_thresholds
 from tokenfusion.files import write_text
 from tokenfusion.hardware import keep_freed_memory
-from tokenfusion.models.token_fusion import PARENTS, TokenFusion
-from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
+from tokenfusion.recipe import AUTO, FIELDS, Recipe, dump_recipe, load_recipe
+from tokenfusion.train.auto import choose_batch_size, choose_lr, dump_chosen
+from tokenfusion.train.balance import image_weights, positive_weights, refuse_balance
+from tokenfusion.train.build import build
 from tokenfusion.train.display import Display
+from tokenfusion.train.distributed import READ, World, average_gradients, processes, refuse_alone, versions
+from tokenfusion.train.ending import epochs_ahead
 from tokenfusion.train.fit import CHECKPOINT, Interrupted, Job, fit
+from tokenfusion.train.global_norm import globalize_norms
 from tokenfusion.train.log import Log
+from tokenfusion.train.loggers import require_installed
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer
-from tokenfusion.train.state import TrainState, fingerprint
+from tokenfusion.train.reading import read_both, split_of
+from tokenfusion.train.sharded import shard
+from tokenfusion.train.state import Progress, TrainState, fingerprint, is_saved
+from tokenfusion.train.unreadable import Unreadable
 from tokenfusion.train.warm_start import refuse_seen, warm_start
+from tokenfusion.train.watch import Measure, Watch, require_measurable
 
-__all__ = ["Interrupted", "resume", "start"]
+__all__ = ["Interrupted", "build", "resume", "start"]
 
-FREE_TO_CHANGE: dict[str, Any] = {"workers": 0, "save_minutes": 0.0, "cache_mb": 0}
+FREE_TO_CHANGE: dict[str, Any] = {
+    "workers": 0,
+    "save_minutes": 0.0,
+    "cache_mb": 0,
+    "every": 0,
+    "loggers": (),
+    "parallel": "ddp",
+}
 """Fields that do not decide what a run ends with."""
+SAME_COMMAND = "start every process with the same command and the same installation"
+SAME_DATA = "let every process see the same data and the same run folder"
 
 
-def start(recipe: Recipe, run: Path, console: Console) -> None:
+def start(recipe: Recipe, run: Path, console: Console, measure: Measure | None = None) -> None:
     """Train a new run.
 
     Args:
         recipe: what to train, on what, and how.
         run: folder to write; it must not hold a run or anything else.
         console: where to show progress.
+        measure: what `Recipe.every` is about, such as `analyze.watch.watch_collapse`.
 
     Raises:
         InputError: the folder is taken, or the recipe or its data cannot be used.
         Interrupted: Ctrl-C, once the state is saved.
+    """
+    with processes() as world:
+        console.quiet = console.quiet or not world.is_first
+        world.require_same("recipe", versions() | vars(recipe), SAME_COMMAND)
+        with world.together("folder"):
+            recipe = replace(recipe, data=resolved(recipe.data))  # so that the run can be resumed from anywhere
+            if world.is_first:
+                claim(run, recipe)
+        train(recipe, run, world, console, measure)
+
+
+def claim(run: Path, recipe: Recipe) -> None:
+    """Make a new run's folder and write the recipe into it.
+
+    Raises:
+        InputError: it is taken, or cannot be written.
     """
     if (run / "model.json").exists():
         raise InputError(f"{run} holds a run already; go on with `{resume_command(run)}`, or give another --out")
@@ -53,34 +91,51 @@ def start(recipe: Recipe, run: Path, console: Console) -> None:
         raise InputError(f"{run} exists and is not an empty folder; give another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
-        recipe = replace(recipe, data=resolved(recipe.data))  # so that the run can be resumed from anywhere
         write_text(run / "recipe.toml", dump_recipe(recipe))
     except OSError as error:
         raise InputError(f"{run} cannot be written: {error.strerror}; give another --out") from error
-    for name in ("split.csv", "skipped.csv"):  # of a run that was refused before its first step
+    for name in ("split.csv", "skipped.csv", "lr_range.json"):  # of a run that was refused before its first step
         (run / name).unlink(missing_ok=True)
-    train(recipe, run, console)
 
 
 def is_unused(run: Path) -> bool:
     """Whether a folder is empty, or holds no more than a run that was refused before its first step."""
-    names = {path.name for path in run.iterdir()}
+    names = {path.name for path in run.iterdir()} - {".recipe.toml.tmp"}  # left where the first write was cut off
     if not names:
         return True
-    ours = names <= {"recipe.toml", "split.csv", "skipped.csv"} and "recipe.toml" in names
+    ours = names <= {"recipe.toml", "split.csv", "skipped.csv", "lr_range.json"} and "recipe.toml" in names
     return ours and load_recipe(run / "recipe.toml").keys() == set(FIELDS)
 
 
-def resume(run: Path, console: Console) -> None:
+def resume(run: Path, console: Console, measure: Measure | None = None) -> None:
     """Go on with a run that was interrupted; one that is finished is left as it is.
 
     Args:
         run: the folder that `start` wrote.
         console: where to show progress.
+        measure: as in `start`.
 
     Raises:
         InputError: not a run, of a newer version, damaged, or its data has changed.
         Interrupted: Ctrl-C, once the state is saved.
+    """
+    with processes() as world:
+        console.quiet = console.quiet or not world.is_first
+        with world.together("folder"):
+            recipe = recipe_of(run)
+        finished = (run / "model.safetensors").exists()
+        world.require_same("recipe", versions() | vars(recipe) | {"finished": finished}, SAME_COMMAND)
+        if finished:
+            console.print(f"{run} is finished already", highlight=False)
+        else:
+            train(recipe, run, world, console, measure)
+
+
+def recipe_of(run: Path) -> Recipe:
+    """The recipe of a run that this version can go on with.
+
+    Raises:
+        InputError: it is no run, or one of a newer version.
     """
     if not (run / "recipe.toml").exists():
         raise InputError(
@@ -88,153 +143,146 @@ def resume(run: Path, console: Console) -> None:
         )
     if (run / "model.json").exists():
         load_description(run)  # refuses a run of a newer version
-    if (run / "model.safetensors").exists():
-        console.print(f"{run} is finished already", highlight=False)
-        return
-    train(Recipe(**load_recipe(run / "recipe.toml")), run, console)
+    return Recipe(**load_recipe(run / "recipe.toml"))
 
 
-def train(recipe: Recipe, run: Path, console: Console) -> None:
+def train(recipe: Recipe, run: Path, world: World, console: Console, measure: Measure | None = None) -> None:
     """Bring a run from whatever is saved of it to its end."""
     keep_freed_memory()
-    source = open_source(recipe.data)
-    split = split_of(source, recipe, run)
-    classifier = build(recipe, source.classes)
-    if recipe.warm_start_from and not (run / CHECKPOINT).exists():
+    require_installed(recipe.loggers)
+    refuse_alone(world, recipe)
+    with world.together("data", READ):
+        job, key = prepare(recipe, run, world, console, measure)
+    world.require_same("images", {"a checkpoint": is_saved(job.checkpoint)} | contents(job), SAME_DATA)
+    state = begin(job, key, world, console)
+    world.require_same("checkpoint", {"steps done": state.progress.step}, SAME_DATA)
+    log = Log(run, state.progress.records, asdict(job.recipe)) if world.is_first else None
+    epochs = epochs_ahead(job.recipe, Progress())
+    try:
+        with Display(console, epochs, epochs * job.loader.steps_per_epoch, job.loss.train_score) as display:
+            fit(job, state, display, log)
+    except Interrupted:
+        if world.is_first:
+            raise
+        raise SystemExit(130) from None  # the first process says it
+    finally:
+        job.loader.close()
+        if log:
+            log.close(state.progress.finished)
+    ship(job, state)
+
+
+def contents(job: Job) -> dict[str, str]:
+    """Short names of the images' paths and labels."""
+    parts = {"training": job.loader.images, "held-out": job.held_out}
+    return {f"{part} images": fingerprint(some.names, some.labels.tolist()) for part, some in parts.items()}
+
+
+def prepare(recipe: Recipe, run: Path, world: World, console: Console, measure: Measure | None) -> tuple[Job, str]:
+    """Read the data and build the model.
+
+    Returns:
+        What is trained, and a fingerprint of the data and the recipe.
+
+    Raises:
+        InputError: the data or the model cannot be used.
+    """
+    source = open_remaining(recipe.data, recipe.exclude)
+    if isinstance(source, Remaining):
+        console.print(str(source), highlight=False)
+    refuse_balance(recipe, source)
+    split = split_of(source, recipe, run, world)
+    classifier = build(recipe, source.classes, source.multi_label)
+    require_measurable(recipe, measure, classifier)
+    if recipe.warm_start_from and not is_saved(run / CHECKPOINT):
         refuse_seen(recipe, source, split)
         warm_start(classifier, recipe.warm_start_from, console)
-    training, held_out = read_both(source, split, recipe, run, console)
-    state = TrainState(classifier.model, make_optimizer(classifier.model, recipe), recipe.ema, recipe.patience > 0)
-    preprocess = classifier.preprocess
-    augment = Augment(preprocess.img_size, preprocess.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment)
-    batch_size = recipe.batch_size_for(len(training))
-    loader = TrainLoader(training, augment, batch_size=batch_size, seed=recipe.seed, workers=recipe.workers)
-    console.print(f"{loader.steps_per_epoch:,} steps an epoch, of {batch_size} images each", highlight=False)
-    job = Job(recipe, classifier, loader, BatchMixing(recipe, len(source.classes)), held_out, run)
+    if world.size > 1:
+        globalize_norms(classifier.model)
+    training, held_out = read_both(source, split, recipe, run, world, console)
+    training.weights = image_weights(training, recipe)
+    asked, say = recipe, partial(console.print, highlight=False, soft_wrap=True)
+    if "batch_size" in recipe.autos:
+        recipe = choose_batch_size(recipe, len(source.classes), len(training), say)
+    loader = make_loader(recipe, classifier, training, run, world, console)
+    watch = Watch.of(recipe, measure, classifier, held_out)
+    mixing, positive = BatchMixing(recipe, len(source.classes)), positive_weights(training, recipe)
+    job = Job(recipe, classifier, loader, mixing, held_out, run, watch=watch, positive_weights=positive)
+    if "lr" in recipe.autos:
+        recipe = choose_lr(job, say)
+        job = replace(job, recipe=recipe)
+    if recipe != asked:
+        write_text(run / "recipe.toml", dump_chosen(recipe, asked))
+    return job, key_of(source, training, held_out, recipe)
 
-    images = (source.classes, training.names, held_out.names, training.labels.tolist(), held_out.labels.tolist())
-    key = fingerprint(*images, replace(recipe, **FREE_TO_CHANGE))
+
+def make_loader(
+    recipe: Recipe, classifier: Classifier, training: Images, run: Path, world: World, console: Console
+) -> TrainLoader:
+    """The loader of this process's share of every batch."""
+    size, batch_size = classifier.preprocess.img_size, recipe.batch_size_for(len(training), world.size)
+    loader = TrainLoader(
+        training,
+        Augment(size, recipe.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment),
+        batch_size=batch_size,
+        seed=recipe.seed,
+        workers=recipe.workers,
+        balanced=recipe.balance == "sampling",
+        share=Share(world.rank, world.size, recipe.accumulate, before=bool(recipe.mixup or recipe.cutmix)),
+        on_unreadable=Unreadable(run, training, recipe.max_skipped, world.rank, console),
+    )
+    console.print(f"{loader.steps_per_epoch:,} steps an epoch, of {batch_size} images each", highlight=False)
+    return loader
+
+
+def key_of(source: Source, training: Images, held_out: Images, recipe: Recipe) -> str:
+    """A fingerprint of all that decides what a run ends with."""
+    weights = None if training.weights is None else training.weights.tolist()
+    parts = [
+        (some.names, some.labels.tolist(), source.shard_sizes if some.checksums is None else some.checksums.tolist())
+        for some in (training, held_out)
+    ]
+    return fingerprint(source.classes, *parts, weights, replace(recipe, **FREE_TO_CHANGE))
+
+
+def begin(job: Job, key: str, world: World, console: Console) -> TrainState:
+    """A run's state: what is saved of it, or else its first; all processes make it together.
+
+    Raises:
+        InputError: what is saved is damaged, or of other data or another recipe.
+    """
+    recipe, model = job.recipe, job.classifier.model
+    keep_best = recipe.patience > 0 and recipe.epochs != AUTO  # an open end ships what its final decay ends with
+    if recipe.parallel == "fsdp" and world.store is not None:
+        spare, model = model, shard(copy.deepcopy(model))
+        network = model
+    else:
+        spare, network = None, average_gradients(job.classifier, world)
+    state = TrainState(model, make_optimizer(model, recipe), recipe.ema, keep_best, network, world, spare)
     job.checkpoint.parent.mkdir(exist_ok=True)
-    if job.checkpoint.exists():
+    if is_saved(job.checkpoint):
         state.load(job.checkpoint)
         if state.progress.key != key:
             raise InputError(
-                f"the images of {recipe.data} or the fields of {run / 'recipe.toml'} are not those that the run began "
-                "with; put them back, or train a new run"
+                f"the images of {recipe.data} or the fields of {job.run / 'recipe.toml'} are not those that the run "
+                "began with (images are told by their pixels); put them back, or train a new run"
             )
+        console.print(state.change_processes(), end="", highlight=False, soft_wrap=True)
     else:
         state.progress.key = key
-        classifier.save_description(run)
+        if world.is_first:
+            job.classifier.save_description(job.run)
+    return state
 
-    log = Log(run, state.progress.records)
-    steps = recipe.epochs * loader.steps_per_epoch
-    try:
-        with Display(console, recipe.epochs, steps) as display:
-            fit(job, state, display, log)
-    finally:
-        loader.close()
-        log.close()
+
+def ship(job: Job, state: TrainState) -> None:
+    """Write the weights that a run ends with."""
+    shipped = replace(job.classifier, model=state.shipped)
     if state.best:
-        state.shipped.load_state_dict(state.best)
-    replace(classifier, model=state.shipped).save_weights(run)
-
-
-def build(recipe: Recipe, classes: Sequence[str]) -> Classifier:
-    """The recipe's model for these classes, from random weights, with the parents frozen that it says.
-
-    Raises:
-        InputError: the model cannot be built, or has no parents to freeze.
-    """
-    torch.manual_seed(recipe.seed)
-    classifier = Classifier.create(
-        recipe.model,
-        classes,
-        in_chans=recipe.in_chans,
-        img_size=recipe.img_size or None,  # type: ignore[arg-type]
-        precision=recipe.precision,
-        drop_path=recipe.drop_path,
-        crop_pct=recipe.crop_pct,
-        max_pixels=recipe.max_pixels,
-    )
-    model = classifier.model
-    if recipe.grad_checkpointing:
-        model.set_grad_checkpointing()  # type: ignore[operator]
-    if recipe.freeze != "none":
-        if not isinstance(model, TokenFusion):
-            raise InputError(
-                f"freeze={recipe.freeze} needs a CNN and a transformer that are fused, and {recipe.model} is no such "
-                "model; leave out --freeze, or give --model fuse(CNN,VIT)"
-            )
-        model.freeze(*(PARENTS if recipe.freeze == "both" else (recipe.freeze,)))
-    return classifier
-
-
-def split_of(source: Source, recipe: Recipe, run: Path) -> Split:
-    """The run's split: the one it wrote before, the data's own, or a new one that is written to the run folder."""
-    path = run / "split.csv"
-    if path.exists():
-        return read_split(path, source)
-    split = choose_split(source, recipe.val_fraction, recipe.seed)
-    if held_out_name(source) is None:
-        write_split(path, source, split)
-    return split
-
-
-def read_both(source: Source, split: Split, recipe: Recipe, run: Path, console: Console) -> tuple[Images, Images]:
-    """Decode every image once; set the unreadable ones aside in `skipped.csv`.
-
-    Raises:
-        InputError: too many are unreadable, or all of a class.
-    """
-    console.print(f"reading {len(split.train) + len(split.val):,} images", highlight=False)
-    images: list[Images] = []
-    skipped: list[Skipped] = []
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
-        for name, indices in (("train", split.train), ("val", split.val)):
-            task = bar.add_task(f"reading {name} images", total=len(indices))
-            some, bad = read_images(
-                source,
-                indices,
-                max_pixels=recipe.max_pixels,
-                cache_bytes=recipe.cache_mb * 2**20,
-                progress=report_to(bar, task),
-                split=name,
-            )
-            images.append(some)
-            skipped += bad
-    training, held_out = images
-    if skipped:
-        write_skipped(run / "skipped.csv", skipped)
-        console.print(
-            f"set aside {len(skipped)} unreadable images; they are listed in {run / 'skipped.csv'}", highlight=False
-        )
-    require_every_class(training, source.classes)
-    refuse_damage(split, training, held_out, skipped, recipe)
-    where = "kept in memory" if training.cached else f"over cache_mb={recipe.cache_mb}, so decoded anew each epoch"
-    console.print(
-        f"{source.ignored} other files ignored; " * bool(source.ignored)
-        + f"{len(training):,} training and {len(held_out):,} held-out images of {len(source.classes)} classes, {where}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return training, held_out
-
-
-def report_to(bar: Progress, task: int) -> Callable[[int, int], None]:
-    """A callback that moves a task of a bar to (done, total)."""
-    return lambda done, total: bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
-
-
-def refuse_damage(split: Split, training: Images, held_out: Images, skipped: list[Skipped], recipe: Recipe) -> None:
-    """Refuse data of which too much cannot be read."""
-    if not skipped:
+        shipped.model.load_state_dict(state.best)
+    if not state.world.is_first:
         return
-    first = f"the first is {skipped[0].path}: {skipped[0].reason}"
-    unreadable = len(split.train) - len(training)
-    if unreadable > recipe.max_skipped * len(split.train):
-        raise InputError(
-            f"{unreadable} of {len(split.train)} training images are unreadable, "
-            f"more than max_skipped={recipe.max_skipped:g} allows ({first}); remove them or raise --max-skipped"
-        )
-    if not len(held_out):
-        raise InputError(f"none of the {len(split.val)} held-out images is readable ({first}); mend or replace them")
+    if shipped.multi_label:
+        shipped = with_tuned_thresholds(shipped, job.held_out, job.recipe.workers)
+        shipped.save_description(job.run)
+    shipped.save_weights(job.run)

@@ -8,6 +8,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from tokenfusion.train.state import Record
 
+WORDS = {"top1": "accuracy", "exact_match": "exact match", "map": "mAP"}
+"""Scores as people call them, by their names in `metrics.jsonl`."""
+
 
 class Display:
     """A bar over all the steps of a run, and a line for every epoch done.
@@ -16,9 +19,10 @@ class Display:
         console: where to write.
         epochs: in the whole run.
         steps: in the whole run.
+        score: what `metrics.jsonl` calls the running score of training.
     """
 
-    def __init__(self, console: Console, epochs: int, steps: int) -> None:
+    def __init__(self, console: Console, epochs: int, steps: int, score: str = "top1") -> None:
         self.console = console
         self.epochs = epochs
         self.bar = Progress(
@@ -26,7 +30,8 @@ class Display:
             BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn(
-                "{task.fields[rate]:,.0f} images/s · loss {task.fields[loss]:.3f} · accuracy {task.fields[top1]:.1%} ·"
+                f"{{task.fields[rate]:,.0f}} images/s · loss {{task.fields[loss]:.3f}} · {WORDS[score]} "
+                "{task.fields[top1]:.1%} ·"
             ),
             TimeRemainingColumn(elapsed_when_finished=True),
             TextColumn("left"),
@@ -50,14 +55,25 @@ class Display:
         """Move the bar to `step`, with the running means of the epoch under way (from 0)."""
         self.bar.update(self.task, completed=step, epoch=epoch + 1, rate=rate, loss=loss, top1=top1)
 
+    def say(self, text: str) -> None:
+        """Print a line, unless there is nothing to say."""
+        if text:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
     def show_epoch(self, record: Record, seconds_left: float) -> None:
         """Print a line for an epoch done."""
         minutes, seconds = divmod(round(seconds_left), 60)
         self.console.print(
             f"epoch {record['epoch']}/{self.epochs}  "
-            f"train loss {record['train_loss']:.3f} accuracy {record['train_top1']:.2%}  "
-            f"held-out loss {record['val_loss']:.3f} accuracy {record['val_top1']:.2%}  "
+            f"train loss {record['train_loss']:.3f} {scores(record, 'train_')}  "
+            f"held-out loss {record['val_loss']:.3f} {scores(record, 'val_')}  "
             f"{record['images_per_s']:,.0f} images/s  {minutes}:{seconds:02d} left",
             highlight=False,
             soft_wrap=True,
         )
+
+
+def scores(record: Record, part: str) -> str:
+    """The scores of a part of the images, such as `accuracy 91.20%`, by the beginning of their keys."""
+    found = {word: record[part + name] for name, word in WORDS.items() if part + name in record}
+    return " ".join(f"{word} {value:.2%}" for word, value in found.items())

@@ -1,40 +1,59 @@
-"""What a run writes of its epochs: `metrics.jsonl` and TensorBoard events."""
+"""What a run writes of its epochs: `metrics.jsonl`, `metrics.csv`, TensorBoard events, and what it sends elsewhere."""
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenfusion.files import write_text
+from tokenfusion.train.loggers import Loggers
 from tokenfusion.train.state import Record
 
 
 class Log:
-    """The records of a run, on disk.
+    """The records of a run, on disk and where its recipe's `loggers` say.
 
     Args:
         run: the run folder.
         done: records that are written already; TensorBoard drops what it holds beyond them.
+        recipe: the run's settings, for the services.
+
+    Raises:
+        InputError: the package of a service is not installed.
     """
 
-    def __init__(self, run: Path, done: Sequence[Record]) -> None:
+    def __init__(self, run: Path, done: Sequence[Record], recipe: Mapping[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        recipe = recipe or {}
         self.path = run / "metrics.jsonl"
-        if done:  # a kill may have come between the checkpoint and this file
-            self.write_lines(done)
         self.events = SummaryWriter(str(run / "events"), purge_step=int(done[-1]["step"]) + 1 if done else None)
+        self.loggers = Loggers(recipe.get("loggers", ()), run, recipe)
+        if done:  # a kill may have come between the checkpoint and these files
+            self.write_files(done)
+            self.loggers.send(done)
 
     def write(self, records: Sequence[Record]) -> None:
-        """Write all the records to `metrics.jsonl`, and the last to TensorBoard."""
-        self.write_lines(records)
+        """Write all the records to the files, and the last to TensorBoard; send those that are new."""
+        self.write_files(records)
         last = records[-1]
         for name, value in last.items():
             if name not in ("epoch", "step"):
                 self.events.add_scalar(name, value, int(last["step"]))
         self.events.flush()
+        self.loggers.send(records)
 
-    def write_lines(self, records: Sequence[Record]) -> None:
+    def write_files(self, records: Sequence[Record]) -> None:
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
+        columns = list(dict.fromkeys(name for record in records for name in record))  # new ones come last
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(records)
+        write_text(self.path.with_suffix(".csv"), text.getvalue())
 
-    def close(self) -> None:
+    def close(self, finished: bool = True) -> None:
         self.events.close()
+        self.loggers.close(finished)

@@ -6,6 +6,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from tokenfusion.recipe import Recipe
+from tokenfusion.train.losses import join_weights
 
 
 class BatchMixing:
@@ -20,15 +21,16 @@ class BatchMixing:
         self.num_classes = num_classes
         methods: list[v2.Transform] = []
         if recipe.mixup:
-            methods.append(v2.MixUp(alpha=recipe.mixup, num_classes=num_classes))
+            methods.append(v2.MixUp(alpha=recipe.mixup))
         if recipe.cutmix:
-            methods.append(v2.CutMix(alpha=recipe.cutmix, num_classes=num_classes))
+            methods.append(v2.CutMix(alpha=recipe.cutmix))
         self.mix = v2.RandomChoice(methods) if methods else None
         self.prob = recipe.mix_prob
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and labels (B,) to images and targets (B, num_classes) that sum to 1."""
+    def __call__(self, images: Tensor, labels: Tensor, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W), labels (B,) or (B, num_classes), weights (B,) to images and targets (see `losses`)."""
+        rows = labels.float() if labels.ndim == 2 else F.one_hot(labels, self.num_classes).float()
+        targets = join_weights(rows, weights)
         if self.mix and len(images) > 1 and torch.rand(()).item() < self.prob:
-            mixed, targets = self.mix(images, labels)
-            return mixed, targets
-        return images, F.one_hot(labels, self.num_classes).float()
+            images, targets = self.mix(images, targets)
+        return images, targets

@@ -10,6 +10,17 @@ from torch import Tensor, nn
 
 from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
 from tokenfusion.errors import InputError
+from tokenfusion.train.distributed import World
+from tokenfusion.train.sharded import (
+    copy_into,
+    forget_shards,
+    load_shards,
+    own_rows,
+    pointer_of,
+    save_shards,
+    shard,
+    whole,
+)
 
 Record = dict[str, float | int]
 
@@ -24,10 +35,16 @@ class Progress:
         step_in_epoch: optimiser steps done in the epoch under way.
         loss_sum, correct, seen: over the images of the epoch under way.
         seconds: of training in the epoch under way.
-        best_top1, best_epoch: on the held-out images, for early stopping.
+        best_top1, best_epoch: on the held-out images, for early stopping; the mAP of multi-label data.
+        decay_epoch: epochs done when the final decay of a run with an open end began; 0 before.
         records: a line of `metrics.jsonl` for each epoch done.
         finished: whether the last epoch is done, or training was stopped early.
         key: fingerprint of the images and the recipe.
+        processes: how many took the last step.
+        accumulate: parts that batches are computed in since memory ran out; 0 for as many as the recipe says.
+        recent_losses: of the last good steps, by which a spike is told.
+        skipped_steps, rollbacks, out_of_memory: how often that happened in the epoch under way.
+        bad_steps: skipped or rolled back in the whole run.
     """
 
     step: int = 0
@@ -39,9 +56,17 @@ class Progress:
     seconds: float = 0.0
     best_top1: float = -1.0
     best_epoch: int = 0
+    decay_epoch: int = 0
     records: list[Record] = field(default_factory=list)
     finished: bool = False
     key: str = ""
+    processes: int = 1
+    accumulate: int = 0
+    recent_losses: list[float] = field(default_factory=list)
+    skipped_steps: int = 0
+    rollbacks: int = 0
+    out_of_memory: int = 0
+    bad_steps: int = 0
 
     @property
     def train_loss(self) -> float:
@@ -68,6 +93,7 @@ class Progress:
         self.records.append(record)
         self.epoch += 1
         self.step_in_epoch = self.correct = self.seen = 0
+        self.skipped_steps = self.rollbacks = self.out_of_memory = 0
         self.loss_sum = self.seconds = 0.0
 
 
@@ -76,22 +102,44 @@ class TrainState:
 
     Args:
         model: what is trained.
+        network: what the loop calls for `model`'s output; not `model` itself where processes exchange gradients.
         optimizer: what moves it.
         ema: decay of the average of weights; 0 for none.
         keep_best: whether to remember the weights of the best epoch.
+        world: the processes that train it; the first one writes.
+        spare: where `model` is spread over the processes, one in one piece to evaluate with, of the same weights; the
+            average is then spread like `model`, and every process writes its part.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, ema: float, keep_best: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: float,
+        keep_best: bool,
+        network: nn.Module | None = None,
+        world: World = World(),  # noqa: B008 - frozen
+        spare: nn.Module | None = None,
+    ) -> None:
         self.model = model
+        self.spare = spare
+        self.network = network or model
         self.optimizer = optimizer
-        self.average = ModelEmaV3(model, decay=ema, use_warmup=True) if ema else None
+        self.average = ModelEmaV3(spare or model, decay=ema, use_warmup=True, foreach=spare is None) if ema else None
+        if spare and self.average:
+            shard(self.average.module)
         self.best: dict[str, Tensor] | None = {} if keep_best else None
-        self.progress = Progress()
+        self.world = world
+        self.progress = Progress(processes=world.size)
 
     @property
     def shipped(self) -> nn.Module:
-        """The model that is evaluated and shipped: the average where there is one."""
-        return self.average.module if self.average else self.model
+        """The model that is evaluated and shipped: the average where there is one, gathered from all processes."""
+        own: nn.Module = self.average.module if self.average else self.model
+        if self.spare is None:
+            return own
+        self.spare.load_state_dict({name: whole(tensor) for name, tensor in own.state_dict().items()})
+        return self.spare
 
     def update_average(self) -> None:
         if self.average:
@@ -104,36 +152,57 @@ class TrainState:
             if self.best is not None:
                 self.best = {name: tensor.detach().clone() for name, tensor in self.shipped.state_dict().items()}
 
+    def change_processes(self) -> str:
+        """Take note of how many processes go on; a line that says what it means where these are not as many."""
+        before, self.progress.processes = self.progress.processes, self.world.size
+        if before == self.world.size:
+            return ""
+        return (
+            f"saved by {before} processes, and {self.world.size} go on: the same up to rounding and the draws of "
+            "dropout, not to the bit\n"
+        )
+
     def save(self, path: Path) -> None:
-        """Write everything to one file, whole or not at all.
+        """Write everything to one file, or where weights are spread to a file by each process; whole or not at all.
 
         Raises:
             InputError: it cannot be written, or weights are not finite; what was there before is intact.
         """
-        broken = [name for name, tensor in self.model.state_dict().items() if not tensor.isfinite().all()]
+        broken = [name for name, tensor in self.model.state_dict().items() if not own_rows(tensor).isfinite().all()]
         if broken:
             raise InputError(
                 f"{broken[0]} is not finite after step {self.progress.step}; {last_good(path)} "
                 "train anew with a lower --lr or --precision fp32"
             )
-        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
-        if self.average:
-            tensors |= {f"ema.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        tensors = self.weights()
         if self.best:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
             values = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        save_tensors(path, tensors, asdict(self.progress))
+        if self.spare is not None:
+            save_shards(path, tensors, asdict(self.progress))
+        elif self.world.is_first:
+            save_tensors(path, tensors, asdict(self.progress))
+            forget_shards(path)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Tensors of the model and of its average, by the names that they are saved under."""
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        if self.average:
+            tensors |= {f"ema.{name}": tensor for name, tensor in self.average.module.state_dict().items()}
+        return tensors
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote for the same model and recipe.
+        """Read what `save` wrote for the same model and recipe, by however many processes.
 
         Raises:
             InputError: the file is damaged, or of another model.
         """
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        sharded = pointer_of(path).exists()
         try:
-            tensors, description = load_tensors(path)
+            tensors, description = load_shards(path, self.weights(), parameters) if sharded else load_tensors(path)
         except InputError as error:
             raise InputError(
                 f"{path} is damaged: {error.__cause__}; delete the folder {path.parent}, and --resume starts anew"
@@ -142,17 +211,23 @@ class TrainState:
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
-        load_weights_exactly(self.model, part("model."), path)
-        if self.average:
-            load_weights_exactly(self.average.module, part("ema."), path)
+        if self.spare is not None:
+            for name, tensor in self.weights().items():
+                if not sharded:
+                    copy_into(tensor, tensors[name])
+        elif not sharded:
+            load_weights_exactly(self.model, part("model."), path)
+            if self.average:
+                load_weights_exactly(self.average.module, part("ema."), path)
         if self.best is not None:
             self.best = part("best.")
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in part("optimizer.").items():
             index, moment = name.split(".")
-            # laid out as its parameter: the fused step adds in the order of memory
-            laid_out = torch.empty_like(parameters[int(index)]).copy_(tensor) if tensor.ndim else tensor
+            laid_out = tensor
+            if tensor.ndim:  # laid out as its parameter: the fused step adds in the order of memory
+                laid_out = torch.empty_like(parameters[int(index)], requires_grad=False)
+                copy_into(laid_out, tensor)
             moments.setdefault(int(index), {})[moment] = laid_out
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         try:
@@ -163,9 +238,14 @@ class TrainState:
             ) from error
 
 
+def is_saved(path: Path) -> bool:
+    """Whether there is a checkpoint of this name, in one file or in parts."""
+    return path.exists() or pointer_of(path).exists()
+
+
 def last_good(path: Path) -> str:
     """What is left to a run whose numbers are not finite any more."""
-    return f"the last good checkpoint is kept as {path};" if path.exists() else "there is no checkpoint yet;"
+    return f"the last good checkpoint is kept as {path};" if is_saved(path) else "there is no checkpoint yet;"
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,0 +1,80 @@
+"""The verb `check`; like the others it imports what it needs when it is called."""
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+def check(
+    data: str,
+    /,
+    *,
+    out: Path | None = None,
+    img_size: tuple[int, ...] = (224,),
+    as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
+) -> None:
+    """Check labelled images before training on them; writes check.html, check.json and quarantine.csv.
+
+    Finds images that are unreadable, tiny, huge, animated or oddly coloured; exact and near duplicates, within and
+    between splits; classes that are empty, rare or differ between splits; labels that a quick model disputes; and what
+    the crop cuts off. Nothing in DATA is changed. The exit status is 0 whatever is found; `train --exclude
+    quarantine.csv` leaves out what had better be left out.
+
+    Example: tokenfusion check photos/
+
+    Parameters
+    ----------
+    data
+        Images as `train` takes them.
+    out
+        Folder to write to, outside DATA; check-NAME here when not given.
+    img_size
+        Height and width that images will be resized to, or one number for both: what the crop cuts off depends on it.
+    as_json
+        Print check.json instead of a summary.
+    """
+    from tokenfusion.check.checkup import check_data
+    from tokenfusion.check.report import summarise
+    from tokenfusion.recipe import Recipe
+
+    height, width = Recipe(img_size=img_size).img_size
+    with stages() as progress:
+        result, folder = check_data(data, out, (height, width), progress)
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    for line in summarise(result):
+        print(line)
+    exclude = f"; tokenfusion train {shlex.quote(data)} --exclude {shlex.quote(str(folder / 'quarantine.csv'))}"
+    print(f"{result['quarantined']:,} images had better be left out{exclude * bool(result['quarantined'])}")
+    print(f"open {folder / 'check.html'}")
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar a stage on a terminal, a line every ten seconds elsewhere; to be called with (stage, done, in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tasks: dict[str, TaskID] = {}
+    said = time.monotonic()
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
+
+        def show(stage: str, done: int, total: int) -> None:
+            nonlocal said
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(stage)
+            bar.update(tasks[stage], completed=done, total=total)
+            if not errors.is_terminal and time.monotonic() - said > 10:
+                said = time.monotonic()
+                errors.print(f"{stage}: {done:,} of {total:,}")
+
+        yield show

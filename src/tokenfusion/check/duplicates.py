@@ -1,0 +1,151 @@
+"""Exact and near duplicates.
+
+Exact ones have the same decoded pixels. Near ones are found in two steps, so that no pair is looked at in Python: a
+descriptor (the low frequencies of the cosine transform, as a perceptual hash has them, but not rounded to bits) of an
+image and of mild crops of it is compared with every image's by one matrix product a block; pairs that are alike
+are then aligned and their details compared (`align.py`).
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, normalize
+
+from tokenfusion.check.align import DETAIL, blur, likeness
+from tokenfusion.check.look import Look
+
+MAX_IMAGES = 100_000
+"""Most images among which near duplicates are searched: the work grows with the square of their number."""
+MIN_SIDE = 32
+"""Shortest side, in pixels, of an image that has enough detail to tell a near duplicate."""
+MIN_DETAIL = 1.0
+"""Least root mean square of the details, of 255; below, an image is too plain."""
+SIMILAR = 0.88
+"""Correlation of descriptors from which a pair is looked at closely."""
+SAME = 0.9
+"""Correlation of details from which a pair is the same picture. Of Imagenette's pairs of different pictures none
+reached it; benchmarks/check.py measures which share of copies does."""
+NEIGHBOURS = 16
+"""Most similar images that are looked at for each image."""
+FREQUENCIES = 8
+BLOCK = 512
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images that show the same picture."""
+
+    first: int
+    second: int
+    likeness: float
+    """Correlation of their details, up to 1."""
+
+
+@dataclass(frozen=True)
+class NearDuplicates:
+    """What a search for near duplicates found."""
+
+    pairs: list[Pair]
+    searched: int
+    """Images that took part."""
+    too_small: int
+    too_plain: int
+    """Images that did not, for want of detail."""
+
+
+def exact_duplicates(looks: list[Look]) -> list[list[int]]:
+    """Groups of images with the same pixels, each in ascending order."""
+    groups = defaultdict(list)
+    for index, look in enumerate(looks):
+        if look.digest:
+            groups[look.digest].append(index)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def near_duplicates(looks: list[Look], progress: Callable[[int, int], None]) -> NearDuplicates:
+    """Pairs of images that show the same picture: re-encoded, resized, or mildly cropped.
+
+    Args:
+        looks: at every image, up to MAX_IMAGES; of exact duplicates only the first takes part.
+        progress: called with (images done, images in all).
+    """
+    firsts = {look.digest: index for index, look in reversed(list(enumerate(looks))) if look.digest}
+    large = [index for index in sorted(firsts.values()) if min(looks[index].height, looks[index].width) >= MIN_SIDE]
+    if len(large) < 2:
+        return NearDuplicates([], 0, len(firsts) - len(large), len(large))
+    images = gray(torch.stack([looks[index].thumbnail for index in large]))
+    detail = torch.cat(
+        [(part - blur(part, DETAIL)).square().mean((1, 2, 3)).sqrt() for part in torch.split(images, BLOCK)]
+    )
+    chosen = torch.nonzero(detail >= MIN_DETAIL)[:, 0]
+    images = images[chosen]
+    pairs = []
+    for first, second in candidates(images, progress).split(BLOCK):
+        for a, b, value in zip(first, second, likeness(images[first], images[second]).tolist(), strict=True):
+            if value >= SAME:
+                pairs.append(Pair(large[int(chosen[a])], large[int(chosen[b])], round(value, 3)))
+    return NearDuplicates(
+        pairs=sorted(pairs, key=lambda pair: -pair.likeness),
+        searched=len(chosen),
+        too_small=len(firsts) - len(large),
+        too_plain=len(large) - len(chosen),
+    )
+
+
+def gray(thumbnails: Tensor) -> Tensor:
+    """Brightness, float (B, 1, S, S), of uint8 (B, 3, S, S); weights of ITU-R BT.601."""
+    red, green, blue = (thumbnails[:, k : k + 1].float() for k in range(3))
+    return 0.299 * red + 0.587 * green + 0.114 * blue
+
+
+def candidates(images: Tensor, progress: Callable[[int, int], None]) -> "Pairs":
+    """Pairs of gray thumbnails (N, 1, S, S) whose descriptors are alike."""
+    whole = torch.cat([descriptors(part) for part in torch.split(images, BLOCK)])
+    found = set()
+    for start in range(0, len(images), BLOCK):
+        rows = min(BLOCK, len(images) - start)
+        similar, product = torch.full((rows, len(images)), -1.0), torch.empty(rows, len(images))
+        for crop in mild_crops(images[start : start + BLOCK]):
+            torch.maximum(similar, torch.mm(descriptors(crop), whole.T, out=product), out=similar)
+        similar[torch.arange(len(similar)), torch.arange(start, start + len(similar))] = -1
+        values, others = similar.topk(min(NEIGHBOURS, len(images) - 1))
+        row, column = torch.nonzero(values >= SIMILAR, as_tuple=True)
+        pairs = torch.stack([row + start, others[row, column]]).sort(0).values
+        found |= set(zip(*pairs.tolist(), strict=True))
+        progress(start + len(similar), len(images))
+    return Pairs(np.array(sorted(found), dtype=np.int64).reshape(-1, 2))
+
+
+@dataclass(frozen=True, eq=False)
+class Pairs:
+    """Pairs of indices, int64 (P, 2)."""
+
+    indices: np.ndarray
+
+    def split(self, size: int) -> list[tuple[Tensor, Tensor]]:
+        """The first and the second of each pair, so many at a time."""
+        parts = range(0, len(self.indices), size)
+        firsts, seconds = torch.from_numpy(self.indices).T
+        return [(firsts[start : start + size], seconds[start : start + size]) for start in parts]
+
+
+def mild_crops(images: Tensor) -> list[Tensor]:
+    """The images, and the same without a sixteenth at some of their sides."""
+    side = images.shape[-1]
+    cut = side // 16
+    ends = {"none": (0, side), "both": (cut, side - cut), "low": (cut, side), "high": (0, side - cut)}
+    across = [*((y, x) for y in ("none", "low", "high") for x in ("none", "low", "high")), ("both", "both")]
+    return [images[..., slice(*ends[y]), slice(*ends[x])] for y, x in across]
+
+
+def descriptors(images: Tensor) -> Tensor:
+    """The lowest frequencies but the mean, float (B, FREQUENCIES² - 1), each of length 1, of (B, 1, S, S)."""
+    side = 4 * FREQUENCIES
+    small = interpolate(images, (side, side), mode="bilinear", antialias=True)[:, 0]
+    angles = torch.pi / side * torch.arange(FREQUENCIES)[:, None] * (torch.arange(side) + 0.5)
+    basis = normalize(angles.cos(), dim=1)
+    return normalize((basis @ small @ basis.T).flatten(1)[:, 1:], dim=1)

@@ -1,0 +1,172 @@
+"""Labels that a quick model disputes, and classes that are empty, rare or differ between splits.
+
+The model is a logistic regression on oriented gradients and coarse colours of thumbnails, each image judged by a model
+that has not seen it (5-fold cross-validation). Which labels are disputed follows confident learning (Northcutt et al.,
+"Confident learning", JAIR 2021): another class is likelier than it is on average for images of that class.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d
+
+from tokenfusion.check.align import slopes
+from tokenfusion.check.duplicates import gray
+
+MAX_JUDGED = 20_000
+"""Most images whose labels are judged, an even sample of all."""
+MIN_IMAGES = 10
+"""Least images of a class whose labels are judged."""
+FOLDS = 5
+ORIENTATIONS = 8
+MARGIN = 0.5
+"""How much likelier than its label another class must be for a strong dispute."""
+RARE = 0.1
+"""Share of the median class, below which a class is rare."""
+
+
+@dataclass(frozen=True)
+class Dispute:
+    """A label that the model contradicts."""
+
+    index: int
+    label: int
+    suggestion: int
+    score: float
+    """Probability of the suggested class."""
+    label_score: float
+    """Probability of the label."""
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What the quick model found."""
+
+    disputes: list[Dispute]
+    """The strongest first."""
+    judged: int
+    accuracy: float | None
+    """Share of the labels that the model guesses right; None where nothing could be judged."""
+    note: str = ""
+    """Why labels were not judged."""
+
+
+def judge_labels(thumbnails: Tensor, labels: np.ndarray, indices: np.ndarray) -> Judgement:
+    """Cross-validate a quick model and find the labels that it strongly disputes.
+
+    Args:
+        thumbnails: uint8 (N, 3, S, S).
+        labels: int64 (N,).
+        indices: int64 (N,): what a Dispute calls each image.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    counts = np.bincount(labels)
+    chosen = np.flatnonzero(counts[labels] >= MIN_IMAGES)
+    chosen = (
+        chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_JUDGED)).astype(int)] if len(chosen) else chosen
+    )
+    chosen = chosen[np.bincount(labels[chosen], minlength=len(counts))[labels[chosen]] >= FOLDS]
+    known = np.unique(labels[chosen])
+    if len(known) < 2:
+        return Judgement([], 0, None, f"fewer than two classes have {MIN_IMAGES} readable images")
+    features = np.concatenate([features_of(part).numpy() for part in torch.split(thumbnails[chosen], 512)])
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, max_iter=60))
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    given = np.searchsorted(known, labels[chosen])
+    scores = cross_val_predict(model, features, given, cv=folds, method="predict_proba")
+    disputes = [
+        Dispute(int(indices[chosen[row]]), int(known[given[row]]), int(known[other]), score, label_score)
+        for row, other, score, label_score in disputed(scores, given)
+    ]
+    return Judgement(disputes, len(chosen), float((scores.argmax(1) == given).mean()))
+
+
+def disputed(scores: np.ndarray, labels: np.ndarray) -> list[tuple[int, int, float, float]]:
+    """Rows, the class each is likelier of, and the probabilities of it and of the label; the strongest first.
+
+    Args:
+        scores: float (N, K), out-of-fold probabilities.
+        labels: int64 (N,), every class among them.
+    """
+    classes = scores.shape[1]
+    usual = np.array([scores[labels == label, label].mean() for label in range(classes)])
+    rows = np.arange(len(labels))
+    own = scores[rows, labels]
+    confident = np.where(scores >= usual, scores, 0.0)
+    confident[rows, labels] = 0
+    other = confident.argmax(1)
+    margin = confident[rows, other] - own
+    found = np.flatnonzero((confident[rows, other] > 0) & (margin >= MARGIN))
+    return [
+        (int(i), int(other[i]), float(scores[i, other[i]]), float(own[i])) for i in found[np.argsort(-margin[found])]
+    ]
+
+
+def features_of(thumbnails: Tensor) -> Tensor:
+    """Histograms of oriented gradients (Dalal and Triggs, CVPR 2005) and coarse colours, float (B, 471) at S = 48."""
+    along_x, along_y = slopes(gray(thumbnails))
+    strength = (along_x.square() + along_y.square()).sqrt()
+    angle = torch.atan2(along_y, along_x) % torch.pi / torch.pi * ORIENTATIONS
+    bins = torch.arange(ORIENTATIONS).view(1, -1, 1, 1)
+    distance = (angle - bins).abs()
+    votes = (1 - torch.minimum(distance, ORIENTATIONS - distance)).clamp(min=0) * strength
+    size = thumbnails.shape[-1] // 6
+    cells = avg_pool2d(votes, size)
+    cells = (cells / (cells.square().sum(1, keepdim=True).sqrt() + 10)).sqrt()
+    wide = avg_pool2d(votes, 2 * size)
+    wide = (wide / (wide.sum(1, keepdim=True) + 10)).sqrt()
+    colours = avg_pool2d(thumbnails.float() / 255, size)
+    return torch.cat([cells.flatten(1), wide.flatten(1), colours.flatten(1), colours.flatten(2).std(2)], 1)
+
+
+def count_classes(classes: tuple[str, ...], labels: np.ndarray, splits: list[str]) -> list[dict[str, Any]]:
+    """How many images every class has in every split, and what is unusual about that.
+
+    Args:
+        classes: K names.
+        labels: int64 (N,), or bool (N, K).
+        splits: N names.
+
+    Returns:
+        for each class its `name`, `images` by split, and `notes`.
+    """
+    member = labels if labels.ndim == 2 else labels[:, None] == np.arange(len(classes))
+    names = sorted(set(splits), key=("train", "val", "test", "").index)
+    inside = np.array(splits)
+    counts = np.array([member[inside == name].sum(0) for name in names])  # splits × classes
+    middle = float(np.median(counts.sum(0)))
+    rows = []
+    for label, name in enumerate(classes):
+        notes = []
+        total = int(counts[:, label].sum())
+        if total == 0:
+            notes.append("has no image")
+        elif total < max(RARE * middle, MIN_IMAGES):
+            notes.append(f"is rare: {total} images, where the median class has {middle:g}")
+        for part, split in enumerate(names):
+            if total and not counts[part, label]:
+                notes.append(f"has no image in {split}")
+            elif total and split != names[0]:
+                notes += compare_shares(counts[0], counts[part], label, names[0], split)
+        rows.append({"name": name, "images": dict(zip(names, counts[:, label].tolist(), strict=True)), "notes": notes})
+    return rows
+
+
+def compare_shares(one: np.ndarray, other: np.ndarray, label: int, name: str, other_name: str) -> list[str]:
+    """What to say where a class's share of two splits differs by half or more, and by more than chance."""
+    from scipy.stats import fisher_exact
+
+    a, b = one[label] / one.sum(), other[label] / other.sum()
+    if not a or max(a / b, b / a) < 1.5:
+        return []
+    table = [[one[label], one.sum() - one[label]], [other[label], other.sum() - other[label]]]
+    if fisher_exact(table).pvalue >= 0.01 / len(one):  # Bonferroni: as many tests as classes
+        return []
+    return [f"is {a:.1%} of {name} and {b:.1%} of {other_name}"]

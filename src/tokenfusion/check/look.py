@@ -1,0 +1,123 @@
+"""Every image decoded once: what it is, why it cannot be read, and a thumbnail to compare it by."""
+
+import hashlib
+import re
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import BytesIO
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from tokenfusion.data.decode import FORMATS, UnreadableImage, decode_image, pillow_limit_lifted
+from tokenfusion.data.images import THREADS
+from tokenfusion.data.sources import Files, Source
+
+SIDE = 48
+"""Height and width of the thumbnails that images are compared by; their aspect is not kept."""
+ANIMATIONS = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+"""Formats whose further frames are pictures of their own; those of a phone's JPEG are previews and depth maps."""
+UNREADABLE = {
+    "empty": "is empty",
+    "not an image": "^not an image",
+    "too large": "max_pixels",
+    "truncated": "(?i)truncat|unexpected end|premature end|ends inside",
+}
+"""Kinds of unreadable images and what the reason says; every other one is damaged."""
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What one image is."""
+
+    reason: str = ""
+    """Why it cannot be read; empty where it can."""
+    height: int = 0
+    width: int = 0
+    frames: int = 1
+    colour: str = ""
+    """What is unusual about its colours, such as CMYK; empty where nothing is."""
+    digest: bytes = b""
+    """A hash of size and decoded pixels: equal for exact duplicates only."""
+    thumbnail: Tensor = field(default_factory=lambda: torch.empty(0))
+    """uint8 (3, SIDE, SIDE)."""
+
+    @property
+    def kind(self) -> str:
+        """Which kind of unreadable it is."""
+        return next((kind for kind, words in UNREADABLE.items() if re.search(words, self.reason)), "damaged")
+
+
+def look_at_all(source: Source, max_pixels: int, progress: Callable[[int, int], None]) -> list[Look]:
+    """Look at every image of a source, by a few threads.
+
+    Args:
+        source: the images.
+        max_pixels: largest height × width that is decoded.
+        progress: called with (images done, images in all).
+
+    Returns:
+        a Look per image, in order.
+    """
+    looks = []
+    for look in ahead(lambda index: look_at(source, index, max_pixels), len(source)):
+        looks.append(look)
+        progress(len(looks), len(source))
+    return looks
+
+
+def ahead(call: Callable[[int], Look], count: int) -> Iterator[Look]:
+    """`call` of 0, 1 and so on by a few threads, in order, only so far ahead that few results wait."""
+    waiting: deque[Future[Look]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for index in range(count):
+            waiting.append(pool.submit(call, index))
+            if len(waiting) > 8 * THREADS:
+                yield waiting.popleft().result()
+        for future in waiting:
+            yield future.result()
+
+
+def look_at(source: Source, index: int, max_pixels: int) -> Look:
+    """Decode one image and describe it."""
+    frames, colour = 1, ""
+    try:
+        if isinstance(source, Files):
+            data = source.read(index)
+            image = decode_image(data, max_pixels=max_pixels)
+            frames, colour = describe(data)
+        else:
+            image = source.decode(index, max_pixels)
+    except UnreadableImage as error:
+        return Look(reason=str(error))
+    height, width = image.shape[1:]
+    digest = hashlib.blake2b(repr((height, width)).encode(), digest_size=16)
+    digest.update(image.permute(1, 2, 0).contiguous().numpy().data)
+    thumbnail = F.resize(image, [SIDE, SIDE], antialias=True)
+    return Look("", height, width, frames, colour, digest.digest(), thumbnail)
+
+
+def describe(data: bytes) -> tuple[int, str]:
+    """How many frames a readable image file has, and what is unusual about its colours."""
+    with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
+        frames = getattr(image, "n_frames", 1) if image.format in ANIMATIONS else 1
+        image.seek(0)
+        return frames, odd_colour(image, data)
+
+
+def odd_colour(image: Image.Image, data: bytes) -> str:
+    """What a classifier does not see as it is stored: other colour spaces, more than 8 bits, transparency."""
+    if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
+        return image.mode
+    # Pillow opens PNG and TIFF of 3 × 16 bits as RGB; only the header still tells
+    depths = getattr(image, "tag_v2", {}).get(258, ())
+    deep = (image.format == "PNG" and data[24] == 16) or max(depths, default=8) > 8
+    if deep or image.mode.startswith("I"):
+        return "16 bits"
+    if image.has_transparency_data:
+        return "palette with transparency" if image.mode == "P" else "transparency"
+    return ""

@@ -1,0 +1,65 @@
+"""Which images had better be left out, and why: what `train --exclude` takes."""
+
+import csv
+import io
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from tokenfusion.check.look import Look
+from tokenfusion.data.sources import Source
+from tokenfusion.files import write_text
+
+KEPT_FIRST = ("test", "val", "train", "")
+"""Of copies in several splits the held-out one is kept, so that results stay comparable."""
+
+
+def quarantine(
+    source: Source, looks: list[Look], exact: list[list[int]], near: list[tuple[int, int]]
+) -> dict[int, str]:
+    """Images to leave out, each with its reason, in the order of the data.
+
+    Unreadable ones; of exact duplicates all but one; of near duplicates all but one where they lie in different splits,
+    or would, because the data has none; and every copy where copies have different labels. Copies of near duplicates
+    within one split stay, as do tiny, huge, animated, oddly coloured and disputed ones: look at those yourself.
+    """
+    reasons = {index: f"unreadable: {look.reason}" for index, look in enumerate(looks) if look.reason}
+    serious = [pair for pair in near if "" in source.splits or source.splits[pair[0]] != source.splits[pair[1]]]
+    same = {index: copies for copies in exact for index in copies}
+    pairs = [pair for copies in exact for pair in pairwise(copies)] + serious
+    for group in connected(len(looks), pairs):
+        labels = {source.label_text(index) for index in group}
+        first = min(group, key=lambda index: (KEPT_FIRST.index(source.splits[index]), index))
+        for index in group:
+            how = "exact" if first in same.get(index, ()) else "near"
+            if len(labels) > 1:
+                other = next(i for i in group if source.label_text(i) != source.label_text(index))
+                reasons[index] = f"duplicate of {source.names[other]}, which has the label {source.label_text(other)}"
+            elif index != first:
+                reasons[index] = f"{how} duplicate of {source.names[first]}"
+    return dict(sorted(reasons.items()))
+
+
+def connected(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
+    """Groups of two and more among `count` images that pairs connect, each in ascending order."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    if not pairs:
+        return []
+    first, second = np.array(pairs).T
+    _, group = connected_components(coo_array((np.ones(len(pairs)), (first, second)), shape=(count, count)), False)
+    groups: dict[int, list[int]] = {}
+    for index in np.unique(np.concatenate([first, second])).tolist():
+        groups.setdefault(int(group[index]), []).append(index)
+    return list(groups.values())
+
+
+def write_quarantine(path: Path, source: Source, reasons: dict[int, str]) -> None:
+    """Write a CSV `path,reason`."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "reason"])
+    writer.writerows([source.names[index], reason] for index, reason in reasons.items())
+    write_text(path, text.getvalue())

@@ -1,0 +1,117 @@
+"""The check-up as a page: what was found, in words and pictures."""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+from torchvision.io import encode_jpeg
+from torchvision.transforms.v2 import functional as F
+
+from tokenfusion.check.crop import MANY
+from tokenfusion.check.duplicates import MAX_IMAGES
+from tokenfusion.data.decode import UnreadableImage
+from tokenfusion.data.sources import Source
+from tokenfusion.report.page import counted, percent, write_page
+from tokenfusion.report.thumbnails import SIDE
+
+MAX_PICTURES = 24
+"""Groups and disputes of a kind that are shown as pictures at most."""
+MAX_COPIES = 4
+"""Images of a group of duplicates that are shown at most."""
+MAX_LISTED = 200
+"""Images of a kind that are listed at most."""
+KINDS = {
+    "unreadable": "Unreadable",
+    "tiny": "Tiny",
+    "huge": "Huge",
+    "animated": "Animated",
+    "odd_colour": "Oddly coloured",
+}
+"""Fields of check.json and their headings."""
+
+
+def write_check(path: Path, source: Source, result: dict[str, Any], max_pixels: int) -> None:
+    """Write the page, with pictures from the source."""
+    places = {name: index for index, name in enumerate(source.names)}
+
+    def picture(name: str) -> dict[str, Any]:
+        try:
+            return address_of(source, places[name], max_pixels)
+        except UnreadableImage:  # changed since it was looked at
+            return {"address": "", "small": False}
+
+    # first those between splits, then those whose labels differ
+    groups = [*result["exact_duplicates"], *result["near_duplicates"]]
+    groups.sort(key=lambda group: (not group["between_splits"], not group["labels_differ"]))
+    shown = [
+        group | {"images": [image | picture(image["path"]) for image in group["images"][:MAX_COPIES]]}
+        for group in groups[:MAX_PICTURES]
+    ]
+    disputes = [d | picture(d["path"]) for d in result["labels"]["disputes"][:MAX_PICTURES]]
+    cut = [box | picture(box["path"]) for box in result["crop"]["least_kept"][: MAX_PICTURES // 2]]
+    values = {
+        "result": result,
+        "summary": summarise(result),
+        "kinds": [(heading, result[kind], result[kind][:MAX_LISTED]) for kind, heading in KINDS.items()],
+        "groups": shown,
+        "total_groups": len(groups),
+        "disputes": disputes,
+        "cut": cut,
+        "splits": [name for name in ("train", "val", "test", "") if name in {*result["classes"][0]["images"]}],
+        "many": MANY,
+        "max_images": MAX_IMAGES,
+    }
+    write_page(path, "check.html", values)
+
+
+def address_of(source: Source, index: int, max_pixels: int) -> dict[str, Any]:
+    """An image as a data: address, and whether it has so few pixels that they are better shown as squares."""
+    image = source.decode(index, max_pixels)
+    small = max(image.shape[1:]) < SIDE // 2
+    if not small:
+        image = F.resize(image, None, max_size=SIDE, antialias=True)
+    jpeg = bytes(encode_jpeg(image.contiguous(), quality=95 if small else 80).numpy())
+    return {"address": f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}", "small": small}
+
+
+def summarise(result: dict[str, Any]) -> list[str]:
+    """What was found, a line each."""
+    parts = ", ".join(f"{count:,} {name}" for name, count in result["splits"].items())
+    lines = [f"{counted(result['images'], 'image')} of {counted(len(result['classes']), 'class')} ({parts})"]
+    lines[0] = lines[0].replace("classs", "classes")
+    kinds = ", ".join(f"{len(result[kind])} {heading.lower()}" for kind, heading in KINDS.items())
+    lines.append(kinds)
+    for kind, what in (("exact_duplicates", "exact"), ("near_duplicates", "near")):
+        groups = result[kind]
+        between, differ = (sum(group[key] for group in groups) for key in ("between_splits", "labels_differ"))
+        unit = "group" if what == "exact" else "pair"
+        lines.append(
+            f"{counted(len(groups), unit)} of {what} duplicates, {between} between splits, "
+            f"{differ} under different labels"
+        )
+    searched = result["near_duplicates_searched"]
+    if not searched["searched"]:
+        reason = (
+            f"there are more than {MAX_IMAGES:,} images" if result["images"] > MAX_IMAGES else "no two images allow it"
+        )
+        lines[-1] = f"near duplicates were not searched: {reason}"
+    if searched["too_small"] or searched["too_plain"]:
+        lines.append(
+            f"too small to tell near duplicates: {searched['too_small']:,}; too plain: {searched['too_plain']:,}"
+        )
+    unusual = [row for row in result["classes"] if row["notes"]]
+    lines.append(f"{len(unusual)} of the classes are empty, rare or differ between splits")
+    labels = result["labels"]
+    if labels["note"]:
+        lines.append(f"labels were not judged: {labels['note']}")
+    else:
+        lines.append(
+            f"{counted(len(labels['disputes']), 'label')} disputed by a quick model, which is itself right "
+            f"{percent(labels['model_accuracy'])} of the time"
+        )
+    if result["crop"]["median_kept"] is not None:
+        lines.append(
+            f"the crop keeps {percent(result['crop']['median_kept'])} of the median image's area, and less than "
+            f"{percent(MANY, 0)} of {counted(len(result['crop']['least_kept']), 'image')}"
+        )
+    return lines

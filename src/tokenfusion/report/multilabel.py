@@ -1,0 +1,87 @@
+"""What the report of a run says of images with any number of classes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from tokenfusion.report.page import counted, percent, picture
+from tokenfusion.report.results import LabelSet, Results
+
+MAX_MISTAKES = 24
+"""Mistakes that are shown as pictures at most."""
+
+
+@dataclass(frozen=True)
+class LabelMistake:
+    """An image some of whose classes are wrong, and its picture."""
+
+    image: LabelSet
+    missed: list[str]
+    added: list[str]
+    picture: str
+    """A data: address, or empty."""
+    small: bool
+    """Whether the picture has so few pixels that they are better shown as squares."""
+
+
+def describe_multilabel(
+    results: Results, judged_on: str, thumbnails: Callable[[list[str]], dict[str, bytes]] | None
+) -> dict[str, Any]:
+    """What the template `multilabel.html` tells besides that of any run.
+
+    Args:
+        results: of a multi-label run.
+        judged_on: which images the evaluation is of.
+        thumbnails: as in `write_report`.
+    """
+    values: dict[str, Any] = {"summary": summarise_multilabel(results, judged_on)}
+    if results.evaluation is not None:
+        wrong = [image for image in results.label_sets if image.labels != image.predictions]
+        values |= {"judged_on": judged_on, "wrong": len(wrong), "mistakes": worst_by_loss(wrong, thumbnails)}
+    return values
+
+
+def summarise_multilabel(results: Results, judged_on: str) -> str:
+    """The result in a few sentences."""
+    name, epochs, evaluation = results.model["name"], results.epochs, results.evaluation
+    trained = f"{name} was trained for {counted(len(epochs), 'epoch')} on {results.recipe.data}"
+    if evaluation is None:
+        held_out = percent(epochs[-1]["val_map"], 2)
+        return f"{trained}. It has not been evaluated; on the held-out images its last epoch reached {held_out} mAP."
+    sentences = [f"{trained}, and judged on {counted(evaluation['n'], 'image')}: {judged_on}."]
+    if evaluation["map"] is None:
+        return " ".join([*sentences, "None of these images has any of the classes, so that there is no mAP."])
+    low, high = evaluation["map_ci95"]
+    measured = {row: scores for row, scores in evaluation["per_class"].items() if scores["ap"] is not None}
+    worst = min(measured, key=lambda row: measured[row]["ap"])
+    sentences += [
+        f"Its mean average precision (mAP) is {percent(evaluation['map'], 2)}.",
+        f"On other images like these, expect between {percent(low)} and {percent(high)} (95% interval).",
+        f"All classes are right in {percent(evaluation['exact_match'])} of the images.",
+        f"It ranks “{worst}” worst: average precision {percent(measured[worst]['ap'])}.",
+    ]
+    if evaluation["cross_fitted"]:
+        sentences.append(
+            "The thresholds were tuned on these images; F1 and mistakes are therefore those of thresholds tuned on the "
+            "other half of them."
+        )
+    if evaluation["skipped"]:
+        sentences.append(f"{counted(evaluation['skipped'], 'image')} could not be read and are not counted.")
+    return " ".join(sentences)
+
+
+def worst_by_loss(
+    wrong: list[LabelSet], thumbnails: Callable[[list[str]], dict[str, bytes]] | None
+) -> list[LabelMistake]:
+    """The images with the largest loss among those with a wrong class, the largest first, with their pictures."""
+    worst = sorted(wrong, key=lambda image: (-image.loss, image.path))[:MAX_MISTAKES]
+    pictures = thumbnails([image.path for image in worst]) if thumbnails and worst else {}
+    return [
+        LabelMistake(
+            image,
+            [name for name in image.labels if name not in image.predictions],
+            [name for name in image.predictions if name not in image.labels],
+            *picture(pictures.get(image.path, b"")),
+        )
+        for image in worst
+    ]

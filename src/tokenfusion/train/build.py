@@ -1,0 +1,41 @@
+"""The model that a recipe asks for, before its first step."""
+
+from collections.abc import Sequence
+
+import torch
+
+from tokenfusion.classifier import Classifier
+from tokenfusion.errors import InputError
+from tokenfusion.models.token_fusion import PARENTS, TokenFusion
+from tokenfusion.recipe import Recipe
+
+
+def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False) -> Classifier:
+    """The recipe's model for these classes, from random weights, with the parents frozen that it says.
+
+    Raises:
+        InputError: the model cannot be built, or has no parents to freeze.
+    """
+    torch.manual_seed(recipe.seed)
+    classifier = Classifier.create(
+        recipe.model,
+        classes,
+        in_chans=recipe.in_chans,
+        img_size=recipe.img_size or None,  # type: ignore[arg-type]
+        precision=recipe.precision,
+        drop_path=recipe.drop_path,
+        crop_pct=recipe.crop_pct,
+        max_pixels=recipe.max_pixels,
+        multi_label=multi_label,
+    )
+    model = classifier.model
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing()  # type: ignore[operator]
+    if recipe.freeze != "none":
+        if not isinstance(model, TokenFusion):
+            raise InputError(
+                f"freeze={recipe.freeze} needs a CNN and a transformer that are fused, and {recipe.model} is no such "
+                "model; leave out --freeze, or give --model fuse(CNN,VIT)"
+            )
+        model.freeze(*(PARENTS if recipe.freeze == "both" else (recipe.freeze,)))
+    return classifier

@@ -1,0 +1,152 @@
+"""Services that a run's records are sent to as well, each imported only when it is asked for."""
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+from tokenfusion.errors import InputError
+from tokenfusion.files import write_json
+from tokenfusion.train.state import Record
+
+STATE = "loggers.json"
+"""Which run of each service a run folder is, and how many epochs it has been sent."""
+
+PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
+
+
+class Service(Protocol):
+    """One run of a service."""
+
+    def send(self, record: Record) -> None:
+        """Add an epoch's numbers."""
+
+    def close(self, finished: bool) -> None:
+        """Send what is left, and say whether the run is finished or may go on."""
+
+
+class WandB:
+    """A run of Weights & Biases; `WANDB_MODE=offline` keeps it in the run folder until `wandb sync`.
+
+    Args:
+        name: unique name of the run: its id.
+        run: the run folder.
+        recipe: the run's settings.
+        resumed: whether the run was begun before.
+    """
+
+    def __init__(self, name: str, run: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "tokenfusion"),
+            id=name,
+            name=run.name,
+            dir=run,
+            config=dict(recipe),
+            resume="allow" if resumed else "never",
+        )
+
+    def send(self, record: Record) -> None:
+        self.run.log(numbers(record), step=int(record["step"]))
+
+    def close(self, finished: bool) -> None:
+        self.run.finish(exit_code=0 if finished else 1)
+
+
+class MLflow:
+    """A run of MLflow, where `MLFLOW_TRACKING_URI` says; its experiment is `MLFLOW_EXPERIMENT_NAME` or tokenfusion.
+
+    Args:
+        name: unique name of the run: its tag `tokenfusion`.
+        run: the run folder.
+        recipe: the run's settings.
+        resumed: whether the run was begun before.
+    """
+
+    def __init__(self, name: str, run: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient()
+        title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "tokenfusion")
+        found = self.client.get_experiment_by_name(title)
+        experiment = found.experiment_id if found else self.client.create_experiment(title)
+        known = self.client.search_runs([experiment], f"tags.tokenfusion = '{name}'") if resumed else []
+        if known:
+            self.id = known[0].info.run_id
+            self.client.update_run(self.id, status="RUNNING")
+            return
+        self.id = self.client.create_run(experiment, run_name=run.name, tags={"tokenfusion": name}).info.run_id
+        for field, value in recipe.items():
+            self.client.log_param(self.id, field, value)
+
+    def send(self, record: Record) -> None:
+        from mlflow.entities import Metric
+
+        now, step = int(time.time() * 1000), int(record["step"])
+        self.client.log_batch(self.id, [Metric(key, value, now, step) for key, value in numbers(record).items()])
+
+    def close(self, finished: bool) -> None:
+        self.client.set_terminated(self.id, "FINISHED" if finished else "KILLED")
+
+
+SERVICES: dict[str, type[WandB] | type[MLflow]] = {"wandb": WandB, "mlflow": MLflow}
+
+
+class Loggers:
+    """All the services that a recipe names; a resumed run goes on with theirs.
+
+    Args:
+        names: of the services.
+        run: the run folder.
+        recipe: the run's settings.
+    """
+
+    def __init__(self, names: Sequence[str], run: Path, recipe: Mapping[str, Any]) -> None:
+        require_installed(names)
+        self.path = run / STATE
+        self.state: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.services: dict[str, Service] = {}
+        for name in names:
+            resumed = name in self.state
+            self.state.setdefault(name, {"run": uuid.uuid4().hex[:12], "epochs": 0})
+            self.services[name] = SERVICES[name](self.state[name]["run"], run, recipe, resumed)
+        self.write()
+
+    def send(self, records: Sequence[Record]) -> None:
+        """Send the records of epochs that a service has not had."""
+        for name, service in self.services.items():
+            for record in records[self.state[name]["epochs"] :]:
+                service.send(record)
+            self.state[name]["epochs"] = len(records)
+        self.write()
+
+    def write(self) -> None:
+        if self.state:
+            write_json(self.path, self.state)
+
+    def close(self, finished: bool) -> None:
+        for service in self.services.values():
+            service.close(finished)
+
+
+def require_installed(names: Sequence[str]) -> None:
+    """Refuse a service whose package is absent.
+
+    Raises:
+        InputError: with the command that installs it.
+    """
+    for name in names:
+        if find_spec(name) is None:
+            raise InputError(
+                f"loggers={name} needs a package that is not installed; `pip install {PACKAGES[name]}`, or leave it out"
+            )
+
+
+def numbers(record: Record) -> dict[str, float]:
+    """What is drawn over the steps."""
+    return {name: float(value) for name, value in record.items() if name != "step"}

@@ -1,0 +1,277 @@
+"""The data check-up finds what is wrong, and says no more than that."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from tokenfusion.check.crop import kept
+from tokenfusion.check.duplicates import exact_duplicates, near_duplicates
+from tokenfusion.check.labels import count_classes, disputed, judge_labels
+from tokenfusion.check.look import Look, look_at_all
+from tokenfusion.check.quarantine import connected
+from tokenfusion.data.sources import open_source
+from tokenfusion.data.transforms import cover
+
+
+def scene(seed: int, height: int = 96, width: int = 120) -> Image.Image:
+    """A picture with coarse and fine structure."""
+    noise = np.random.default_rng(seed).normal(size=(height, width, 3))
+    pixels = sum(gaussian_filter(noise, (s, s, 0)) * s for s in (1.5, 5, 14))
+    pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min())
+    return Image.fromarray((255 * pixels).astype(np.uint8))
+
+
+def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twenty-four sound pictures of two classes in train and val."""
+    for seed in range(24):
+        folder = tmp_path / "photos" / ("val" if seed >= 16 else "train") / "ab"[seed % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{seed}.jpg").write_bytes(encoded(scene(seed)))
+    return tmp_path / "photos"
+
+
+def checked(command, data, tmp_path):
+    status, output, errors = command("check", data, "--out", tmp_path / "found", "--json")
+    assert status == 0, errors
+    result = json.loads(output)
+    assert result == json.loads((tmp_path / "found" / "check.json").read_text())
+    return result
+
+
+def quarantined(tmp_path):
+    with open(tmp_path / "found" / "quarantine.csv", newline="") as file:
+        return {row["path"]: row["reason"] for row in csv.DictReader(file)}
+
+
+def test_sound_images_raise_no_alarm(command, data, tmp_path):
+    result = checked(command, data, tmp_path)
+    assert result["images"] == 24
+    assert result["splits"] == {"train": 16, "val": 8}
+    for kind in ("unreadable", "tiny", "huge", "animated", "odd_colour", "exact_duplicates", "near_duplicates"):
+        assert result[kind] == [], kind
+    assert quarantined(tmp_path) == {}
+    assert sorted(path.name for path in data.parent.iterdir()) == ["found", "photos"]  # nothing beside or inside it
+
+
+def test_every_kind_of_fault_is_found_under_its_name(command, data, tmp_path):
+    jpeg, folder = encoded(scene(99)), data / "train" / "a"
+    faults = {
+        "empty.jpg": b"",
+        "truncated.jpg": jpeg[: len(jpeg) // 2],
+        "text.jpg": b"this is no image at all",
+        "tiny.png": encoded(scene(30, 9, 7), "PNG"),
+        "huge.png": encoded(Image.new("RGB", (961, 40)), "PNG"),
+        "cmyk.jpg": encoded(scene(31).convert("CMYK")),
+        "deep.png": encoded(Image.fromarray(np.arange(9600, dtype=np.uint16).reshape(96, 100)), "PNG"),
+        "clear.png": encoded(scene(32).convert("P"), "PNG", transparency=0),
+        "moving.gif": encoded(scene(33), "GIF", save_all=True, append_images=[scene(34), scene(35)]),
+    }
+    for name, content in faults.items():
+        (folder / name).write_bytes(content)
+    result = checked(command, data, tmp_path)
+
+    def named(kind, key="reason"):
+        return {image["path"].removeprefix("train/a/"): image[key] for image in result[kind]}
+
+    unreadable = {"empty.jpg": "empty", "truncated.jpg": "truncated", "text.jpg": "not an image"}
+    assert named("unreadable", "kind") == unreadable
+    assert named("tiny") == {"tiny.png": "7×9 pixels"}
+    assert named("huge") == {"huge.png": "961×40 pixels"}
+    assert named("odd_colour") == {"cmyk.jpg": "CMYK", "deep.png": "16 bits", "clear.png": "palette with transparency"}
+    assert named("animated") == {"moving.gif": "3 frames, of which the first is used"}
+    assert set(quarantined(tmp_path)) == {f"train/a/{name}" for name in unreadable}
+
+
+def test_sixteen_bit_colour_is_seen_although_it_opens_as_8_bits(tmp_path):
+    import struct
+    import zlib
+
+    def chunk(name, body):
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    rows = b"".join(b"\0" + bytes(5 * 6) for _ in range(3))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 5, 3, 16, 2, 0, 0, 0))
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "deep.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    )
+    (look,) = look_at_all(open_source(tmp_path), 1000, lambda *_: None)
+    assert (look.colour, look.height, look.width) == ("16 bits", 3, 5)
+
+
+def test_copies_between_splits_are_found_and_the_held_out_one_is_kept(command, data, tmp_path):
+    original = data / "val" / "b" / "17.jpg"
+    (data / "train" / "b" / "same.jpg").write_bytes(original.read_bytes())
+    (data / "train" / "b" / "same pixels.png").write_bytes(encoded(Image.open(original), "PNG"))
+    near = {
+        "encoded.jpg": encoded(scene(19), quality=30),
+        "smaller.jpg": encoded(scene(21).resize((70, 50))),
+        "cropped.jpg": encoded(scene(23).crop((9, 7, 120, 96))),
+    }
+    for name, content in near.items():
+        (data / "train" / "b" / name).write_bytes(content)
+    result = checked(command, data, tmp_path)
+    (group,) = result["exact_duplicates"]
+    assert group["between_splits"]
+    assert not group["labels_differ"]
+    assert {image["path"] for image in group["images"]} == {
+        "val/b/17.jpg",
+        "train/b/same.jpg",
+        "train/b/same pixels.png",
+    }
+    pairs = {tuple(sorted(image["path"] for image in pair["images"])) for pair in result["near_duplicates"]}
+    assert pairs == {
+        ("train/b/encoded.jpg", "val/b/19.jpg"),
+        ("train/b/smaller.jpg", "val/b/21.jpg"),
+        ("train/b/cropped.jpg", "val/b/23.jpg"),
+    }
+    assert quarantined(tmp_path) == {
+        "train/b/same.jpg": "exact duplicate of val/b/17.jpg",
+        "train/b/same pixels.png": "exact duplicate of val/b/17.jpg",
+        "train/b/encoded.jpg": "near duplicate of val/b/19.jpg",
+        "train/b/smaller.jpg": "near duplicate of val/b/21.jpg",
+        "train/b/cropped.jpg": "near duplicate of val/b/23.jpg",
+    }
+
+
+def test_a_picture_with_two_labels_is_quarantined_whole(command, data, tmp_path):
+    (data / "train" / "a" / "again.jpg").write_bytes((data / "train" / "b" / "3.jpg").read_bytes())
+    (group,) = checked(command, data, tmp_path)["exact_duplicates"]
+    assert group["labels_differ"]
+    assert not group["between_splits"]
+    assert quarantined(tmp_path) == {
+        "train/a/again.jpg": "duplicate of train/b/3.jpg, which has the label b",
+        "train/b/3.jpg": "duplicate of train/a/again.jpg, which has the label a",
+    }
+
+
+def test_train_leaves_out_what_the_list_names_and_evaluate_too(command, data, tmp_path):
+    for split in ("train", "val"):
+        (data / split / "a" / "empty.jpg").write_bytes(b"")
+    checked(command, data, tmp_path)
+    run = tmp_path / "run"
+    words = ("--model", "resnet_micro", "--img-size", 16, "--epochs", 1, "--out", run)
+    status, output, errors = command("train", data, *words, "--exclude", tmp_path / "found" / "quarantine.csv")
+    assert status == 0, errors
+    assert "2 images excluded" in output
+    assert "16 training and 8 held-out images" in output
+    assert not (run / "skipped.csv").exists()
+    assert json.loads(command("evaluate", run, "--json")[1])["skipped"] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,reason\nelsewhere/1.jpg,bad\n", "none of its 1 paths"),
+        ("file\n1.jpg\n", "it must name a column path"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_list_of_other_data_is_refused(command, data, tmp_path, content, message):
+    if content:
+        (tmp_path / "list.csv").write_text(content)
+    status, _, errors = command("train", data, "--out", tmp_path / "run", "--exclude", tmp_path / "list.csv")
+    assert status == 2
+    assert message in errors
+
+
+def test_paths_that_are_gone_are_counted(data, tmp_path):
+    from tokenfusion.data.exclude import open_remaining
+
+    (tmp_path / "list.csv").write_text("path,reason\ntrain/a/0.jpg,\ntrain/a/gone.jpg,\n")
+    source = open_remaining(data, str(tmp_path / "list.csv"))
+    assert str(source) == "1 images excluded; 1 paths of the list are not in the data"
+    whole = open_source(data)
+    assert source.names == [name for name in whole.names if name != "train/a/0.jpg"]
+    assert source.labels.tolist() == whole.labels[[name != "train/a/0.jpg" for name in whole.names]].tolist()
+    assert torch.equal(source.decode(5, 10**6), whole.decode(6, 10**6))
+
+
+def test_the_report_never_lies_inside_the_data(command, data):
+    status, _, errors = command("check", data, "--out", data / "found")
+    assert status == 2
+    assert "lies inside the data" in errors
+    assert not (data / "found").exists()
+
+
+def test_the_page_is_one_file_with_pictures(command, data, tmp_path):
+    (data / "train" / "a" / "<b>.jpg").write_bytes((data / "val" / "a" / "16.jpg").read_bytes())
+    assert command("check", data, "--out", tmp_path / "found")[0] == 0
+    page = (tmp_path / "found" / "check.html").read_text()
+    assert "between splits" in page
+    assert "&lt;b&gt;.jpg" in page
+    assert "<b>.jpg" not in page
+    assert page.count("data:image/jpeg") == 2
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_small_images_take_no_part_in_the_search_for_near_duplicates(command, tmp_path):
+    assert command("check", "digits", "--out", tmp_path / "found")[0] == 0
+    result = json.loads((tmp_path / "found" / "check.json").read_text())
+    assert result["near_duplicates"] == []
+    assert result["near_duplicates_searched"] == {"searched": 0, "too_small": 1797, "too_plain": 0}
+
+
+def test_plain_images_are_no_near_duplicates():
+    looks = [
+        Look("", 64, 64, 1, "", bytes([shade]), torch.full((3, 48, 48), shade, dtype=torch.uint8)) for shade in range(5)
+    ]
+    found = near_duplicates(looks, lambda *_: None)
+    assert (found.pairs, found.too_plain) == ([], 5)
+
+
+def test_exact_duplicates_are_of_the_same_shape():
+    assert exact_duplicates([Look(digest=b"x"), Look(digest=b""), Look(digest=b"x"), Look(digest=b"")]) == [[0, 2]]
+
+
+def test_groups_are_what_pairs_connect():
+    assert connected(7, [(0, 3), (5, 3), (1, 6)]) == [[0, 3, 5], [1, 6]]
+
+
+def test_what_the_crop_keeps_is_what_cover_keeps():
+    image = torch.arange(300.0).expand(3, 100, 300)
+    seen = cover(image, (50, 50), 0.8)
+    height, width = kept(100, 300, (50, 50), 0.8)
+    assert (height, width) == pytest.approx((0.8, 0.8 / 3))
+    assert float(seen.max() - seen.min()) == pytest.approx(300 * width, abs=3)
+
+
+def test_the_confident_learning_rule_by_hand():
+    scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8], [0.05, 0.95], [0.4, 0.6]])
+    labels = np.array([0, 0, 1, 1, 0, 0])
+    # usual scores: of class 0 (0.9 + 0.8 + 0.05 + 0.4) / 4, of class 1 0.85; 0.6 is below that
+    assert disputed(scores, labels) == [(4, 1, 0.95, 0.05)]
+
+
+def test_a_flipped_label_of_an_easy_class_is_disputed():
+    thumbnails = torch.zeros(60, 3, 48, 48, dtype=torch.uint8)
+    thumbnails[::2, 0] = 220
+    thumbnails[1::2, 2] = 220
+    thumbnails += torch.randint(0, 30, thumbnails.shape, generator=torch.manual_seed(0)).to(torch.uint8)
+    labels = np.arange(60) % 2
+    labels[13] = 0
+    judgement = judge_labels(thumbnails, labels, np.arange(100, 160))
+    assert [(d.index, d.label, d.suggestion) for d in judgement.disputes] == [(113, 0, 1)]
+
+
+def test_what_is_said_of_classes():
+    labels = np.repeat([0, 1, 2, 0, 1], [400, 400, 5, 100, 20])
+    splits = ["train"] * 805 + ["val"] * 120
+    notes = {row["name"]: row["notes"] for row in count_classes(("a", "b", "c", "d"), labels, splits)}
+    assert notes["a"] == ["is 49.7% of train and 83.3% of val"]
+    assert notes["b"] == ["is 49.7% of train and 16.7% of val"]
+    assert notes["c"] == ["is rare: 5 images, where the median class has 212.5", "has no image in val"]
+    assert notes["d"] == ["has no image"]

@@ -1,0 +1,113 @@
+"""What is written of a run's epochs, and what is sent to services, which must be installed to be used."""
+
+import csv
+import json
+import sys
+from importlib.util import find_spec
+
+import pytest
+from rich.console import Console
+
+from runs import small_recipe
+from tokenfusion import InputError
+from tokenfusion.recipe import Recipe
+from tokenfusion.train import start
+from tokenfusion.train.log import Log
+from tokenfusion.train.loggers import require_installed
+
+QUIET = Console(quiet=True)
+FIRST = {"epoch": 1, "step": 10, "val_top1": 0.25}
+SECOND = {"epoch": 2, "step": 20, "val_top1": 0.5, "collapse": 0.125}
+
+
+def rows_of(run):
+    with (run / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_csv_has_a_line_an_epoch_and_new_columns_come_last(tmp_path):
+    log = Log(tmp_path, [])
+    log.write([FIRST])
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,step,val_top1\n1,10,0.25\n"
+    log.write([FIRST, SECOND])
+    log.close()
+    assert (tmp_path / "metrics.csv").read_text() == "epoch,step,val_top1,collapse\n1,10,0.25,\n2,20,0.5,0.125\n"
+
+
+def test_the_csv_says_what_the_lines_of_json_say(trained):
+    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    rows = rows_of(trained)
+    assert len(rows) == len(records) == 4
+    for row, record in zip(rows, records, strict=True):
+        assert list(row) == list(record)
+        assert {name: float(text) for name, text in row.items() if text} == pytest.approx(
+            {name: value for name, value in record.items() if value is not None}
+        )
+
+
+def test_what_a_kill_left_unwritten_is_written(tmp_path):
+    """The checkpoint knew of two epochs, the files of none."""
+    Log(tmp_path, [FIRST, SECOND]).close()
+    assert [row["epoch"] for row in rows_of(tmp_path)] == ["1", "2"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_service_that_is_not_known_is_refused():
+    with pytest.raises(InputError, match="loggers='comet' is not known; choose from: wandb, mlflow"):
+        Recipe(loggers=("wandb", "comet"))
+
+
+@pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])
+def test_a_service_whose_package_is_absent_is_refused_with_the_command(name, package, monkeypatch):
+    monkeypatch.setattr(sys, "path", [])  # nothing that is not imported yet is installed
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(InputError, match=f"loggers={name} needs a package .* `pip install {package}`"):
+        require_installed((name,))
+
+
+def test_an_absent_package_is_noticed_before_any_image_is_read(tmp_path):
+    if find_spec("wandb"):
+        pytest.skip("wandb is installed, so that it is not absent")
+    with pytest.raises(InputError, match="loggers=wandb needs a package"):
+        start(small_recipe(loggers=("wandb",)), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run" / "split.csv").exists()
+
+
+def test_mlflow_has_every_epoch_once_also_after_a_resume(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    run, recipe = tmp_path / "run", {"loggers": ("mlflow",), "lr": 0.125}
+    run.mkdir()
+    log = Log(run, [], recipe)
+    log.write([FIRST])
+    log.close(finished=False)
+    Log(run, [FIRST, SECOND], recipe).close(finished=True)
+    (sent,) = mlflow.MlflowClient().search_runs(
+        [mlflow.MlflowClient().get_experiment_by_name("tokenfusion").experiment_id]
+    )
+    assert sent.info.status == "FINISHED"
+    assert sent.data.params["lr"] == "0.125"
+    history = mlflow.MlflowClient().get_metric_history(sent.info.run_id, "val_top1")
+    assert [(point.step, point.value) for point in history] == [(10, 0.25), (20, 0.5)]
+
+
+def test_wandb_keeps_a_run_offline_and_goes_on_with_it(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed: pip install wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run, recipe = tmp_path / "run", {"loggers": ("wandb",), "lr": 0.125}
+    run.mkdir()
+    log = Log(run, [], recipe)
+    log.write([FIRST])
+    log.close(finished=False)
+    Log(run, [FIRST, SECOND], recipe).close(finished=True)
+    wandb.teardown()  # as at the end of the process
+    state = json.loads((run / "loggers.json").read_text())["wandb"]
+    assert state["epochs"] == 2
+    files = sorted(run.glob("wandb/offline-run-*/*.wandb"))
+    assert files
+    assert {path.stem.removeprefix("run-") for path in files} == {state["run"]}
+    held = b"".join(path.read_bytes() for path in files)
+    assert held.count(b"val_top1") >= 2
+    assert b"collapse" in held
