@@ -1,13 +1,13 @@
 """The data check-up: how long it takes, and which planted faults it finds.
 
-    python benchmarks/check.py ../shared/data/imagenette-224.tar --images 10000 --out benchmarks/results/check.json
+    python benchmarks/check.py ../shared/data/imagenette-160 --images 10000 --out benchmarks/results/check.json
 
-Copies images of the data given into a temporary folder of `train/` and `val/`, and plants PLANTED faults of every kind
-there; where it has too few, more are made by mirroring, which is no near duplicate. Then `tokenfusion check`
-runs in a process of its own, and what it reports is held against what was planted. Recall is the share of faults
-that are reported under their kind; false alarms are images that are reported and were not planted, as a share of all
-sound images. What the data itself holds, such as true near duplicates, counts as a false alarm, as does a mirrored
-image that resembles its original. A second run with flipped labels measures what model finds.
+Copies images of the data given into a temporary folder of `train/` and `val/`, scaled to a shorter side of SIDE, and
+plants up to PLANTED faults of every kind there. Then `tokenfusion check` runs in a process of its own, and what it
+reports is held against what was planted. Recall is the share of faults that are reported under their kind; false
+alarms are images that are reported and were not planted, as a share of all sound images. What the data itself holds,
+such as true near duplicates, counts as a false alarm. A second run with flipped labels measures what the quick model
+finds.
 """
 
 # ruff: noqa: ARG005 - the faults share one signature
@@ -32,7 +32,11 @@ from common import describe
 from tokenfusion.data.sources import Files, Source, open_source
 from tokenfusion.files import write_json
 
+SIDE = 224
+"""Shorter side of the images that are checked, in pixels: what decoding them costs depends on it."""
 PLANTED = 30
+"""Faults of every kind; fewer where there are fewer than SPREAD times as many images."""
+SPREAD = 40
 FLIPPED = 0.05
 """Share of the labels that are flipped in the second run."""
 
@@ -88,17 +92,22 @@ COPIES: dict[str, tuple[str, Make]] = {
 """Copies of held-out images that are planted among the training images."""
 
 
+def scaled(data: bytes) -> bytes:
+    """An image file whose shorter side is SIDE; the same where it is already."""
+    image = Image.open(io.BytesIO(data))
+    factor = SIDE / min(image.size)
+    if factor == 1:
+        return data
+    width, height = image.size
+    return as_bytes(image.convert("RGB").resize((round(width * factor), round(height * factor))), quality=90)
+
+
 def copy(source: Source, count: int, folder: Path) -> list[tuple[str, int]]:
-    """Write so many images, a fifth of them held out, mirrored where the data is used up; names and labels."""
+    """Write so many images, a fifth of them held out; names and labels."""
     assert isinstance(source, Files)
-    draw = random.Random(0)
-    order = draw.sample(range(len(source)), len(source))
     written = []
-    for number in range(count):
-        index = order[number % len(order)]
-        data = source.read(index)
-        if number >= len(order):
-            data = as_bytes(ImageOps.mirror(Image.open(io.BytesIO(data)).convert("RGB")), quality=90)
+    for number, index in enumerate(random.Random(0).sample(range(len(source)), count)):
+        data = scaled(source.read(index))
         label = int(source.labels[index])
         name = f"{'val' if number % 5 == 0 else 'train'}/{source.classes[label]}/{number:06d}.jpg"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -107,8 +116,8 @@ def copy(source: Source, count: int, folder: Path) -> list[tuple[str, int]]:
     return written
 
 
-def plant(folder: Path, names: list[str]) -> dict[str, set[str]]:
-    """Plant the faults; the names planted, by kind."""
+def plant(folder: Path, names: list[str], count: int) -> dict[str, set[str]]:
+    """Plant so many faults of every kind; the names planted, by kind."""
     draw = random.Random(1)
     train, val = ([name for name in names if name.startswith(part)] for part in ("train", "val"))
     draw.shuffle(train)
@@ -116,15 +125,23 @@ def plant(folder: Path, names: list[str]) -> dict[str, set[str]]:
     planted: dict[str, set[str]] = {}
     for kind, (_, make) in (DAMAGE | COPIES).items():
         planted[kind] = set()
-        for _ in range(PLANTED):
-            name = train.pop()
-            same_class = (other for other in val if other.split("/")[1] == name.split("/")[1])
-            original = folder / (next(same_class) if kind in COPIES else name)
-            val = [other for other in val if folder / other != original]
-            data = original.read_bytes()
+        for _ in range(count):
+            name, original = take_pair(train, val) if kind in COPIES else (train[-1], train[-1])
+            train.remove(name)
+            data = (folder / original).read_bytes()
             (folder / name).write_bytes(make(data, Image.open(io.BytesIO(data)).convert("RGB"), draw))
             planted[kind].add(name)
     return planted
+
+
+def take_pair(train: list[str], val: list[str]) -> tuple[str, str]:
+    """A training image and a held-out one of its class, which is taken out of the list."""
+    for name in train:
+        for original in val:
+            if name.split("/")[1] == original.split("/")[1]:
+                val.remove(original)
+                return name, original
+    raise SystemExit("no class has both a training and a held-out image left to plant copies of; give more --images")
 
 
 def check(folder: Path, out: Path) -> tuple[dict[str, Any], float]:
@@ -179,7 +196,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     source = open_source(arguments.data)
-    result = {**describe(), "images": arguments.images, "planted_of_each_kind": PLANTED}
+    if not SPREAD <= arguments.images <= len(source):
+        parser.error(f"--images {arguments.images}: {arguments.data} has {len(source)}; give {SPREAD} to {len(source)}")
+    planted_of_each = min(PLANTED, arguments.images // SPREAD)
+    result = {**describe(), "images": arguments.images, "planted_of_each_kind": planted_of_each}
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "data", Path(scratch) / "found"
         written = copy(source, arguments.images, folder)
@@ -197,7 +217,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "data", Path(scratch) / "found"
         names = [name for name, _ in copy(source, arguments.images, folder)]
-        planted = plant(folder, names)
+        planted = plant(folder, names, planted_of_each)
         found, seconds = check(folder, out)
         with open(out / "quarantine.csv", newline="") as file:
             excluded = {row["path"] for row in csv.DictReader(file)}

@@ -116,9 +116,44 @@ def speed() -> str:
     return f"On {papers['hardware']}, {papers['threads']} threads:\n\n{compared}\n\n{alone}"
 
 
+def scaling_plan() -> str:
+    """ImageNet runs on 8, 64 and 512 GPUs: what `benchmarks/scaling_plan.py` makes of the recipes."""
+    result, rows = load("scaling_plan"), []
+    for row in result["rows"]:
+        for plan in row["plans"]:
+            of_a_gpu = f"{plan['compute_seconds'] + plan['sending_seconds']:.3f}"
+            hours, efficiency = f"{plan['hours']:.1f}", f"{plan['efficiency']:.0%}"
+            counts = (f"{plan['gpus']}", f"{plan['images_of_a_gpu']:g}", of_a_gpu, f"{plan['mb_sent']:,.0f}")
+            cores = f"{plan['loader_cores_of_a_gpu']:.1f}"
+            rows.append([f"`{row['recipe']}`, batch {row['batch_size']:,}", *counts, efficiency, hours, cores])
+    measured = sorted({row["measured_on"] for row in result["rows"] if row["measured_on"]})
+    peak, share = result["peak_tflops"], result["utilisation"]
+    steps = (
+        f"measured on {', '.join(measured)}"
+        if measured
+        else f"assumed: {share:.0%} of {peak:g} TFLOP/s; none was measured"
+    )
+    rate = result["loader_images_per_s_of_a_worker"]
+    heading = [
+        "recipe",
+        "GPUs",
+        "images of a GPU",
+        "seconds a step",
+        "MB sent a step",
+        "computing",
+        "hours",
+        "loader cores a GPU",
+    ]
+    return (
+        f"Steps: {steps}. Each GPU sends at {result['gbit']:g} Gbit/s, in turn with computing. A loader's core gives "
+        f"{rate:,.0f} images/s (measured on {load('loader')['hardware']}).\n\n{table(heading, rows)}"
+    )
+
+
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "models": models, "results": results},
     DOCS / "papers" / "README.md": {"published": published, "speed": speed},
+    DOCS / "scale.md": {"scaling_plan": scaling_plan},
     results_page.PAGE: results_page.blocks(),
 }
 

@@ -138,9 +138,14 @@ def test_a_recipe_file_with_a_value_of_another_type_is_refused(command, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_memory_that_does_not_suffice_is_said_without_a_traceback(command, run, digit, monkeypatch):
+def ask_onednn():
+    raise RuntimeError("could not create a primitive")
+
+
+@pytest.mark.parametrize("ask", [lambda: torch.empty(2**60), lambda: bytearray(2**62), ask_onednn])
+def test_memory_that_does_not_suffice_is_said_without_a_traceback(command, run, digit, monkeypatch, ask):
     def too_much(*_, **__):
-        return torch.empty(2**60)
+        return ask()
 
     monkeypatch.setattr("tokenfusion.classifier.Classifier.load", too_much)
     status, _, errors = command("predict", run, digit)
@@ -212,3 +217,20 @@ def test_profile_takes_one_or_two_sides(command, size, reason):
     status, _, errors = command("profile", "resnet_micro", "--img-size", *size, "--batch-size", "0")
     assert status == 2
     assert reason in errors
+
+
+@pytest.mark.parametrize(
+    "words", [["a-0.tar", "a-1.tar", "a-2.tar"], [f"s3://bucket/a-{n}.parquet" for n in range(3)]], ids=["tar", "url"]
+)
+def test_a_pattern_that_the_shell_has_expanded_is_told(command, tmp_path, words):
+    status, _, errors = command("train", *words, "--out", tmp_path / "run")
+    assert status == 2
+    assert f"error: DATA is one name, but {words[1]} follows; the shell" in " ".join(errors.split())
+    status, _, errors = command("train", "photos", "more", "--out", tmp_path / "run")
+    assert (status, "Unused Tokens: ['more']" in errors) == (2, True)
+
+
+@pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--lr"])
+def test_what_is_neither_a_number_nor_auto_is_refused(command, tmp_path, option):
+    status, _, errors = command("train", "digits", option, "aut", "--out", tmp_path / "run")
+    assert (status, errors) == (2, f"error: {option}=aut is no number; give one, or auto\n")

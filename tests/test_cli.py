@@ -27,6 +27,8 @@ def test_help_of_the_command_and_of_every_verb(command):
         status, help_text, _ = command(verb, "--help")
         assert status == 0
         assert "Example: tokenfusion" in help_text
+        assert "Try it:" not in help_text
+    assert "Try it: tokenfusion train digits" in output
     assert command("--version")[1].strip().count(".") == 2
 
 
@@ -77,7 +79,9 @@ def test_the_whole_job(command, tmp_path, digit):
     assert "a digit.png" in output
     status, output, _ = command("report", run)
     assert status == 0
-    assert (run / "report.html").read_text().startswith("<!DOCTYPE html>")
+    page = (run / "report.html").read_text()
+    assert page.startswith("<!DOCTYPE html>")
+    assert "Top-5" in page  # of ten classes
 
 
 def test_evaluation_is_of_the_held_out_images(command, run):
@@ -356,13 +360,15 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
         pytest.fail(errors)
     assert status == 2
     assert "raise --max-skipped" in errors
+    assert f"leave out with --exclude what `tokenfusion check {tmp_path / 'data'}` finds" in errors
     with (tmp_path / "run" / "skipped.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["path"], row["label"]) == ("a/zero.png", "a")
     assert "0 bytes" in row["reason"]
     status, output, errors = command(*words, "--seed", 1, "--max-skipped", 0.2)  # the refused folder may be used again
     assert status == 0, errors
-    assert "set aside 1 unreadable" in output
+    assert "set aside 1 unreadable image, listed in" in output
+    assert "12 training and 4 held-out images of 2 classes" in output
 
 
 @pytest.mark.parametrize("workers", [0, 2])

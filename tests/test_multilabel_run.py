@@ -14,9 +14,11 @@ from rich.console import Console
 from runs import small_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
+from tokenfusion.classifier import Prediction
 from tokenfusion.data.sources import open_source
 from tokenfusion.evaluate import evaluate
 from tokenfusion.multilabel import tune_thresholds
+from tokenfusion.predict import print_predictions
 from tokenfusion.train import Interrupted, resume, start
 
 QUIET = Console(quiet=True)
@@ -135,6 +137,7 @@ def test_predictions_name_all_that_reach_their_thresholds(run, data, command):
         said = json.loads(line)
         assert list(said) == ["path", "labels", "topk"]
         assert [(row["label"], row["score"]) for row in said["labels"]] == list(prediction.labels)
+        assert all(row["threshold"] == thresholds[row["label"]] for row in said["labels"] + said["topk"])
     status, output, _ = command("predict", run, *paths, "nothing.png", "--format", "csv")
     assert status == 1
     rows = list(csv.DictReader(output.splitlines()))
@@ -143,6 +146,16 @@ def test_predictions_name_all_that_reach_their_thresholds(run, data, command):
     assert rows[0]["scores"].count("|") == rows[0]["labels"].count("|")
     assert rows[-1]["error"]
     assert command("predict", run, *paths)[0] == 0
+
+
+def test_the_table_shows_why_a_class_is_not_given(capsys):
+    limits = {"cat": 0.25, "dog": 0.7071, "emu": 0.5}
+    scores = (("dog", 0.7012), ("cat", 0.301))
+    prediction = Prediction("a.png", scores, labels=scores[1:], thresholds=limits)
+    print_predictions([prediction], "table", Console(width=100), multi_label=True)
+    heading, line = capsys.readouterr().out.splitlines()
+    assert heading.split(maxsplit=2) == ["image", "labels", "below their thresholds"]
+    assert line.split(maxsplit=1)[1].strip().split("  ") == ["cat 30.1%", "dog 70.1% < 70.7%"]
 
 
 def test_a_run_that_was_stopped_ends_bit_equal(data, tmp_path, monkeypatch):
@@ -190,6 +203,8 @@ def test_the_report_has_a_row_a_class_and_the_worst_by_loss(run, command):
     for name, row in result["per_class"].items():
         assert f"<bdi>{name}</bdi></th><td>{row['n']}</td><td>{row['ap']:.1%}</td>" in page
         assert f"<td>{row['threshold']:.3f}</td>" in page
+    assert "Exact match and mAP (%)" in page
+    assert "Accuracy (%)" not in page
     assert "Confusion" not in page
     assert "Calibration" not in page
     wrong = [row for row in csv.DictReader((run / "predictions.csv").open()) if row["labels"] != row["predictions"]]
@@ -212,6 +227,7 @@ def test_the_command_says_what_was_measured(run, command):
     result = json.loads((run / "evaluation.json").read_text())
     assert status == 0
     assert f"mAP {result['map']:.2%} (95 % interval" in output
+    assert output.startswith(f"{result['n']} images (val)\n")
     assert "thresholds that were tuned on the other half" in output
 
 

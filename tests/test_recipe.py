@@ -36,6 +36,10 @@ def test_evaluation_keeps_the_sides_of_an_average_training_crop():
     assert Recipe(crop_scale=0.28).crop_pct == pytest.approx(0.8)  # (0.28 + 1) / 2 = 0.64 of the area
 
 
+def test_a_part_of_a_model_may_stay_as_it_is():
+    assert (Recipe(backbone_lr=0).backbone_lr, Recipe(head_lr=0).head_lr) == (0, 0)
+
+
 def test_whole_numbers_pass_as_floats():
     assert isinstance(Recipe(lr=1).lr, float)
 
@@ -45,6 +49,7 @@ def test_whole_numbers_pass_as_floats():
     [
         ({"epochs": 0}, "epochs=0 is out of range; give a value from 1"),
         ({"lr": float("nan")}, "lr=nan is out of range"),
+        ({"lr": 0.0}, "lr=0.0 is out of range"),
         ({"epochs": 1.5}, "epochs=1.5 is of type float; give a value of type int"),
         ({"epochs": True}, "epochs=True is of type bool"),
         ({"hflip": "yes"}, "hflip='yes' is of type str"),

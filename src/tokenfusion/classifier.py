@@ -1,9 +1,8 @@
 """Classifier: a model, its preprocessing and its class names; what every verb after training starts from."""
 
 import platform
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import compress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from pathlib import Path
 from typing import Any, Self
@@ -46,12 +45,14 @@ class Prediction:
         topk: (class name, softmax or, of multi-label models, sigmoid probability) of the best classes, best first.
         error: why there is no prediction; "" where there is one.
         labels: of multi-label models, (class name, probability) of all that reach their thresholds, best first.
+        thresholds: of multi-label models, the threshold of each class by its name.
     """
 
     path: str
     topk: tuple[tuple[str, float], ...] = ()
     error: str = ""
     labels: tuple[tuple[str, float], ...] | None = None
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -64,11 +65,16 @@ class Prediction:
     def to_dict(self) -> dict[str, Any]:
         if self.error:
             return {"path": self.path, "error": self.error}
-        best = [{"label": label, "score": score} for label, score in self.topk]
         if self.labels is not None:
-            labels = [{"label": label, "score": score} for label, score in self.labels]
-            return {"path": self.path, "labels": labels, "topk": best}
-        return {"path": self.path, "label": self.label, "score": self.score, "topk": best}
+            return {"path": self.path, "labels": self.rows(self.labels), "topk": self.rows(self.topk)}
+        return {"path": self.path, "label": self.label, "score": self.score, "topk": self.rows(self.topk)}
+
+    def rows(self, scores: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
+        """Classes as JSON has them: label, score and, of multi-label models, threshold."""
+        return [
+            {"label": label, "score": score} | ({"threshold": self.thresholds[label]} if self.thresholds else {})
+            for label, score in scores
+        ]
 
 
 @dataclass(frozen=True)
@@ -260,6 +266,7 @@ class Classifier:
         readable = [image for _, image in prepared if isinstance(image, Tensor)]
         if readable:
             named = len(self.classes) if self.multi_label else min(topk, len(self.classes))
+            thresholds = dict(zip(self.classes, self.thresholds, strict=True)) if self.multi_label else {}
             best = self.scores(self.logits(torch.stack(readable))).topk(named)
             ranked = iter(zip(best.values.tolist(), best.indices.tolist(), strict=True))
         for path, image in prepared:
@@ -271,8 +278,8 @@ class Classifier:
             if not all(map(isfinite, scores)):
                 yield Prediction(path, error="the model's scores are not finite")
             elif self.multi_label:
-                reached = [score >= self.thresholds[index] for score, index in zip(scores, indices, strict=True)]
-                yield Prediction(path, row[:topk], labels=tuple(compress(row, reached)))
+                reached = tuple((label, score) for label, score in row if score >= thresholds[label])
+                yield Prediction(path, row[:topk], labels=reached, thresholds=thresholds)
             else:
                 yield Prediction(path, row)
 

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import re
 import shlex
 import sys
 from functools import partial
@@ -17,9 +16,10 @@ from tokenfusion.analyze.cli import app as analyze
 from tokenfusion.analyze.cli import explain
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
-from tokenfusion.options import autos, recipe_values, whole_numbers
+from tokenfusion.options import autos, in_words, recipe_values, whole_numbers
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
+from tokenfusion.words import counted
 
 # a pipe or a file gets whole lines, however long
 console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
@@ -28,8 +28,9 @@ errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 app = App(
     name="tokenfusion",
     version=__version__,
-    help="Train, compare, explain and ship image classifiers that fuse CNN and transformer tokens.",
-    help_epilogue="Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
+    help="Train, compare, explain and ship image classifiers that fuse CNN and transformer tokens.\n\n"
+    "Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
+    error_formatter=in_words,
     default_parameter=Parameter(consume_multiple=True, negative_iterable=""),
     config=(autos, whole_numbers, recipe_values),
     result_action="return_value",
@@ -124,7 +125,7 @@ def evaluate(
     from rich.progress import Progress
 
     from tokenfusion.evaluate import evaluate as evaluate_run
-    from tokenfusion.evaluate import in_words
+    from tokenfusion.evaluate import in_words as result_in_words
 
     with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
         task = bar.add_task("reading images", total=None)
@@ -132,10 +133,11 @@ def evaluate(
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    console.print(f"{result['n']:,} images ({result['split']}), {result['skipped']} unreadable ones skipped")
+    skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])
+    console.print(f"{counted(result['n'], 'image')} ({result['split']}){skipped}")
     for image in result["unreadable"][:5]:
         console.print(f"  skipped {image['path']}: {image['reason']}")
-    for line in in_words(result):
+    for line in result_in_words(result):
         console.print(line)
     console.print(f"written to {run / 'evaluation.json'}; next: tokenfusion report {shlex.quote(str(run))}")
 
@@ -378,9 +380,11 @@ def main() -> None:
         errors.print(f"error: {error}")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("memory.*allocat|allocat.*memory", str(error), re.DOTALL):
+        from tokenfusion.hardware import is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         errors.print(
             f"error: out of memory ({reason}); give a smaller --batch-size or --img-size, or more --accumulate"
         )

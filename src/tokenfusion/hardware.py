@@ -99,3 +99,12 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
         libc.mallopt(mmap_threshold, 2**30)
         libc.mallopt(trim_threshold, 2**31 - 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch, on whatever device, or Python says that memory ran out; oneDNN gives no other reason for it."""
+    said = isinstance(error, RuntimeError) and re.search(
+        "can't allocate memory|not enough memory|out of memory|bad_alloc|could not create a (primitive|memory)",
+        str(error),
+    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(said)

@@ -1,13 +1,17 @@
 """What the command does with its options before a verb sees them: refuse fractions, fill in from recipe and preset."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
-from cyclopts import App, ArgumentCollection
+from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, UnusedCliTokensError
 from cyclopts.config import Dict
 
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import AUTO, AUTO_FIELDS, load_recipe, preset
+
+if TYPE_CHECKING:
+    from rich.panel import Panel
+    from rich.text import Text
 
 
 def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -22,6 +26,9 @@ def autos(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) 
     """Read `auto` where a number is chosen by measuring."""
     for argument in arguments:
         if argument.name.removeprefix("--").replace("-", "_") in AUTO_FIELDS:
+            for token in argument.tokens:
+                if token.value != "auto" and not is_number(token.value):
+                    raise InputError(f"{argument.name}={token.value} is no number; give one, or auto")
             argument.tokens = [
                 token.evolve(value=str(AUTO)) if token.value == "auto" else token for token in argument.tokens
             ]
@@ -32,11 +39,26 @@ def mentions(hint: Any, kind: type) -> bool:
     return hint is kind or any(mentions(part, kind) for part in get_args(hint))
 
 
-def is_fraction(text: str) -> bool:
+def is_fraction(text: str) -> bool:  # of what is no number at all the parser says more
+    return is_number(text) and not float(text).is_integer()
+
+
+def is_number(text: str) -> bool:
     try:
-        return not float(text).is_integer()
-    except ValueError:  # no number at all, which the parser says better
+        float(text)
+    except ValueError:
         return False
+    return True
+
+
+def in_words(error: CycloptsError) -> "Panel | Text":
+    """What the parser says of an error, or more where DATA seems to be a pattern that the shell has expanded."""
+    words = error.unused_tokens if isinstance(error, UnusedCliTokensError) else None
+    if words and all("://" in word or word.endswith((".tar", ".parquet")) for word in words):
+        from rich.text import Text
+
+        return Text(f"error: DATA is one name, but {words[0]} follows; the shell expanded a pattern: put it in quotes")
+    return CycloptsPanel(error)
 
 
 def recipe_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

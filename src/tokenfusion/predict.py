@@ -82,14 +82,15 @@ def print_table(predictions: Iterable[Prediction], console: Console, multi_label
     table = Table("image", "labels" if multi_label else "label", box=None, pad_edge=False)
     if not multi_label:
         table.add_column("score", justify="right")
-    table.add_column("then")
+    table.add_column("below their thresholds" if multi_label else "then")
     for prediction in predictions:
         if prediction.error:
             blank = [""] if multi_label else ["", ""]
             table.add_row(prediction.path, *blank, f"error: {prediction.error}")
         elif prediction.labels is not None:
-            others = [row for row in prediction.topk if row not in prediction.labels]
-            table.add_row(prediction.path, listed(prediction.labels), listed(others))
+            limits, others = prediction.thresholds, [row for row in prediction.topk if row not in prediction.labels]
+            below = ", ".join(f"{label} {score:.1%} < {limits[label]:.1%}" for label, score in others)
+            table.add_row(prediction.path, listed(prediction.labels), below)
         else:
             table.add_row(prediction.path, prediction.label, f"{prediction.score:.1%}", listed(prediction.topk[1:]))
     console.print(table, soft_wrap=False)

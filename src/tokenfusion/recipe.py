@@ -173,7 +173,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, 100_000),
     "batch_size": (0, 1_000_000),
     "accumulate": (1, 1_000_000),
-    "lr": (0, 100),
+    "lr": (1e-12, 100),
     "backbone_lr": (0, 100),
     "head_lr": (0, 100),
     "warmup_epochs": (0, 100_000),

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 from tokenfusion.check.crop import kept
 from tokenfusion.check.duplicates import exact_duplicates, near_duplicates
-from tokenfusion.check.labels import count_classes, disputed, judge_labels
+from tokenfusion.check.labels import choose_judged, count_classes, disputed, judge_labels
 from tokenfusion.check.look import Look, look_at_all
 from tokenfusion.check.quarantine import connected
 from tokenfusion.data.sources import open_source
@@ -66,6 +67,16 @@ def test_sound_images_raise_no_alarm(command, data, tmp_path):
     assert sorted(path.name for path in data.parent.iterdir()) == ["found", "photos"]  # nothing beside or inside it
 
 
+def without_second_size(tiff: bytes) -> bytes:
+    """A little-endian TIFF whose second frame does not say its width."""
+    (first,) = struct.unpack_from("<I", tiff, 4)
+    (entries,) = struct.unpack_from("<H", tiff, first)
+    (second,) = struct.unpack_from("<I", tiff, first + 2 + 12 * entries)
+    place = second + 2
+    assert struct.unpack_from("<H", tiff, place) == (256,)  # ImageWidth, the lowest tag there is
+    return tiff[:place] + struct.pack("<H", 255) + tiff[place + 2 :]
+
+
 def test_every_kind_of_fault_is_found_under_its_name(command, data, tmp_path):
     jpeg, folder = encoded(scene(99)), data / "train" / "a"
     faults = {
@@ -78,6 +89,7 @@ def test_every_kind_of_fault_is_found_under_its_name(command, data, tmp_path):
         "deep.png": encoded(Image.fromarray(np.arange(9600, dtype=np.uint16).reshape(96, 100)), "PNG"),
         "clear.png": encoded(scene(32).convert("P"), "PNG", transparency=0),
         "moving.gif": encoded(scene(33), "GIF", save_all=True, append_images=[scene(34), scene(35)]),
+        "broken.tif": without_second_size(encoded(scene(36), "TIFF", save_all=True, append_images=[scene(37)])),
     }
     for name, content in faults.items():
         (folder / name).write_bytes(content)
@@ -91,12 +103,14 @@ def test_every_kind_of_fault_is_found_under_its_name(command, data, tmp_path):
     assert named("tiny") == {"tiny.png": "7×9 pixels"}
     assert named("huge") == {"huge.png": "961×40 pixels"}
     assert named("odd_colour") == {"cmyk.jpg": "CMYK", "deep.png": "16 bits", "clear.png": "palette with transparency"}
-    assert named("animated") == {"moving.gif": "3 frames, of which the first is used"}
+    assert named("animated") == {
+        "moving.gif": "3 frames, of which the first is used",
+        "broken.tif": "damaged behind the first frame, which is used (Missing dimensions)",
+    }
     assert set(quarantined(tmp_path)) == {f"train/a/{name}" for name in unreadable}
 
 
 def test_sixteen_bit_colour_is_seen_although_it_opens_as_8_bits(tmp_path):
-    import struct
     import zlib
 
     def chunk(name, body):
@@ -108,7 +122,7 @@ def test_sixteen_bit_colour_is_seen_although_it_opens_as_8_bits(tmp_path):
     (tmp_path / "a" / "deep.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     )
-    (look,) = look_at_all(open_source(tmp_path), 1000, lambda *_: None)
+    (look,) = look_at_all(open_source(tmp_path), 1000, {0}, lambda *_: None)
     assert (look.colour, look.height, look.width) == ("16 bits", 3, 5)
 
 
@@ -158,6 +172,16 @@ def test_a_picture_with_two_labels_is_quarantined_whole(command, data, tmp_path)
     }
 
 
+def test_a_near_copy_under_another_label_is_quarantined_within_a_split_too(command, data, tmp_path):
+    (data / "train" / "a" / "again.jpg").write_bytes(encoded(scene(3), quality=40))
+    (data / "train" / "b" / "same label.jpg").write_bytes(encoded(scene(5), quality=40))
+    assert len(checked(command, data, tmp_path)["near_duplicates"]) == 2
+    assert quarantined(tmp_path) == {
+        "train/a/again.jpg": "duplicate of train/b/3.jpg, which has the label b",
+        "train/b/3.jpg": "duplicate of train/a/again.jpg, which has the label a",
+    }
+
+
 def test_train_leaves_out_what_the_list_names_and_evaluate_too(command, data, tmp_path):
     for split in ("train", "val"):
         (data / split / "a" / "empty.jpg").write_bytes(b"")
@@ -188,6 +212,18 @@ def test_a_list_of_other_data_is_refused(command, data, tmp_path, content, messa
     assert message in errors
 
 
+def test_a_list_that_names_all_held_out_images_is_refused(data, tmp_path):
+    from tokenfusion.data.exclude import open_remaining
+    from tokenfusion.errors import InputError
+
+    names = [name for name in open_source(data).names if name.startswith("val/")]
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(names) + "\n")
+    with pytest.raises(InputError, match=r"list\.csv: it names every image of val in .*photos; take some out"):
+        open_remaining(data, str(tmp_path / "list.csv"))
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(names[1:]) + "\n")
+    assert open_remaining(data, str(tmp_path / "list.csv")).splits == ["train"] * 16 + ["val"]
+
+
 def test_paths_that_are_gone_are_counted(data, tmp_path):
     from tokenfusion.data.exclude import open_remaining
 
@@ -205,6 +241,30 @@ def test_the_report_never_lies_inside_the_data(command, data):
     assert status == 2
     assert "lies inside the data" in errors
     assert not (data / "found").exists()
+
+
+def test_data_that_cannot_be_opened_leaves_no_folder(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert command("check", "fotos")[0] == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_what_is_compared_is_kept(command, data, tmp_path, monkeypatch):
+    looks = look_at_all(open_source(data), 10**6, {1, 5}, lambda *_: None)
+    assert [index for index, look in enumerate(looks) if look.thumbnail.numel()] == [1, 5]
+    monkeypatch.setattr("tokenfusion.check.checkup.MAX_IMAGES", 23)
+    monkeypatch.setattr("tokenfusion.check.labels.MAX_JUDGED", 20)
+    result = checked(command, data, tmp_path)
+    assert result["near_duplicates_searched"]["searched"] == 0
+    assert result["labels"]["judged"] == 20
+
+
+def test_the_judged_images_are_an_even_sample_of_the_classes_that_are_large_enough(monkeypatch):
+    labels = np.repeat([0, 1, 2], [12, 9, 15])
+    assert choose_judged(labels).tolist() == [*range(12), *range(21, 36)]
+    monkeypatch.setattr("tokenfusion.check.labels.MAX_JUDGED", 3)
+    assert choose_judged(labels).tolist() == [0, 22, 35]
+    assert choose_judged(np.ones((20, 2), dtype=bool)).tolist() == []
 
 
 def test_the_page_is_one_file_with_pictures(command, data, tmp_path):
@@ -227,7 +287,8 @@ def test_small_images_take_no_part_in_the_search_for_near_duplicates(command, tm
 
 def test_plain_images_are_no_near_duplicates():
     looks = [
-        Look("", 64, 64, 1, "", bytes([shade]), torch.full((3, 48, 48), shade, dtype=torch.uint8)) for shade in range(5)
+        Look("", 64, 64, "", "", bytes([shade]), torch.full((3, 48, 48), shade, dtype=torch.uint8))
+        for shade in range(5)
     ]
     found = near_duplicates(looks, lambda *_: None)
     assert (found.pairs, found.too_plain) == ([], 5)

@@ -42,6 +42,14 @@ def test_a_column_label_is_one_class_whatever_it_holds(tmp_path: Path) -> None:
     assert source.classes == ("x", "x|y")
 
 
+def test_a_separator_in_a_name_is_legal_where_another_separates(tmp_path: Path) -> None:
+    assert open_csv(tmp_path, 'path,labels\na.png,"tench, Tinca tinca|fish"\n').classes == (
+        "fish",
+        "tench, Tinca tinca",
+    )
+    assert open_csv(tmp_path, 'path,label\na.png,"tench, Tinca tinca"\n').classes == ("tench, Tinca tinca",)
+
+
 def test_weights(tmp_path: Path) -> None:
     source = open_csv(tmp_path, "path,label,weight\na.png,x,2\nb.png,y,0.5\n")
     assert source.weights is not None
@@ -62,7 +70,9 @@ def test_weights(tmp_path: Path) -> None:
         ("path,labels\na.png,x||y\n", "name each label once, none empty"),
         ("path,labels\na.png,x|x\n", "name each label once"),
         ("path,labels\na.png,\nb.png,\n", "no image has a label"),
-        ("path,label,labels\na.png,x,y\n", "give every image `labels` and none `label`"),
+        ("path,label,labels\na.png,x,y\n", "x.csv: has columns label and labels; keep one"),
+        ("path,labels\na.png,cat;animal\nb.png,dog\n", r"'cat;animal' is a label, .* labels are separated by \|"),
+        ('path,labels\na.png,"cat,animal"\nb.png,\n', "'cat,animal' is a label, and no image has more than one label"),
         ("path,labels\na.png\n", "labels=None; give every image `labels`"),
         ("path,labels,split\na.png,x,train\nb.png,x|y,val\n", "val has labels that train lacks: 'y'"),
     ],
@@ -117,6 +127,7 @@ def test_a_split_of_images_with_several_labels_is_read_back(tmp_path: Path) -> N
     source = open_csv(tmp_path, "path,labels\n" + "".join(f"{n}.png,{cell}\n" for n, cell in enumerate(cells)))
     split = choose_split(source, 0.3, seed=0)
     write_split(tmp_path / "split.csv", source, split)
+    assert (tmp_path / "split.csv").read_text().startswith("path,labels,split\n")
     again = read_split(tmp_path / "split.csv", source)
     assert np.array_equal(again.train, split.train)
     assert np.array_equal(again.val, split.val)

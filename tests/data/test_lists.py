@@ -40,8 +40,13 @@ def test_a_list_may_not_leave_its_folder(path: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("file,label\nx.png,a\n", r"first line is \['file', 'label'\]; it must name columns path,label"),
-        ("", "must name columns"),
+        ("file,label\nx.png,a\n", "first line is 'file,label'; it must name columns path,label"),
+        ("", "its first line is empty; it must name columns"),
+        ("\npath,label\n", "its first line is empty"),
+        ("path;label;weight\nx.png;a;1\n", "first line is 'path;label;weight'; separate columns by commas"),
+        ("path,lable\nx.png,a\n", "column 'lable' is not known; did you mean label?"),
+        ("path,label,weigth\nx.png,a,2\n", "x.csv: column 'weigth' is not known; did you mean weight?"),
+        ("path,label,Split\nx.png,a,train\n", "column 'Split' is not known; did you mean split?"),
         ("path,label\n", "no image found"),
         ("path,label\nx.png,\n", "line 2: label=''"),
         ("path,label\nx.png\n", "line 2: label=None"),
@@ -54,6 +59,14 @@ def test_csv_that_cannot_be_used(text: str, reason: str, tmp_path: Path) -> None
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(InputError, match=reason):
         open_source(tmp_path / "x.csv")
+
+
+def test_columns_of_other_names_are_left_alone(tmp_path: Path) -> None:
+    # a height is no misspelt weight, and `labels2` no other `label` where there is one
+    (tmp_path / "x.csv").write_text("path,label,height,labels2,photographer\nx.png,a,48,b,c\ny.png,b,48,b,c\n")
+    source = open_source(tmp_path / "x.csv")
+    assert source.classes == ("a", "b")
+    assert source.weights is None
 
 
 def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
@@ -81,7 +94,13 @@ def test_jsonl_labels_may_be_numbers_and_names_anything(tmp_path: Path, pets: Tr
 
 @pytest.mark.parametrize(
     ("line", "reason"),
-    [("nonsense", "not JSON"), ("[1]", "is not like"), ('{"path": "x.png"}', "label=None"), ("[" * 9999, "not JSON")],
+    [
+        ('{"path": "x.png", "label": "a", "weigth": 2}', "column 'weigth' is not known; did you mean weight"),
+        ("nonsense", "not JSON"),
+        ("[1]", "is not like"),
+        ('{"path": "x.png"}', "label=None"),
+        ("[" * 9999, "not JSON"),
+    ],
 )
 def test_jsonl_that_cannot_be_used(line: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"path": "a.png", "label": "a"}\n' + line + "\n")

@@ -251,6 +251,15 @@ def test_a_cache_that_is_too_small_or_locked_says_so(tmp_path: Path, monkeypatch
     assert not (cache.folder / "b").exists()
 
 
+def test_a_cache_whose_disk_fails_says_so(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 99)
+    with pytest.raises(InputError, match=r"k{248} could not be kept: .*TOKENFUSION_CACHE"):
+        content(cache, "k" * 248, bytes(10))  # its lock may be called so, the file that is being made not
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError, match=r"a could not be kept: .*Is a directory"):
+        content(cache, "a", bytes(10))
+
+
 def count_and_write(cache: Cache, log: Path) -> None:
     def make(path: Path) -> None:
         with log.open("a") as file:

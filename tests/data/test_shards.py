@@ -4,6 +4,7 @@ import os
 import queue
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -15,9 +16,11 @@ from PIL import Image
 
 from serving import add, picture, png, serving, write_shard, write_shards
 from tokenfusion.data import remote, shards
+from tokenfusion.data.exclude import Remaining, open_remaining
 from tokenfusion.data.images import unread_images
 from tokenfusion.data.loader import Batch, TrainLoader
 from tokenfusion.data.orders import OPEN_SHARDS, ShardOrder, Share, shard_order
+from tokenfusion.data.remote import Cache
 from tokenfusion.data.shards import Shards
 from tokenfusion.data.sources import Source, open_source, resolved
 from tokenfusion.data.split import choose_split
@@ -304,6 +307,33 @@ def test_what_is_announced_is_fetched_beside_the_training(served: Source, cache:
     loader.close()
     assert isinstance(served, Shards)
     assert {served.shards[number].key for number in numbers} == {path.name for path in shards_in(cache)}
+
+
+def test_shards_of_which_images_are_left_out_are_fetched_ahead_and_need_room(
+    served: Source, cache: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "list.csv").write_text(f"path\n{served.names[0]}\n")
+    remaining = open_remaining(served.where, str(tmp_path / "list.csv"))
+    for path in shards_in(cache):
+        path.unlink()
+    remaining.fetch(3)
+    assert isinstance(served, Shards)
+    assert [path.name for path in shards_in(cache)] == [served.shards[3].key]
+    assert isinstance(remaining, Remaining)
+    assert isinstance(remaining.whole, Shards)
+    remaining.whole.cache = Cache(cache, 1)
+    with pytest.raises(InputError, match=r"training draws from 8 shards at a time and needs"):
+        remaining.require_room()
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here fails to be read")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_disk_that_fails_ends_training_with_the_name_of_the_shard(workers: int, folder: Path) -> None:
+    source = open_source(folder)
+    assert isinstance(source, Shards)
+    source.shards = [replace(shard, url="/proc/self/mem", size=0) for shard in source.shards]  # fails from 0 on
+    with pytest.raises(InputError, match=r"/proc/self/mem cannot be read: \[Errno 5\].*--resume"):
+        loaded(source, workers)
 
 
 @pytest.mark.parametrize("start", [1, 7, 22])

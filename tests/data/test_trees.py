@@ -203,3 +203,11 @@ def test_a_compressed_tar_beyond_the_memory_limit(tmp_path: Path, pets: Tree, mo
     monkeypatch.setattr(trees, "MEMORY_LIMIT", 500)
     with pytest.raises(InputError, match=r"x.tar.gz: .*GiB.* plain .tar"):
         open_source(path)
+
+
+def test_a_class_folder_given_as_data_is_told_from_its_parent(pets_folder: Path) -> None:
+    images = len(list((pets_folder / "cat").iterdir()))
+    with pytest.raises(
+        InputError, match=rf"cat: {images} images directly in it.* did you mean its parent {pets_folder},"
+    ):
+        open_source(pets_folder / "cat")

@@ -232,7 +232,7 @@ def test_only_the_worst_mistakes_are_shown(run: Path) -> None:
 def test_cost_skipped_images_and_recipe(run: Path) -> None:
     page = Page(run)
     assert dict(page.table["cost"]) == {
-        "Training time": "1 min 40 s, 50.0 s per epoch",
+        "Training time": "1 min 40 s, 50 s per epoch",
         "Epochs": "2 of 3",
         "Speed": "1,234 images/s (median epoch)",
         "Peak memory": "612 MB",
@@ -264,6 +264,11 @@ def test_curves_leave_gaps_and_one_epoch_is_enough(run: Path) -> None:
     labels = page.attributes("aria-label")
     assert labels[:3] == ["Loss at each epoch", "Accuracy (%) at each epoch", "Learning rate at each epoch"]
     assert dict(page.table["cost"])["Peak memory"] == "not measured"
+
+
+def test_five_classes_need_no_top_5(run: Path) -> None:
+    assert len(CLASSES) <= 5
+    assert "Top-5" not in Page(run).text["header"]
 
 
 def test_everything_right(run: Path) -> None:

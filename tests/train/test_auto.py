@@ -15,6 +15,7 @@ from tokenfusion.checkpoint import load_tensors
 from tokenfusion.recipe import AUTO, dump_recipe, load_recipe
 from tokenfusion.report import write_report
 from tokenfusion.train import Interrupted, display, resume, start
+from tokenfusion.train import probe as probe_room
 from tokenfusion.train.auto import LrRange, choose_batch_size, largest_that_fits
 from tokenfusion.train.ending import LATEST_DECAY, MAX_EPOCHS, decide_end, epochs_ahead
 from tokenfusion.train.faults import OutOfMemory
@@ -79,6 +80,16 @@ def test_the_batch_is_measured_for_real_and_leaves_an_epoch_20_steps():
     assert "12 is chosen; 24 would leave an epoch fewer than 20 steps" in said[-1]
     with pytest.raises(InputError, match=r"6 takes .* of 1 MB; give a smaller --model or --img-size"):
         choose_batch_size(recipe, 10, 300, ignore, memory_mb=1.0)
+
+
+def ask_for_too_much(*_):
+    return bytearray(2**62)
+
+
+def test_python_s_own_error_means_that_a_batch_does_not_fit(monkeypatch):
+    monkeypatch.setattr(probe_room, "run_steps", ask_for_too_much)
+    with open_probe(small_recipe(), 10, 1) as probe, pytest.raises(OutOfMemory, match="MemoryError"):
+        probe.measure(4)
 
 
 def test_a_larger_batch_takes_more_memory():

@@ -1,5 +1,6 @@
 """Weights, balanced classes and multi-label losses, each against what it is defined by."""
 
+import io
 from collections import Counter
 from dataclasses import replace
 
@@ -20,7 +21,7 @@ from tokenfusion.data.sources import open_source
 from tokenfusion.data.transforms import Augment
 from tokenfusion.evaluate import evaluate
 from tokenfusion.train import start
-from tokenfusion.train.balance import image_weights, positive_weights
+from tokenfusion.train.balance import balance_in_words, image_weights, positive_weights
 from tokenfusion.train.fit import Job, train_step
 from tokenfusion.train.losses import BinaryCrossEntropy, CrossEntropy, join_weights, split_weights
 from tokenfusion.train.mixing import BatchMixing
@@ -210,13 +211,22 @@ def test_balance_helps_the_rare_class(balance: str, tmp_path) -> None:
             continue
         Image.fromarray(source.decode(index, 64)[0].numpy()).save(tmp_path / f"{index}.png")
         rows.append(f"{index}.png,{label},{split}")
+    console = Console(file=io.StringIO(), width=200)
     (tmp_path / "x.csv").write_text("\n".join(rows))
     recalls = []
     for how in ("none", balance):
         changes = {"data": str(tmp_path / "x.csv"), "balance": how, "model": "vit_micro", "epochs": 6, "batch_size": 32}
-        start(small_recipe(**changes), tmp_path / how, QUIET)
+        start(small_recipe(**changes), tmp_path / how, console)
         recalls.append(evaluate(tmp_path / how)["per_class"]["9"]["recall"])
     assert recalls[1] > recalls[0]
+    assert console.file.getvalue().count(f"\nbalance={balance}: ") == 1
+
+
+def test_weights_are_said_with_their_range() -> None:
+    images = digits(range(3))
+    assert balance_in_words(images, small_recipe()) == []
+    images.weights = torch.tensor([2.0, 0.5, 30.0])
+    assert balance_in_words(images, small_recipe()) == ["images count by their weights, from 0.5 to 30"]
 
 
 def test_sampling_of_multi_label_data_is_refused(tmp_path) -> None:

@@ -3,7 +3,6 @@
 import importlib
 import io
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -20,49 +19,17 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from group import free_port, launch, options, run_all, said_by, train_or_resume
 from runs import small_recipe
-from tokenfusion import cli
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.orders import Share
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
-from tokenfusion.recipe import Recipe
 from tokenfusion.train import distributed, resume, start
 from tokenfusion.train.distributed import Place, first_host, processes
 
-server = multiprocessing.get_context("forkserver")  # children that have imported everything and run nothing yet
-server.set_forkserver_preload(["tokenfusion.train", "tokenfusion.cli", "torch.utils.tensorboard", "torch.distributed"])
 TIMES = {"seconds", "images_per_s", "peak_memory_mb"}
 QUIET = Console(quiet=True)
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def as_one_of(rank, size, port, work, words):
-    """What torchrun does for each of its processes; what it prints goes to a file."""
-    torch.set_num_threads(1)
-    place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    work(rank, *words)
-
-
-def launch(size, work, *words):
-    port = free_port()
-    group = [server.Process(target=as_one_of, args=(rank, size, port, work, words)) for rank in range(size)]
-    for process in group:
-        process.start()
-    return group
-
-
-def run_all(size, work, *words):
-    group = launch(size, work, *words)
-    for process in group:
-        process.join(timeout=60)
-    return [process.exitcode for process in group]
 
 
 def train_and_note(rank, recipe, run):
@@ -124,26 +91,6 @@ def test_a_share_is_a_slice_of_each_part_with_the_image_before_it():
 RECIPE = small_recipe(epochs=2, mixup=0.2, cutmix=1.0, save_minutes=0.0, patience=9)  # a checkpoint after every step
 
 
-def train_or_resume(rank, recipe, run):
-    """As `tokenfusion train` does, which tells a person why it ends."""
-    sys.stderr = sys.stdout = open(f"{run}.{rank}.txt", "w", buffering=1)  # noqa: SIM115
-    cli.errors.file = cli.console.file = sys.stdout
-    cli.console.quiet = False
-    sys.argv = ["tokenfusion", "train", "--resume", str(run)]
-    if not (run / "recipe.toml").exists():
-        sys.argv = ["tokenfusion", "train", "--out", str(run), *options(recipe)]
-    cli.main()
-
-
-def options(recipe):
-    """A recipe as options of the command."""
-    words = []
-    for name, value in vars(recipe).items():
-        if value != getattr(Recipe(), name):
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return words
-
-
 def wait_for_checkpoints(run, count, group, name="last.safetensors"):
     """Wait until a run has written so many, or is over."""
     checkpoint = run / "state" / name
@@ -153,10 +100,6 @@ def wait_for_checkpoints(run, count, group, name="last.safetensors"):
         now = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         count -= now != before
         before = now
-
-
-def said_by(run):
-    return [Path(f"{run}.{rank}.txt").read_text() for rank in range(2)]
 
 
 def results(run):

@@ -18,8 +18,9 @@ from runs import small_recipe
 from tokenfusion import train
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.errors import InputError
+from tokenfusion.hardware import is_out_of_memory
 from tokenfusion.train import Interrupted, display, resume, start
-from tokenfusion.train.faults import BadStep, is_out_of_memory, require_good
+from tokenfusion.train.faults import BadStep, require_good
 from tokenfusion.train.optimizer import make_optimizer
 from tokenfusion.train.state import Progress
 
@@ -166,6 +167,7 @@ def test_what_means_that_memory_ran_out():
     assert is_out_of_memory(refused.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
     assert is_out_of_memory(MemoryError())
+    assert is_out_of_memory(RuntimeError("could not create a primitive"))  # oneDNN
     with pytest.raises(RuntimeError) as other:
         torch.ones(2) @ torch.ones(3)
     assert not is_out_of_memory(other.value)

@@ -7,17 +7,19 @@ from importlib.util import find_spec
 
 import pytest
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runs import small_recipe
-from tokenfusion import InputError
+from tokenfusion import InputError, train
 from tokenfusion.recipe import Recipe
-from tokenfusion.train import start
+from tokenfusion.train import loggers, start
 from tokenfusion.train.log import Log
 from tokenfusion.train.loggers import require_installed
 
 QUIET = Console(quiet=True)
 FIRST = {"epoch": 1, "step": 10, "val_top1": 0.25}
 SECOND = {"epoch": 2, "step": 20, "val_top1": 0.5, "collapse": 0.125}
+THIRD = {"epoch": 3, "step": 30, "val_top1": 0.75}
 
 
 def rows_of(run):
@@ -52,16 +54,93 @@ def test_what_a_kill_left_unwritten_is_written(tmp_path):
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.parametrize("written", [1, 2])
+def test_what_a_kill_left_out_of_tensorboard_is_written_once(tmp_path, written):
+    """Killed behind the checkpoint of the second epoch, before or after its record was written."""
+    log = Log(tmp_path, [])
+    for epochs in range(1, written + 1):
+        log.write([FIRST, SECOND][:epochs])
+    log.close()
+    Log(tmp_path, [FIRST, SECOND]).close()
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    assert [(point.step, point.value) for point in events.Scalars("val_top1")] == [(10, 0.25), (20, 0.5)]
+
+
+class Flaky:
+    """A service that can be down.
+
+    Attributes:
+        up: whether it is not.
+        sent: steps that it has had.
+    """
+
+    up, sent = True, []
+
+    def __init__(self, *_):
+        self.answer()
+
+    def answer(self):
+        if not Flaky.up:
+            raise ConnectionError("503 Service Unavailable\nretry later")
+
+    def send(self, record):
+        self.answer()
+        Flaky.sent.append(record["step"])
+
+    def close(self, finished):  # noqa: ARG002
+        self.answer()
+
+
+@pytest.fixture
+def flaky(monkeypatch):
+    """A service that can be down, in the place of one whose package need not be installed."""
+    monkeypatch.setitem(loggers.SERVICES, "wandb", Flaky)
+    monkeypatch.setattr(loggers, "require_installed", lambda _: None)
+    monkeypatch.setattr(train, "require_installed", lambda _: None)
+    monkeypatch.setattr(Flaky, "up", True)
+    monkeypatch.setattr(Flaky, "sent", [])
+    return Flaky
+
+
+def test_a_service_that_was_down_is_sent_what_it_lacks(flaky, tmp_path):
+    said, recipe = [], {"loggers": ("wandb",)}
+    log = Log(tmp_path, [], recipe, said.append)
+    flaky.up = False
+    log.write([FIRST])
+    log.write([FIRST, SECOND])
+    log.close()
+    assert (flaky.sent, len(said)) == ([], 1)
+    assert said[0].startswith("loggers=wandb fails (503 Service Unavailable): training goes on")
+    flaky.up = True
+    log = Log(tmp_path, [FIRST, SECOND], recipe, said.append)  # as by --resume
+    assert flaky.sent == [10, 20]
+    log.write([FIRST, SECOND, THIRD])
+    assert flaky.sent == [10, 20, 30]
+
+
+def test_a_run_whose_service_goes_down_still_ships_its_weights(flaky, tmp_path, monkeypatch):
+    monkeypatch.setattr(flaky, "send", lambda *_: setattr(flaky, "up", False) or flaky.answer(flaky))
+    start(small_recipe(loggers=("wandb",)), tmp_path / "run", QUIET)
+    assert (tmp_path / "run" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "run" / "loggers.json").read_text())["wandb"]["epochs"] == 0
+
+
+def test_a_service_that_does_not_take_the_run_is_refused(flaky, tmp_path):
+    flaky.up = False
+    with pytest.raises(InputError, match=r"loggers=wandb does not take the run \(503 .*leave out --loggers wandb"):
+        Log(tmp_path, [], {"loggers": ("wandb",)})
+
+
 def test_a_service_that_is_not_known_is_refused():
     with pytest.raises(InputError, match="loggers='comet' is not known; choose from: wandb, mlflow"):
         Recipe(loggers=("wandb", "comet"))
 
 
-@pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("mlflow", "mlflow-skinny")])
-def test_a_service_whose_package_is_absent_is_refused_with_the_command(name, package, monkeypatch):
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_service_whose_package_is_absent_is_refused_with_the_command(name, monkeypatch):
     monkeypatch.setattr(sys, "path", [])  # nothing that is not imported yet is installed
     monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(InputError, match=f"loggers={name} needs a package .* `pip install {package}`"):
+    with pytest.raises(InputError, match=rf"loggers={name} needs a package .* `pip install 'tokenfusion\[loggers\]'`"):
         require_installed((name,))
 
 

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import stat
@@ -234,14 +235,25 @@ def test_changed_data_is_refused(tmp_path, whole):
         resume(run, Console(quiet=True))
 
 
-def test_a_changed_recipe_is_refused(tmp_path, whole):
+@pytest.mark.parametrize(
+    "line", ["lr = 0.005", "head_lr = 2.0", 'optimizer = "adamw"', 'model = "vit_micro"', "ema = 0.0", "patience = 0"]
+)
+def test_a_changed_recipe_is_refused(tmp_path, whole, line):
+    """Also where what is saved would not fit: other groups of parameters, other moments, other names."""
     run = shutil.copytree(whole, tmp_path / "run")
     (run / "model.safetensors").unlink()
     recipe = (run / "recipe.toml").read_text()
-    (run / "recipe.toml").write_text(recipe.replace("lr = 0.004", "lr = 0.005"))
+    (run / "recipe.toml").write_text(changed := re.sub(rf"^{line.split()[0]} = .*$", line, recipe, flags=re.MULTILINE))
+    assert changed != recipe
     with pytest.raises(InputError, match=r"not those that the run began with"):
         resume(run, Console(quiet=True))
-    (run / "recipe.toml").write_text(recipe.replace("workers = 0", "workers = 1"))  # decides nothing
+
+
+def test_what_decides_nothing_may_change(tmp_path, whole):
+    run = shutil.copytree(whole, tmp_path / "run")
+    (run / "model.safetensors").unlink()
+    recipe = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(recipe.replace("workers = 0", "workers = 1"))
     resume(run, Console(quiet=True))
     assert_same(run, whole)
 

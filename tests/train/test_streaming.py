@@ -78,9 +78,12 @@ def test_a_run_that_stops_in_the_middle_of_an_epoch_ends_the_same(
 
 
 def test_too_many_unreadable_images_end_the_run(server: Server, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=rf"1 of 65 training images .* max_skipped=0.01 allows .*{BAD}: not an image"):
+    said = rf"1 of 65 training images .* max_skipped=0.01 allows .*{BAD}: not an image"
+    with pytest.raises(InputError, match=said):
         start(small_recipe(data=server.url, batch_size=8, epochs=3), tmp_path / "run", QUIET)
     assert BAD in (tmp_path / "run/skipped.csv").read_text()
+    with pytest.raises(InputError, match=said):  # as nothing was mended
+        resume(tmp_path / "run", QUIET)
 
 
 def test_a_shard_that_vanishes_or_changes_ends_the_run_which_goes_on_once_it_is_back(

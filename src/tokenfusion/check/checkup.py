@@ -13,7 +13,7 @@ import torch
 
 from tokenfusion.check.crop import describe_crop
 from tokenfusion.check.duplicates import MAX_IMAGES, NearDuplicates, exact_duplicates, near_duplicates
-from tokenfusion.check.labels import MIN_IMAGES, Judgement, count_classes, judge_labels
+from tokenfusion.check.labels import TOO_FEW, Judgement, choose_judged, count_classes, judge_labels
 from tokenfusion.check.look import Look, look_at_all
 from tokenfusion.check.quarantine import quarantine, write_quarantine
 from tokenfusion.check.report import write_check
@@ -49,12 +49,17 @@ def check_data(
     keep_freed_memory()
     folder = folder_for(data, out)
     source = open_source(data)
+    make(folder)
     recipe = Recipe()
-    looks = look_at_all(source, recipe.max_pixels, lambda done, total: progress("reading images", done, total))
+    judged = choose_judged(source.labels)
+    compared = range(len(source)) if len(source) <= MAX_IMAGES else set(judged.tolist())
+    looks = look_at_all(
+        source, recipe.max_pixels, compared, lambda done, total: progress("reading images", done, total)
+    )
     near = search_near(looks, lambda done, total: progress("comparing images", done, total))
     exact = exact_duplicates(looks)
     progress("judging labels", 0, 1)
-    judgement = judge(source, looks)
+    judgement = judge(source, looks, judged)
     progress("judging labels", 1, 1)
     result: dict[str, Any] = {
         "data": data,
@@ -83,20 +88,20 @@ def check_data(
 
 
 def folder_for(data: str, out: Path | None) -> Path:
-    """The folder to write to, made where it is missing.
-
-    Raises:
-        InputError: it lies inside the data, or cannot be made.
-    """
+    """The folder to write to; InputError where it lies inside the data."""
     name = re.sub(r"[^\w.-]+", "-", Path(data).resolve().name.split(".")[0]).strip("-")
     folder = out or Path(f"check-{name or 'data'}")
     if folder.resolve().is_relative_to(Path(data).resolve()) and data != "digits":
         raise InputError(f"{folder} lies inside the data, which is left as it is; give a folder outside it with --out")
+    return folder
+
+
+def make(folder: Path) -> None:
+    """Make a folder where it is missing; InputError where it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; give another --out") from error
-    return folder
 
 
 def known(source: Source, index: int) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def unusual(source: Source, looks: list[Look]) -> dict[str, list[dict[str, Any]]
     return {
         "tiny": those(lambda look: size(look) if min(look.height, look.width) < short else ""),
         "huge": those(lambda look: size(look) if max(look.height, look.width) > long else ""),
-        "animated": those(lambda look: f"{look.frames} frames, of which the first is used" if look.frames > 1 else ""),
+        "animated": those(lambda look: look.frames),
         "odd_colour": those(lambda look: look.colour),
     }
 
@@ -138,13 +143,13 @@ def search_near(looks: list[Look], progress: Callable[[int, int], None]) -> Near
     return near_duplicates(looks, progress) if len(looks) <= MAX_IMAGES else NearDuplicates([], 0, 0, 0)
 
 
-def judge(source: Source, looks: list[Look]) -> Judgement:
-    """What a quick model says of the labels."""
+def judge(source: Source, looks: list[Look], judged: np.ndarray) -> Judgement:
+    """What a quick model says of the labels of some images."""
     if source.multi_label:
         return Judgement([], 0, None, "the images have any number of labels each")
-    read = np.array([index for index, look in enumerate(looks) if not look.reason], dtype=np.int64)
-    if len(read) < 2 * MIN_IMAGES:
-        return Judgement([], 0, None, f"only {len(read)} images can be read")
+    read = np.array([index for index in judged if not looks[index].reason], dtype=np.int64)
+    if not len(read):
+        return Judgement([], 0, None, TOO_FEW)
     return judge_labels(torch.stack([looks[index].thumbnail for index in read]), source.labels[read], read)
 
 

@@ -10,13 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
 from tokenfusion.check.align import DETAIL, blur, likeness
-from tokenfusion.check.look import Look
+from tokenfusion.check.look import SIDE, Look
 
 MAX_IMAGES = 100_000
 """Most images among which near duplicates are searched: the work grows with the square of their number."""
@@ -77,17 +76,22 @@ def near_duplicates(looks: list[Look], progress: Callable[[int, int], None]) -> 
     large = [index for index in sorted(firsts.values()) if min(looks[index].height, looks[index].width) >= MIN_SIDE]
     if len(large) < 2:
         return NearDuplicates([], 0, len(firsts) - len(large), len(large))
-    images = gray(torch.stack([looks[index].thumbnail for index in large]))
-    detail = torch.cat(
-        [(part - blur(part, DETAIL)).square().mean((1, 2, 3)).sqrt() for part in torch.split(images, BLOCK)]
-    )
-    chosen = torch.nonzero(detail >= MIN_DETAIL)[:, 0]
-    images = images[chosen]
+    images = torch.empty(len(large), 1, SIDE, SIDE)  # filled in place: it may be a gigabyte
+    chosen: list[int] = []
+    for start in range(0, len(large), BLOCK):
+        block = large[start : start + BLOCK]
+        part = gray(torch.stack([looks[index].thumbnail for index in block]))
+        detailed = (part - blur(part, DETAIL)).square().mean((1, 2, 3)).sqrt() >= MIN_DETAIL
+        part = part[detailed]
+        images[len(chosen) : len(chosen) + len(part)] = part
+        chosen += [index for index, fine in zip(block, detailed.tolist(), strict=True) if fine]
+    images = images[: len(chosen)]
     pairs = []
-    for first, second in candidates(images, progress).split(BLOCK):
-        for a, b, value in zip(first, second, likeness(images[first], images[second]).tolist(), strict=True):
+    for some in torch.split(candidates(images, progress), BLOCK):
+        values = likeness(images[some[:, 0]], images[some[:, 1]]).tolist()
+        for (a, b), value in zip(some.tolist(), values, strict=True):
             if value >= SAME:
-                pairs.append(Pair(large[int(chosen[a])], large[int(chosen[b])], round(value, 3)))
+                pairs.append(Pair(chosen[a], chosen[b], round(value, 3)))
     return NearDuplicates(
         pairs=sorted(pairs, key=lambda pair: -pair.likeness),
         searched=len(chosen),
@@ -102,8 +106,8 @@ def gray(thumbnails: Tensor) -> Tensor:
     return 0.299 * red + 0.587 * green + 0.114 * blue
 
 
-def candidates(images: Tensor, progress: Callable[[int, int], None]) -> "Pairs":
-    """Pairs of gray thumbnails (N, 1, S, S) whose descriptors are alike."""
+def candidates(images: Tensor, progress: Callable[[int, int], None]) -> Tensor:
+    """Pairs, int64 (P, 2), of gray thumbnails (N, 1, S, S) whose descriptors are alike."""
     whole = torch.cat([descriptors(part) for part in torch.split(images, BLOCK)])
     found = set()
     for start in range(0, len(images), BLOCK):
@@ -117,20 +121,7 @@ def candidates(images: Tensor, progress: Callable[[int, int], None]) -> "Pairs":
         pairs = torch.stack([row + start, others[row, column]]).sort(0).values
         found |= set(zip(*pairs.tolist(), strict=True))
         progress(start + len(similar), len(images))
-    return Pairs(np.array(sorted(found), dtype=np.int64).reshape(-1, 2))
-
-
-@dataclass(frozen=True, eq=False)
-class Pairs:
-    """Pairs of indices, int64 (P, 2)."""
-
-    indices: np.ndarray
-
-    def split(self, size: int) -> list[tuple[Tensor, Tensor]]:
-        """The first and the second of each pair, so many at a time."""
-        parts = range(0, len(self.indices), size)
-        firsts, seconds = torch.from_numpy(self.indices).T
-        return [(firsts[start : start + size], seconds[start : start + size]) for start in parts]
+    return torch.tensor(sorted(found), dtype=torch.int64).reshape(-1, 2)
 
 
 def mild_crops(images: Tensor) -> list[Tensor]:

@@ -22,6 +22,7 @@ MIN_IMAGES = 10
 """Least images of a class whose labels are judged."""
 FOLDS = 5
 ORIENTATIONS = 8
+TOO_FEW = f"fewer than two classes have {MIN_IMAGES} images, and {FOLDS} readable ones among those that are judged"
 MARGIN = 0.5
 """How much likelier than its label another class must be for a strong dispute."""
 RARE = 0.1
@@ -54,6 +55,20 @@ class Judgement:
     """Why labels were not judged."""
 
 
+def choose_judged(labels: np.ndarray) -> np.ndarray:
+    """Indices of the images whose labels are judged, int64 ascending; none of multi-label data.
+
+    Args:
+        labels: int64 (N,), or bool (N, K) of multi-label data.
+    """
+    if labels.ndim == 2:
+        return np.empty(0, dtype=np.int64)
+    chosen = np.flatnonzero(np.bincount(labels)[labels] >= MIN_IMAGES)
+    if len(chosen) <= MAX_JUDGED:
+        return chosen
+    return chosen[np.linspace(0, len(chosen) - 1, MAX_JUDGED).astype(int)]
+
+
 def judge_labels(thumbnails: Tensor, labels: np.ndarray, indices: np.ndarray) -> Judgement:
     """Cross-validate a quick model and find the labels that it strongly disputes.
 
@@ -67,15 +82,10 @@ def judge_labels(thumbnails: Tensor, labels: np.ndarray, indices: np.ndarray) ->
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    counts = np.bincount(labels)
-    chosen = np.flatnonzero(counts[labels] >= MIN_IMAGES)
-    chosen = (
-        chosen[np.linspace(0, len(chosen) - 1, min(len(chosen), MAX_JUDGED)).astype(int)] if len(chosen) else chosen
-    )
-    chosen = chosen[np.bincount(labels[chosen], minlength=len(counts))[labels[chosen]] >= FOLDS]
+    chosen = np.flatnonzero(np.bincount(labels)[labels] >= FOLDS)
     known = np.unique(labels[chosen])
     if len(known) < 2:
-        return Judgement([], 0, None, f"fewer than two classes have {MIN_IMAGES} readable images")
+        return Judgement([], 0, None, TOO_FEW)
     features = np.concatenate([features_of(part).numpy() for part in torch.split(thumbnails[chosen], 512)])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, max_iter=60))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)

@@ -3,9 +3,9 @@
 import hashlib
 import re
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from io import BytesIO
 
 import torch
@@ -28,6 +28,7 @@ UNREADABLE = {
     "truncated": "(?i)truncat|unexpected end|premature end|ends inside",
 }
 """Kinds of unreadable images and what the reason says; every other one is damaged."""
+NO_THUMBNAIL = torch.empty(0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +39,13 @@ class Look:
     """Why it cannot be read; empty where it can."""
     height: int = 0
     width: int = 0
-    frames: int = 1
+    frames: str = ""
+    """What lies behind the first frame, which alone is used; empty where nothing does."""
     colour: str = ""
     """What is unusual about its colours, such as CMYK; empty where nothing is."""
     digest: bytes = b""
     """A hash of size and decoded pixels: equal for exact duplicates only."""
-    thumbnail: Tensor = field(default_factory=lambda: torch.empty(0))
+    thumbnail: Tensor = NO_THUMBNAIL
     """uint8 (3, SIDE, SIDE)."""
 
     @property
@@ -52,19 +54,22 @@ class Look:
         return next((kind for kind, words in UNREADABLE.items() if re.search(words, self.reason)), "damaged")
 
 
-def look_at_all(source: Source, max_pixels: int, progress: Callable[[int, int], None]) -> list[Look]:
+def look_at_all(
+    source: Source, max_pixels: int, compared: Container[int], progress: Callable[[int, int], None]
+) -> list[Look]:
     """Look at every image of a source, by a few threads.
 
     Args:
         source: the images.
         max_pixels: largest height × width that is decoded.
+        compared: indices of the images whose thumbnails are kept.
         progress: called with (images done, images in all).
 
     Returns:
         a Look per image, in order.
     """
     looks = []
-    for look in ahead(lambda index: look_at(source, index, max_pixels), len(source)):
+    for look in ahead(lambda index: look_at(source, index, max_pixels, index in compared), len(source)):
         looks.append(look)
         progress(len(looks), len(source))
     return looks
@@ -82,14 +87,15 @@ def ahead(call: Callable[[int], Look], count: int) -> Iterator[Look]:
             yield future.result()
 
 
-def look_at(source: Source, index: int, max_pixels: int) -> Look:
-    """Decode one image and describe it."""
-    frames, colour = 1, ""
+def look_at(source: Source, index: int, max_pixels: int, compared: bool) -> Look:
+    """Decode one image and describe it, with a thumbnail if it will be compared."""
+    frames, colour = "", ""
     try:
         if isinstance(source, Files):
             data = source.read(index)
             image = decode_image(data, max_pixels=max_pixels)
-            frames, colour = describe(data)
+            with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as file:
+                colour, frames = odd_colour(file, data), further_frames(file)
         else:
             image = source.decode(index, max_pixels)
     except UnreadableImage as error:
@@ -97,16 +103,19 @@ def look_at(source: Source, index: int, max_pixels: int) -> Look:
     height, width = image.shape[1:]
     digest = hashlib.blake2b(repr((height, width)).encode(), digest_size=16)
     digest.update(image.permute(1, 2, 0).contiguous().numpy().data)
-    thumbnail = F.resize(image, [SIDE, SIDE], antialias=True)
+    thumbnail = F.resize(image, [SIDE, SIDE], antialias=True) if compared else NO_THUMBNAIL
     return Look("", height, width, frames, colour, digest.digest(), thumbnail)
 
 
-def describe(data: bytes) -> tuple[int, str]:
-    """How many frames a readable image file has, and what is unusual about its colours."""
-    with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
-        frames = getattr(image, "n_frames", 1) if image.format in ANIMATIONS else 1
-        image.seek(0)
-        return frames, odd_colour(image, data)
+def further_frames(image: Image.Image) -> str:
+    """What lies behind the first frame of a readable image; to count frames, Pillow goes to the last one."""
+    if image.format not in ANIMATIONS:
+        return ""
+    try:
+        frames = getattr(image, "n_frames", 1)
+    except Exception as error:  # Pillow's parsers raise whatever a damaged file makes them trip over
+        return f"damaged behind the first frame, which is used ({str(error) or type(error).__name__})"
+    return f"{frames} frames, of which the first is used" if frames > 1 else ""
 
 
 def odd_colour(image: Image.Image, data: bytes) -> str:

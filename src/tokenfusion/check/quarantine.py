@@ -21,11 +21,11 @@ def quarantine(
     """Images to leave out, each with its reason, in the order of the data.
 
     Unreadable ones; of exact duplicates all but one; of near duplicates all but one where they lie in different splits,
-    or would, because the data has none; and every copy where copies have different labels. Copies of near duplicates
-    within one split stay, as do tiny, huge, animated, oddly coloured and disputed ones: look at those yourself.
+    or would, because the data has none; and every copy where copies have different labels. Near duplicates within one
+    split and of one label stay, as do tiny, huge, animated, oddly coloured and disputed ones: look at those yourself.
     """
     reasons = {index: f"unreadable: {look.reason}" for index, look in enumerate(looks) if look.reason}
-    serious = [pair for pair in near if "" in source.splits or source.splits[pair[0]] != source.splits[pair[1]]]
+    serious = [pair for pair in near if "" in source.splits or differ(source, *pair)]
     same = {index: copies for copies in exact for index in copies}
     pairs = [pair for copies in exact for pair in pairwise(copies)] + serious
     for group in connected(len(looks), pairs):
@@ -39,6 +39,12 @@ def quarantine(
             elif index != first:
                 reasons[index] = f"{how} duplicate of {source.names[first]}"
     return dict(sorted(reasons.items()))
+
+
+def differ(source: Source, first: int, second: int) -> bool:
+    """Whether two images lie in different splits or have different labels."""
+    splits = source.splits[first] != source.splits[second]
+    return splits or source.label_text(first) != source.label_text(second)
 
 
 def connected(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:

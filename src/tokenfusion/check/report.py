@@ -11,8 +11,9 @@ from tokenfusion.check.crop import MANY
 from tokenfusion.check.duplicates import MAX_IMAGES
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.sources import Source
-from tokenfusion.report.page import counted, percent, write_page
+from tokenfusion.report.page import percent, write_page
 from tokenfusion.report.thumbnails import SIDE
+from tokenfusion.words import counted
 
 MAX_PICTURES = 24
 """Groups and disputes of a kind that are shown as pictures at most."""

@@ -33,6 +33,12 @@ class Remaining(Source):
     def shard_sizes(self) -> list[int] | None:
         return self.whole.shard_sizes
 
+    def fetch(self, number: int) -> None:
+        self.whole.fetch(number)
+
+    def require_room(self) -> None:
+        self.whole.require_room()
+
     def __str__(self) -> str:
         excluded = f"{len(self.whole) - len(self):,} images excluded"
         return f"{excluded}; {self.unknown:,} paths of the list are not in the data" if self.unknown else excluded
@@ -47,7 +53,8 @@ def open_remaining(data: str | Path, exclude: str) -> Source:
             Those that the data does not have are counted.
 
     Raises:
-        InputError: the data or the list cannot be read, or the data has none of the list's paths.
+        InputError: the data or the list cannot be read, the data has none of the list's paths, or the list leaves
+            nothing of a split.
     """
     source = open_source(data)
     if not exclude:
@@ -62,12 +69,16 @@ def open_remaining(data: str | Path, exclude: str) -> Source:
         )
     if not len(kept):
         raise InputError(f"{exclude}: it names every image of {source.where}; take some out of the list")
+    splits = [source.splits[index] for index in kept]
+    gone = [name for name in dict.fromkeys(source.splits) if name not in splits]
+    if gone:
+        raise InputError(f"{exclude}: it names every image of {gone[0]} in {source.where}; take some out of the list")
     return Remaining(
         where=source.where,
         classes=source.classes,
         names=[source.names[index] for index in kept],
         labels=source.labels[kept],
-        splits=[source.splits[index] for index in kept],
+        splits=splits,
         ignored=source.ignored,
         weights=None if source.weights is None else source.weights[kept],
         whole=source,
@@ -86,4 +97,7 @@ def read_paths(path: Path) -> set[str]:
                 raise InputError(f"{path}: its first line is {list(columns)}; it must name a column path")
             return {row["path"] for row in reader if row["path"]}
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give the quarantine.csv that check wrote") from error
+        raise InputError(
+            f"{path}: cannot be read ({error}); give the quarantine.csv that check wrote, "
+            "or put it back where the run expects it"
+        ) from error

@@ -1,11 +1,13 @@
 """A CSV or JSONL that names images and their labels."""
 
 import csv
+import difflib
 import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from tokenfusion.data.sources import SPLITS, Files, Source, printable, read_file
 from tokenfusion.errors import InputError
 
 COLUMNS = "path,label[,split][,weight], or labels (a|b) in place of label"
+KNOWN = ("path", "label", "labels", "split", "weight")
 SEVERAL = '"a|b" in a CSV or ["a", "b"] in a JSONL, and "" or [] for an image of no class'
 
 
@@ -53,8 +56,8 @@ def open_list(path: Path) -> Source:
         raise InputError(f"{path}: cannot be read ({error}); give a UTF-8 file with {COLUMNS}") from error
     classes = sorted({name for names in labels for name in names})
     number = {name: index for index, name in enumerate(classes)}
-    if several and not classes:
-        raise InputError(f"{path}: no image has a label; name some in `labels`")
+    if several:
+        refuse_other_separator(path, labels, classes)
     return Listed(
         where=str(path),
         classes=tuple(classes),
@@ -87,8 +90,7 @@ def as_weights(path: Path, paths: list[str], weights: list[float | None]) -> np.
 def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        if not any({"path", label} <= set(reader.fieldnames or []) for label in ("label", "labels")):
-            raise InputError(f"{path}: its first line is {reader.fieldnames}; it must name columns {COLUMNS}")
+        refuse_header(str(path), tuple(reader.fieldnames or ()))
         for row in reader:
             yield reader.line_num, row
 
@@ -104,7 +106,49 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise InputError(f"{path}, line {line}: not JSON ({error}); give one object per line") from error
             if not isinstance(row, dict):
                 raise InputError(f'{path}, line {line}: {text.strip()[:40]!r} is not like {{"path": …, "label": …}}')
+            if hint := misspelt(tuple(row)):
+                raise InputError(f"{path}, line {line}: {hint}")
             yield line, row
+
+
+def refuse_header(where: str, columns: tuple[str, ...]) -> None:
+    """Refuse a CSV whose first line does not name the columns that are needed, each once and spelt as here."""
+    if not columns:
+        raise InputError(f"{where}: its first line is empty; it must name columns {COLUMNS}")
+    if len(columns) == 1 and any(separator in columns[0] for separator in ";\t"):
+        raise InputError(f"{where}: its first line is {columns[0]!r}; separate columns by commas")
+    if hint := misspelt(columns):
+        raise InputError(f"{where}: {hint}")
+    if {"label", "labels"} <= set(columns):
+        raise InputError(f"{where}: has columns label and labels; keep one")
+    if "path" not in columns or not {"label", "labels"} & set(columns):
+        raise InputError(f"{where}: its first line is {','.join(columns)!r}; it must name columns {COLUMNS}")
+
+
+@lru_cache
+def misspelt(columns: tuple[str, ...]) -> str:
+    """What there is to say of a column that is almost one of the known ones which are missing; others are no concern.
+
+    The first letters must agree, for a height is no weight.
+    """
+    missing = set(KNOWN).difference(columns, {"label", "labels"} if {"label", "labels"} & set(columns) else ())
+    for column in columns:
+        for name in difflib.get_close_matches(column.lower(), sorted(missing), n=1, cutoff=0.8):
+            if column not in KNOWN and column[:1].lower() == name[0]:
+                return f"column {column!r} is not known; did you mean {name}?"
+    return ""
+
+
+def refuse_other_separator(path: Path, labels: list[tuple[str, ...]], classes: list[str]) -> None:
+    """Refuse a multi-label list that has no label, or whose labels seem to be separated by another character."""
+    if not classes:
+        raise InputError(f"{path}: no image has a label; name some in `labels`")
+    joined = [name for name in classes if ";" in name or "," in name]
+    if joined and all(len(names) < 2 for names in labels):
+        raise InputError(
+            f"{path}: {joined[0]!r} is a label, and no image has more than one label; labels are separated by |. "
+            "If it is one name, call the column label"
+        )
 
 
 def require(row: dict[str, Any], name: str, where: str) -> str:

@@ -282,27 +282,28 @@ class Cache:
             make: writes it to a path.
 
         Raises:
-            InputError: it is larger than the cache, the disk is full, or another process takes too long.
+            InputError: it is larger than the cache, the disk is full or fails, or another process takes too long.
         """
         path = self.folder / key
         with suppress(OSError):
             return open_used(path)
-        with self.lock(key):
-            with suppress(FileNotFoundError):
-                return open_used(path)
-            part = self.reserve(key, size)
-            try:
-                make(part)
-                file = part.open("rb")  # before it has its name, under which it may be evicted
-                with self.lock("room"):  # whoever counts what there is shall see it under one of its names
-                    os.replace(part, path)
-                return file
-            except OSError as error:
-                raise InputError(
-                    f"{path} could not be written: {error}; make room, or name another folder by TOKENFUSION_CACHE"
-                ) from error
-            finally:
-                part.unlink(missing_ok=True)
+        try:
+            with self.lock(key):
+                with suppress(FileNotFoundError):
+                    return open_used(path)
+                part = self.reserve(key, size)
+                try:
+                    make(part)
+                    file = part.open("rb")  # before it has its name, under which it may be evicted
+                    with self.lock("room"):  # whoever counts what there is shall see it under one of its names
+                        os.replace(part, path)
+                    return file
+                finally:
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{path} could not be kept: {error}; make room, or name another folder by TOKENFUSION_CACHE"
+            ) from error
 
     @contextmanager
     def lock(self, name: str) -> Iterator[None]:

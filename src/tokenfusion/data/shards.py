@@ -82,9 +82,14 @@ class Shards(Files):
         offset, size = int(self.offsets[index]), int(self.sizes[index])
         if size > MAX_FILE_BYTES:
             raise UnreadableImage(f"the file has {size} bytes, more than {MAX_FILE_BYTES}")
-        with self.open(number) as file:
-            file.seek(offset)
-            data = file.read(size)
+        try:
+            with self.open(number) as file:
+                file.seek(offset)
+                data = file.read(size)
+        except OSError as error:
+            raise InputError(
+                f"{self.shards[number].shown} cannot be read: {error}; check its disk, then --resume"
+            ) from error
         if len(data) < size:
             raise InputError(f"{self.shards[number].shown} ends after {len(data)} of the {size} bytes of an image")
         return data
@@ -335,6 +340,10 @@ def unpack(shard: RemoteFile, cache: Cache, path: Path) -> None:
                         file.write(value.as_buffer())
     except pa.ArrowException as error:
         raise InputError(f"{shard.shown}: not readable as Parquet ({error}); replace it or take it away") from error
+    except OSError as error:
+        raise InputError(
+            f"{shard.shown} cannot be laid out in {cache.folder}: {error}; check the disks, make room, --resume"
+        ) from error
     finally:
         packed.unlink(missing_ok=True)
 

@@ -12,8 +12,6 @@ from tokenfusion.data.stratify import stratified
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
 
-HEADER = ["path", "label", "split"]
-
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -94,11 +92,19 @@ def require_images(source: Source, candidates: np.ndarray, least: int) -> None:
             )
 
 
+def header_of(source: Source) -> list[str]:
+    """The columns of split.csv."""
+    return ["path", "labels" if source.multi_label else "label", "split"]
+
+
 def write_split(path: Path, source: Source, split: Split) -> None:
-    """Write which split each image is in as a CSV `path,label,split`; images in neither have an empty one."""
+    """Write which split each image is in as a CSV `path,label,split`; images in neither have an empty one.
+
+    Of multi-label data the column is `labels`, with `|` between them.
+    """
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(HEADER)
+    writer.writerow(header_of(source))
     names = np.full(len(source), "", dtype=object)
     names[split.train], names[split.val] = "train", "val"
     for index, (image, name) in enumerate(zip(source.names, names, strict=True)):
@@ -117,8 +123,9 @@ def read_split(path: Path, source: Source) -> Split:
             header, *rows = list(csv.reader(file)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error}); start a new run") from error
-    if header != HEADER or any(len(row) != len(HEADER) for row in rows):
-        raise InputError(f"{path}: not the split of a run, which has the columns {','.join(HEADER)}; start a new run")
+    columns = header_of(source)
+    if header != columns or any(len(row) != len(columns) for row in rows):
+        raise InputError(f"{path}: not the split of a run, which has the columns {','.join(columns)}; start a new run")
     for index in range(max(len(rows), len(source))):
         then = rows[index][:2] if index < len(rows) else None
         now = [source.names[index], source.label_text(index)] if index < len(source) else None

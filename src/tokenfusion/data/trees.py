@@ -14,6 +14,7 @@ import numpy as np
 from tokenfusion.data.decode import EXTENSIONS, UnreadableImage
 from tokenfusion.data.sources import MAX_FILE_BYTES, SPLITS, Files, Source, printable, read_file
 from tokenfusion.errors import InputError
+from tokenfusion.words import counted
 
 MEMORY_LIMIT = 4 * 2**30
 """Most bytes of image files that are kept in memory from a compressed tar."""
@@ -94,6 +95,12 @@ class Tree:
 def open_folder(root: Path, files: list[str], folders: list[str]) -> Source:
     """Open a folder whose files and folders, relative to it, are known from `walk`."""
     tree = read_tree(files, folders)
+    loose = sum("/" not in file and is_image(file) for file in files)
+    if loose and not tree.files:
+        raise InputError(
+            f"{root}: {counted(loose, 'image')} directly in it, without a class folder; "
+            f"did you mean its parent {root.resolve().parent}, or a CSV that labels them?"
+        )
     return Folder(**tree.as_source(root), root=root, paths=tree.files)
 
 

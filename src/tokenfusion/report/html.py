@@ -14,8 +14,9 @@ from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.recipe import AUTO
 from tokenfusion.report.multilabel import describe_multilabel
 from tokenfusion.report.overlays import Overlay, overlays_of
-from tokenfusion.report.page import counted, duration, percent, picture, write_page
+from tokenfusion.report.page import percent, picture, write_page
 from tokenfusion.report.results import Prediction, Results, read_results
+from tokenfusion.words import counted, duration
 
 MAX_CONFUSED = 30
 """Classes that the confusion matrix shows at most."""

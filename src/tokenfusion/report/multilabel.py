@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tokenfusion.report.page import counted, percent, picture
+from tokenfusion.report.page import percent, picture
 from tokenfusion.report.results import LabelSet, Results
+from tokenfusion.words import counted
 
 MAX_MISTAKES = 24
 """Mistakes that are shown as pictures at most."""

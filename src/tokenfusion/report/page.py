@@ -48,19 +48,6 @@ def percent(share: float | None, decimals: int = 1) -> str:
     return "–" if share is None else f"{share * 100:.{decimals}f}%"
 
 
-def duration(seconds: float) -> str:
-    """A time as a person says it."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    hours, minutes = divmod(round(seconds) // 60, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {round(seconds) % 60} s"
-
-
-def counted(n: int, noun: str) -> str:
-    """A number with its noun, in the plural where that is due."""
-    return f"{n:,} {noun}" + ("" if n == 1 else "s")
-
-
 def visible(text: object) -> str:
     r"""A name with its newlines and other control characters spelled out, such as \n."""
     return str(text).translate(CONTROL_CHARACTERS)

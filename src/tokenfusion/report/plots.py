@@ -62,10 +62,11 @@ def plot_curves(epochs: Sequence[dict[str, Any]]) -> list[Markup]:
         epochs: the lines of metrics.jsonl.
     """
     loss = plot_lines("loss", "Loss", epochs, {"train_loss": "training", "val_loss": "held out"})
-    lines = {"train_top1": "training", "val_top1": "held out"}
+    title, lines = "Accuracy (%)", {"train_top1": "training", "val_top1": "held out"}
     if "val_map" in epochs[-1]:
+        title = "Exact match and mAP (%)"
         lines = {"train_exact_match": "training, exact match", "val_map": "held out, mAP"}
-    accuracy = plot_lines("accuracy", "Accuracy (%)", epochs, lines, 100)
+    accuracy = plot_lines("accuracy", title, epochs, lines, 100)
     return [loss, accuracy, plot_lines("lr", "Learning rate", epochs, {"lr": ""}), *plot_collapse(epochs)]
 
 

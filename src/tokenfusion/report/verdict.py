@@ -4,7 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenfusion.compare.display import p_text
-from tokenfusion.report.page import counted, percent
+from tokenfusion.report.page import percent
+from tokenfusion.words import counted
 
 FUSED = ("tokenfusion_", "fuse(")
 """How names of fused models begin."""

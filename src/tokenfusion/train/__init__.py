@@ -1,7 +1,6 @@
 """From a recipe to a run folder with a trained model."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,8 +21,8 @@ from tokenfusion.evaluate import with_tuned_thresholds
 from tokenfusion.files import write_text
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.recipe import AUTO, FIELDS, Recipe, dump_recipe, load_recipe
-from tokenfusion.train.auto import choose_batch_size, choose_lr, dump_chosen
-from tokenfusion.train.balance import image_weights, positive_weights, refuse_balance
+from tokenfusion.train.auto import choose_batch_size, choose_lr, dump_chosen, more_than_there_are
+from tokenfusion.train.balance import balance_in_words, image_weights, positive_weights, refuse_balance
 from tokenfusion.train.build import build
 from tokenfusion.train.display import Display
 from tokenfusion.train.distributed import READ, World, average_gradients, processes, refuse_alone, versions
@@ -35,11 +34,12 @@ from tokenfusion.train.loggers import require_installed
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer
 from tokenfusion.train.reading import read_both, split_of
-from tokenfusion.train.sharded import shard
-from tokenfusion.train.state import Progress, TrainState, fingerprint, is_saved
+from tokenfusion.train.sharded import is_saved, shard
+from tokenfusion.train.state import Progress, TrainState, fingerprint
 from tokenfusion.train.unreadable import Unreadable
 from tokenfusion.train.warm_start import refuse_seen, warm_start
 from tokenfusion.train.watch import Measure, Watch, require_measurable
+from tokenfusion.words import counted
 
 __all__ = ["Interrupted", "build", "resume", "start"]
 
@@ -156,7 +156,8 @@ def train(recipe: Recipe, run: Path, world: World, console: Console, measure: Me
     world.require_same("images", {"a checkpoint": is_saved(job.checkpoint)} | contents(job), SAME_DATA)
     state = begin(job, key, world, console)
     world.require_same("checkpoint", {"steps done": state.progress.step}, SAME_DATA)
-    log = Log(run, state.progress.records, asdict(job.recipe)) if world.is_first else None
+    say = partial(console.print, highlight=False, soft_wrap=True)
+    log = Log(run, state.progress.records, asdict(job.recipe), say) if world.is_first else None
     epochs = epochs_ahead(job.recipe, Progress())
     try:
         with Display(console, epochs, epochs * job.loader.steps_per_epoch, job.loss.train_score) as display:
@@ -200,8 +201,10 @@ def prepare(recipe: Recipe, run: Path, world: World, console: Console, measure: 
     if world.size > 1:
         globalize_norms(classifier.model)
     training, held_out = read_both(source, split, recipe, run, world, console)
-    training.weights = image_weights(training, recipe)
     asked, say = recipe, partial(console.print, highlight=False, soft_wrap=True)
+    for line in balance_in_words(training, recipe):
+        say(line)
+    training.weights = image_weights(training, recipe)
     if "batch_size" in recipe.autos:
         recipe = choose_batch_size(recipe, len(source.classes), len(training), say)
     loader = make_loader(recipe, classifier, training, run, world, console)
@@ -231,7 +234,10 @@ def make_loader(
         share=Share(world.rank, world.size, recipe.accumulate, before=bool(recipe.mixup or recipe.cutmix)),
         on_unreadable=Unreadable(run, training, recipe.max_skipped, world.rank, console),
     )
-    console.print(f"{loader.steps_per_epoch:,} steps an epoch, of {batch_size} images each", highlight=False)
+    if batch_size > len(training):
+        console.print(more_than_there_are(batch_size, len(training)), highlight=False, soft_wrap=True)
+    each = counted(min(batch_size, len(training)), "image")
+    console.print(f"{counted(loader.steps_per_epoch, 'step')} an epoch, of {each} each", highlight=False)
     return loader
 
 
@@ -260,18 +266,12 @@ def begin(job: Job, key: str, world: World, console: Console) -> TrainState:
         spare, network = None, average_gradients(job.classifier, world)
     state = TrainState(model, make_optimizer(model, recipe), recipe.ema, keep_best, network, world, spare)
     job.checkpoint.parent.mkdir(exist_ok=True)
+    state.progress.key = key
     if is_saved(job.checkpoint):
         state.load(job.checkpoint)
-        if state.progress.key != key:
-            raise InputError(
-                f"the images of {recipe.data} or the fields of {job.run / 'recipe.toml'} are not those that the run "
-                "began with (images are told by their pixels); put them back, or train a new run"
-            )
         console.print(state.change_processes(), end="", highlight=False, soft_wrap=True)
-    else:
-        state.progress.key = key
-        if world.is_first:
-            job.classifier.save_description(job.run)
+    elif world.is_first:
+        job.classifier.save_description(job.run)
     return state
 
 

@@ -71,6 +71,11 @@ def choose_batch_size(recipe: Recipe, classes: int, images: int, say: Say, memor
     return replace(recipe, batch_size=chosen)
 
 
+def more_than_there_are(batch_size: int, images: int) -> str:
+    """What there is to say of a batch that cannot be filled."""
+    return f"batch_size={batch_size} is more than the images there are: a step takes all {images:,}"
+
+
 def largest_that_fits(
     measure: Callable[[int], float], sizes: Sequence[int], memory_mb: float, say: Say
 ) -> tuple[int, str]:

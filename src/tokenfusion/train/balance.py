@@ -22,6 +22,19 @@ def refuse_balance(recipe: Recipe, source: Source) -> None:
         )
 
 
+def balance_in_words(images: Images, recipe: Recipe) -> list[str]:
+    """What makes some training images count for more than others, a line each."""
+    lines = []
+    if images.weights is not None:
+        low, high = images.weights.aminmax()
+        lines.append(f"images count by their weights, from {low:g} to {high:g}")
+    if recipe.balance == "sampling":
+        lines.append("balance=sampling: classes are drawn in turn, the rare ones as often as the common ones")
+    if recipe.balance == "loss":
+        lines.append("balance=loss: the rarer a class, the more its images count")
+    return lines
+
+
 def image_weights(images: Images, recipe: Recipe) -> Tensor | None:
     """How much each image's loss counts: its own weight, times its class's with `balance=loss`.
 

@@ -23,6 +23,7 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import autocast, default_device
 from tokenfusion.recipe import Recipe
+from tokenfusion.train import heartbeat
 
 JOIN = timedelta(minutes=2)
 """Longest wait for the other processes to come."""
@@ -84,12 +85,19 @@ class World:
         return messages
 
     def wait(self, key: str, limit: timedelta, whom: str) -> None:
-        """Wait for a message; InputError where it does not come in time, or another process has failed."""
+        """Wait for a message; InputError where it does not come in time, or another process has failed or is gone."""
         assert self.store is not None
         end, pause = monotonic() + limit.total_seconds(), 0.01
+        others = heartbeat.Pulse(self.store, range(1, self.size) if self.is_first else [0])
         while not self.store.check([key]):
             if self.store.check([FAILED]):
                 raise InputError(f"process {self.store.get(FAILED).decode()}")
+            if (gone := others.silent()) is not None:
+                raise InputError(
+                    f"process {gone} of {self.size} has given no sign of life for {heartbeat.SILENCE:g} s: it was "
+                    "killed, or its machine is gone; what it or its launcher said last has the reason; start all of "
+                    "them again with `tokenfusion train --resume RUN`"
+                )
             if monotonic() > end:
                 raise InputError(
                     f"process {self.rank} waited {limit.total_seconds():g} s for {whom}, in vain; start all of them, "
@@ -138,6 +146,11 @@ class World:
                         f"process {rank} has {name}={other.get(name)}, and process 0 has {name}={first.get(name)}; "
                         f"{remedy}"
                     )
+
+    def meet(self) -> None:
+        """Go on once all processes have come here."""
+        if self.size > 1:
+            dist.barrier()
 
     def stops(self, wishes: Wishes) -> bool:
         """Whether to stop now; several processes do once all of them know of it, after a step."""
@@ -195,7 +208,7 @@ class Place:
         elif "SLURM_PROCID" in variables and whole_number("SLURM_NTASKS", variables.get("SLURM_NTASKS", "1")) > 1:
             rank, size = (whole_number(name, variables[name]) for name in ("SLURM_PROCID", "SLURM_NTASKS"))
             local = whole_number("SLURM_LOCALID", variables.get("SLURM_LOCALID", "0"))
-            master = variables.get("MASTER_ADDR") or first_host(variables.get("SLURM_NODELIST", ""))
+            master = variables.get("MASTER_ADDR") or first_host(nodes_of(variables))
             job = whole_number("SLURM_JOB_ID", variables.get("SLURM_JOB_ID", "0"))
             port = whole_number("MASTER_PORT", variables.get("MASTER_PORT", str(20_000 + job % 10_000)))
             place = cls(rank, size, local, master, port)
@@ -241,6 +254,11 @@ def whole_number(name: str, text: str) -> int:
     return int(text)
 
 
+def nodes_of(variables: Mapping[str, str]) -> str:
+    """The machines of SLURM's step, which may be fewer than the job's."""
+    return variables.get("SLURM_STEP_NODELIST") or variables.get("SLURM_NODELIST", "")
+
+
 def first_host(nodes: str) -> str:
     """The first machine of SLURM's short form: "gpu003" of "gpu[003-007,010]-ib,login"."""
     found = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
@@ -266,17 +284,17 @@ def processes() -> Iterator[World]:
     gpu = device if device.type == "cuda" else None
     backend = "nccl" if gpu else "gloo"
     try:
-        world.exchange("hello", "")
-        dist.init_process_group(
-            backend, store=store, rank=world.rank, world_size=world.size, timeout=STEP, device_id=gpu
-        )
-        yield world
-    except InputError as error:
-        store.set(FAILED, f"{world.rank} of {world.size} ended: {error}")
-        sleep(0.5)  # the others ask four times a second, and the store may end with this process
-        raise
-    except RuntimeError as error:  # torch knows no finer class for a connection that is lost
-        if not LOST.search(str(error)):
+        with heartbeat.heartbeat(store, world.rank):
+            world.exchange("hello", "")
+            dist.init_process_group(
+                backend, store=store, rank=world.rank, world_size=world.size, timeout=STEP, device_id=gpu
+            )
+            yield world
+    except (Exception, KeyboardInterrupt) as error:
+        if not (isinstance(error, RuntimeError) and LOST.search(str(error))):  # torch knows no finer class for it
+            with suppress(RuntimeError):  # the store may be gone
+                store.set(FAILED, f"{world.rank} of {world.size} ended: {str(error) or type(error).__name__}")
+                sleep(0.5)  # the others ask four times a second, and the store may end with this process
             raise
         with suppress(RuntimeError):  # its last words, unless the store is gone with it
             if store.check([FAILED]):
@@ -338,8 +356,8 @@ def connect(place: Place) -> Store:
 
 
 def average_gradients(classifier: Classifier, world: World) -> nn.Module:
-    """What the loop calls for a model whose gradients are averaged over the processes; alone, the model itself."""
-    if world.store is None:
+    """What the loop calls for a model whose gradients are averaged over the processes; for one, the model itself."""
+    if world.size == 1:
         return classifier.model
     # BatchNorm's buffers are the same everywhere, as its statistics are of all processes; torch 2.14 renamed the option
     names = signature(DistributedDataParallel).parameters

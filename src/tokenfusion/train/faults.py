@@ -12,8 +12,10 @@ from torch import Tensor
 
 from tokenfusion.checkpoint import resume_command
 from tokenfusion.errors import InputError
+from tokenfusion.hardware import is_out_of_memory
 from tokenfusion.recipe import Recipe
-from tokenfusion.train.state import Progress, TrainState, last_good
+from tokenfusion.train.sharded import last_good
+from tokenfusion.train.state import Progress, TrainState
 
 SPIKE = 3.0
 """A loss is a spike above so many times its running mean, and another nat more: the losses of a model that has learned
@@ -143,14 +145,6 @@ def out_of_memory_named() -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise OutOfMemory(reason)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether PyTorch, on whatever device, or Python says that memory ran out; oneDNN gives no other reason for it."""
-    said = isinstance(error, RuntimeError) and re.search(
-        "can't allocate memory|bad_alloc|could not create a (primitive|memory)", str(error)
-    )
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or bool(said)
 
 
 def first_sentence(error: BaseException) -> str:

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,23 +17,29 @@ class Log:
 
     Args:
         run: the run folder.
-        done: records that are written already; TensorBoard drops what it holds beyond them.
+        done: records of the epochs that a checkpoint holds; TensorBoard drops what it has from the last of them on.
         recipe: the run's settings, for the services.
+        say: how to tell a person that a service fails.
 
     Raises:
-        InputError: the package of a service is not installed.
+        InputError: a service cannot be used.
     """
 
-    def __init__(self, run: Path, done: Sequence[Record], recipe: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        run: Path,
+        done: Sequence[Record],
+        recipe: Mapping[str, Any] | None = None,
+        say: Callable[[str], None] = print,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         recipe = recipe or {}
         self.path = run / "metrics.jsonl"
-        self.events = SummaryWriter(str(run / "events"), purge_step=int(done[-1]["step"]) + 1 if done else None)
-        self.loggers = Loggers(recipe.get("loggers", ()), run, recipe)
-        if done:  # a kill may have come between the checkpoint and these files
-            self.write_files(done)
-            self.loggers.send(done)
+        self.events = SummaryWriter(str(run / "events"), purge_step=int(done[-1]["step"]) if done else None)
+        self.loggers = Loggers(recipe.get("loggers", ()), run, recipe, say)
+        if done:  # a kill may have come between the checkpoint and this
+            self.write(done)
 
     def write(self, records: Sequence[Record]) -> None:
         """Write all the records to the files, and the last to TensorBoard; send those that are new."""

@@ -4,7 +4,8 @@ import json
 import os
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,8 +16,6 @@ from tokenfusion.train.state import Record
 
 STATE = "loggers.json"
 """Which run of each service a run folder is, and how many epochs it has been sent."""
-
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow-skinny"}
 
 
 class Service(Protocol):
@@ -100,29 +99,45 @@ SERVICES: dict[str, type[WandB] | type[MLflow]] = {"wandb": WandB, "mlflow": MLf
 class Loggers:
     """All the services that a recipe names; a resumed run goes on with theirs.
 
+    One that fails later does not end the training: what it lacks is sent after the next epoch, or by `--resume`.
+
     Args:
         names: of the services.
         run: the run folder.
         recipe: the run's settings.
+        say: how to tell a person that a service fails.
+
+    Raises:
+        InputError: a service is not installed, or does not take the run.
     """
 
-    def __init__(self, names: Sequence[str], run: Path, recipe: Mapping[str, Any]) -> None:
+    def __init__(
+        self, names: Sequence[str], run: Path, recipe: Mapping[str, Any], say: Callable[[str], None] = print
+    ) -> None:
         require_installed(names)
+        self.say, self.failed = say, set[str]()
         self.path = run / STATE
         self.state: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
         self.services: dict[str, Service] = {}
         for name in names:
             resumed = name in self.state
             self.state.setdefault(name, {"run": uuid.uuid4().hex[:12], "epochs": 0})
-            self.services[name] = SERVICES[name](self.state[name]["run"], run, recipe, resumed)
+            try:
+                self.services[name] = SERVICES[name](self.state[name]["run"], run, recipe, resumed)
+            except Exception as error:  # whatever its client raises
+                raise InputError(
+                    f"loggers={name} does not take the run ({reason_of(error)}); make it reachable, or leave out "
+                    f"--loggers {name} (of a run that has begun, in {run / 'recipe.toml'})"
+                ) from error
         self.write()
 
     def send(self, records: Sequence[Record]) -> None:
         """Send the records of epochs that a service has not had."""
         for name, service in self.services.items():
-            for record in records[self.state[name]["epochs"] :]:
-                service.send(record)
-            self.state[name]["epochs"] = len(records)
+            with self.put_up_with(name):
+                for record in records[self.state[name]["epochs"] :]:
+                    service.send(record)
+                    self.state[name]["epochs"] += 1
         self.write()
 
     def write(self) -> None:
@@ -130,8 +145,27 @@ class Loggers:
             write_json(self.path, self.state)
 
     def close(self, finished: bool) -> None:
-        for service in self.services.values():
-            service.close(finished)
+        for name, service in self.services.items():
+            with self.put_up_with(name):
+                service.close(finished)
+
+    @contextmanager
+    def put_up_with(self, name: str) -> Iterator[None]:
+        """Say once that a service fails, and go on without it."""
+        try:
+            yield
+        except Exception as error:  # whatever its client raises
+            if name not in self.failed:
+                self.say(
+                    f"loggers={name} fails ({reason_of(error)}): training goes on, metrics.csv has everything, and "
+                    f"{name} is sent what it lacks after the next epoch or by --resume"
+                )
+            self.failed.add(name)
+
+
+def reason_of(error: Exception) -> str:
+    """What an error says, in a line."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def require_installed(names: Sequence[str]) -> None:
@@ -143,7 +177,8 @@ def require_installed(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise InputError(
-                f"loggers={name} needs a package that is not installed; `pip install {PACKAGES[name]}`, or leave it out"
+                f"loggers={name} needs a package that is not installed; `pip install 'tokenfusion[loggers]'`, or leave "
+                "it out"
             )
 
 

@@ -16,11 +16,12 @@ from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import available_mb, default_device, hardware_name, resolve_precision
 from tokenfusion.recipe import AUTO, Recipe
-from tokenfusion.train.auto import Say, choose_batch_size
+from tokenfusion.train.auto import Say, choose_batch_size, more_than_there_are
 from tokenfusion.train.distributed import Place
 from tokenfusion.train.ending import MAX_EPOCHS
 from tokenfusion.train.faults import OutOfMemory
 from tokenfusion.train.probe import open_probe
+from tokenfusion.words import counted, duration
 
 STEPS = 4
 """Training steps that are measured."""
@@ -75,7 +76,7 @@ def plan(recipe: Recipe, say: Say) -> Plan:
 
     Args:
         recipe: what would be trained; under torchrun or SLURM, by as many processes as were started.
-        say: told what `batch_size` auto tries and chooses.
+        say: told what `batch_size` auto tries and chooses, and what is not as the recipe has it.
 
     Raises:
         InputError: the recipe or its data cannot be used, or a step does not fit into memory.
@@ -87,7 +88,12 @@ def plan(recipe: Recipe, say: Say) -> Plan:
     images, classes = len(split.train), len(source.classes)
     if "batch_size" in recipe.autos:
         recipe = choose_batch_size(recipe, classes, images, say)
-    batch_size = min(recipe.batch_size_for(images, processes), images)
+    batch_size = recipe.batch_size_for(images, processes)
+    if batch_size > images:
+        say(more_than_there_are(batch_size, images))
+        batch_size = images
+    if "lr" in recipe.autos:
+        say("lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top")
     available = available_mb(default_device())
     with open_probe(recipe, classes, STEPS) as probe:
         try:
@@ -171,23 +177,24 @@ def plan_table(planned: Plan, epochs_auto: bool) -> list[tuple[str, str]]:
         epochs_auto: whether its epochs are a ceiling only.
     """
     share = planned.batch_size // planned.processes
-    batch = f"{planned.batch_size:,} images a step"
+    batch = f"{counted(planned.batch_size, 'image')} a step"
     if planned.processes > 1:
         batch += f": {share:,} in each of {planned.processes} processes"
     if planned.accumulate > 1:
         batch += f", in {planned.accumulate} parts"
     at_most = "at most " * epochs_auto
     images = f"{planned.training_images:,} training and {planned.held_out_images:,} held-out"
+    epochs, took = counted(planned.epochs, "epoch"), duration(planned.hours * 3600)
     available = "unknown" if planned.available_mb is None else f"{planned.available_mb:,.0f} MB"
     return [
         ("model", planned.model),
         ("hardware", f"{planned.hardware}, {planned.precision}"),
-        ("images", f"{images} of {planned.classes} classes"),
+        ("images", f"{images} of {counted(planned.classes, 'class')}"),
         ("batch", batch),
-        ("steps", f"{planned.steps_per_epoch:,} an epoch, {at_most}{planned.epochs} epochs, {planned.steps:,} in all"),
+        ("steps", f"{planned.steps_per_epoch:,} an epoch, {at_most}{epochs}, {planned.steps:,} in all"),
         ("a step", f"{planned.step_seconds:.3g} s measured, without loading and without exchanging gradients"),
         ("loading", f"{planned.loading_images_per_s:,.0f} images/s by one process"),
-        ("training", f"{planned.images_per_s:,.1f} images/s, {at_most}{planned.hours:,.2f} hours without evaluation"),
+        ("training", f"{planned.images_per_s:,.1f} images/s, {at_most}{took} without evaluation"),
         ("memory", f"{planned.peak_memory_mb:,.0f} MB at most measured, {available} available; kept images add to it"),
         ("a checkpoint", f"{planned.checkpoint_mb:,.1f} MB"),
     ]

@@ -13,10 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenfusion.hardware import Precision, autocast, default_device, keep_freed_memory, peak_memory_mb, resident_mb
+from tokenfusion.hardware import (
+    Precision,
+    autocast,
+    default_device,
+    is_out_of_memory,
+    keep_freed_memory,
+    peak_memory_mb,
+    resident_mb,
+)
 from tokenfusion.recipe import AUTO, Recipe
 from tokenfusion.train.build import build
-from tokenfusion.train.faults import OutOfMemory
+from tokenfusion.train.faults import OutOfMemory, first_sentence
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer, seed_step
 from tokenfusion.train.state import TrainState
@@ -71,10 +79,10 @@ class Probe:
             return self.process.submit(run_steps, *arguments).result()
         except BrokenProcessPool as error:
             raise OutOfMemory("the process was stopped by the system") from error
-        except RuntimeError as error:  # torch.OutOfMemoryError is one, and so is the CPU allocator's
-            if "memory" not in str(error):
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
                 raise
-            raise OutOfMemory(str(error).partition("\n")[0]) from error
+            raise OutOfMemory(first_sentence(error)) from error
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The images of a run: read once, split, the unreadable ones set aside."""
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe
 from tokenfusion.train.distributed import World
 from tokenfusion.train.unreadable import read_file
+from tokenfusion.words import counted
 
 
 def split_of(source: Source, recipe: Recipe, run: Path, world: World) -> Split:
@@ -35,7 +37,7 @@ def read_both(
     Raises:
         InputError: too many are unreadable, or all of a class.
     """
-    console.print(f"reading {len(split.train) + len(split.val):,} images", highlight=False)
+    console.print(f"reading {counted(len(split.train) + len(split.val), 'image')}", highlight=False)
     images: list[Images] = []
     skipped: list[Skipped] = []
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
@@ -61,15 +63,16 @@ def read_both(
     if skipped and world.is_first:
         write_skipped(run / "skipped.csv", skipped)
         console.print(
-            f"set aside {len(skipped)} unreadable images; they are listed in {run / 'skipped.csv'}", highlight=False
+            f"set aside {counted(len(skipped), 'unreadable image')}, listed in {run / 'skipped.csv'}", highlight=False
         )
     require_every_class(training, source.classes)
     refuse_damage(split, training, held_out, skipped, recipe)
     where = "kept in memory" if training.cached else f"over cache_mb={recipe.cache_mb}, so decoded anew each epoch"
     where = where if training.checked else "in shards, decoded as they are drawn"
+    ignored = f"{counted(source.ignored, 'other file')} ignored; " * bool(source.ignored)
+    parts = f"{len(training):,} training and {counted(len(held_out), 'held-out image')}"
     console.print(
-        f"{source.ignored} other files ignored; " * bool(source.ignored)
-        + f"{len(training):,} training and {len(held_out):,} held-out images of {len(source.classes)} classes, {where}",
+        f"{ignored}{parts} of {counted(len(source.classes), 'class')}, {where}",
         highlight=False,
         soft_wrap=True,
     )
@@ -89,8 +92,9 @@ def refuse_damage(split: Split, training: Images, held_out: Images, skipped: lis
     unreadable = len(split.train) - len(training)
     if unreadable > recipe.max_skipped * len(split.train):
         raise InputError(
-            f"{unreadable} of {len(split.train)} training images are unreadable, "
-            f"more than max_skipped={recipe.max_skipped:g} allows ({first}); remove them or raise --max-skipped"
+            f"{unreadable} of {len(split.train):,} training images are unreadable, "
+            f"more than max_skipped={recipe.max_skipped:g} allows ({first}); mend them, or leave out with --exclude "
+            f"what `tokenfusion check {shlex.quote(recipe.data)}` finds, or raise --max-skipped"
         )
     if not len(held_out):
         raise InputError(f"none of the {len(split.val)} held-out images is readable ({first}); mend or replace them")

@@ -27,7 +27,8 @@ from tokenfusion.hardware import default_device
 
 
 def shard(model: nn.Module) -> nn.Module:
-    """Spread a model's weights over the processes, in place, block by block; they are gathered when they are used."""
+    """Spread a model's weights over the processes, in place; they are gathered when they are used: those of a
+    transformer block by block, the rest at once."""
     model.to(memory_format=torch.contiguous_format)  # rows are spread, not channels
     mesh = init_device_mesh(default_device().type, (dist.get_world_size(),))
     for block in blocks_of(model):
@@ -66,6 +67,46 @@ def pointer_of(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
+def slots_of(path: Path) -> tuple[Path, Path]:
+    """The folders that sharded checkpoints of a name take turns in."""
+    return path.with_suffix(".0"), path.with_suffix(".1")
+
+
+def read_pointer(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder of a sharded checkpoint, and what it says of itself.
+
+    Raises:
+        InputError: it is damaged, or names another folder than its own, which would be removed in time.
+    """
+    pointer = pointer_of(path)
+    try:
+        saved = json.loads(pointer.read_text())
+        folder, description = path.with_name(saved["folder"]), dict(saved["description"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(path, reason_of(error)) from error
+    if folder not in slots_of(path):
+        known = " or ".join(slot.name for slot in slots_of(path))
+        raise damaged(path, f"its folder is {saved['folder']!r}, not {known}")
+    return folder, description
+
+
+def damaged(path: Path, reason: str) -> InputError:
+    """What to say of a sharded checkpoint that cannot be read."""
+    return InputError(
+        f"{pointer_of(path)} is damaged: {reason}; delete the folder {path.parent}, and --resume starts anew"
+    )
+
+
+def is_saved(path: Path) -> bool:
+    """Whether there is a checkpoint of this name, in one file or in parts."""
+    return path.exists() or pointer_of(path).exists()
+
+
+def last_good(path: Path) -> str:
+    """What is left to a run that cannot go on."""
+    return f"the last good checkpoint is kept as {path};" if is_saved(path) else "there is no checkpoint yet;"
+
+
 def save_shards(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:
     """Let every process write its part of the tensors; the checkpoint before is there until all have.
 
@@ -73,8 +114,8 @@ def save_shards(path: Path, tensors: Mapping[str, Tensor], description: Mapping[
         InputError: it cannot be written; what was there before is intact.
     """
     pointer, first = pointer_of(path), dist.get_rank() == 0
-    before = json.loads(pointer.read_text())["folder"] if pointer.exists() else ""
-    folder = path.with_suffix(".1" if before.endswith(".0") else ".0")
+    before = read_pointer(path)[0] if pointer.exists() else None
+    folder = next(slot for slot in slots_of(path) if slot != before)
     try:
         if first:
             shutil.rmtree(folder, ignore_errors=True)
@@ -87,14 +128,14 @@ def save_shards(path: Path, tensors: Mapping[str, Tensor], description: Mapping[
                 sync(file)
     except (OSError, CheckpointException) as error:
         raise InputError(
-            f"{folder} could not be written: {reason_of(error)}; the checkpoint before is intact: make room, "
+            f"{folder} could not be written: {reason_of(error)}; {last_good(path)} make room, "
             "then go on with `tokenfusion train --resume RUN`"
         ) from error
     if first:
         write_json(pointer, {"folder": folder.name, "description": dict(description)})
         path.unlink(missing_ok=True)  # of the same run by processes that did not share weights
         if before:
-            shutil.rmtree(path.with_name(before), ignore_errors=True)
+            shutil.rmtree(before, ignore_errors=True)
     dist.barrier()  # nobody reads the old file's name for the next checkpoint
 
 
@@ -108,11 +149,11 @@ def reason_of(error: BaseException) -> str:
 def forget_shards(path: Path) -> None:
     """Remove a sharded checkpoint, once there is a newer one in a single file."""
     pointer_of(path).unlink(missing_ok=True)
-    for slot in (".0", ".1"):
-        shutil.rmtree(path.with_suffix(slot), ignore_errors=True)
+    for slot in slots_of(path):
+        shutil.rmtree(slot, ignore_errors=True)
 
 
-def load_shards(path: Path, own: Mapping[str, Tensor], parameters: list[Tensor]) -> tuple[dict[str, Tensor], Any]:
+def load_shards(path: Path, own: Mapping[str, Tensor], parameters: list[Tensor]) -> dict[str, Tensor]:
     """Read what `save_shards` wrote, by any number of processes.
 
     Args:
@@ -121,14 +162,14 @@ def load_shards(path: Path, own: Mapping[str, Tensor], parameters: list[Tensor])
         parameters: of the optimiser; what is saved of its state is spread as they are.
 
     Returns:
-        All other tensors by name, and the description.
+        All other tensors by name.
 
     Raises:
         InputError: it is damaged, or of another model.
     """
+    folder, _ = read_pointer(path)
     try:
-        saved = json.loads(pointer_of(path).read_text())
-        reader = HuggingFaceStorageReader(str(path.with_name(saved["folder"])))
+        reader = HuggingFaceStorageReader(str(folder))
         others = {}
         for name, entry in reader.read_metadata().state_dict_metadata.items():
             if name not in own:
@@ -141,9 +182,6 @@ def load_shards(path: Path, own: Mapping[str, Tensor], parameters: list[Tensor])
                 )
         tensors = dict(own) | others
         load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-        return {name: tensors[name] for name in others}, saved["description"]
-    except (OSError, ValueError, KeyError, RuntimeError, CheckpointException) as error:
-        raise InputError(
-            f"{pointer_of(path)} is damaged: {reason_of(error)}; delete the folder {path.parent}, and "
-            "--resume starts anew"
-        ) from error
+        return {name: tensors[name] for name in others}
+    except (OSError, ValueError, LookupError, RuntimeError, CheckpointException) as error:
+        raise damaged(path, reason_of(error)) from error

@@ -14,9 +14,11 @@ from tokenfusion.train.distributed import World
 from tokenfusion.train.sharded import (
     copy_into,
     forget_shards,
+    last_good,
     load_shards,
     own_rows,
     pointer_of,
+    read_pointer,
     save_shards,
     shard,
     whole,
@@ -185,6 +187,7 @@ class TrainState:
         elif self.world.is_first:
             save_tensors(path, tensors, asdict(self.progress))
             forget_shards(path)
+        self.world.meet()  # a launcher may stop the one that writes as soon as another ends
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors of the model and of its average, by the names that they are saved under."""
@@ -194,19 +197,17 @@ class TrainState:
         return tensors
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote for the same model and recipe, by however many processes.
+        """Read what `save` wrote for the same data and recipe, as `progress.key` tells, by however many processes.
 
         Raises:
-            InputError: the file is damaged, or of another model.
+            InputError: the file is damaged, or of other data, another recipe or another version.
         """
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         sharded = pointer_of(path).exists()
-        try:
-            tensors, description = load_shards(path, self.weights(), parameters) if sharded else load_tensors(path)
-        except InputError as error:
-            raise InputError(
-                f"{path} is damaged: {error.__cause__}; delete the folder {path.parent}, and --resume starts anew"
-            ) from error
+        tensors, description = ({}, read_pointer(path)[1]) if sharded else load_whole(path)
+        progress = progress_of(description, self.progress.key, path)  # another recipe's tensors do not fit
+        if sharded:
+            tensors = load_shards(path, self.weights(), parameters)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -230,22 +231,41 @@ class TrainState:
                 copy_into(laid_out, tensor)
             moments.setdefault(int(index), {})[moment] = laid_out
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        try:
-            self.progress = Progress(**description)
-        except TypeError as error:
-            raise InputError(
-                f"{path} was written by another version of tokenfusion: {error}; train again with another --out"
-            ) from error
+        self.progress = progress
 
 
-def is_saved(path: Path) -> bool:
-    """Whether there is a checkpoint of this name, in one file or in parts."""
-    return path.exists() or pointer_of(path).exists()
+def load_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and description of a checkpoint in one file.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    try:
+        return load_tensors(path)
+    except InputError as error:
+        raise InputError(
+            f"{path} is damaged: {error.__cause__}; delete the folder {path.parent}, and --resume starts anew"
+        ) from error
 
 
-def last_good(path: Path) -> str:
-    """What is left to a run whose numbers are not finite any more."""
-    return f"the last good checkpoint is kept as {path};" if is_saved(path) else "there is no checkpoint yet;"
+def progress_of(description: dict[str, Any], key: str, path: Path) -> Progress:
+    """What a checkpoint says of itself.
+
+    Raises:
+        InputError: it is of another version, or of a run with another key.
+    """
+    try:
+        progress = Progress(**description)
+    except TypeError as error:
+        raise InputError(
+            f"{path} was written by another version of tokenfusion: {error}; train again with another --out"
+        ) from error
+    if progress.key != key:
+        raise InputError(
+            f"the images or the fields of {path.parent.parent / 'recipe.toml'} are not those that the run began with "
+            "(images are told by their pixels); put them back, or train a new run"
+        )
+    return progress
 
 
 def fingerprint(*parts: Any) -> str:

@@ -13,7 +13,7 @@ class Unreadable:
     """Notes unreadable training images in `skipped.csv`, each once, and refuses too many.
 
     A process but the first one writes `skipped-RANK.csv`, and all of them are counted. What is met again after a run
-    was resumed is noted already.
+    was resumed is noted already, and refused again.
 
     Args:
         run: the run folder.
@@ -38,11 +38,10 @@ class Unreadable:
             if (name := self.training.names[index]) not in known:
                 label = self.training.source.label_text(int(self.training.indices[index]))
                 new.append(Skipped(name, label, "train", reason))
-        if not new:
-            return
-        write_skipped(self.path, [*read_file(self.path), *new])
         found = [image for image in [*known.values(), *new] if image.split == "train"]
-        if len(found) == len(new):
+        if new:
+            write_skipped(self.path, [*read_file(self.path), *new])
+        if new and len(found) == len(new):
             self.console.print(
                 f"{new[0].path} cannot be read: {new[0].reason}; the next image of its batch is drawn in its place. "
                 f"All such images are listed in {self.path}",
@@ -52,8 +51,8 @@ class Unreadable:
         if len(found) > self.limit * len(self.training):
             raise InputError(
                 f"{len(found)} of {len(self.training)} training images are unreadable so far, more than "
-                f"max_skipped={self.limit:g} allows (the last is {new[-1].path}: {new[-1].reason}); "
-                "mend the shards, or raise max_skipped in a new run"
+                f"max_skipped={self.limit:g} allows (the last is {found[-1].path}: {found[-1].reason}); "
+                "mend the shards, or start a new run with a larger --max-skipped, or without them by --exclude"
             )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,23 @@ def test_processes_share_the_batch_and_an_open_end_is_a_ceiling(monkeypatch):
     lines = dict(plan_table(planned, epochs_auto=True))
     assert lines["batch"] == "128 images a step: 32 in each of 4 processes, in 2 parts"
     assert lines["steps"] == "11 an epoch, at most 300 epochs, 3,300 in all"
+
+
+def test_a_plan_says_what_is_not_as_the_recipe_has_it():
+    said = []
+    planned = plan(small_recipe(batch_size=100_000, lr=AUTO), said.append)
+    assert said == [
+        "batch_size=100000 is more than the images there are: a step takes all 1,438",
+        "lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top",
+    ]
+    assert (planned.batch_size, planned.steps_per_epoch) == (1438, 1)
+
+
+@pytest.mark.parametrize(("hours", "words"), [(40 / 3600, "40 s"), (0.02, "1 min 12 s"), (3.2, "3 h 12 min")])
+def test_a_plan_says_a_time_as_a_person_does(planned, hours, words):
+    table = dict(plan_table(replace(planned, hours=hours, epochs=1), epochs_auto=False))
+    assert f", {words} without evaluation" in table["training"]
+    assert ", 1 epoch, " in table["steps"]
 
 
 def test_the_command_prints_a_plan_and_writes_nothing(command, tmp_path, monkeypatch):
