@@ -284,7 +284,8 @@ def test_torchrun_trains_and_one_process_of_it_ends_bit_equal_to_training_withou
     start(recipe, tmp_path / "alone", QUIET)
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "1", "--master-port", free_port()]
     words += ["-m", "tokenfusion", "train", "--out", tmp_path / "run", *options(recipe)]
-    subprocess.run(list(map(str, words)), check=True, capture_output=True, timeout=120)
+    threads = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}  # sums depend on it
+    subprocess.run(list(map(str, words)), check=True, capture_output=True, timeout=120, env=threads)
     assert_same(tmp_path / "run", tmp_path / "alone")
 
 
