@@ -99,7 +99,7 @@ def test_a_shard_that_vanishes_or_changes_ends_the_run_which_goes_on_once_it_is_
     with pytest.raises(InputError, match=r"train-1.tar: there is no such file; put it back"):
         resume(run, QUIET)
     shard.write_bytes(content + bytes(512))
-    with pytest.raises(InputError, match=r"the images of .* are not those that the run began with"):
+    with pytest.raises(InputError, match=r"the images or the fields of .* are not those that the run began with"):
         resume(run, QUIET)
     shard.write_bytes(content)
     resume(run, QUIET)
