@@ -1,4 +1,4 @@
-"""What the benchmarks share: a description of where they ran, and timing in turns."""
+"""What the benchmarks share: a description of where they ran, timing in turns, and runs that go on where they were."""
 
 import os
 import platform
@@ -6,14 +6,19 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
+from tokenfusion import train
+from tokenfusion.errors import InputError
 from tokenfusion.hardware import default_device, hardware_name
+from tokenfusion.recipe import Recipe, load_recipe
 
 
 def describe() -> dict[str, Any]:
@@ -53,3 +58,15 @@ def with_backward(call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
     """A call and its backward pass, the output standing in for its gradient."""
     output = call(*inputs)
     output.backward(output.detach())
+
+
+def train_on(recipe: Recipe, run: Path, console: Console) -> None:
+    """Train a run, or go on with it, if it was begun by the same recipe."""
+    if not (run / "recipe.toml").exists():
+        train.start(recipe, run, console)
+        return
+    begun = Recipe(**load_recipe(run / "recipe.toml"))
+    if replace(begun, data="") != replace(recipe, data=""):
+        changed = [name for name, value in asdict(recipe).items() if name != "data" and asdict(begun)[name] != value]
+        raise InputError(f"{run} was begun with another {', '.join(changed)}; give the same again, or another --runs")
+    train.resume(run, console)

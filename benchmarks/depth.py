@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from common import describe
+from common import describe, train_on
 from tokenfusion import train
 from tokenfusion.analyze.collapse import analyze_collapse
 from tokenfusion.analyze.intervals import share_interval
@@ -32,7 +32,7 @@ from tokenfusion.evaluate import evaluate
 from tokenfusion.files import write_atomic, write_json
 from tokenfusion.models.deepvit import DeepViT
 from tokenfusion.models.registration import register_variants
-from tokenfusion.recipe import Recipe, load_recipe
+from tokenfusion.recipe import Recipe
 
 WATCHED = 500
 """Training images that are held out to watch the training by; nothing is chosen by them, nor by the test images."""
@@ -73,18 +73,6 @@ def choose_subset(data: Path, images: int, folder: Path) -> None:
 
 def write_rows(path: Path, rows: pa.Table) -> None:
     write_atomic(path, lambda temporary: pq.write_table(rows, temporary))
-
-
-def train_on(recipe: Recipe, run: Path, console: Console) -> None:
-    """Train a run, or go on with it, if it was begun by the same recipe."""
-    if not (run / "recipe.toml").exists():
-        train.start(recipe, run, console)
-        return
-    begun = Recipe(**load_recipe(run / "recipe.toml"))
-    if replace(begun, data="") != replace(recipe, data=""):
-        changed = [name for name, value in asdict(recipe).items() if name != "data" and asdict(begun)[name] != value]
-        raise InputError(f"{run} was begun with another {', '.join(changed)}; give the same again, or another --runs")
-    train.resume(run, console)
 
 
 def measure(run: Path, data: Path) -> dict[str, Any]:
