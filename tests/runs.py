@@ -1,12 +1,44 @@
-"""Runs that take seconds."""
+"""Runs that take seconds, and whether two ended the same."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from tokenfusion.checkpoint import load_tensors
+from tokenfusion.recipe import Recipe
 
 
 def small_recipe(**changes):
     """A run of a few seconds: the digits at their own 8×8 pixels."""
-    from tokenfusion.recipe import Recipe
-
     values = {
         "data": "digits", "model": "tokenfusion_early_micro", "img_size": (8, 8), "epochs": 2, "batch_size": 128,
         "lr": 4e-3, "hflip": 0.0, "crop_scale": 0.6, "ema": 0.9, "drop_path": 0.1,
     }  # fmt: skip
     return Recipe(**values | changes)
+
+
+TIMES = {"seconds", "images_per_s", "peak_memory_mb"}
+
+
+def records_of(run: Path):
+    """Every number but the times."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def results(run: Path):
+    """Every tensor, and every number but the times, that a finished run leaves."""
+    tensors, progress = load_tensors(run / "state" / "last.safetensors")
+    shipped, _ = load_tensors(run / "model.safetensors")
+    return tensors | {f"shipped.{k}": v for k, v in shipped.items()}, records_of(run), progress["step"]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    tensors, records, step = results(one)
+    expected, expected_records, expected_step = results(other)
+    assert records == expected_records
+    assert step == expected_step
+    assert tensors.keys() == expected.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, expected[name]), name

@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 
 from group import free_port, launch, options, run_all, said_by, train_or_resume
-from runs import small_recipe
+from runs import assert_same, results, small_recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.orders import Share
 from tokenfusion.errors import InputError
@@ -28,7 +28,6 @@ from tokenfusion.evaluate import evaluate
 from tokenfusion.train import distributed, resume, start
 from tokenfusion.train.distributed import Place, first_host, processes
 
-TIMES = {"seconds", "images_per_s", "peak_memory_mb"}
 QUIET = Console(quiet=True)
 
 
@@ -100,23 +99,6 @@ def wait_for_checkpoints(run, count, group, name="last.safetensors"):
         now = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
         count -= now != before
         before = now
-
-
-def results(run):
-    """Every tensor, and every number but the times, that a finished run leaves."""
-    tensors, progress = load_tensors(run / "state" / "last.safetensors")
-    shipped, _ = load_tensors(run / "model.safetensors")
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-    return tensors | {f"shipped.{k}": v for k, v in shipped.items()}, records, progress["step"]
-
-
-def assert_same(run, other):
-    (tensors, *numbers), (expected, *expected_numbers) = results(run), results(other)
-    assert numbers == expected_numbers
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.fixture(scope="module")

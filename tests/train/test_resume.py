@@ -15,7 +15,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from runs import small_recipe
+from runs import assert_same, records_of, results, small_recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe
@@ -24,7 +24,6 @@ from tokenfusion.train import Interrupted, resume, start
 server = multiprocessing.get_context("forkserver")  # children that have imported everything and run nothing yet
 server.set_forkserver_preload(["tokenfusion.train", "torch.utils.tensorboard"])
 RECIPE = small_recipe(epochs=3, mixup=0.2, cutmix=1.0, save_minutes=0.0, patience=9)  # a checkpoint after every step
-TIMES = {"seconds", "images_per_s", "peak_memory_mb"}
 
 
 def train_in_child(run: Path, workers: int) -> None:
@@ -69,29 +68,6 @@ def die_in_a_write(run: Path, workers: int, moment: str, write: int) -> None:
 
 def descriptor_path(descriptor: int) -> str:
     return os.readlink(f"/proc/self/fd/{descriptor}")
-
-
-def records_of(run: Path):
-    """Every number but the times."""
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
-def results(run: Path):
-    """Every tensor, and every number but the times, that a finished run leaves."""
-    tensors, progress = load_tensors(run / "state" / "last.safetensors")
-    shipped, _ = load_tensors(run / "model.safetensors")
-    return tensors | {f"shipped.{k}": v for k, v in shipped.items()}, records_of(run), progress["step"]
-
-
-def assert_same(one: Path, other: Path) -> None:
-    tensors, records, step = results(one)
-    expected, expected_records, expected_step = results(other)
-    assert records == expected_records
-    assert step == expected_step
-    assert tensors.keys() == expected.keys()
-    for name, tensor in tensors.items():
-        assert torch.equal(tensor, expected[name]), name
 
 
 @pytest.fixture(scope="module")
