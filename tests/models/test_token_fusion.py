@@ -57,20 +57,6 @@ def test_closed_gates_leave_the_transformer_alone(operator):
         assert not torch.allclose(fused(images), alone, atol=1e-3)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_the_head_reads_the_mean_pixel_beside_cls(strategy):
-    model, images = tokenfusion.create_model(f"tokenfusion_{strategy}_micro").eval(), torch.randn(2, 3, 32, 48)
-    seen = []
-    model.readout.register_forward_hook(lambda _m, inputs, _o: seen.append(inputs[0]))
-    model.cnn.stages[-1].register_forward_hook(lambda _m, _i, output: seen.append(output))
-    with torch.no_grad():
-        model.readout.gate.weight.fill_(0.25)
-        logits = model(images)
-        feature_map, tokens = seen
-        update = model.readout.proj(model.readout.norm(feature_map.mean((2, 3))))
-        torch.testing.assert_close(logits, model.vit.head(model.vit.norm(tokens[:, 0] + update / 4)))
-
-
 def test_closed_gates_leave_the_cnn_alone():
     fused, images = layerwise(gate=0.0), torch.randn(2, 3, 19, 27)
     maps = []
@@ -212,24 +198,3 @@ def test_unknown_arguments_are_refused():
 
 def test_patterns_choose_names():
     assert tokenfusion.list_models("*early_[mt]*") == ["tokenfusion_early_micro", "tokenfusion_early_tiny"]
-
-
-@pytest.mark.parametrize(
-    ("name", "rate", "value"),
-    [
-        ("vit_micro", "drop_rate", 2.0),
-        ("tokenfusion_late_micro", "drop_path_rate", -0.1),
-        ("deepvit_micro", "attn_drop_rate", float("nan")),
-        ("resnet18", "drop_path_rate", 1.5),
-        ("fuse(resnet_micro,vit_micro)", "drop_path_rate", 1.5),
-        ("wide(vit_micro,1.2)", "drop_rate", 2),
-    ],
-)
-def test_a_rate_of_dropout_is_from_0_to_1(name, rate, value):
-    with pytest.raises(tokenfusion.InputError, match=f"^{rate}={value} is no rate; give a value from 0 to 1$"):
-        tokenfusion.create_model(name, **{rate: value})
-
-
-def test_the_ends_of_the_range_are_rates():
-    model = tokenfusion.create_model("vit_micro", drop_rate=1, drop_path_rate=1.0)
-    assert not model.head_drop(torch.ones(3)).any()

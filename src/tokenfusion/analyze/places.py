@@ -105,13 +105,12 @@ def operator_grids(model: TokenFusion, size: Grid) -> dict[str, Grid]:
 def token_places(model: nn.Module, size: Grid) -> list[Place]:
     """Where a model's kinds of tokens meet: the operators of a late or layerwise fusion, else the blocks' inputs.
 
-    An early fusion whose operator is not joint attention has one at the entrance, then blocks. Behind them all, a
-    fusion's readout takes the pixels of the last map.
+    An early fusion whose operator is not joint attention has one at the entrance, then blocks.
 
     Raises:
         InputError: as in `block_places`.
     """
     if not isinstance(model, TokenFusion):
         return block_places(model, size)
-    places = operator_places(model, size) + (block_places(model, size) if isinstance(model, EarlyFusion) else [])
-    return [*places, Place("readout", spans_of((TokenGroup("pixel", model.map_grids(size)[-1]),), 1))]
+    operators = operator_places(model, size)
+    return operators + block_places(model, size) if isinstance(model, EarlyFusion) else operators

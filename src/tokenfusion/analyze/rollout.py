@@ -86,13 +86,6 @@ class Rollout:
         """Follow a recorded map, the mean over its heads."""
         self.follow(record.name.rpartition(".")[0], record.layout, record.map.mean(1))
 
-    def with_mean(self, source: str, entered: str) -> Tensor:
-        """The tokens of a source, half themselves and half the mean of those that entered last from another source."""
-        origin = [origin for origin in self.origins if origin.source == entered][-1]
-        rows = self.state[source] / 2
-        rows[..., origin.start : origin.stop] += 1 / 2 / (origin.stop - origin.start)
-        return rows
-
     def head(self) -> Tensor:
         """What the head reads is made of, (B, S): CLS, the mean of several (with DeiT's "dist"), or of patches."""
         found = ([rows for source, rows in self.state.items() if source.endswith(kinds)] for kinds in self.read)
@@ -190,11 +183,6 @@ def follow_fusion(rollout: Rollout, model: TokenFusion, size: tuple[int, int], s
             rows = F.pad(rows, (0, rollout.state[source].shape[2] - rows.shape[2]))
             rollout.state[source] = torch.lerp(rows, rollout.state[source], opening)
 
-    def read_out(module: nn.Module, _inputs: Any) -> None:
-        begin(module, _inputs)
-        rollout.state |= {group.source: rollout.with_mean(group.source, "pixel") for group in model.vit_layout(size)}
-
-    stack.callback(model.readout.register_forward_pre_hook(read_out).remove)
     first = model.operators[0] if isinstance(model, LateFusion) else None
     for module in model.modules():
         if isinstance(module, Exchange) or module is first:

@@ -51,29 +51,6 @@ class Gate(nn.Module):
         return torch.lerp(alone, fused.to(alone.dtype), self.weight.to(alone.dtype))
 
 
-class Readout(nn.Module):
-    """A short way from the CNN to the head: its mean pixel, added through a gate to what the head reads.
-
-    Without it, all that the CNN sees passes through a transformer that training must bring to life first
-    (docs/papers/token_fusion.md).
-
-    Args:
-        channels: channels of the CNN's last map.
-        dim: width C of a token.
-        gate: start of the gate; 0 leaves the tokens as they are.
-    """
-
-    def __init__(self, channels: int, dim: int, gate: float) -> None:
-        super().__init__()
-        self.norm = layer_norm(channels)
-        self.proj = nn.Linear(channels, dim)
-        self.gate = Gate((dim,), gate)
-
-    def forward(self, tokens: Tensor, pixels: Tensor) -> Tensor:
-        """Tokens (B, T, C) and the map's pixels (B, M, channels) to new tokens."""
-        return self.gate(tokens, tokens + self.proj(self.norm(pixels.mean(dim=1, keepdim=True))))
-
-
 class WriteBack(nn.Module):
     """Pixel tokens back into the map that they came from, through a gate."""
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from tokenfusion.errors import InputError
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
-from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, map_to_tokens, size_of
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, size_of
 from tokenfusion.models.base import PaperModel, at_least, choose, image_size
-from tokenfusion.models.exchange import Exchange, Gate, PixelSource, Readout, coarser
+from tokenfusion.models.exchange import Exchange, Gate, PixelSource, coarser
 from tokenfusion.models.operators import AlignedAddition, ClsAttention, Grids, JointAttention, Operator
 from tokenfusion.models.walks import CNN, OneWayCNN, map_shapes, walk_transformer
 
@@ -64,7 +64,6 @@ class TokenFusion(PaperModel):
         self.frozen: tuple[str, ...] = ()
         self.make = partial(operator, self.walk.dim, self.walk.heads, mlp_ratio)
         self.initial_gate = gate
-        self.readout = Readout(cnn.dims[-1], self.walk.dim, gate)
         self.rescale: nn.Module = nn.Identity()
 
     def refusal(self, operator: type[Operator]) -> str:
@@ -107,10 +106,6 @@ class TokenFusion(PaperModel):
         for block in blocks:
             tokens, others = self.walk.step(self.run, block, tokens, others)
         return tokens, others
-
-    def finish(self, tokens: Tensor, feature_map: Tensor, others: Any) -> Any:
-        """Tokens (B, T, C) and the CNN's last map (B, channels, h, w) to what the transformer's head reads."""
-        return self.walk.finish(self.vit, self.readout(tokens, map_to_tokens(feature_map)), others)
 
     def forward_features(self, images: Tensor) -> Any:
         """Images (B, in_chans, H, W) to what the transformer's head reads, laid out as `token_layout` says."""
@@ -168,7 +163,7 @@ class TokenFusion(PaperModel):
 
     @torch.no_grad()
     def set_gates(self, value: float) -> None:
-        """Set every gate: 0 leaves either parent as it is alone, but for early joint attention, which is not gated."""
+        """Set every gate: 0 leaves either parent as it is alone; early joint attention has none."""
         for name, parameter in self.named_parameters():
             if name.endswith("gate.weight") and self.part_of(name) == "fusion":
                 parameter.fill_(value)
@@ -217,7 +212,7 @@ class EarlyFusion(TokenFusion):
         else:
             tokens, _ = self.exchange(tokens, feature_map, self.walk.grid(size_of(images)))
         tokens, others = self.walk_blocks(self.walk.blocks(self.vit), tokens, others)
-        return self.finish(tokens[:, :count], feature_map, others)
+        return self.walk.finish(self.vit, tokens[:, :count], others)
 
     def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
         layouts = super().attention_layouts(img_size)
@@ -267,7 +262,7 @@ class LateFusion(TokenFusion):
         grids = Grids(self.walk.grid(size_of(images)), size_of(feature_map))
         for operator in self.operators:
             fused, pixels = self.run(operator, fused, pixels, grids)
-        return self.finish(self.gate(tokens, fused), feature_map, others)
+        return self.walk.finish(self.vit, self.gate(tokens, fused), others)
 
     def feature_points(self) -> list[FeaturePoint]:
         fused = FeaturePoint("gate", self.walk.dim, self.walk.reduction, self.walk.prefix_tokens, "vit.norm")
@@ -320,7 +315,7 @@ class LayerwiseFusion(TokenFusion):
             feature_map = maps[i] if isinstance(cnn, OneWayCNN) else self.run(cnn.stages[i], feature_map)
             tokens, feature_map = self.run(exchange, tokens, feature_map, grid)
             tokens, others = self.walk_blocks(blocks[self.cuts[i] : self.cuts[i + 1]], tokens, others)
-        return self.finish(tokens, feature_map, others)
+        return self.walk.finish(self.vit, tokens, others)
 
     def fusion_layouts(self, size: Grid) -> dict[str, AttentionLayout]:
         tokens, patches = self.vit_layout(size), self.walk.grid(size)
