@@ -130,6 +130,7 @@ def test_kinds_of_tokens_have_colours_of_their_own():
 def test_without_the_pixels_that_a_model_ignores_nothing_changes():
     model = fused("layerwise", "cross")
     with torch.no_grad():
+        model.readout_gate.weight.zero_()
         for exchange in model.exchanges:
             exchange.operator.ask_pixels.proj.weight.zero_()
             exchange.operator.ask_pixels.proj.bias.zero_()

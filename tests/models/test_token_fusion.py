@@ -57,6 +57,20 @@ def test_closed_gates_leave_the_transformer_alone(operator):
         assert not torch.allclose(fused(images), alone, atol=1e-3)
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_head_reads_the_mean_pixel_beside_cls(strategy):
+    model, images = tokenfusion.create_model(f"tokenfusion_{strategy}_micro").eval(), torch.randn(2, 3, 32, 48)
+    seen = []
+    model.readout_gate.register_forward_hook(lambda _m, inputs, _o: seen.extend(inputs))
+    with torch.no_grad():
+        model.readout_gate.weight.fill_(0.25)
+        logits = model(images)
+        tokens, fused = seen
+        mean = fused - tokens
+        torch.testing.assert_close(mean, mean[:, :1].expand_as(mean))  # the same for every token
+        torch.testing.assert_close(logits, model.vit.head(model.vit.norm(tokens + mean / 4))[:, 0])
+
+
 def test_closed_gates_leave_the_cnn_alone():
     fused, images = layerwise(gate=0.0), torch.randn(2, 3, 19, 27)
     maps = []

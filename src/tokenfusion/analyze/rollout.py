@@ -183,6 +183,14 @@ def follow_fusion(rollout: Rollout, model: TokenFusion, size: tuple[int, int], s
             rows = F.pad(rows, (0, rollout.state[source].shape[2] - rows.shape[2]))
             rollout.state[source] = torch.lerp(rows, rollout.state[source], opening)
 
+    def read_out(_module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
+        alone.clear()
+        alone.update(rollout.state)
+        tokens, pixels = model.vit_layout(size), rollout.state["pixel"].shape[1]
+        means = torch.full((len(inputs[0]), sum(group.count for group in tokens), pixels), 1 / pixels)
+        rollout.follow("readout", AttentionLayout(tokens, (TokenGroup("pixel", (1, pixels)),)), means)
+
+    stack.callback(model.readout_gate.register_forward_pre_hook(read_out).remove)
     first = model.operators[0] if isinstance(model, LateFusion) else None
     for module in model.modules():
         if isinstance(module, Exchange) or module is first:

@@ -87,14 +87,14 @@ class Exchange(nn.Module):
         self.gate = Gate((dim,), gate)
         self.write = WriteBack(dim, channels, gate) if operator.writes else None
 
-    def forward(self, tokens: Tensor, feature_map: Tensor, patches: Grid) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, C), their patches on a grid, and a map (B, channels, h, w), to new ones."""
+    def forward(self, tokens: Tensor, feature_map: Tensor, patches: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens (B, T, C), their patches on a grid, and a map (B, channels, h, w), to new ones and the pixel tokens."""
         grids = Grids(patches, coarser(size_of(feature_map), patches))
         pixels = self.source(F.adaptive_avg_pool2d(feature_map, grids.pixels))
         fused, pixels = self.operator(tokens, pixels, grids)
         if self.write is not None:
             feature_map = self.write(pixels, feature_map, grids.pixels)
-        return self.gate(tokens, fused), feature_map
+        return self.gate(tokens, fused), feature_map, pixels
 
     def attention_layouts(self, tokens: TokenLayout, grid: Grid) -> dict[str, AttentionLayout]:
         layouts = self.operator.attention_layouts(tokens, (TokenGroup("pixel", grid),))

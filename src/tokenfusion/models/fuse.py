@@ -62,8 +62,8 @@ def fuse(
         img_size: height and width in pixels; the transformer's own where not given.
         in_chans: channels of the images.
         gate: start of the gates that fused tokens pass. 0 leaves the transformer exactly as it is alone (but for early
-            joint attention, which has none), 1 opens them; by default 0 where a parent is trained (`pretrained`, or a
-            module), else 1.
+            joint attention, which is not gated), 1 opens them; by default 0 where a parent is trained (`pretrained`,
+            or a module), else 1.
         drop_path_rate: largest rate of stochastic depth of the transformer, where it is given by name.
         **kwargs: further arguments of the strategy's class: `fusion_depth` of the late one, `mlp_ratio`.
 

@@ -64,6 +64,7 @@ class TokenFusion(PaperModel):
         self.frozen: tuple[str, ...] = ()
         self.make = partial(operator, self.walk.dim, self.walk.heads, mlp_ratio)
         self.initial_gate = gate
+        self.readout_gate = Gate((self.walk.dim,), gate)
         self.rescale: nn.Module = nn.Identity()
 
     def refusal(self, operator: type[Operator]) -> str:
@@ -106,6 +107,14 @@ class TokenFusion(PaperModel):
         for block in blocks:
             tokens, others = self.walk.step(self.run, block, tokens, others)
         return tokens, others
+
+    def read_out(self, tokens: Tensor, pixels: Tensor, others: Any) -> Any:
+        """What the head reads: the transformer's tokens (B, T, C), with the mean of the pixels (B, M, C) added.
+
+        A short way from the CNN to the head: training would else have to bring the transformer to life first.
+        """
+        tokens = self.readout_gate(tokens, tokens + pixels.mean(dim=1, keepdim=True))
+        return self.walk.finish(self.vit, tokens, others)
 
     def forward_features(self, images: Tensor) -> Any:
         """Images (B, in_chans, H, W) to what the transformer's head reads, laid out as `token_layout` says."""
@@ -163,7 +172,7 @@ class TokenFusion(PaperModel):
 
     @torch.no_grad()
     def set_gates(self, value: float) -> None:
-        """Set every gate: 0 leaves either parent as it is alone; early joint attention has none."""
+        """Set every gate: 0 leaves either parent as it is alone, but for early joint attention, which is not gated."""
         for name, parameter in self.named_parameters():
             if name.endswith("gate.weight") and self.part_of(name) == "fusion":
                 parameter.fill_(value)
@@ -210,9 +219,11 @@ class EarlyFusion(TokenFusion):
         if self.joint:
             tokens = torch.cat([tokens, self.pixel_source(feature_map)], dim=1)
         else:
-            tokens, _ = self.exchange(tokens, feature_map, self.walk.grid(size_of(images)))
+            tokens, _, pixels = self.exchange(tokens, feature_map, self.walk.grid(size_of(images)))
         tokens, others = self.walk_blocks(self.walk.blocks(self.vit), tokens, others)
-        return self.walk.finish(self.vit, tokens[:, :count], others)
+        if self.joint:
+            tokens, pixels = tokens[:, :count], tokens[:, count:]
+        return self.read_out(tokens, pixels, others)
 
     def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
         layouts = super().attention_layouts(img_size)
@@ -262,7 +273,7 @@ class LateFusion(TokenFusion):
         grids = Grids(self.walk.grid(size_of(images)), size_of(feature_map))
         for operator in self.operators:
             fused, pixels = self.run(operator, fused, pixels, grids)
-        return self.walk.finish(self.vit, self.gate(tokens, fused), others)
+        return self.read_out(self.gate(tokens, fused), pixels, others)
 
     def feature_points(self) -> list[FeaturePoint]:
         fused = FeaturePoint("gate", self.walk.dim, self.walk.reduction, self.walk.prefix_tokens, "vit.norm")
@@ -313,9 +324,9 @@ class LayerwiseFusion(TokenFusion):
             feature_map = cnn.stem(feature_map)
         for i, exchange in enumerate(self.exchanges):
             feature_map = maps[i] if isinstance(cnn, OneWayCNN) else self.run(cnn.stages[i], feature_map)
-            tokens, feature_map = self.run(exchange, tokens, feature_map, grid)
+            tokens, feature_map, pixels = self.run(exchange, tokens, feature_map, grid)
             tokens, others = self.walk_blocks(blocks[self.cuts[i] : self.cuts[i + 1]], tokens, others)
-        return self.walk.finish(self.vit, tokens, others)
+        return self.read_out(tokens, pixels, others)
 
     def fusion_layouts(self, size: Grid) -> dict[str, AttentionLayout]:
         tokens, patches = self.vit_layout(size), self.walk.grid(size)

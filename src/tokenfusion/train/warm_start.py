@@ -22,7 +22,7 @@ from tokenfusion.recipe import Recipe, load_recipe
 def warm_start(classifier: Classifier, runs: Sequence[str], console: Console) -> None:
     """Copy two trained parents into a fusion model and close its gates: it then computes what the transformer's does.
 
-    Only early joint attention has no gates: there the pixels take part from the first step on. The transformer's head
+    Only early joint attention is not gated: there the pixels take part from the first step on. The transformer's head
     comes along where its classes are the model's own.
 
     Args:
