@@ -88,7 +88,7 @@ class Exchange(nn.Module):
         self.write = WriteBack(dim, channels, gate) if operator.writes else None
 
     def forward(self, tokens: Tensor, feature_map: Tensor, patches: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, T, C), their patches on a grid, and a map (B, channels, h, w), to new ones and the pixels' tokens."""
+        """Tokens (B, T, C), their patches on a grid, and a map (B, channels, h, w), to new ones and the pixels."""
         grids = Grids(patches, coarser(size_of(feature_map), patches))
         pixels = self.source(F.adaptive_avg_pool2d(feature_map, grids.pixels))
         fused, pixels = self.operator(tokens, pixels, grids)
