@@ -18,8 +18,8 @@ from statistics import fmean
 from common import describe
 from tokenfusion.compare.contenders import slug
 from tokenfusion.compare.ensemble import evaluate_mean
-from tokenfusion.compare.statistics import t_interval
 from tokenfusion.files import write_json
+from tokenfusion.metrics import t_interval
 from tokenfusion.models.controls import controls_of
 from tokenfusion.models.cost import count_macs
 

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tokenfusion.compare.display import comparison_table, gaps, methods
-from tokenfusion.compare.statistics import t_interval
+from tokenfusion.metrics import t_interval
 from tokenfusion.report.comparison_plots import plot_cost
 from tokenfusion.report.plots import GRID, HELD_OUT, STYLE, TRAIN, standalone, to_svg
 from tokenfusion.report.verdict import fusion_against_others, headline

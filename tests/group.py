@@ -1,6 +1,5 @@
 """Several processes on this machine that train together, as a launcher would start them."""
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -8,11 +7,9 @@ from pathlib import Path
 
 import torch
 
+from children import server
 from tokenfusion import cli
 from tokenfusion.recipe import Recipe
-
-server = multiprocessing.get_context("forkserver")  # children that have imported everything and run nothing yet
-server.set_forkserver_preload(["tokenfusion.train", "tokenfusion.cli", "torch.utils.tensorboard", "torch.distributed"])
 
 
 def free_port():

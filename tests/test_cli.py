@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tokenfusion.cli import app
 from tokenfusion.recipe import Recipe, load_recipe
 
 QUICK = ("--img-size", 8, "--epochs", 1, "--batch-size", 256)
@@ -22,11 +24,14 @@ QUICK = ("--img-size", 8, "--epochs", 1, "--batch-size", 256)
 def test_help_of_the_command_and_of_every_verb(command):
     status, output, _ = command("--help")
     assert status == 0
-    for verb in ("train", "evaluate", "compare", "predict", "report", "models"):
-        assert verb in output
-        status, help_text, _ = command(verb, "--help")
+    verbs = [name for name in app if not name.startswith("-")]
+    assert len(verbs) == 10
+    for words in (*([verb] for verb in verbs), ["analyze", "collapse"], ["analyze", "tokens"]):
+        assert words[0] in output
+        status, help_text, _ = command(*words, "--help")
         assert status == 0
-        assert "Example: tokenfusion" in help_text
+        assert help_text.startswith(f"Usage: tokenfusion {' '.join(words)} ")
+        assert f"Example: tokenfusion {' '.join(words)} " in help_text
         assert "Try it:" not in help_text
     assert "Try it: tokenfusion train digits" in output
     assert command("--version")[1].strip().count(".") == 2
@@ -38,6 +43,15 @@ def test_every_field_of_the_recipe_is_an_option_with_help(command):
     _, output, _ = command("train", "--help")
     for field in fields(Recipe):
         assert f"--{field.name.replace('_', '-')}" in output
+
+
+def test_help_names_the_defaults_that_say_something(command):
+    _, output, _ = command("check", "--help")
+    assert "[default: 224]" in output
+    _, output, _ = command("train", "--help")
+    shown = set(re.findall(r"\[default: [^]]*\]", " ".join(output.replace("│", "").split())))
+    assert {"[default: 0]", "[default: 0.002]", "[default: muon]"} <= shown
+    assert not {"[default: ()]", '[default: ""]', "[default: False]", "[default: None]"} & shown
 
 
 def test_help_imports_neither_torch_nor_timm():
@@ -202,10 +216,27 @@ def test_predict_takes_folders_globs_and_standard_input(command, run, tmp_path, 
 def test_predict_csv_can_be_read_back(command, run, tmp_path, digit):
     name = tmp_path / 'a "quoted",\nname.png'
     shutil.copy(digit, name)
-    _, output, _ = command("predict", run, name, "--format", "csv")
+    _, output, _ = command("predict", run, name, "--topk", 1, "--format", "csv")
     (row,) = csv.DictReader(io.StringIO(output))
+    assert list(row) == ["path", "label", "score", "error"]
     assert row["path"] == str(name)
     assert 0 < float(row["score"]) <= 1
+
+
+@pytest.mark.parametrize(("topk", "named"), [(3, 3), (99, 10)])  # the run has ten classes
+def test_predict_csv_has_columns_for_as_many_classes_as_are_named(command, run, digit, topk, named):
+    words = ("predict", run, "no such.png", digit, "--topk", topk, "--format")
+    _, output, _ = command(*words, "csv")
+    bad, good = csv.DictReader(io.StringIO(output))
+    columns = [("label", "score"), *((f"label_{rank}", f"score_{rank}") for rank in range(2, named + 1))]
+    assert list(bad) == ["path", *(name for pair in columns for name in pair), "error"]
+    _, output, _ = command(*words, "json")
+    expected = json.loads(output.splitlines()[1])["topk"]
+    assert [(good[label], good[score]) for label, score in columns] == [
+        (row["label"], f"{row['score']:.6f}") for row in expected
+    ]
+    assert "No such file" in bad["error"]
+    assert not any(bad[name] for pair in columns for name in pair)
 
 
 def test_names_that_are_not_utf8_are_predicted_all_the_same(run, tmp_path, digit):
@@ -354,6 +385,7 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
         for i in range(8):
             Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
     (tmp_path / "data" / "a" / "zero.png").write_bytes(b"")
+    (tmp_path / "data" / "a" / "notes.txt").write_text("no image")
     words = ("train", tmp_path / "data", "--model", "tokenfusion_early_micro", *QUICK, "--out", tmp_path / "run")
     status, _, errors = command(*words, "--seed", 1)
     if "unreadable" not in errors:  # the empty file was drawn into the held-out part
@@ -368,7 +400,7 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
     status, output, errors = command(*words, "--seed", 1, "--max-skipped", 0.2)  # the refused folder may be used again
     assert status == 0, errors
     assert "set aside 1 unreadable image, listed in" in output
-    assert "12 training and 4 held-out images of 2 classes" in output
+    assert "\n1 other file ignored ('a/notes.txt'); 12 training and 4 held-out images of 2 classes" in output
 
 
 @pytest.mark.parametrize("workers", [0, 2])

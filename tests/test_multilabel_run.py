@@ -138,13 +138,18 @@ def test_predictions_name_all_that_reach_their_thresholds(run, data, command):
         assert list(said) == ["path", "labels", "topk"]
         assert [(row["label"], row["score"]) for row in said["labels"]] == list(prediction.labels)
         assert all(row["threshold"] == thresholds[row["label"]] for row in said["labels"] + said["topk"])
-    status, output, _ = command("predict", run, *paths, "nothing.png", "--format", "csv")
+    status, output, _ = command("predict", run, *paths, "nothing.png", "--topk", 2, "--format", "csv")
     assert status == 1
-    rows = list(csv.DictReader(output.splitlines()))
-    assert list(rows[0]) == ["path", "labels", "scores", "error"]
-    assert rows[0]["labels"] == "|".join(label for label, _ in found[0].labels)
-    assert rows[0]["scores"].count("|") == rows[0]["labels"].count("|")
-    assert rows[-1]["error"]
+    *rows, last = csv.DictReader(output.splitlines())
+    assert list(last) == ["path", "labels", "scores", "label_1", "score_1", "label_2", "score_2", "error"]
+    for row, prediction in zip(rows, found, strict=True):
+        assert row["labels"] == "|".join(label for label, _ in prediction.labels)
+        assert row["scores"].count("|") == row["labels"].count("|")
+        assert [(row[f"label_{i}"], float(row[f"score_{i}"])) for i in (1, 2)] == [
+            (label, pytest.approx(score, abs=1e-6)) for label, score in prediction.topk
+        ]
+    assert last["error"]
+    assert not any(last[name] for name in last if name not in ("path", "error"))
     assert command("predict", run, *paths)[0] == 0
 
 
@@ -152,7 +157,7 @@ def test_the_table_shows_why_a_class_is_not_given(capsys):
     limits = {"cat": 0.25, "dog": 0.7071, "emu": 0.5}
     scores = (("dog", 0.7012), ("cat", 0.301))
     prediction = Prediction("a.png", scores, labels=scores[1:], thresholds=limits)
-    print_predictions([prediction], "table", Console(width=100), multi_label=True)
+    print_predictions([prediction], "table", Console(width=100), topk=2, multi_label=True)
     heading, line = capsys.readouterr().out.splitlines()
     assert heading.split(maxsplit=2) == ["image", "labels", "below their thresholds"]
     assert line.split(maxsplit=1)[1].strip().split("  ") == ["cat 30.1%", "dog 70.1% < 70.7%"]

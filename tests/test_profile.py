@@ -3,7 +3,6 @@
 import ast
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -12,33 +11,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenfusion import InputError, cli, create_model, list_models
+from tokenfusion import InputError, create_model, list_models
 from tokenfusion.layers.attend import SelfAttention
 from tokenfusion.models.base import PaperModel
-from tokenfusion.models.cost import Counts, count_costs, count_macs
+from tokenfusion.models.cost import Counts, count_costs, count_macs, count_model
 from tokenfusion.models.published import PUBLISHED, difference
 from tokenfusion.profile import compare_with_papers, paper_table, select_models
-from tokenfusion.profile.counts import count_model
 from tokenfusion.profile.measurements import measure_model, run_inference
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs" / "papers").glob("*.md"))
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `tokenfusion profile` in this process; gives (exit status, standard output, standard error)."""
-
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["tokenfusion", "profile", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            status = end.code or 0
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +117,7 @@ def test_patterns_and_names_become_a_list_without_repetition():
 
 
 def test_paper_mode_as_json(command):
-    status, output, _ = command("cmt_[ts]*", "--paper", "--json")
+    status, output, _ = command("profile", "cmt_[ts]*", "--paper", "--json")
     assert status == 0
     rows = {row["name"]: row for row in json.loads(output)["models"]}
     assert rows.keys() == {"cmt_ti", "cmt_s"}
@@ -149,7 +131,7 @@ def test_paper_mode_as_json(command):
 
 def test_measured_as_json(command):
     status, output, errors = command(
-        "tokenfusion_early_micro", "--img-size", 40, 48, "--batch-size", 96, "--precision", "fp32", "--json"
+        "profile", "tokenfusion_early_micro", "--img-size", 40, 48, "--batch-size", 96, "--precision", "fp32", "--json"
     )
     assert status == 0, errors
     result = json.loads(output)
@@ -200,7 +182,7 @@ def test_a_batch_that_does_not_fit_is_refused():
     ],
 )
 def test_bad_input_is_said_with_a_remedy(command, words, said):
-    status, output, errors = command(*words)
+    status, output, errors = command("profile", *words)
     assert status == 2
     assert output == ""
     assert errors.startswith("error: ")

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 
 from tokenfusion import InputError, Recipe
-from tokenfusion.recipe import FIELDS, dump_recipe, load_recipe, preset
+from tokenfusion.recipe import FIELDS, RANGES, dump_recipe, load_recipe, preset
 
 
 def test_a_recipe_survives_toml(tmp_path):
@@ -64,11 +65,22 @@ def test_whole_numbers_pass_as_floats():
         ({"backbone_lr": -0.1}, "backbone_lr=-0.1 is out of range; give a value from 0"),
         ({"in_chans": 1.0}, "in_chans=1.0 is not known"),
         ({"batch_size": 10, "accumulate": 4}, "try batch_size=8"),
+        ({"lr": -1}, "lr=-1.0 is out of range; give a value from 1e-12 to 100, or auto"),
     ],
 )
 def test_bad_values_are_refused_with_the_remedy(changes, said):
     with pytest.raises(InputError, match=said.replace("(", r"\(")):
         Recipe(**changes)
+
+
+def test_every_number_has_a_range_and_keeps_to_it():
+    kinds = get_type_hints(Recipe)
+    assert RANGES.keys() == {name for name in FIELDS if kinds[name] in (int, float)}
+    for name, (low, high) in RANGES.items():
+        for value in (low - 1, high + 1, float("nan")):
+            if value != high:  # infinity
+                with pytest.raises(InputError, match=f"^{name}=.* is (out of range|of type float); give a value"):
+                    Recipe(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from tokenfusion.analyze.cli import AsJson, counting, explain
 from tokenfusion.analyze.cli import app as analyze
-from tokenfusion.analyze.cli import explain
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
-from tokenfusion.options import autos, in_words, recipe_values, whole_numbers
+from tokenfusion.options import HelpWithAutos, autos, in_words, recipe_values, shown_default, whole_numbers
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 from tokenfusion.words import counted
@@ -31,14 +31,13 @@ app = App(
     help="Train, compare, explain and ship image classifiers that fuse CNN and transformer tokens.\n\n"
     "Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
     error_formatter=in_words,
-    default_parameter=Parameter(consume_multiple=True, negative_iterable=""),
+    default_parameter=Parameter(consume_multiple=True, negative_iterable="", show_default=shown_default),
     config=(autos, whole_numbers, recipe_values),
     result_action="return_value",
 )
-AsJson = Annotated[bool, Parameter(name="--json", negative="")]
 
 
-@app.command
+@app.command(help_formatter=HelpWithAutos())
 def train(
     settings: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 - frozen
     *,
@@ -122,14 +121,11 @@ def evaluate(
     as_json
         Print evaluation.json instead of a summary.
     """
-    from rich.progress import Progress
-
     from tokenfusion.evaluate import evaluate as evaluate_run
     from tokenfusion.evaluate import in_words as result_in_words
 
-    with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
-        task = bar.add_task("reading images", total=None)
-        result = evaluate_run(run, data, split, lambda done, total: bar.update(task, completed=done, total=total))
+    with counting("reading images") as progress:
+        result = evaluate_run(run, data, split, progress)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
@@ -145,7 +141,7 @@ def evaluate(
 @app.command
 def predict(
     run: Path,
-    paths: Annotated[list[str], Parameter(allow_leading_hyphen=True)],
+    paths: Annotated[list[str], Parameter(name="PATH", allow_leading_hyphen=True)],
     /,
     *,
     topk: int = 5,
@@ -166,7 +162,7 @@ def predict(
     topk
         How many classes to name.
     output
-        A table to read, a JSON object per image and line, or CSV.
+        A table to read, a JSON object per image and line, or CSV: path, label, score, label_2, score_2 ..., error.
     """
     from tokenfusion.classifier import Classifier
     from tokenfusion.predict import expand, print_predictions
@@ -177,8 +173,9 @@ def predict(
         if path.startswith("--") and not os.path.lexists(path):
             raise InputError(f"{path} is no option of predict, and no file; `tokenfusion predict --help` lists them")
     classifier = Classifier.load(run)
+    topk = min(topk, len(classifier.classes))
     predictions = classifier.iter_predictions(expand(paths), topk=topk)
-    failed = print_predictions(predictions, output, console, classifier.multi_label)
+    failed = print_predictions(predictions, output, console, topk=topk, multi_label=classifier.multi_label)
     if failed:
         errors.print(f"{failed} of the images could not be read")
         sys.exit(1)
@@ -248,7 +245,7 @@ def compare(
 
 @app.command
 def report(run: Path, /) -> None:
-    """Write RUN/report.html: one file, readable offline.
+    """Write what a run or a comparison reached into RUN/report.html: one file, readable offline.
 
     Example: tokenfusion report runs/photos
 
@@ -369,7 +366,7 @@ def print_table(lines: list[list[str]]) -> None:
 def main() -> None:
     """Run the command; a user's mistake is a message and exit status 2, not a traceback."""
     try:
-        app()
+        app(sys.argv[1:])
     except InputError as error:
         errors.print(f"error: {error}")
         sys.exit(2)

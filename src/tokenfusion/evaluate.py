@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import open_remaining
-from tokenfusion.data.images import Images, read_images
+from tokenfusion.data.images import Images, Skipped, read_images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.data.sources import Source, held_out_name, resolved
 from tokenfusion.data.split import read_split
@@ -66,20 +66,11 @@ def evaluate(
     recipe = Recipe(**load_recipe(run / "recipe.toml"))
     own = not data or resolved(data) == resolved(recipe.data)
     data = recipe.data if not data or own else resolved(data)
-    source = open_remaining(data, recipe.exclude if own else "")
+    source = open_remaining(data, recipe.exclude if own else "", run)
     refuse_other_kind(source, classifier)
     to_output = output_of_class(source, classifier.classes)
     name, indices = choose_images(source, run, own=own, split=split)
-    images, skipped = read_images(
-        source,
-        indices,
-        max_pixels=recipe.max_pixels,
-        cache_bytes=recipe.cache_mb * 2**20,
-        progress=progress,
-        split=name,
-    )
-    if not len(images):
-        raise InputError(f"none of the {len(indices)} images of {data} is readable; the first: {skipped[0].reason}")
+    images, skipped = read_readable(source, indices, recipe, name, progress)
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = as_outputs(labels, to_output, len(classifier.classes))
     if classifier.multi_label:
@@ -98,6 +89,31 @@ def evaluate(
     result |= {"data": data, "split": name, "unreadable": unreadable}
     write_json(run / "evaluation.json", result)
     return result
+
+
+def read_readable(
+    source: Source,
+    indices: np.ndarray,
+    recipe: Recipe,
+    split: str,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Images, list[Skipped]]:
+    """As `read_images`, within a recipe's limits.
+
+    Raises:
+        InputError: none of the images can be read.
+    """
+    images, skipped = read_images(
+        source,
+        indices,
+        max_pixels=recipe.max_pixels,
+        cache_bytes=recipe.cache_mb * 2**20,
+        progress=progress,
+        split=split,
+    )
+    if not len(images):
+        raise InputError(f"none of {len(indices)} images of {source.where} is readable; the first: {skipped[0].reason}")
+    return images, skipped
 
 
 def in_words(result: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ confidences of exactly 1 into a bin of their own.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
+from statistics import NormalDist, fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -68,6 +68,16 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Bi
     )
     filled = np.maximum(count, 1)
     return Bins(edges=edges, count=count, confidence=total_confidence / filled, accuracy=total_correct / filled)
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of a mean by Student's t; None of fewer than two values."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return None
+    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+    return fmean(values) - half, fmean(values) + half
 
 
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:

@@ -5,13 +5,20 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, UnusedCliTokensError
 from cyclopts.config import Dict
+from cyclopts.help import DefaultFormatter, HelpPanel
 
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import AUTO, AUTO_FIELDS, load_recipe, preset
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions
     from rich.panel import Panel
     from rich.text import Text
+
+
+TRAINING = (("train",), ("compare",))
+"""Commands whose options are those of a Recipe."""
+AUTO_OPTIONS = {f"--{name.replace('_', '-')}" for name in AUTO_FIELDS}
 
 
 def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -22,16 +29,36 @@ def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentColl
                 raise InputError(f"{argument.name}={token.value} is not a whole number; give one without a fraction")
 
 
-def autos(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+def autos(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Read `auto` where a number is chosen by measuring."""
+    if commands not in TRAINING:
+        return
     for argument in arguments:
-        if argument.name.removeprefix("--").replace("-", "_") in AUTO_FIELDS:
+        if argument.name in AUTO_OPTIONS:
             for token in argument.tokens:
                 if token.value != "auto" and not is_number(token.value):
                     raise InputError(f"{argument.name}={token.value} is no number; give one, or auto")
             argument.tokens = [
                 token.evolve(value=str(AUTO)) if token.value == "auto" else token for token in argument.tokens
             ]
+
+
+class HelpWithAutos(DefaultFormatter):
+    """Help with `INT|auto` where `auto` is taken in place of a number."""
+
+    def __call__(self, console: "Console", options: "ConsoleOptions", panel: HelpPanel) -> None:
+        entries = [
+            entry.copy(metavar=f"{entry.metavar}|auto") if AUTO_OPTIONS.intersection(entry.names) else entry
+            for entry in panel.entries
+        ]
+        super().__call__(console, options, panel.copy(entries=entries))
+
+
+def shown_default(value: Any) -> str | None:
+    """A default as one would type it; None of what stands for nothing: (), "" and a flag that is not set."""
+    if value is False or value in (None, "", ()):
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 def mentions(hint: Any, kind: type) -> bool:
@@ -63,7 +90,7 @@ def in_words(error: CycloptsError) -> "Panel | Text":
 
 def recipe_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Give a verb that trains what its options leave open: first from the recipe file, then from the preset."""
-    if commands not in (("train",), ("compare",)):
+    if commands not in TRAINING:
         return
     given = {argument.name.removeprefix("--"): [token.value for token in argument.tokens] for argument in arguments}
     if given.get("resume"):

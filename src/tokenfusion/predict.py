@@ -6,7 +6,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -40,9 +40,17 @@ def images_below(folder: str) -> list[str]:
 
 
 def print_predictions(
-    predictions: Iterable[Prediction], output: str, console: Console, multi_label: bool = False
+    predictions: Iterable[Prediction], output: str, console: Console, *, topk: int, multi_label: bool = False
 ) -> int:
-    """Print as "table", "json" or "csv"; returns how many images failed."""
+    """Print as "table", "json" or "csv"; returns how many images failed.
+
+    Args:
+        predictions: each with `topk` classes, or an error.
+        output: how to print them.
+        console: where a table goes.
+        topk: how many classes a prediction names.
+        multi_label: whether an image has any number of classes.
+    """
     failed = 0
 
     def counted() -> Iterator[Prediction]:
@@ -51,30 +59,37 @@ def print_predictions(
             failed += bool(prediction.error)
             yield prediction
 
-    PRINTERS[output](counted(), console, multi_label)
+    if output == "json":
+        print_json(counted())
+    elif output == "csv":
+        print_csv(counted(), topk, multi_label)
+    else:
+        print_table(counted(), console, multi_label)
     return failed
 
 
-def print_json(predictions: Iterable[Prediction], console: Console, multi_label: bool) -> None:
+def print_json(predictions: Iterable[Prediction]) -> None:
     """A JSON object a line."""
-    del console, multi_label  # plain lines, for a program to read
     for prediction in predictions:
         print(json.dumps(prediction.to_dict(), ensure_ascii=False, allow_nan=False), flush=True)
 
 
-def print_csv(predictions: Iterable[Prediction], console: Console, multi_label: bool) -> None:
-    """`path,label,score,error` lines; of multi-label models `path,labels,scores,error`, with `|` in between."""
-    del console
+def print_csv(predictions: Iterable[Prediction], topk: int, multi_label: bool) -> None:
+    """`path,label,score,label_2,score_2,...,error` lines, with `topk` labels and their scores.
+
+    Of multi-label models `path,labels,scores,label_1,score_1,...,error`, with `|` between the classes that reach their
+    thresholds; the likeliest ones follow whether they do or not.
+    """
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["path", "labels", "scores", "error"] if multi_label else ["path", "label", "score", "error"])
+    ranked = [f"{what}_{rank}" for rank in range(1, topk + 1) for what in ("label", "score")]
+    columns = ["labels", "scores", *ranked] if multi_label else ["label", "score", *ranked[2:]]
+    writer.writerow(["path", *columns, "error"])
     for prediction in predictions:
-        if prediction.error:
-            writer.writerow([prediction.path, "", "", prediction.error])
-        elif prediction.labels is not None:
+        cells = [cell for label, score in prediction.topk for cell in (label, f"{score:.6f}")]
+        if prediction.labels is not None:
             names = "|".join(label for label, _ in prediction.labels)
-            writer.writerow([prediction.path, names, "|".join(f"{score:.6f}" for _, score in prediction.labels), ""])
-        else:
-            writer.writerow([prediction.path, prediction.label, f"{prediction.score:.6f}", ""])
+            cells = [names, "|".join(f"{score:.6f}" for _, score in prediction.labels), *cells]
+        writer.writerow([prediction.path, *(cells or [""] * len(columns)), prediction.error])
 
 
 def print_table(predictions: Iterable[Prediction], console: Console, multi_label: bool) -> None:
@@ -99,10 +114,3 @@ def print_table(predictions: Iterable[Prediction], console: Console, multi_label
 def listed(rows: Iterable[tuple[str, float]]) -> str:
     """Classes and their scores, such as `cat 91.2%, dog 5.0%`."""
     return ", ".join(f"{label} {score:.1%}" for label, score in rows)
-
-
-PRINTERS: dict[str, Callable[[Iterable[Prediction], Console, bool], None]] = {
-    "table": print_table,
-    "json": print_json,
-    "csv": print_csv,
-}

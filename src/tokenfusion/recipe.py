@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tokenfusion.errors import InputError
 
-AUTO = -1
-"""A field that is chosen by measuring; `auto` in TOML and on the command line."""
+AUTO = -(2**31)
+"""A field that is chosen by measuring; `auto` in TOML and on the command line. Nobody means this number."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,8 @@ class Recipe:
     """Channels: 3 for colour, 1 for grayscale."""
     crop_scale: float = 0.35
     """Smallest share of an image's area that a random-resized crop keeps; 1 for no crop."""
+    crop_padding: int = 0
+    """Pixels by which a crop may reach over an image's edge, where the image is mirrored: up to 4 for 32×32 pixels."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     trivial_augment: bool = False
@@ -142,7 +144,8 @@ class Recipe:
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if not low <= value <= high and name not in self.autos:
-                raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}")
+                auto = ", or auto" * (name in AUTO_FIELDS)
+                raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}{auto}")
         if len(runs) not in (0, 2):
             raise InputError(
                 f"warm_start_from={runs} is no pair of run folders; give the CNN's and then the transformer's"
@@ -183,6 +186,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "ema": (0, 0.999999),
     "patience": (0, 100_000),
     "crop_scale": (0.01, 1),
+    "crop_padding": (0, 100_000),
     "hflip": (0, 1),
     "mixup": (0, 100),
     "cutmix": (0, 100),

@@ -1,25 +1,39 @@
 """The data check-up finds what is wrong, and says no more than that."""
 
+import base64
 import csv
 import io
 import json
+import os
+import re
+import shlex
 import struct
+import threading
+from functools import cache
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from scipy.ndimage import gaussian_filter
 
+from runs import small_recipe
 from tokenfusion.check.crop import kept
 from tokenfusion.check.duplicates import exact_duplicates, near_duplicates
 from tokenfusion.check.labels import choose_judged, count_classes, disputed, judge_labels
 from tokenfusion.check.look import Look, look_at_all
 from tokenfusion.check.quarantine import connected
+from tokenfusion.data.exclude import keep_list, open_remaining
 from tokenfusion.data.sources import open_source
 from tokenfusion.data.transforms import cover
+from tokenfusion.errors import InputError
+from tokenfusion.evaluate import evaluate
+from tokenfusion.report.thumbnails import shrink
+from tokenfusion.train import resume, start
 
 
+@cache
 def scene(seed: int, height: int = 96, width: int = 120) -> Image.Image:
     """A picture with coarse and fine structure."""
     noise = np.random.default_rng(seed).normal(size=(height, width, 3))
@@ -182,24 +196,96 @@ def test_a_near_copy_under_another_label_is_quarantined_within_a_split_too(comma
     }
 
 
-def test_train_leaves_out_what_the_list_names_and_evaluate_too(command, data, tmp_path):
+TINY_RUN = ("--model", "resnet_micro", "--img-size", 16, "--epochs", 1)
+
+
+def test_the_command_that_check_prints_trains(command, data, tmp_path, monkeypatch):
+    """And evaluate leaves out the same images, whatever has become of the list since."""
+    monkeypatch.chdir(tmp_path)
     for split in ("train", "val"):
         (data / split / "a" / "empty.jpg").write_bytes(b"")
-    checked(command, data, tmp_path)
-    run = tmp_path / "run"
-    words = ("--model", "resnet_micro", "--img-size", 16, "--epochs", 1, "--out", run)
-    status, output, errors = command("train", data, *words, "--exclude", tmp_path / "found" / "quarantine.csv")
+    output = command("check", data)[1]
+    (printed,) = (line for line in output.splitlines() if "better be left out" in line)
+    count, words = printed.split("; ")
+    assert count == "2 images had better be left out"
+    status, output, errors = command(*shlex.split(words)[1:], *TINY_RUN)
     assert status == 0, errors
     assert "2 images excluded" in output
     assert "16 training and 8 held-out images" in output
+    run = tmp_path / "runs" / "photos"
     assert not (run / "skipped.csv").exists()
+    (tmp_path / "check-photos" / "quarantine.csv").unlink()
     assert json.loads(command("evaluate", run, "--json")[1])["skipped"] == 0
+
+
+def empty_class(data):
+    (data / "train" / "c").mkdir()
+    return "class 'c' has 0 training images"
+
+
+def class_of_a_damaged_image(data):
+    (data / "train" / "c").mkdir()
+    (data / "train" / "c" / "damaged.jpg").write_bytes(encoded(scene(50))[:300])
+    return "class 'c' has 0 training images"
+
+
+def class_of_a_copy_with_two_labels(data):
+    (data / "train" / "c").mkdir()
+    (data / "train" / "c" / "3.jpg").write_bytes((data / "train" / "b" / "3.jpg").read_bytes())
+    return "class 'c' has 0 training images"
+
+
+def held_out_images_all_damaged(data):
+    for path in (data / "val").rglob("*.jpg"):
+        path.write_bytes(path.read_bytes()[:300])
+    return "it names every image of val"
+
+
+@pytest.mark.parametrize(
+    "harm", [empty_class, class_of_a_damaged_image, class_of_a_copy_with_two_labels, held_out_images_all_damaged]
+)
+def test_no_command_is_printed_that_train_would_refuse(command, data, tmp_path, harm):
+    said, found = harm(data), tmp_path / "found"
+    status, output, _ = command("check", data, "--out", found)
+    assert status == 0
+    assert "tokenfusion train" not in output
+    (line,) = (line for line in output.splitlines() if line.startswith("to be mended first"))
+    assert said in line
+    assert said in json.loads((found / "check.json").read_text())["train_refuses"]
+    assert said.replace("'", "&#39;") in (found / "check.html").read_text()
+    status, _, errors = command("train", data, *TINY_RUN, "--exclude", found / "quarantine.csv", "--out", "run")
+    assert status == 2
+    assert said in errors
+
+
+def test_a_run_has_its_own_copy_of_the_list(data, tmp_path):
+    """Resumed and evaluated without the list that was given, or with another of that name."""
+    given, run = tmp_path / "list.csv", tmp_path / "run"
+    given.write_text("path,reason\nval/a/16.jpg,blurred\n")
+    recipe = small_recipe(data=str(data), img_size=(16, 16), batch_size=8, exclude=str(given))
+    start(recipe, run, Console(quiet=True))
+    assert (run / "excluded.csv").read_text() == given.read_text()
+    (run / "model.safetensors").unlink()
+    for edited in ("path\nval/a/18.jpg\nval/b/17.jpg\n", None):
+        given.write_text(edited) if edited else given.unlink()
+        resume(run, Console(quiet=True))
+        assert evaluate(run)["n"] == 7
+
+
+def test_a_list_that_can_be_read_once_only_is_kept_whole(data, tmp_path):
+    """As from the shell's <(grep ...)."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    writer = threading.Thread(target=pipe.write_text, args=("path\nval/a/16.jpg\n",))
+    writer.start()
+    keep_list(tmp_path, str(pipe))
+    writer.join()
+    assert open_remaining(data, str(pipe), tmp_path).splits == ["train"] * 16 + ["val"] * 7
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("path,reason\nelsewhere/1.jpg,bad\n", "none of its 1 paths"),
+        ("path,reason\nelsewhere/1.jpg,bad\n", "nothing that it names (1 path) is in"),
         ("file\n1.jpg\n", "it must name a column path"),
         (None, "cannot be read"),
     ],
@@ -213,9 +299,6 @@ def test_a_list_of_other_data_is_refused(command, data, tmp_path, content, messa
 
 
 def test_a_list_that_names_all_held_out_images_is_refused(data, tmp_path):
-    from tokenfusion.data.exclude import open_remaining
-    from tokenfusion.errors import InputError
-
     names = [name for name in open_source(data).names if name.startswith("val/")]
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(names) + "\n")
     with pytest.raises(InputError, match=r"list\.csv: it names every image of val in .*photos; take some out"):
@@ -225,11 +308,9 @@ def test_a_list_that_names_all_held_out_images_is_refused(data, tmp_path):
 
 
 def test_paths_that_are_gone_are_counted(data, tmp_path):
-    from tokenfusion.data.exclude import open_remaining
-
     (tmp_path / "list.csv").write_text("path,reason\ntrain/a/0.jpg,\ntrain/a/gone.jpg,\n")
     source = open_remaining(data, str(tmp_path / "list.csv"))
-    assert str(source) == "1 images excluded; 1 paths of the list are not in the data"
+    assert str(source) == "1 image excluded; not in the data: 1 path of the list"
     whole = open_source(data)
     assert source.names == [name for name in whole.names if name != "train/a/0.jpg"]
     assert source.labels.tolist() == whole.labels[[name != "train/a/0.jpg" for name in whole.names]].tolist()
@@ -276,6 +357,30 @@ def test_the_page_is_one_file_with_pictures(command, data, tmp_path):
     assert "<b>.jpg" not in page
     assert page.count("data:image/jpeg") == 2
     assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_page_shows_some_of_every_readable_kind(command, data, tmp_path):
+    """Of an image of any shape, and as many as are worth a look."""
+    folder = data / "train" / "a"
+    for shade in range(14):
+        (folder / f"tiny {shade}.png").write_bytes(encoded(Image.new("RGB", (5, 3 + shade)), "PNG"))
+    (folder / "huge.png").write_bytes(encoded(Image.new("RGB", (3000, 40)), "PNG"))
+    (folder / "moving.gif").write_bytes(encoded(scene(33), "GIF", save_all=True, append_images=[scene(34)]))
+    (folder / "cmyk.jpg").write_bytes(encoded(scene(31).convert("CMYK")))
+    output = command("check", data, "--out", tmp_path / "found")[1]
+    page = (tmp_path / "found" / "check.html").read_text()
+    section = page[page.index('<section id="images">') :]
+    pictures = [part.count("data:image/jpeg") for part in section.split("<h3>")[1:]]
+    assert pictures == [12, 1, 1, 1]
+    (cut,) = re.findall(r'<section id="crop">.*?base64,([^"]*)', page, re.DOTALL)
+    with Image.open(io.BytesIO(base64.b64decode(cut))) as picture:
+        assert picture.size == (320, 4)
+    assert not re.search(r"\b1 (images|classes|labels)\b", page + output)
+
+
+@pytest.mark.parametrize(("height", "width", "shrunk"), [(40, 3000, (1, 50)), (300, 200, (50, 33)), (7, 9, (7, 9))])
+def test_no_side_of_a_picture_is_longer_than_asked_and_none_vanishes(height, width, shrunk):
+    assert shrink(torch.zeros(3, height, width, dtype=torch.uint8), 50).shape[1:] == shrunk
 
 
 def test_small_images_take_no_part_in_the_search_for_near_duplicates(command, tmp_path):

@@ -208,7 +208,7 @@ def test_a_run_that_was_evaluated_on_its_training_images_is_evaluated_anew(whole
     ("options", "said"),
     [
         (["--models", "resnet_micro,vit_mikro"], "did you mean vit_micro"),
-        (["--models", "fuse(a,b"], "without its partner"),
+        (["--models", "fuse(a,b"], "do not match"),
         (["--models", "vit_micro", "--budget", "macs=1e3"], "the smallest that works is macs="),
         (["--models", "vit_micro", "--budget", "epochs=2.5"], "try epochs=3"),
         (["--models", "vit_micro", "--budget", "epochs=2", "--epochs", 3], "differ"),

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front, t_interval
+from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front
+from tokenfusion.metrics import t_interval
 
 
 def test_the_interval_of_three_seeds():

@@ -132,6 +132,13 @@ def test_an_index_is_kept_until_its_shard_changes(folder: Path, monkeypatch: pyt
     assert len(read) == 7
 
 
+def test_a_cache_that_cannot_keep_an_index_is_named_with_the_remedy(folder: Path, cache: Path) -> None:
+    cache.mkdir()
+    (cache / "indexes").write_text("a file where a folder belongs")
+    with pytest.raises(InputError, match=r"cache/indexes: File exists; make room .* TOKENFUSION_CACHE"):
+        open_source(folder)
+
+
 def test_a_sample_is_all_that_shares_its_key(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "set-train.tar", "w", format=tarfile.PAX_FORMAT) as tar:
         add(tar, "a.b/x.json", json.dumps({"label": 4, "size": 1}).encode())

@@ -96,7 +96,7 @@ def test_no_such_path_names_what_is_there(pets_folder: Path) -> None:
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no image found .*subfolder per class"):
+    with pytest.raises(InputError, match=r"no image found; give a folder with a subfolder per class"):
         open_source(tmp_path)
 
 

@@ -211,6 +211,22 @@ def test_without_a_crop_augment_is_the_plain_resize() -> None:
     assert torch.equal(augment(image), plain((16, 16)).resize(image))
 
 
+def test_a_shifted_crop_is_that_of_torchvision() -> None:
+    image = noise(9, 12)
+    augment = Augment((9, 12), 3, crop_scale=1.0, hflip=0.0, trivial_augment=False, crop_padding=3)
+    theirs = v2.RandomCrop((9, 12), padding=3, padding_mode="reflect")
+    for seed in range(20):
+        torch.manual_seed(seed)
+        expected = theirs(image)
+        torch.manual_seed(seed)
+        assert torch.equal(augment(image), expected)
+
+
+def test_a_border_wider_than_the_image_is_refused() -> None:
+    with pytest.raises(InputError, match=r"crop_padding=9 .* 9×12 pixels; give 1 or so, 8 at most"):
+        Augment((9, 12), 3, crop_scale=1.0, hflip=0.0, trivial_augment=False, crop_padding=9)
+
+
 def test_flips_are_as_frequent_as_asked() -> None:
     image = noise(6, 6)
     torch.manual_seed(0)

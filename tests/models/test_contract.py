@@ -282,17 +282,6 @@ def test_compiles_for_training_to_the_same_gradient(name):
 
 
 @small
-def test_exports(name):
-    model = build(name).eval()
-    program = torch.export.export(model, (images(40, 72),))
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(images(40, 72)), model(images(40, 72)))
-
-
-EXPORTED = ["vit_micro", "resnet_micro", "deepvit_micro", "cmt_micro", *(n for n in SMALL if "fusion" in n)]
-
-
-@pytest.mark.parametrize("name", [*EXPORTED, *(name for name in ALTERNATIVES if name.startswith("crossvit"))])
 def test_exports_for_any_batch(name):
     model = build(name).eval()
     program = torch.export.export(model, (images(40, 72),), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -26,7 +26,7 @@ TRANSFORMERS = {
     "deit": lambda: VisionTransformerDistilled(**SMALL),
     "beit": lambda: Beit(**SMALL, use_rel_pos_bias=True, use_abs_pos_emb=False),
     "eva": lambda: Eva(**SMALL, use_rot_pos_emb=True),
-    "deepvit_micro": lambda: tokenfusion.create_model("deepvit_micro", **OURS),
+    "deepvit_micro": lambda: tokenfusion.create_model("deepvit_micro", depth=4, **OURS),
     "crossvit_micro": lambda: tokenfusion.create_model("crossvit_micro", **OURS),
 }
 BOTH_WAYS = [
@@ -34,6 +34,17 @@ BOTH_WAYS = [
     *("densenet121", "vgg11_bn", "repvit_m0_9", "ghostnet_100", "rexnet_100", "resnet_micro"),
 ]
 ONE_WAY = ["mambaout_femto", "cmt_micro"]
+SHALLOW = {  # the same kinds of stages, with fewer blocks in each
+    "resnet18": {"layers": (1, 1, 1, 1)},
+    "convnext_atto": {"depths": (1, 1, 1, 1)},
+    "mobilenetv3_small_050": {"depth_multiplier": 0.2},
+    "densenet121": {"block_config": (2, 2, 2, 2)},
+    "vgg11_bn": {"mlp_ratio": 0.01},
+    "repvit_m0_9": {"depth": (1, 1, 1, 1)},
+    "rexnet_100": {"depth_mult": 0.2},
+    "mambaout_femto": {"depths": (1, 1, 1, 1)},
+    "cmt_micro": {"depths": (1, 1, 1, 1)},
+}
 REFUSED = {  # by the transformer; what CLS asks at the entrance, nobody may
     ("early", "joint"): ("beit", "eva", "crossvit_micro"),
     ("early", "cls"): tuple(TRANSFORMERS),
@@ -75,7 +86,8 @@ def test_every_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, st
     operator = "cross" if vit in REFUSED.get((strategy, "joint"), ()) else ""
     transformer = TRANSFORMERS[vit]()
     alone = copy.deepcopy(transformer).eval()
-    model = tokenfusion.fuse(cnn, transformer, strategy, operator, img_size=SIZE).eval()
+    parent = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {}))
+    model = tokenfusion.fuse(parent, transformer, strategy, operator, img_size=SIZE).eval()
     assert isinstance(model.cnn, OneWayCNN) == (cnn in ONE_WAY)
     if not (strategy == "early" and model.joint):  # whose tokens share every attention map from the first block on
         with torch.no_grad():
@@ -210,3 +222,13 @@ def test_registers_are_no_cls():
     transformer = VisionTransformer(**SMALL, class_token=False, reg_tokens=2, global_pool="avg")
     model = tokenfusion.fuse("resnet_micro", transformer, img_size=SIZE)
     assert [group.source for group in model.token_layout()] == ["register", "register", "patch"]
+
+
+def test_a_size_costs_one_look_at_the_cnn():
+    model = tokenfusion.fuse("resnet18", "vit_tiny_patch16_224", "late", img_size=SIZE)
+    passes = []
+    model.cnn.stages[0].register_forward_hook(lambda *_: passes.append(1))
+    expected = {(SIZE, SIZE): (2, 2), (96, 32): (3, 1), (32, 96): (1, 3)}
+    for _ in range(3):
+        assert {size: model.map_grids(size)[-1] for size in expected} == expected
+    assert len(passes) == 2  # it was built for the first size

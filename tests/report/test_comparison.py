@@ -10,8 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tokenfusion.compare.statistics import pareto_front, t_interval
+from tokenfusion.compare.statistics import pareto_front
 from tokenfusion.errors import InputError
+from tokenfusion.metrics import t_interval
 from tokenfusion.report import write_comparison
 from tokenfusion.report.comparison_plots import accuracy_range, plot_cost, spread
 from tokenfusion.report.plots import standalone

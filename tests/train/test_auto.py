@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 
@@ -12,6 +13,7 @@ from rich.console import Console
 from runs import small_recipe
 from tokenfusion import InputError, Recipe
 from tokenfusion.checkpoint import load_tensors
+from tokenfusion.options import AUTO_OPTIONS
 from tokenfusion.recipe import AUTO, dump_recipe, load_recipe
 from tokenfusion.report import write_report
 from tokenfusion.train import Interrupted, display, resume, start
@@ -45,6 +47,14 @@ def test_auto_is_a_word_in_toml_and_on_the_command_line(tmp_path, command):
     assert (status, "nothing" in errors) == (2, True)  # the model is what is refused
     written = load_recipe(tmp_path / "run" / "recipe.toml")
     assert [written[name] for name in ("batch_size", "lr", "epochs")] == [AUTO, AUTO, AUTO]
+
+
+def test_help_says_which_numbers_may_be_auto_and_of_no_other_verb(command):
+    shown = dict(re.findall(r"(--[\w-]+) ((?:INT|FLOAT)\S*)", command("train", "--help")[1]))
+    assert {name for name, kind in shown.items() if kind in ("INT|auto", "FLOAT|auto")} == AUTO_OPTIONS
+    assert (shown["--epochs"], shown["--lr"], shown["--accumulate"]) == ("INT|auto", "FLOAT|auto", "INT")
+    assert "|auto" not in command("profile", "--help")[1]
+    assert command("profile", "vit_micro", "--batch-size", "auto")[0] != 0
 
 
 def test_the_batch_doubles_while_memory_suffices_and_a_size_that_would_take_too_much_is_not_tried():

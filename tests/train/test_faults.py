@@ -1,6 +1,7 @@
 """What a run survives besides being killed: memory that runs out, bad losses, data that fails."""
 
 import copy
+import itertools
 import json
 import multiprocessing
 import os
@@ -13,7 +14,9 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from timm.optim import Muon
 
+from children import server
 from runs import small_recipe
 from tokenfusion import train
 from tokenfusion.checkpoint import load_tensors
@@ -22,13 +25,11 @@ from tokenfusion.hardware import is_out_of_memory
 from tokenfusion.train import Interrupted, display, resume, start
 from tokenfusion.train.faults import BadStep, require_good
 from tokenfusion.train.optimizer import make_optimizer
-from tokenfusion.train.state import Progress
+from tokenfusion.train.state import Progress, TrainState
 
 fit = sys.modules["tokenfusion.train.fit"]  # the package has a function of that name
 QUIET = Console(quiet=True)
 TIMES = {"seconds", "images_per_s", "peak_memory_mb"}
-server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["tokenfusion.train", "torch.utils.tensorboard"])
 
 
 def records_of(run):
@@ -68,6 +69,14 @@ def before_step(monkeypatch, number, act):
         return compute(job, state, inputs, targets)
 
     monkeypatch.setattr(fit, "compute_gradients", compute_after)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing befell."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    start(small_recipe(), run, QUIET)
+    return run
 
 
 # Memory
@@ -158,6 +167,51 @@ def test_memory_that_really_runs_out(tmp_path):
     assert record["accumulate"] == 2 ** record["out_of_memory"] > 1
     changes = {"model": "resnet_micro", "batch_size": 1024, "img_size": (32, 32), "epochs": 1}
     start(small_recipe(**changes, accumulate=record["accumulate"]), tmp_path / "from the start", QUIET)
+    assert_same(tmp_path / "run", tmp_path / "from the start", but={"out_of_memory"})
+
+
+def fail_once(monkeypatch, owner, name, at, before=lambda *_: None):
+    """Let memory run out in a call of a function, counted from 1, after something was done."""
+    function, calls = getattr(owner, name), itertools.count(1)
+
+    def call(*arguments, **options):
+        if next(calls) == at:
+            before(*arguments)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return function(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, call)
+
+
+def move_some(optimizer):
+    with torch.no_grad():
+        optimizer.param_groups[0]["params"][0].add_(1)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "before"),
+    [(Muon, "step", move_some), (TrainState, "update_average", lambda _: None)],
+    ids=["optimizer", "average"],
+)
+def test_memory_that_runs_out_while_weights_move_ends_the_run_which_then_resumes(
+    tmp_path, monkeypatch, owner, name, before, straight
+):
+    """The step cannot be taken again: some weights have moved."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fail_once(patch, owner, name, 15, before)
+        said = r"memory ran out \(.*\) while step 15 changed the weights, .* last good .* and go on with `.*--resume"
+        with pytest.raises(InputError, match=said):
+            start(small_recipe(), run, QUIET)
+    assert load_tensors(run / "state" / "last.safetensors")[1]["step"] == 11  # the end of the epoch before
+    resume(run, QUIET)
+    assert_same(run, straight)
+
+
+def test_memory_that_runs_out_between_gradients_and_weights_takes_the_step_again(tmp_path, monkeypatch):
+    start(small_recipe(epochs=1, accumulate=2), tmp_path / "from the start", QUIET)
+    fail_once(monkeypatch, torch.nn.utils, "clip_grad_norm_", 1)
+    start(small_recipe(epochs=1), tmp_path / "run", QUIET)
     assert_same(tmp_path / "run", tmp_path / "from the start", but={"out_of_memory"})
 
 

@@ -120,15 +120,28 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
         start(small_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=3.0, save_minutes=9.0), run, QUIET)
 
 
-def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
+@pytest.fixture
+def broken(tmp_path):
+    """A run whose weights are not finite any more; the checkpoint of when they were is the same after the test."""
     job, state = job_of(small_recipe(batch_size=32), tmp_path)
     job.checkpoint.parent.mkdir()
     state.save(job.checkpoint)
     before = job.checkpoint.read_bytes()
     state.model.get_classifier().bias.data[0] = torch.nan
+    yield job, state
+    assert job.checkpoint.read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(broken, tmp_path):
+    job, state = broken
     with pytest.raises(InputError, match=r"the loss is nan at step 1 .*the last good checkpoint is kept as"):
         fit(job, state, Display(QUIET, epochs=2, steps=4), Log(tmp_path, []))
-    assert job.checkpoint.read_bytes() == before
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(broken):
+    job, state = broken
+    with pytest.raises(InputError, match=r"bias is not finite after step 0; the last good .* lower --lr"):
+        state.save(job.checkpoint)
 
 
 def first_loss(run, **changes):
@@ -172,17 +185,6 @@ def test_without_a_checkpoint_none_is_promised(tmp_path):
     recipe = small_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=0.0, optimizer="adamw")
     with pytest.raises(InputError, match=r"there is no checkpoint yet"):
         start(recipe, tmp_path / "run", QUIET)
-
-
-def test_weights_that_are_not_finite_never_replace_a_checkpoint(tmp_path):
-    job, state = job_of(small_recipe(batch_size=32), tmp_path)
-    job.checkpoint.parent.mkdir()
-    state.save(job.checkpoint)
-    before = job.checkpoint.read_bytes()
-    state.model.get_classifier().bias.data[0] = torch.nan
-    with pytest.raises(InputError, match=r"bias is not finite after step 0; the last good .* lower --lr"):
-        state.save(job.checkpoint)
-    assert job.checkpoint.read_bytes() == before
 
 
 def test_patience_stops_early_and_ships_the_best_epoch(tmp_path):

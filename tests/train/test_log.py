@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from importlib.util import find_spec
 
@@ -10,9 +11,10 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from runs import small_recipe
+from serving import serving
 from tokenfusion import InputError, train
 from tokenfusion.recipe import Recipe
-from tokenfusion.train import loggers, start
+from tokenfusion.train import loggers, resume, start
 from tokenfusion.train.log import Log
 from tokenfusion.train.loggers import require_installed
 
@@ -116,6 +118,45 @@ def test_a_service_that_was_down_is_sent_what_it_lacks(flaky, tmp_path):
     assert flaky.sent == [10, 20]
     log.write([FIRST, SECOND, THIRD])
     assert flaky.sent == [10, 20, 30]
+
+
+def test_a_finished_run_sends_by_resume_what_a_service_lacks_and_then_no_more(flaky, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(flaky, "send", lambda *_: setattr(flaky, "up", False) or flaky.answer(flaky))
+        start(small_recipe(loggers=("wandb",)), run, QUIET)
+    with pytest.raises(InputError, match="loggers=wandb does not take the run"):
+        resume(run, QUIET)
+    flaky.up = True
+    for _ in range(2):
+        resume(run, QUIET)
+        assert flaky.sent == [11, 22]
+    flaky.up = False
+    resume(run, QUIET)  # which asks nothing of the service any more
+
+
+def test_mlflow_is_asked_three_times_and_not_eight(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow-skinny")
+    for name in loggers.PATIENCE:
+        monkeypatch.setenv(name, "")  # so that what is set by default is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    asked = "/api/2.0/mlflow/experiments/get-by-name?experiment_name=tokenfusion"
+    with serving(tmp_path) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+        server.failures[asked] = 9
+        with pytest.raises(InputError, match="loggers=mlflow does not take the run"):
+            Log(tmp_path, [], {"loggers": ("mlflow",)})
+    assert server.failures[asked] == 6
+
+
+def test_what_the_environment_says_of_mlflow_wins(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow", reason="mlflow is not installed: pip install mlflow-skinny")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "77")
+    Log(tmp_path, [], {"loggers": ("mlflow",)}).close()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
 
 
 def test_a_run_whose_service_goes_down_still_ships_its_weights(flaky, tmp_path, monkeypatch):

@@ -1,33 +1,31 @@
 """A run that is killed at any moment and resumed ends bit-equal to one that never stopped."""
 
-import itertools
 import json
-import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
-import stat
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from children import server
+from killing import Death, deaths, die_by
 from runs import assert_same, records_of, results, small_recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.train import Interrupted, resume, start
 
-server = multiprocessing.get_context("forkserver")  # children that have imported everything and run nothing yet
-server.set_forkserver_preload(["tokenfusion.train", "torch.utils.tensorboard"])
 RECIPE = small_recipe(epochs=3, mixup=0.2, cutmix=1.0, save_minutes=0.0, patience=9)  # a checkpoint after every step
 
 
-def train_in_child(run: Path, workers: int) -> None:
+def train_in_child(run: Path, workers: int, death: Death | None) -> None:
     torch.set_num_threads(1)
+    if death:
+        die_by(death)
     quiet = Console(quiet=True)
     if (run / "recipe.toml").exists():
         resume(run, quiet)
@@ -35,118 +33,46 @@ def train_in_child(run: Path, workers: int) -> None:
         start(small_recipe(**{**vars(RECIPE), "workers": workers}), run, quiet)
 
 
-def child(run: Path, workers: int = 0):
-    process = server.Process(target=train_in_child, args=(run, workers))
+def child(run: Path, workers: int = 0, death: Death | None = None) -> int:
+    """The exit status of a process that trains."""
+    process = server.Process(target=train_in_child, args=(run, workers, death))
     process.start()
-    return process
-
-
-def die_in_a_write(run: Path, workers: int, moment: str, write: int) -> None:
-    """Train, and be killed in the middle of a write, counted from 1 and whatever its file."""
-    fsync, replace, writes = os.fsync, os.replace, itertools.count(1)
-
-    def die() -> None:
-        signal.raise_signal(signal.SIGKILL)
-
-    def flush(descriptor: int) -> None:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode) and next(writes) == write:
-            if moment == "half written":
-                os.truncate(descriptor_path(descriptor), os.fstat(descriptor).st_size // 2)
-            if moment in ("half written", "not flushed"):
-                die()
-            os.replace = rename
-        fsync(descriptor)
-
-    def rename(source, target) -> None:
-        if moment == "renamed":
-            replace(source, target)
-        die()
-
-    os.fsync = flush
-    train_in_child(run, workers)
-
-
-def descriptor_path(descriptor: int) -> str:
-    return os.readlink(f"/proc/self/fd/{descriptor}")
+    process.join()
+    return process.exitcode
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     run = tmp_path_factory.mktemp("whole") / "run"
-    process = child(run)
-    process.join()
-    assert process.exitcode == 0
+    assert child(run) == 0
     return run
 
 
-class Killed:
-    """Runs of the same recipe that are killed again and again; each that comes to its end must be as the whole one.
-
-    Attributes:
-        run: under way.
-        kills: so far, of all runs.
-    """
-
-    def __init__(self, folder: Path, whole: Path, workers: int) -> None:
-        self.whole, self.workers = whole, workers
-        self.kills, self.step, self.run = 0, 0, folder / "run"
-
-    def kill(self, process, moment: float) -> None:
-        """Kill a process that trains so many seconds after its first checkpoint, if it has not come to its end."""
-        checkpoint = self.run / "state" / "last.safetensors"
-        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
-        while process.is_alive() and not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
-            process.join(timeout=0.01)
-        process.join(timeout=moment)
-        process.kill()
-        process.join()
-        self.note(process)
-
-    def note(self, process) -> None:
-        """Look at what a process that was killed has left."""
-        before, self.step = self.step, self.seen_step()
-        assert self.step >= before
-        if (self.run / "metrics.jsonl").exists():
-            records_of(self.run)
-        if (self.run / "recipe.toml").exists():
-            Recipe(**load_recipe(self.run / "recipe.toml"))
-        self.kills += process.exitcode == -signal.SIGKILL
-        if (self.run / "model.safetensors").exists():
-            assert_same(self.run, self.whole)
-            self.run, self.step = self.run.with_name(f"{self.run.name} again"), 0
-
-    def seen_step(self) -> int:
-        """Steps that the checkpoint holds, which is whole or not there."""
-        checkpoint = self.run / "state" / "last.safetensors"
-        return load_tensors(checkpoint)[1]["step"] if checkpoint.exists() else 0
-
-    def finish(self) -> None:
-        process = child(self.run, self.workers)
-        process.join()
-        assert process.exitcode == 0
-        assert_same(self.run, self.whole)
+def steps_saved(run: Path) -> int:
+    """Steps that the checkpoint holds; like all that is there, it is whole."""
+    checkpoint = run / "state" / "last.safetensors"
+    if (run / "metrics.jsonl").exists():
+        records_of(run)
+    if (run / "recipe.toml").exists():
+        Recipe(**load_recipe(run / "recipe.toml"))
+    return load_tensors(checkpoint)[1]["step"] if checkpoint.exists() else 0
 
 
-@pytest.mark.parametrize(("workers", "kills"), [(0, 9), (1, 4)])
-def test_killed_at_random_moments_and_resumed(whole, tmp_path, workers, kills):
-    killed, moments = Killed(tmp_path, whole, workers), random.Random(workers)
-    while killed.kills < kills:
-        killed.kill(child(killed.run, workers), moments.uniform(0, 0.3))
-    killed.finish()
-
-
-@pytest.mark.parametrize(("workers", "kills"), [(0, 9), (1, 3)])
-def test_killed_in_the_middle_of_random_writes_and_resumed(whole, tmp_path, workers, kills):
-    """Of recipe, description, checkpoints, metrics or weights, whichever comes."""
-    killed, moments = Killed(tmp_path, whole, workers), random.Random(workers)
-    while killed.kills < kills:
-        moment = ("half written", "not flushed", "not renamed", "renamed")[killed.kills % 4]
-        process = server.Process(target=die_in_a_write, args=(killed.run, workers, moment, moments.randint(1, 12)))
-        process.start()
-        process.join()
-        assert process.exitcode in (-signal.SIGKILL, 0)
-        killed.note(process)
-    killed.finish()
+@pytest.mark.parametrize("workers", [0, 1])
+def test_killed_25_times_at_random_moments_inside_writes_too_and_resumed(whole, tmp_path, workers):
+    """A run that comes to its end meanwhile is as the whole one, and another is begun."""
+    kills, run, step = 0, tmp_path / "run", 0
+    for death in deaths(seed=workers, seconds=1.0):
+        kills += child(run, workers, death) == -signal.SIGKILL
+        before, step = step, steps_saved(run)
+        assert step >= before
+        if kills == 25:
+            break
+        if (run / "model.safetensors").exists():
+            assert_same(run, whole)
+            run, step = run.with_name(f"{run.name} again"), 0
+    assert child(run, workers) == 0
+    assert_same(run, whole)
 
 
 def test_every_kind_of_state_is_compared(whole):
@@ -182,14 +108,9 @@ def test_adamw_resumes_bit_equal_too(tmp_path):
     start(recipe, tmp_path / "whole", Console(quiet=True))
     run = shutil.copytree(tmp_path / "whole", tmp_path / "run")
     (run / "model.safetensors").unlink()
-    (run / "state" / "last.safetensors").unlink()
-    process = child(run)
-    while process.is_alive() and not (run / "state" / "last.safetensors").exists():
-        process.join(timeout=0.01)
-    process.kill()
-    process.join()
-    _, progress = load_tensors(run / "state" / "last.safetensors")
-    assert 0 < progress["step"] < 22
+    shutil.rmtree(run / "state")
+    assert child(run, death=("renamed", 7)) == -signal.SIGKILL
+    assert 0 < steps_saved(run) < 22
     resume(run, Console(quiet=True))
     assert_same(run, tmp_path / "whole")
 

@@ -2,24 +2,37 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-app = App(name="analyze", help="Look inside a model.")
+app = App(
+    name="analyze",
+    help="Measure what goes on inside a model: how its attention behaves, which tokens decide.\n\n"
+    "Example: tokenfusion analyze tokens runs/photos",
+)
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
+Subject = Annotated[
+    str,
+    Parameter(
+        name="RUN_OR_MODEL",
+        help="Folder that `train` wrote, or a model's name, which is looked at with random weights.",
+    ),
+]
+Data = Annotated[str | None, Parameter(help="Labelled images; a run's own held-out images when not given.")]
+NumImages = Annotated[int, Parameter(help="How many images to look at, spread evenly over the data.")]
 
 
 @app.command
 def collapse(
-    subject: Annotated[str, Parameter(name="RUN_OR_MODEL")],
-    data: str | None = None,
+    subject: Subject,
+    data: Data = None,
     /,
     *,
-    num_images: int = 256,
+    num_images: NumImages = 256,
     out: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
@@ -31,12 +44,6 @@ def collapse(
 
     Parameters
     ----------
-    subject
-        Folder that `train` wrote, or a model's name, which is looked at with random weights.
-    data
-        Labelled images; a run's own held-out images when not given.
-    num_images
-        How many images to look at, spread evenly over the data.
     out
         Folder to write to; RUN/collapse, or collapse for a model's name, when not given.
     as_json
@@ -46,20 +53,16 @@ def collapse(
 
     with counting("reading images") as progress:
         result, folder = analyze_collapse(subject, data, num_images=num_images, out=out, progress=progress)
-    if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-        return
-    print(f"{result['images']:,} images. {result['summary']}")
-    print(f"written to {folder / 'collapse.json'}, with {', '.join(result['figures'])}")
+    show(result, folder / "collapse.json", [f"{result['images']:,} images. {result['summary']}"], as_json)
 
 
 @app.command
 def tokens(
-    subject: Annotated[str, Parameter(name="RUN_OR_MODEL")],
-    data: str | None = None,
+    subject: Subject,
+    data: Data = None,
     /,
     *,
-    num_images: int = 256,
+    num_images: NumImages = 256,
     out: Path | None = None,
     as_json: AsJson = False,
 ) -> None:
@@ -72,12 +75,6 @@ def tokens(
 
     Parameters
     ----------
-    subject
-        Folder that `train` wrote, or a model's name, which is looked at with random weights.
-    data
-        Labelled images; a run's own held-out images when not given.
-    num_images
-        How many images to look at, spread evenly over the data.
     out
         Folder to write to; RUN/tokens, or tokens for a model's name, when not given.
     as_json
@@ -87,12 +84,7 @@ def tokens(
 
     with counting("reading images") as progress:
         result, folder = analyze_tokens(subject, data, num_images=num_images, out=out, progress=progress)
-    if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-        return
-    print_lines(table_of(result))
-    print(result["summary"])
-    print(f"written to {folder / 'tokens.json'}, with {', '.join(result['figures'])}")
+    show(result, folder / "tokens.json", [*in_columns(table_of(result)), result["summary"]], as_json)
 
 
 def explain(
@@ -118,7 +110,7 @@ def explain(
     run
         Folder that `train` wrote.
     images
-        Files, folders or globs; the evaluation's worst mistakes when not given.
+        Files, folders, globs, or - for a list on standard input; the evaluation's worst mistakes when not given.
     method
         Grad-CAM, attention rollout, or what CLS attends to in the last layer.
     branch
@@ -165,8 +157,16 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def print_lines(lines: list[list[str]]) -> None:
+def show(result: dict[str, Any], file: Path, lines: Sequence[str], as_json: bool) -> None:
+    """Print a result as JSON, or as lines to read and where it was written."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    for line in (*lines, f"written to {file}, with {', '.join(result['figures'])}"):
+        print(line)
+
+
+def in_columns(lines: list[list[str]]) -> list[str]:
     """A line of headings and lines of text, in columns."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]

@@ -21,7 +21,7 @@ from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.data.sources import open_source, printable
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_atomic, write_json
+from tokenfusion.files import write_bytes, write_json
 from tokenfusion.hardware import autocast
 from tokenfusion.models.base import choose
 from tokenfusion.predict import expand
@@ -174,7 +174,7 @@ def explain_batch(
         entry: dict[str, Any] = {"path": printable(path), "prediction": prediction, "score": score, "overlays": []}
         for rank, (branch, name, probability, picture) in enumerate(overlays):
             file = f"{number:04d}-{safe(Path(path).stem)}-{rank}-{branch}-{safe(name)}.png"
-            write_png(folder / file, picture)
+            write_bytes(folder / file, encode_png(picture.contiguous()).numpy().tobytes())
             entry["overlays"].append({"branch": branch, "class": name, "score": probability, "file": file})
         yield entry
 
@@ -221,16 +221,6 @@ def overlay(picture: Tensor, of: Tensor) -> Tensor:
     smooth = importance(level[None], (large.shape[1], large.shape[2]))[0].clamp(0, 1)
     heat = torch.from_numpy(matplotlib.colormaps["turbo"](smooth.numpy())[..., :3]).permute(2, 0, 1)
     return (large / 2 + 255 * heat / 2).round().to(torch.uint8)
-
-
-def write_png(path: Path, picture: Tensor) -> None:
-    """Write an image, uint8 (3, H, W), whole or not at all."""
-    data = encode_png(picture.contiguous()).numpy().tobytes()
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_atomic(path, write)
 
 
 def safe(name: str) -> str:

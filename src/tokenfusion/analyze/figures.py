@@ -189,5 +189,5 @@ def write_figure(folder: Path, name: str, figure: "Figure") -> list[str]:
     for file in files:
         kind = file[-3:]
         metadata = {"Date": None} if kind == "svg" else None
-        write_atomic(folder / file, lambda path: figure.savefig(path, format=kind, dpi=120, metadata=metadata))  # noqa: B023
+        write_atomic(folder / file, partial(figure.savefig, format=kind, dpi=120, metadata=metadata))
     return files

@@ -1,10 +1,12 @@
 """Means over images, with their intervals."""
 
 from math import inf, sqrt
-from statistics import NormalDist
+from statistics import NormalDist, fmean
 from typing import Any
 
 from torch import Tensor
+
+from tokenfusion.metrics import t_interval
 
 
 def mean_interval(values: Tensor) -> dict[str, Any]:
@@ -12,14 +14,9 @@ def mean_interval(values: Tensor) -> dict[str, Any]:
 
     Of differences between two treatments of the same images, the interval is the paired one.
     """
-    from scipy.stats import t
-
-    values = values.double()
-    mean, count = float(values.mean()), len(values)
-    if count < 2:
-        return {"mean": mean, "ci95": None}
-    half = float(t.ppf(0.975, count - 1) * values.std() / count**0.5)
-    return {"mean": mean, "ci95": [mean - half, mean + half]}
+    numbers = values.tolist()
+    interval = t_interval(numbers)
+    return {"mean": fmean(numbers), "ci95": interval and list(interval)}
 
 
 def share_interval(flips: Tensor) -> dict[str, Any]:

@@ -7,10 +7,10 @@ import numpy as np
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import open_remaining
-from tokenfusion.data.images import Images, read_images
+from tokenfusion.data.images import Images
 from tokenfusion.data.sources import open_source, resolved
 from tokenfusion.errors import InputError
-from tokenfusion.evaluate import choose_images, output_of_class
+from tokenfusion.evaluate import choose_images, output_of_class, read_readable
 from tokenfusion.recipe import Recipe, load_recipe
 
 
@@ -57,7 +57,7 @@ def open_subject(
         classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
         own = not data or resolved(data) == resolved(recipe.data)
         refuse_multi_label(classifier.multi_label, subject)
-        source = open_remaining(recipe.data, recipe.exclude) if own or not data else open_source(resolved(data))
+        source = open_remaining(recipe.data, recipe.exclude, run) if own or not data else open_source(resolved(data))
         to_output = output_of_class(source, classifier.classes)
     elif data:
         own, recipe, source = False, Recipe(), open_source(data)
@@ -69,15 +69,6 @@ def open_subject(
     name, indices = choose_images(source, run, own=own, split=None)
     spread = np.linspace(0, len(indices) - 1, min(num_images, len(indices))).round().astype(np.int64)
     chosen = np.random.default_rng(0).permutation(indices[spread])  # the first few are of any class
-    images, skipped = read_images(
-        source,
-        chosen,
-        max_pixels=recipe.max_pixels,
-        cache_bytes=recipe.cache_mb * 2**20,
-        progress=progress,
-        split=name,
-    )
-    if not len(images):
-        raise InputError(f"none of {len(chosen)} images of {source.where} is readable; the first: {skipped[0].reason}")
+    images, _ = read_readable(source, chosen, recipe, name, progress)
     images.labels = to_output[images.labels]
     return classifier, images

@@ -3,7 +3,7 @@
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from tokenfusion.check.labels import TOO_FEW, Judgement, choose_judged, count_cl
 from tokenfusion.check.look import Look, look_at_all
 from tokenfusion.check.quarantine import quarantine, write_quarantine
 from tokenfusion.check.report import write_check
+from tokenfusion.data.exclude import leave_out
 from tokenfusion.data.sources import Source, open_source
+from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.hardware import keep_freed_memory
@@ -80,7 +82,8 @@ def check_data(
         "crop": describe_crop(source.names, looks, img_size, recipe.crop_pct),
     }
     excluded = quarantine(source, looks, exact, [(pair.first, pair.second) for pair in near.pairs])
-    result |= {"quarantined": len(excluded), "seconds": round(time.perf_counter() - began, 1)}
+    result |= {"quarantined": len(excluded), "train_refuses": why_train_refuses(source, excluded)}
+    result["seconds"] = round(time.perf_counter() - began, 1)
     write_quarantine(folder / "quarantine.csv", source, excluded)
     write_json(folder / "check.json", result)
     write_check(folder / "check.html", source, result, recipe.max_pixels)
@@ -89,11 +92,15 @@ def check_data(
 
 def folder_for(data: str, out: Path | None) -> Path:
     """The folder to write to; InputError where it lies inside the data."""
-    name = re.sub(r"[^\w.-]+", "-", Path(data).resolve().name.split(".")[0]).strip("-")
-    folder = out or Path(f"check-{name or 'data'}")
+    folder = out or Path(f"check-{name_of(data)}")
     if folder.resolve().is_relative_to(Path(data).resolve()) and data != "digits":
         raise InputError(f"{folder} lies inside the data, which is left as it is; give a folder outside it with --out")
     return folder
+
+
+def name_of(data: str) -> str:
+    """A short name of the data, for folders."""
+    return re.sub(r"[^\w.-]+", "-", Path(data).resolve().name.split(".")[0]).strip("-") or "data"
 
 
 def make(folder: Path) -> None:
@@ -102,6 +109,16 @@ def make(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; give another --out") from error
+
+
+def why_train_refuses(source: Source, excluded: Iterable[int]) -> str:
+    """What `train` would say of the images that are left, such as that a class has none; empty where it takes them."""
+    try:
+        left = leave_out(source, {source.names[index] for index in excluded}, "quarantine.csv")
+        choose_split(left, Recipe.val_fraction, Recipe.seed)
+    except InputError as error:
+        return str(error)
+    return ""
 
 
 def known(source: Source, index: int) -> dict[str, Any]:

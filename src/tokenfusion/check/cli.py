@@ -39,9 +39,10 @@ def check(
     as_json
         Print check.json instead of a summary.
     """
-    from tokenfusion.check.checkup import check_data
+    from tokenfusion.check.checkup import check_data, name_of
     from tokenfusion.check.report import summarise
     from tokenfusion.recipe import Recipe
+    from tokenfusion.words import counted
 
     height, width = Recipe(img_size=img_size).img_size
     with stages() as progress:
@@ -51,8 +52,10 @@ def check(
         return
     for line in summarise(result):
         print(line)
-    exclude = f"; tokenfusion train {shlex.quote(data)} --exclude {shlex.quote(str(folder / 'quarantine.csv'))}"
-    print(f"{result['quarantined']:,} images had better be left out{exclude * bool(result['quarantined'])}")
+    options = shlex.join(["--exclude", str(folder / "quarantine.csv"), "--out", f"runs/{name_of(data)}"])
+    command = f"; tokenfusion train {shlex.quote(data)} {options}"
+    trains = result["quarantined"] and not result["train_refuses"]
+    print(f"{counted(result['quarantined'], 'image')} had better be left out{command * bool(trains)}")
     print(f"open {folder / 'check.html'}")
 
 

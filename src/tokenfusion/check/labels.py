@@ -15,6 +15,7 @@ from torch.nn.functional import avg_pool2d
 
 from tokenfusion.check.align import slopes
 from tokenfusion.check.duplicates import gray
+from tokenfusion.words import counted
 
 MAX_JUDGED = 20_000
 """Most images whose labels are judged, an even sample of all."""
@@ -159,7 +160,7 @@ def count_classes(classes: tuple[str, ...], labels: np.ndarray, splits: list[str
         if total == 0:
             notes.append("has no image")
         elif total < max(RARE * middle, MIN_IMAGES):
-            notes.append(f"is rare: {total} images, where the median class has {middle:g}")
+            notes.append(f"is rare: {counted(total, 'image')}, where the median class has {middle:g}")
         for part, split in enumerate(names):
             if total and not counts[part, label]:
                 notes.append(f"has no image in {split}")

@@ -5,18 +5,21 @@ from pathlib import Path
 from typing import Any
 
 from torchvision.io import encode_jpeg
-from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.check.crop import MANY
 from tokenfusion.check.duplicates import MAX_IMAGES
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.sources import Source
 from tokenfusion.report.page import percent, write_page
-from tokenfusion.report.thumbnails import SIDE
+from tokenfusion.report.thumbnails import SIDE, shrink
 from tokenfusion.words import counted
 
 MAX_PICTURES = 24
-"""Groups and disputes of a kind that are shown as pictures at most."""
+"""Groups of duplicates, and disputes, that are shown as pictures at most."""
+MAX_OF_A_KIND = 12
+"""Pictures of what the crop cuts off, of tiny images, of huge ones and so on at most."""
+LARGE_SIDE = 2 * SIDE
+"""Longest side in pixels of the pictures that show what is cut off."""
 MAX_COPIES = 4
 """Images of a group of duplicates that are shown at most."""
 MAX_LISTED = 200
@@ -35,11 +38,11 @@ def write_check(path: Path, source: Source, result: dict[str, Any], max_pixels: 
     """Write the page, with pictures from the source."""
     places = {name: index for index, name in enumerate(source.names)}
 
-    def picture(name: str) -> dict[str, Any]:
+    def picture(name: str, side: int = SIDE) -> dict[str, Any]:
         try:
-            return address_of(source, places[name], max_pixels)
+            return address_of(source, places[name], max_pixels, side)
         except UnreadableImage:  # changed since it was looked at
-            return {"address": "", "small": False}
+            return {"address": "", "small": False, "aspect": 1.0}
 
     # first those between splits, then those whose labels differ
     groups = [*result["exact_duplicates"], *result["near_duplicates"]]
@@ -49,11 +52,21 @@ def write_check(path: Path, source: Source, result: dict[str, Any], max_pixels: 
         for group in groups[:MAX_PICTURES]
     ]
     disputes = [d | picture(d["path"]) for d in result["labels"]["disputes"][:MAX_PICTURES]]
-    cut = [box | picture(box["path"]) for box in result["crop"]["least_kept"][: MAX_PICTURES // 2]]
+    cut = [box | picture(box["path"], LARGE_SIDE) for box in result["crop"]["least_kept"][:MAX_OF_A_KIND]]
+    kinds = [
+        {
+            "heading": heading,
+            "all": result[kind],
+            "listed": result[kind][:MAX_LISTED],
+            "pictures": [i | picture(i["path"]) for i in result[kind][:MAX_OF_A_KIND] if kind != "unreadable"],
+        }
+        for kind, heading in KINDS.items()
+    ]
     values = {
         "result": result,
         "summary": summarise(result),
-        "kinds": [(heading, result[kind], result[kind][:MAX_LISTED]) for kind, heading in KINDS.items()],
+        "kinds": kinds,
+        "counted": counted,
         "groups": shown,
         "total_groups": len(groups),
         "disputes": disputes,
@@ -65,21 +78,21 @@ def write_check(path: Path, source: Source, result: dict[str, Any], max_pixels: 
     write_page(path, "check.html", values)
 
 
-def address_of(source: Source, index: int, max_pixels: int) -> dict[str, Any]:
-    """An image as a data: address, and whether it has so few pixels that they are better shown as squares."""
-    image = source.decode(index, max_pixels)
-    small = max(image.shape[1:]) < SIDE // 2
-    if not small:
-        image = F.resize(image, None, max_size=SIDE, antialias=True)
+def address_of(source: Source, index: int, max_pixels: int, side: int) -> dict[str, Any]:
+    """An image as a data: address, its width over its height, and whether it has so few pixels that they are better
+    shown as squares."""
+    image = shrink(source.decode(index, max_pixels), side)
+    height, width = image.shape[1:]
+    small = max(height, width) < SIDE // 2
     jpeg = bytes(encode_jpeg(image.contiguous(), quality=95 if small else 80).numpy())
-    return {"address": f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}", "small": small}
+    address = f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+    return {"address": address, "small": small, "aspect": width / height}
 
 
 def summarise(result: dict[str, Any]) -> list[str]:
     """What was found, a line each."""
     parts = ", ".join(f"{count:,} {name}" for name, count in result["splits"].items())
     lines = [f"{counted(result['images'], 'image')} of {counted(len(result['classes']), 'class')} ({parts})"]
-    lines[0] = lines[0].replace("classs", "classes")
     kinds = ", ".join(f"{len(result[kind])} {heading.lower()}" for kind, heading in KINDS.items())
     lines.append(kinds)
     for kind, what in (("exact_duplicates", "exact"), ("near_duplicates", "near")):
@@ -101,7 +114,7 @@ def summarise(result: dict[str, Any]) -> list[str]:
             f"too small to tell near duplicates: {searched['too_small']:,}; too plain: {searched['too_plain']:,}"
         )
     unusual = [row for row in result["classes"] if row["notes"]]
-    lines.append(f"{len(unusual)} of the classes are empty, rare or differ between splits")
+    lines.append(f"classes that are empty, rare or differ between splits: {len(unusual):,}")
     labels = result["labels"]
     if labels["note"]:
         lines.append(f"labels were not judged: {labels['note']}")
@@ -115,4 +128,6 @@ def summarise(result: dict[str, Any]) -> list[str]:
             f"the crop keeps {percent(result['crop']['median_kept'])} of the median image's area, and less than "
             f"{percent(MANY, 0)} of {counted(len(result['crop']['least_kept']), 'image')}"
         )
+    if result["train_refuses"]:
+        lines.append(f"to be mended first, for training refuses what is left: {result['train_refuses']}")
     return lines

@@ -13,13 +13,14 @@ from tokenfusion.compare.contenders import Contender, contenders, slug, split_na
 from tokenfusion.compare.display import Display, comparison_table, notes
 from tokenfusion.compare.ensemble import evaluate_mean
 from tokenfusion.compare.jobs import Job, hold, run_jobs
-from tokenfusion.compare.plan import Budget, Comparison, count
+from tokenfusion.compare.plan import Budget, Comparison
 from tokenfusion.compare.results import is_finished, summarise
 from tokenfusion.data.exclude import open_remaining
 from tokenfusion.data.sources import held_out_name, resolved
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json, write_text
+from tokenfusion.models.cost import count_model
 from tokenfusion.recipe import Recipe, dump_recipe, load_recipe
 from tokenfusion.train import FREE_TO_CHANGE
 
@@ -110,6 +111,7 @@ def settle(
     classes = len(source.classes)
     training_images = len(choose_split(source, recipe.val_fraction, recipe.seed).train)
     everyone, missing, remarks = contenders(models, recipe, classes, controls)
+    task: dict[str, Any] = {"num_classes": classes, "in_chans": recipe.in_chans, "img_size": recipe.img_size or None}
     comparison = Comparison(
         out=out,
         recipe=recipe,
@@ -117,7 +119,7 @@ def settle(
         seeds=tuple(range(recipe.seed, recipe.seed + seeds)),
         budget=budget,
         epochs={},
-        counts={one.name: count(one.name, recipe, classes) for one in everyone if not one.members},
+        counts={one.name: count_model(one.name, **task)[0] for one in everyone if not one.members},
         missing=missing,
         notes=remarks,
         part=held_out_name(source) or "val",

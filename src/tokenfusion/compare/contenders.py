@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenfusion.errors import InputError
+from tokenfusion.models.expressions import split_at_commas
 from tokenfusion.recipe import Recipe
 
 ROLES = {
@@ -40,21 +41,8 @@ def split_names(words: Sequence[str]) -> list[str]:
     Raises:
         InputError: a parenthesis without its partner.
     """
-    names: list[str] = []
-    for word in words:
-        depth, name = 0, ""
-        for letter in word + ",":
-            depth += {"(": 1, ")": -1}.get(letter, 0)
-            if depth < 0:
-                break
-            if letter == "," and depth == 0:
-                names.append(name.strip())
-                name = ""
-            else:
-                name += letter
-        if depth:
-            raise InputError(f"models={word!r} has a parenthesis without its partner; quote such names")
-    return list(dict.fromkeys(name for name in names if name))
+    names = [name for word in words for name in split_at_commas(word)]
+    return list(dict.fromkeys(filter(None, names)))
 
 
 def members_of(name: str) -> tuple[str, ...]:

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import open_remaining
-from tokenfusion.data.images import read_images
-from tokenfusion.evaluate import choose_images, collect_logits, write_predictions
+from tokenfusion.evaluate import choose_images, collect_logits, read_readable, write_predictions
 from tokenfusion.files import write_json
 from tokenfusion.metrics import evaluate_logits
 from tokenfusion.recipe import Recipe, load_recipe
@@ -33,11 +32,9 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         InputError: a run cannot be used.
     """
     recipe = Recipe(**load_recipe(runs[0] / "recipe.toml"))
-    source = open_remaining(recipe.data, recipe.exclude)
+    source = open_remaining(recipe.data, recipe.exclude, runs[0])
     part, indices = choose_images(source, runs[0], own=True, split=None)
-    images, skipped = read_images(
-        source, indices, max_pixels=recipe.max_pixels, cache_bytes=recipe.cache_mb * 2**20, split=part
-    )
+    images, skipped = read_readable(source, indices, recipe, part)
     several = [collect_logits(Classifier.load(run), images, workers=recipe.workers) for run in runs]
     logits, labels = mean_log_probabilities([logits for logits, _ in several]), several[0][1]
     result = evaluate_logits(logits, labels, source.classes, skipped=len(skipped))

@@ -4,14 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
-
-import torch
+from typing import Literal, Self, cast, get_args
 
 from tokenfusion.compare.contenders import Contender, Remark, slug
 from tokenfusion.errors import InputError
-from tokenfusion.models import create_model, default_config
-from tokenfusion.models.cost import Counts, count_costs
+from tokenfusion.models.cost import Counts
 from tokenfusion.recipe import Recipe
 
 Unit = Literal["epochs", "minutes", "macs"]
@@ -111,24 +108,3 @@ class Comparison:
 
     def recipe_of(self, name: str, seed: int) -> Recipe:
         return replace(self.recipe, model=name, seed=seed, epochs=self.epochs[name])
-
-
-def count(name: str, recipe: Recipe, num_classes: int) -> Counts:
-    """What one image costs a model as the recipe trains it, counted on the meta device.
-
-    Raises:
-        InputError: there is no such model, or it cannot take such images.
-    """
-    size: Any = recipe.img_size or None
-    with torch.device("meta"):
-        try:
-            model = create_model(name, num_classes=num_classes, in_chans=recipe.in_chans, img_size=size)
-            height, width = size or default_config(model)["input_size"][1:]
-            return count_costs(model, torch.empty(1, recipe.in_chans, height, width))
-        except (AssertionError, RuntimeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            reason = str(error).partition("\n")[0].rstrip(".")
-            raise InputError(
-                f"{name} cannot take images as the recipe gives them: {reason}; leave it out or change --img-size"
-            ) from error

@@ -15,9 +15,10 @@ import torch
 from tokenfusion.compare.contenders import Contender
 from tokenfusion.compare.ensemble import is_up_to_date
 from tokenfusion.compare.plan import Comparison
-from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front, t_interval
+from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import default_device, hardware_name, resolve_precision
+from tokenfusion.metrics import t_interval
 from tokenfusion.version import __version__
 
 Failures = Mapping[tuple[str, int], str]

@@ -2,18 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-
-def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """The 95 % interval of a mean by Student's t; None of fewer than two values."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return None
-    half = float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return fmean(values) - half, fmean(values) + half
+from tokenfusion.metrics import t_interval
 
 
 def paired_t(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:

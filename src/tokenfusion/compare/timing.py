@@ -8,12 +8,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
 from tokenfusion.compare.contenders import Contender
 from tokenfusion.data.exclude import open_remaining
-from tokenfusion.data.images import read_images
+from tokenfusion.data.images import sample_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.split import choose_split
 from tokenfusion.data.transforms import Augment
@@ -28,7 +27,7 @@ from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer
 from tokenfusion.train.state import TrainState, fingerprint
 
-WARM_UP, STEPS, SECONDS = 3, 8, 2.0
+BATCHES, WARM_UP, STEPS, SECONDS = 4, 3, 8, 2.0
 
 
 def epoch_minutes(models: list[Contender], recipe: Recipe, threads: int, path: Path) -> dict[str, float]:
@@ -71,13 +70,11 @@ def train_some_steps(recipe: Recipe, threads: int) -> float:
     source = open_remaining(recipe.data, recipe.exclude)
     indices = choose_split(source, recipe.val_fraction, recipe.seed).train
     batch_size = min(recipe.batch_size_for(len(indices)), len(indices))
-    some = indices[np.linspace(0, len(indices) - 1, min(4 * batch_size, len(indices)), dtype=np.int64)]
-    images, _ = read_images(
-        source, some, max_pixels=recipe.max_pixels, cache_bytes=recipe.cache_mb * 2**20, split="train"
-    )
+    limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
+    images = sample_images(source, indices, BATCHES * batch_size, **limits)
     classifier = build(recipe, source.classes)
     size = classifier.preprocess.img_size
-    augment = Augment(size, recipe.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment)
+    augment = Augment.of(recipe, size)
     loader = TrainLoader(images, augment, batch_size=batch_size, seed=recipe.seed, workers=recipe.workers)
     job = Job(recipe, classifier, loader, BatchMixing(recipe, len(source.classes)), images, Path())
     state = TrainState(classifier.model, make_optimizer(classifier.model, recipe), recipe.ema, keep_best=False)

@@ -1,6 +1,7 @@
 """Images that are left out because a list says so."""
 
 import csv
+import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,11 @@ from torch import Tensor
 
 from tokenfusion.data.sources import Source, open_source, quoted
 from tokenfusion.errors import InputError
+from tokenfusion.files import write_bytes
+from tokenfusion.words import counted
+
+EXCLUDED = "excluded.csv"
+"""A run's own copy of its list: the run needs the file that was given no more."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -40,17 +46,29 @@ class Remaining(Source):
         self.whole.require_room()
 
     def __str__(self) -> str:
-        excluded = f"{len(self.whole) - len(self):,} images excluded"
-        return f"{excluded}; {self.unknown:,} paths of the list are not in the data" if self.unknown else excluded
+        excluded = f"{counted(len(self.whole) - len(self), 'image')} excluded"
+        return f"{excluded}; not in the data: {counted(self.unknown, 'path')} of the list" if self.unknown else excluded
 
 
-def open_remaining(data: str | Path, exclude: str) -> Source:
+def keep_list(run: Path, exclude: str) -> None:
+    """Copy a list into a run folder.
+
+    Raises:
+        InputError: it cannot be read, or is no such list.
+    """
+    content = read_list(Path(exclude))  # once: it may be a pipe
+    paths_in(content, exclude)
+    write_bytes(run / EXCLUDED, content)
+
+
+def open_remaining(data: str | Path, exclude: str, run: Path | None = None) -> Source:
     """Open labelled images without those that a list names.
 
     Args:
         data: as `open_source` takes it.
         exclude: a CSV with a column `path`, as `tokenfusion check` writes it, names as it prints them; "" for none.
             Those that the data does not have are counted.
+        run: a run folder, whose own copy of the list is read in its place if there is one.
 
     Raises:
         InputError: the data or the list cannot be read, the data has none of the list's paths, or the list leaves
@@ -59,13 +77,22 @@ def open_remaining(data: str | Path, exclude: str) -> Source:
     source = open_source(data)
     if not exclude:
         return source
-    paths = read_paths(Path(exclude))
+    path = run / EXCLUDED if run and (run / EXCLUDED).exists() else Path(exclude)
+    return leave_out(source, paths_in(read_list(path), str(path)), exclude)
+
+
+def leave_out(source: Source, paths: set[str], exclude: str) -> Remaining:
+    """A source without the images of some paths; `exclude` is what messages call these.
+
+    Raises:
+        InputError: the source has none of them, or nothing of a split is left.
+    """
     kept = np.array([index for index, name in enumerate(source.names) if name not in paths], dtype=np.int64)
     unknown = len(paths - set(source.names))
     if paths and unknown == len(paths):
         raise InputError(
-            f"{exclude}: none of its {len(paths)} paths is in {source.where}; it has {quoted(sorted(paths)[:1])}, and "
-            f"the data {quoted(source.names[:1])}: give the list that was made for this data"
+            f"{exclude}: nothing that it names ({counted(unknown, 'path')}) is in {source.where}; it has "
+            f"{quoted(sorted(paths)[:1])}, and the data {quoted(source.names[:1])}: give the list of this data"
         )
     if not len(kept):
         raise InputError(f"{exclude}: it names every image of {source.where}; take some out of the list")
@@ -80,6 +107,7 @@ def open_remaining(data: str | Path, exclude: str) -> Source:
         labels=source.labels[kept],
         splits=splits,
         ignored=source.ignored,
+        first_ignored=source.first_ignored,
         weights=None if source.weights is None else source.weights[kept],
         whole=source,
         kept=kept,
@@ -87,17 +115,24 @@ def open_remaining(data: str | Path, exclude: str) -> Source:
     )
 
 
-def read_paths(path: Path) -> set[str]:
-    """The column `path` of a CSV."""
+def read_list(path: Path) -> bytes:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if "path" not in columns:
-                raise InputError(f"{path}: its first line is {list(columns)}; it must name a column path")
-            return {row["path"] for row in reader if row["path"]}
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(
-            f"{path}: cannot be read ({error}); give the quarantine.csv that check wrote, "
-            "or put it back where the run expects it"
-        ) from error
+        return path.read_bytes()
+    except OSError as error:
+        raise unreadable(str(path), error) from error
+
+
+def paths_in(content: bytes, where: str) -> set[str]:
+    """The column `path` of a CSV; `where` is what messages call it."""
+    try:
+        reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
+        columns = reader.fieldnames or []
+        if "path" not in columns:
+            raise InputError(f"{where}: its first line is {list(columns)}; it must name a column path")
+        return {row["path"] for row in reader if row["path"]}
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise unreadable(where, error) from error
+
+
+def unreadable(where: str, error: Exception) -> InputError:
+    return InputError(f"{where}: cannot be read ({error}); give the quarantine.csv that check wrote")

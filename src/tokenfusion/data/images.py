@@ -168,6 +168,24 @@ def read_images(
     return images, skipped
 
 
+def sample_images(source: Source, indices: np.ndarray, count: int, *, max_pixels: int, cache_bytes: int) -> Images:
+    """Some of many images, to measure how fast these come: kept in memory where all of them would be.
+
+    They are spread evenly or, in shards, the first ones: few shards are fetched, and none is looked at before.
+
+    Args:
+        source: where the images are.
+        indices: which of them there are to choose from.
+        count: how many are wanted; all if there are fewer.
+        max_pixels, cache_bytes: as in `read_images`, of all the images.
+    """
+    if source.shard_numbers is not None:
+        return unread_images(source, indices[:count], max_pixels)
+    chosen = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(np.int64)]
+    share = cache_bytes * len(chosen) // len(indices)
+    return read_images(source, chosen, max_pixels=max_pixels, cache_bytes=share)[0]
+
+
 def decode_ahead(
     source: Source, indices: Sequence[int] | np.ndarray, max_pixels: int
 ) -> Iterator[tuple[int, Tensor | UnreadableImage]]:

@@ -5,6 +5,7 @@ import re
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import SPLITS, Files, Source, printable, quoted
+from tokenfusion.data.sources import SPLITS, Files, Source, describe_ignored, printable, quoted
 from tokenfusion.errors import InputError
 
 CACHE_BYTES = 256 * 2**20
@@ -92,8 +93,8 @@ class Layout:
     names: tuple[str, ...]
 
 
-def open_parquet(root: Path, files: list[str], ignored: int = 0) -> Source:
-    """Open Parquet files, given relative to `root`; their names tell the splits."""
+def open_parquet(root: Path, files: list[str], others: Sequence[str] = ()) -> Source:
+    """Open Parquet files, given relative to `root`; their names tell the splits. Other files there are ignored."""
     layouts: dict[Layout, str] = {}
     groups: list[tuple[Path, int]] = []
     sizes: list[int] = []
@@ -126,7 +127,7 @@ def open_parquet(root: Path, files: list[str], ignored: int = 0) -> Source:
         names=names,
         labels=labels,
         splits=splits,
-        ignored=ignored,
+        **describe_ignored(others),
         groups=groups,
         starts=np.cumsum([0, *sizes])[:-1].tolist(),
         column=layout.image,

@@ -201,7 +201,12 @@ def read_index(shard: RemoteFile, cache: Cache) -> Index:
                 return index
         with open_shard(shard, cache) as file:
             index = (index_parquet if is_parquet(shard) else index_tar)(shard.shown, file)
-        path.parent.mkdir(exist_ok=True)
+        try:
+            path.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"{path.parent}: {error.strerror}; make room there, or name another folder by TOKENFUSION_CACHE"
+            ) from error
         write_text(path, json.dumps(asdict(index)))
     return index
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from tokenfusion.data.decode import UnreadableImage, decode_image
 from tokenfusion.errors import InputError
+from tokenfusion.words import counted
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """What data calls its parts, in lower case, and what they are called here."""
@@ -49,12 +51,15 @@ class Source(ABC):
     """For each image `train`, `val`, `test`, or `""` when the data does not say."""
     ignored: int = 0
     """Files that lie in the data but are no images by their name, or lie outside every class."""
+    first_ignored: tuple[str, ...] = ()
+    """Names of a few of them."""
     weights: np.ndarray | None = None
     """float64 (N,), above 0: how much each image's loss counts; None where the data does not say."""
 
     def __post_init__(self) -> None:
         if not self.names:
-            raise InputError(f"{self.where}: no image found ({self.ignored} other files); give {KINDS}")
+            ignored = f", {self.ignored_in_words()}" * bool(self.ignored)
+            raise InputError(f"{self.where}: no image found{ignored}; give {KINDS}")
         self.refuse_equal_classes()
         self.refuse_half_split()
         self.refuse_unknown_labels()
@@ -66,6 +71,12 @@ class Source(ABC):
     def multi_label(self) -> bool:
         """Whether an image has any number of classes rather than one."""
         return self.labels.ndim == 2
+
+    def ignored_in_words(self) -> str:
+        """How many files are ignored, and the names of a few."""
+        more = self.ignored - len(self.first_ignored)
+        names = quoted(self.first_ignored) + f" and {more:,} more" * bool(more)
+        return f"{counted(self.ignored, 'other file')} ignored" + f" ({names})" * bool(self.first_ignored)
 
     def label_text(self, index: int) -> str:
         """An image's class, or its classes with `|` between them."""
@@ -201,7 +212,7 @@ def open_source(data: str | Path) -> Source:
         if any(file.endswith(".tar") for file in files) and not (tables or images):
             return shards.open_shards(str(path))
         if tables:
-            return parquet.open_parquet(path, tables, ignored=len(files) - len(tables))
+            return parquet.open_parquet(path, tables, [file for file in files if not file.endswith(".parquet")])
         return trees.open_folder(path, files, folders)
     name = path.name.lower()
     if name.endswith(".parquet"):
@@ -245,6 +256,15 @@ def read_file(path: str | Path) -> bytes:
         raise UnreadableImage(f"the file cannot be read: {error.strerror}") from error
     except ValueError as error:  # a name that no file can have, as with a NUL in it
         raise UnreadableImage(f"the file cannot be read: {error}") from error
+
+
+def describe_ignored(files: Iterable[str]) -> dict[str, Any]:
+    """What a Source tells of ignored files; one of each ending in each top folder is named, hidden ones last."""
+    ordered = sorted(map(printable, files), key=lambda file: os.path.basename(file).startswith("."))
+    kinds: dict[tuple[str, str], str] = {}
+    for file in ordered:
+        kinds.setdefault((file.split("/")[0], os.path.splitext(file)[1].lower()), file)
+    return {"ignored": len(ordered), "first_ignored": tuple(kinds.values())[:3]}
 
 
 def printable(name: str) -> str:

@@ -12,6 +12,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.errors import InputError
+from tokenfusion.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def cover(image: Tensor, img_size: tuple[int, int], crop_pct: float = 1.0) -> Te
 class Augment:
     """A training image at random: crop, flip, one colour or geometric change; drawn from torch's default generator.
 
-    What torchvision's RandomResizedCrop, RandomHorizontalFlip and TrivialAugmentWide do one after another, in half the
-    time: its modules first find out what they were given, and draw numbers one by one.
+    What torchvision's RandomResizedCrop, RandomCrop, RandomHorizontalFlip and TrivialAugmentWide do one after another,
+    in half the time: its modules first find out what they were given, and draw numbers one by one.
 
     Args:
         img_size: height and width of the result.
@@ -116,16 +117,39 @@ class Augment:
         crop_scale: smallest share of the image's area that a crop keeps; its aspect is 3/4 to 4/3. 1 for no crop.
         hflip: probability of a horizontal flip.
         trivial_augment: whether to apply TrivialAugment (Wide), https://arxiv.org/abs/2103.10158.
+        crop_padding: pixels by which the result is shifted at most, up or down and sideways; the edge is mirrored.
+
+    Raises:
+        InputError: a padding that is no smaller than the result.
     """
 
     def __init__(
-        self, img_size: tuple[int, int], in_chans: int, crop_scale: float, hflip: float, trivial_augment: bool
+        self,
+        img_size: tuple[int, int],
+        in_chans: int,
+        crop_scale: float,
+        hflip: float,
+        trivial_augment: bool,
+        crop_padding: int = 0,
     ) -> None:
+        if crop_padding >= min(img_size):
+            raise InputError(
+                f"crop_padding={crop_padding} mirrors more than there is of images of {img_size[0]}×{img_size[1]} "
+                f"pixels; give {min(img_size) // 8} or so, {min(img_size) - 1} at most"
+            )
         self.img_size = img_size
         self.in_chans = in_chans
         self.crop_scale = crop_scale
         self.hflip = hflip
         self.trivial_augment = trivial_augment
+        self.crop_padding = crop_padding
+
+    @classmethod
+    def of(cls, recipe: Recipe, img_size: tuple[int, int]) -> "Augment":
+        """What a recipe says, of images resized to (height, width)."""
+        return cls(
+            img_size, recipe.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment, recipe.crop_padding
+        )
 
     def __call__(self, image: Tensor) -> Tensor:
         """Augment one image.
@@ -140,6 +164,8 @@ class Augment:
             image = resized_crop(image, random_box(image.shape[-2], image.shape[-1], self.crop_scale), self.img_size)
         else:
             image = cover(image, self.img_size)
+        if self.crop_padding:
+            image = shifted_crop(image, self.crop_padding)
         if torch.rand(1).item() < self.hflip:
             image = image.flip(-1)
         if self.trivial_augment:
@@ -174,6 +200,13 @@ def resized_crop(image: Tensor, box: Box, img_size: tuple[int, int]) -> Tensor:
         return crop[0]
     crop = crop.contiguous(memory_format=torch.channels_last)  # a small copy, by which resizing takes half the time
     return interpolate(crop, img_size, mode="bilinear", antialias=True)[0]
+
+
+def shifted_crop(image: Tensor, padding: int) -> Tensor:
+    """(3, H, W) moved by up to `padding` pixels each way, mirrored at its edges, as RandomCrop draws it."""
+    height, width = image.shape[-2:]
+    top, left = torch.randint(2 * padding + 1, (2,)).tolist()
+    return F.pad(image, [padding], padding_mode="reflect")[:, top : top + height, left : left + width]
 
 
 def shear_x(image: Tensor, slope: float) -> Tensor:

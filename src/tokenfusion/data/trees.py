@@ -12,7 +12,15 @@ from typing import Any
 import numpy as np
 
 from tokenfusion.data.decode import EXTENSIONS, UnreadableImage
-from tokenfusion.data.sources import MAX_FILE_BYTES, SPLITS, Files, Source, printable, read_file
+from tokenfusion.data.sources import (
+    MAX_FILE_BYTES,
+    SPLITS,
+    Files,
+    Source,
+    describe_ignored,
+    printable,
+    read_file,
+)
 from tokenfusion.errors import InputError
 from tokenfusion.words import counted
 
@@ -78,7 +86,7 @@ class Tree:
     files: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
-    ignored: int = 0
+    ignored: list[str] = field(default_factory=list)
 
     def as_source(self, where: Path) -> dict[str, Any]:
         """The arguments that every kind of Source takes."""
@@ -88,7 +96,7 @@ class Tree:
             "names": [printable(file) for file in self.files],
             "labels": np.array(self.labels, dtype=np.int64),
             "splits": self.splits,
-            "ignored": self.ignored,
+            **describe_ignored(self.ignored),
         }
 
 
@@ -107,7 +115,7 @@ def open_folder(root: Path, files: list[str], folders: list[str]) -> Source:
 def read_tree(files: list[str], folders: list[str]) -> Tree:
     """Find the classes in a tree of `class/…/file` or `split/class/…/file`.
 
-    Hidden files, files without an image's extension and files outside every class are counted, not kept.
+    Hidden files, files without an image's extension and files outside every class are ignored.
     """
     depth = 1 if has_splits(folders) else 0  # how deep the class folders lie
 
@@ -122,7 +130,7 @@ def read_tree(files: list[str], folders: list[str]) -> Tree:
         place = file.split("/")
         split = part(place)
         if split is None or len(place) < depth + 2 or is_hidden(place) or not is_image(file):
-            tree.ignored += 1
+            tree.ignored.append(file)
             continue
         tree.files.append(file)
         tree.labels.append(label[place[depth]])
@@ -228,7 +236,7 @@ class Members:
 
     places: dict[str, tuple[int, int]] = field(default_factory=dict)
     folders: set[str] = field(default_factory=set)
-    others: int = 0
+    others: list[str] = field(default_factory=list)
 
     def as_source(self, where: Path) -> dict[str, Any]:
         """The arguments of Tar and CompressedTar but one. A single folder around everything is left off the names."""
@@ -253,13 +261,13 @@ def read_members(tar: tarfile.TarFile, place: Callable[[tarfile.TarInfo], int]) 
         if member.isdir():
             members.folders.add(name)
         elif not is_image(name):
-            members.others += 1
+            members.others.append(name)
         elif member.isreg() and not member.issparse():
             members.places[name] = (place(member), member.size)
         elif member.islnk() and target in members.places:
             members.places[name] = members.places[target]
         else:
-            members.others += 1
+            members.others.append(name)
     members.folders.discard(".")
     return members
 

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+from collections.abc import Mapping
 from typing import Any, cast
 
 import timm
@@ -42,8 +43,10 @@ def create_model(
         **kwargs: further arguments of the model's class, such as `drop_path_rate`.
 
     Raises:
-        InputError: no such name (the nearest are offered), or arguments that the model does not take.
+        InputError: no such name (the nearest are offered), arguments that the model does not take, or a rate of dropout
+            that is none.
     """
+    refuse_rates(kwargs)
     if "(" in name:
         return build_expression(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **kwargs)
     if not timm.is_model(name):
@@ -64,6 +67,13 @@ def create_model(
         raise InputError(f"{name} has no pretrained weights; leave pretrained out") from error
     except TypeError as error:
         raise InputError(f"{name} cannot be built with {arguments}: {error}; leave that argument out") from error
+
+
+def refuse_rates(arguments: Mapping[str, Any]) -> None:
+    """Refuse rates of dropout (`drop_rate`, `drop_path_rate`, ...) that are not from 0 to 1."""
+    for name, rate in arguments.items():
+        if "drop" in name and name.endswith("_rate") and isinstance(rate, int | float) and not 0 <= rate <= 1:
+            raise InputError(f"{name}={rate} is no rate; give a value from 0 to 1")
 
 
 def build_expression(name: str, **arguments: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import nn
 from tokenfusion.errors import InputError
 from tokenfusion.models import create_model, default_config
 from tokenfusion.models.base import image_size
-from tokenfusion.models.cost import count_costs, count_macs
+from tokenfusion.models.cost import count_costs, count_macs, native_size
 from tokenfusion.models.expressions import parse
 from tokenfusion.models.parents import ResNet
 from tokenfusion.models.presets import VARIANTS
@@ -169,13 +169,6 @@ def parents_of(name: str) -> tuple[str, str]:
     if function != "fuse":
         raise InputError(f"{name} is not a fusion of two parents")
     return arguments[0], arguments[1]
-
-
-def native_size(name: str) -> tuple[int, int]:
-    """Height and width of the images that a model is made for."""
-    with torch.device("meta"):
-        height, width = default_config(create_model(name))["input_size"][1:]
-    return height, width
 
 
 def widen_to(target: int, name: str, task: dict[str, Any]) -> tuple[str, int]:

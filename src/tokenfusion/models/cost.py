@@ -11,7 +11,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from tokenfusion.errors import InputError
 from tokenfusion.models import create_model, default_config, list_models
+
+Size = tuple[int, int]
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -70,32 +73,58 @@ def count_costs(model: nn.Module, images: Tensor) -> Counts:
     return Counts(count_parameters(model), count.macs.total(), attention, count.activations)
 
 
-def count_macs(
-    name: str, *, num_classes: int | None = None, in_chans: int = 3, img_size: tuple[int, int] | None = None
-) -> int:
-    """Multiply-adds of matrix products and convolutions, attention's included, for one image.
+def input_size(model: nn.Module) -> Size:
+    """Height and width of the images that a built model is made for."""
+    height, width = default_config(model)["input_size"][1:]
+    return height, width
 
-    The model is built without memory for its weights, so that this is cheap for any size.
+
+def native_size(name: str) -> Size:
+    """The same of a model by name."""
+    with torch.device("meta"):
+        return input_size(create_model(name))
+
+
+def count_model(
+    name: str, *, num_classes: int | None = None, in_chans: int = 3, img_size: Size | None = None
+) -> tuple[Counts, Size]:
+    """What an image costs a model, and the image's height and width.
+
+    The model is built on the meta device, where nothing is computed, so that this is cheap for any size.
 
     Args:
         name, num_classes, in_chans: as in `create_model`.
-        img_size: height and width in pixels; the variant's own when not given.
+        img_size: height and width in pixels; the model's own when not given.
+
+    Raises:
+        InputError: there is no such model, or it cannot take such images.
     """
     with torch.device("meta"):
-        model = create_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
-        height, width = img_size or default_config(model)["input_size"][1:]
-        image = torch.empty(1, in_chans, height, width)
-        return count_costs(model, image).macs
+        try:
+            model = create_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size)
+            height, width = img_size or input_size(model)
+            return count_costs(model, torch.empty(1, in_chans, height, width)), (height, width)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            own = native_size(name)
+            height, width = img_size or own
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise InputError(
+                f"{name} cannot take {in_chans}-channel images of {height}×{width} pixels: {reason}; "
+                f"try its own size, {own[0]}×{own[1]}"
+            ) from error
+
+
+def count_macs(name: str, *, num_classes: int | None = None, in_chans: int = 3, img_size: Size | None = None) -> int:
+    """Multiply-adds of matrix products and convolutions, attention's included; arguments as in `count_model`."""
+    return count_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size)[0].macs
 
 
 def describe_models(pattern: str = "*") -> list[dict[str, Any]]:
     """Name, parameters, multiply-adds and input size of every model of this package that matches a shell pattern."""
     rows = []
     for name in list_models(pattern):
-        with torch.device("meta"):
-            model = create_model(name)
-        img_size = list(default_config(model)["input_size"][1:])
-        rows.append(
-            {"name": name, "parameters": count_parameters(model), "macs": count_macs(name), "img_size": img_size}
-        )
+        counts, size = count_model(name)
+        rows.append({"name": name, "parameters": counts.parameters, "macs": counts.macs, "img_size": list(size)})
     return rows

@@ -18,23 +18,39 @@ def parse(expression: str) -> tuple[str, list[str]]:
     Raises:
         InputError: parentheses that do not match, an unknown function, a wrong number of arguments.
     """
-    head, _, inside = expression.strip().partition("(")
-    function, arguments, depth = head.strip(), [""], 0
-    for letter in inside.removesuffix(")"):
-        depth += (letter == "(") - (letter == ")")
-        if depth < 0:
-            break
-        if letter == "," and not depth:
-            arguments.append("")
-        else:
-            arguments[-1] += letter
-    if depth or not inside.endswith(")"):
-        raise InputError(f"the parentheses of {expression!r} do not match; write it as wide(resnet18,1.5) is")
+    head, _, rest = expression.strip().partition("(")
+    inside = rest.removesuffix(")")
+    if inside == rest:
+        raise unmatched(expression)
+    function, arguments = head.strip(), split_at_commas(inside)
     if function not in FUNCTIONS:
         near = difflib.get_close_matches(function, FUNCTIONS, n=1, cutoff=0.0)[0]
         raise InputError(f"{function!r} in {expression!r} is no function of models; did you mean {near}?")
     least, most, form = FUNCTIONS[function]
-    arguments = [argument.strip() for argument in arguments]
     if not least <= len(arguments) <= most or not all(arguments):
         raise InputError(f"{expression!r} has {len(arguments)} arguments, or an empty one; write {form}")
     return function, arguments
+
+
+def split_at_commas(text: str) -> list[str]:
+    """The parts of a text between its commas outside parentheses.
+
+    Raises:
+        InputError: a parenthesis without its partner.
+    """
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter == "(") - (letter == ")")
+        if depth < 0:
+            break
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    if depth:
+        raise unmatched(text)
+    return [part.strip() for part in parts]
+
+
+def unmatched(text: str) -> InputError:
+    return InputError(f"the parentheses of {text!r} do not match; write it as wide(resnet18,1.5) is, in quotes")

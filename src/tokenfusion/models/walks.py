@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from timm.layers import PatchDropout
@@ -158,12 +159,22 @@ def meta_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def map_shapes(cnn: CNN, img_size: Grid, in_chans: int) -> list[Grid] | None:
-    """Grids of the CNN's maps for images of a size; None where walking it does not give the maps that it names.
-
-    Nothing is computed: the CNN runs with weights on the meta device.
-    """
+    """Grids of the CNN's maps for images of a size; None where walking it does not give the maps that it names."""
     if isinstance(cnn, ConvTrunk):
         return [grid_of(img_size, reduction) for reduction in cnn.reductions]
+    known = FOUND.setdefault(cnn, {})
+    key = (*img_size, in_chans)
+    if key not in known:
+        known[key] = find_shapes(cnn, img_size, in_chans)
+    return known[key]
+
+
+FOUND: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], list[Grid] | None]] = WeakKeyDictionary()
+"""What `find_shapes` gave, which takes as long as a pass of a few images; layouts are asked for at every pass."""
+
+
+def find_shapes(cnn: StagedCNN | OneWayCNN, img_size: Grid, in_chans: int) -> list[Grid] | None:
+    """As `map_shapes`. Nothing is computed: the CNN runs with weights on the meta device."""
     images = torch.empty(2, in_chans, *img_size, device="meta")
     training = cnn.training
     cnn.eval()

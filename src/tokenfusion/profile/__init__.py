@@ -9,8 +9,8 @@ import torch
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import Precision, default_device, hardware_name, resolve_precision
 from tokenfusion.models import list_models
+from tokenfusion.models.cost import Size, count_model
 from tokenfusion.models.published import compare
-from tokenfusion.profile.counts import Size, count_model
 from tokenfusion.profile.measurements import measure_model
 
 Table = list[list[str]]
@@ -62,7 +62,7 @@ def profile_models(
     """
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is no batch; give at least 1")
-    counted = {name: count_model(name, img_size) for name in names}
+    counted = {name: count_model(name, img_size=img_size) for name in names}
     rows = []
     for name in track(counted):
         counts, size = counted[name]

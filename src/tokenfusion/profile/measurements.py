@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenfusion.errors import InputError
-from tokenfusion.hardware import Precision, autocast, default_device, resident_mb
+from tokenfusion.hardware import Precision, autocast, default_device, is_out_of_memory, resident_mb
 from tokenfusion.models import create_model
 from tokenfusion.processes import in_fresh_process
 
@@ -42,7 +42,7 @@ def measure_model(name: str, img_size: tuple[int, int], batch_size: int, precisi
     except BrokenProcessPool as error:
         raise InputError(f"{name} was stopped by the system, most likely for want of memory; {remedy}") from error
     except RuntimeError as error:
-        if "memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise InputError(f"{name} does not fit into memory with batch_size={batch_size}; {remedy}") from error
 

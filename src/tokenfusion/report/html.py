@@ -1,6 +1,5 @@
 """The report of a run: what it reached, where it errs, what it cost."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,14 +13,12 @@ from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.recipe import AUTO
 from tokenfusion.report.multilabel import describe_multilabel
 from tokenfusion.report.overlays import Overlay, overlays_of
-from tokenfusion.report.page import percent, picture, write_page
+from tokenfusion.report.page import MAX_MISTAKES, Picture, Thumbnails, percent, picture, pictures_of, write_page
 from tokenfusion.report.results import Prediction, Results, read_results
 from tokenfusion.words import counted, duration
 
 MAX_CONFUSED = 30
 """Classes that the confusion matrix shows at most."""
-MAX_MISTAKES = 24
-"""Mistakes that are shown as pictures at most."""
 MAX_SKIPPED = 200
 """Skipped images that are listed at most."""
 
@@ -56,23 +53,17 @@ class Mistake:
     """A wrong prediction and its picture."""
 
     prediction: Prediction
-    picture: str
-    """A data: address, or empty."""
-    small: bool
-    """Whether the picture has so few pixels that they are better shown as squares."""
-    reason: str
-    """Why there is no picture."""
+    picture: Picture
     overlays: list[tuple[str, str]]
     """Where the model looked: what the picture is, and its data: address."""
 
 
-def write_report(run: Path, thumbnails: Callable[[list[str]], dict[str, bytes]] | None = None) -> Path:
+def write_report(run: Path, thumbnails: Thumbnails | None = None) -> Path:
     """Write `report.html` into a run folder, whole or not at all.
 
     Args:
         run: the folder that training wrote; without an evaluation the report says how to make one and shows the rest.
-        thumbnails: called once with the names of the images to show, as predictions.csv has them; returns their PNG
-            files by name, leaving out what cannot be read. Without it the mistakes are listed without pictures.
+        thumbnails: called once, with the images to show; without it the mistakes are listed without pictures.
 
     Returns:
         The path of the report.
@@ -87,7 +78,7 @@ def write_report(run: Path, thumbnails: Callable[[list[str]], dict[str, bytes]] 
     return path
 
 
-def describe(results: Results, thumbnails: Callable[[list[str]], dict[str, bytes]] | None) -> dict[str, Any]:
+def describe(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any]:
     """What the template tells."""
     from tokenfusion.report.plots import plot_curves, plot_lr_range, plot_reliability
 
@@ -97,6 +88,7 @@ def describe(results: Results, thumbnails: Callable[[list[str]], dict[str, bytes
         "lr_range": results.lr_range and plot_lr_range(results.lr_range),
         "cost": list_cost(results),
         "skipped": results.skipped[:MAX_SKIPPED],
+        "no_picture": "the image cannot be read any more" if thumbnails else "pictures were not asked for",
     }
     if results.model["multi_label"]:
         judged = judged_on(results.recipe.data, results.evaluation) if results.evaluation else ""
@@ -199,22 +191,14 @@ def worst_mistakes(predictions: list[Prediction]) -> list[Prediction]:
 
 
 def show_mistakes(
-    predictions: list[Prediction],
-    thumbnails: Callable[[list[str]], dict[str, bytes]] | None,
-    overlays: dict[tuple[str, str], list[Overlay]],
+    predictions: list[Prediction], thumbnails: Thumbnails | None, overlays: dict[tuple[str, str], list[Overlay]]
 ) -> list[Mistake]:
     """The worst mistakes with their pictures."""
     worst = worst_mistakes(predictions)
-    pictures = thumbnails([p.path for p in worst]) if thumbnails and worst else {}
     mistakes = []
-    for p in worst:
+    for p, shown in zip(worst, pictures_of([p.path for p in worst], thumbnails), strict=True):
         drawn = [(of.caption, picture(of.png)[0]) for of in overlays.get((printable(p.path), p.prediction), [])]
-        address, small = picture(pictures.get(p.path, b""))
-        if address:
-            mistakes.append(Mistake(p, picture=address, small=small, reason="", overlays=drawn))
-        else:
-            reason = "the image cannot be read any more" if thumbnails else "pictures were not asked for"
-            mistakes.append(Mistake(p, picture="", small=False, reason=reason, overlays=drawn))
+        mistakes.append(Mistake(p, shown, drawn))
     return mistakes
 
 

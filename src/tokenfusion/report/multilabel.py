@@ -1,15 +1,11 @@
 """What the report of a run says of images with any number of classes."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tokenfusion.report.page import percent, picture
+from tokenfusion.report.page import MAX_MISTAKES, Picture, Thumbnails, percent, pictures_of
 from tokenfusion.report.results import LabelSet, Results
 from tokenfusion.words import counted
-
-MAX_MISTAKES = 24
-"""Mistakes that are shown as pictures at most."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +15,10 @@ class LabelMistake:
     image: LabelSet
     missed: list[str]
     added: list[str]
-    picture: str
-    """A data: address, or empty."""
-    small: bool
-    """Whether the picture has so few pixels that they are better shown as squares."""
+    picture: Picture
 
 
-def describe_multilabel(
-    results: Results, judged_on: str, thumbnails: Callable[[list[str]], dict[str, bytes]] | None
-) -> dict[str, Any]:
+def describe_multilabel(results: Results, judged_on: str, thumbnails: Thumbnails | None) -> dict[str, Any]:
     """What the template `multilabel.html` tells besides that of any run.
 
     Args:
@@ -71,18 +62,15 @@ def summarise_multilabel(results: Results, judged_on: str) -> str:
     return " ".join(sentences)
 
 
-def worst_by_loss(
-    wrong: list[LabelSet], thumbnails: Callable[[list[str]], dict[str, bytes]] | None
-) -> list[LabelMistake]:
+def worst_by_loss(wrong: list[LabelSet], thumbnails: Thumbnails | None) -> list[LabelMistake]:
     """The images with the largest loss among those with a wrong class, the largest first, with their pictures."""
     worst = sorted(wrong, key=lambda image: (-image.loss, image.path))[:MAX_MISTAKES]
-    pictures = thumbnails([image.path for image in worst]) if thumbnails and worst else {}
     return [
         LabelMistake(
             image,
             [name for name in image.labels if name not in image.predictions],
             [name for name in image.predictions if name not in image.labels],
-            *picture(pictures.get(image.path, b"")),
+            shown,
         )
-        for image in worst
+        for image, shown in zip(worst, pictures_of([image.path for image in worst], thumbnails), strict=True)
     ]

@@ -2,11 +2,18 @@
 
 import base64
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tokenfusion.files import write_text
 
+MAX_MISTAKES = 24
+"""Mistakes that are shown as pictures at most."""
+Thumbnails = Callable[[list[str]], dict[str, bytes]]
+"""From names of images, as predictions.csv has them, to their PNG files by name, without what cannot be read."""
+Picture = tuple[str, bool]
+"""A PNG file as a data: address, or "", and whether it has so few pixels that they are better shown as squares."""
 CONTROL_CHARACTERS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
 
 
@@ -33,11 +40,14 @@ def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
     write_text(path, page.encode("utf-8", "replace").decode())
 
 
-def picture(png: bytes) -> tuple[str, bool]:
-    """A PNG file as a data: address, and whether it has so few pixels that they are better shown as squares.
+def pictures_of(names: list[str], thumbnails: Thumbnails | None) -> list[Picture]:
+    """A picture of each image."""
+    found = thumbnails(names) if thumbnails and names else {}
+    return [picture(found.get(name, b"")) for name in names]
 
-    The address is empty where there is no such file.
-    """
+
+def picture(png: bytes) -> Picture:
+    """A PNG file as a picture; without an address where it is none."""
     if not (png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 24):
         return "", False
     return f"data:image/png;base64,{base64.b64encode(png).decode()}", struct.unpack(">I", png[16:20])[0] < 64

@@ -1,9 +1,9 @@
 """Small pictures of a run's images, for its report."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
+from torch import Tensor
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
@@ -11,13 +11,21 @@ from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.sources import open_source
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe
+from tokenfusion.report.page import Thumbnails
 
 SIDE = 160
 """Longest side of a picture in pixels."""
 
 
-def thumbnails_of(run: Path) -> Callable[[list[str]], dict[str, bytes]]:
-    """A function from names of images that a run was evaluated on to their PNG files, without the unreadable."""
+def shrink(image: Tensor, side: int) -> Tensor:
+    """An image (3, H, W) made so small that no side is longer than `side`, and none shorter than a pixel."""
+    height, width = image.shape[1:]
+    scale = side / max(height, width, side)
+    return F.resize(image, [max(round(height * scale), 1), max(round(width * scale), 1)], antialias=True)
+
+
+def thumbnails_of(run: Path) -> Thumbnails:
+    """Of the images that a run was evaluated on."""
 
     def thumbnails(names: list[str]) -> dict[str, bytes]:
         data = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["data"]
@@ -33,9 +41,7 @@ def thumbnails_of(run: Path) -> Callable[[list[str]], dict[str, bytes]]:
                 image = source.decode(places[name], max_pixels)
             except (KeyError, UnreadableImage):
                 continue
-            if max(image.shape[1:]) > SIDE:
-                image = F.resize(image, None, max_size=SIDE, antialias=True)
-            pictures[name] = bytes(encode_png(image.contiguous()).numpy())
+            pictures[name] = bytes(encode_png(shrink(image, SIDE).contiguous()).numpy())
         return pictures
 
     return thumbnails

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.exclude import Remaining, open_remaining
+from tokenfusion.data.exclude import EXCLUDED, Remaining, keep_list, open_remaining
 from tokenfusion.data.images import Images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.orders import Share
@@ -29,7 +29,7 @@ from tokenfusion.train.distributed import READ, World, average_gradients, proces
 from tokenfusion.train.ending import epochs_ahead
 from tokenfusion.train.fit import CHECKPOINT, Interrupted, Job, fit
 from tokenfusion.train.global_norm import globalize_norms
-from tokenfusion.train.log import Log
+from tokenfusion.train.log import Log, send_rest
 from tokenfusion.train.loggers import require_installed
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer
@@ -52,6 +52,8 @@ FREE_TO_CHANGE: dict[str, Any] = {
     "parallel": "ddp",
 }
 """Fields that do not decide what a run ends with."""
+BEFORE_THE_FIRST_STEP = ("split.csv", "skipped.csv", "lr_range.json", EXCLUDED)
+"""What a run folder may hold beside its recipe when training begins."""
 SAME_COMMAND = "start every process with the same command and the same installation"
 SAME_DATA = "let every process see the same data and the same run folder"
 
@@ -80,10 +82,10 @@ def start(recipe: Recipe, run: Path, console: Console, measure: Measure | None =
 
 
 def claim(run: Path, recipe: Recipe) -> None:
-    """Make a new run's folder and write the recipe into it.
+    """Make a new run's folder, and write the recipe and the list of images to leave out into it.
 
     Raises:
-        InputError: it is taken, or cannot be written.
+        InputError: it is taken, or cannot be written, or the list of images to leave out cannot be read.
     """
     if (run / "model.json").exists():
         raise InputError(f"{run} holds a run already; go on with `{resume_command(run)}`, or give another --out")
@@ -94,8 +96,10 @@ def claim(run: Path, recipe: Recipe) -> None:
         write_text(run / "recipe.toml", dump_recipe(recipe))
     except OSError as error:
         raise InputError(f"{run} cannot be written: {error.strerror}; give another --out") from error
-    for name in ("split.csv", "skipped.csv", "lr_range.json"):  # of a run that was refused before its first step
+    for name in BEFORE_THE_FIRST_STEP:  # of a run that was refused
         (run / name).unlink(missing_ok=True)
+    if recipe.exclude:
+        keep_list(run, recipe.exclude)
 
 
 def is_unused(run: Path) -> bool:
@@ -103,12 +107,12 @@ def is_unused(run: Path) -> bool:
     names = {path.name for path in run.iterdir()} - {".recipe.toml.tmp"}  # left where the first write was cut off
     if not names:
         return True
-    ours = names <= {"recipe.toml", "split.csv", "skipped.csv", "lr_range.json"} and "recipe.toml" in names
+    ours = names <= {"recipe.toml", *BEFORE_THE_FIRST_STEP} and "recipe.toml" in names
     return ours and load_recipe(run / "recipe.toml").keys() == set(FIELDS)
 
 
 def resume(run: Path, console: Console, measure: Measure | None = None) -> None:
-    """Go on with a run that was interrupted; one that is finished is left as it is.
+    """Go on with a run that was interrupted; of one that is finished, send its `loggers` what they lack.
 
     Args:
         run: the folder that `start` wrote.
@@ -127,6 +131,8 @@ def resume(run: Path, console: Console, measure: Measure | None = None) -> None:
         world.require_same("recipe", versions() | vars(recipe) | {"finished": finished}, SAME_COMMAND)
         if finished:
             console.print(f"{run} is finished already", highlight=False)
+            if world.is_first:
+                send_rest(run, asdict(recipe), partial(console.print, highlight=False, soft_wrap=True))
         else:
             train(recipe, run, world, console, measure)
 
@@ -188,7 +194,7 @@ def prepare(recipe: Recipe, run: Path, world: World, console: Console, measure: 
     Raises:
         InputError: the data or the model cannot be used.
     """
-    source = open_remaining(recipe.data, recipe.exclude)
+    source = open_remaining(recipe.data, recipe.exclude, run)
     if isinstance(source, Remaining):
         console.print(str(source), highlight=False)
     refuse_balance(recipe, source)
@@ -226,7 +232,7 @@ def make_loader(
     size, batch_size = classifier.preprocess.img_size, recipe.batch_size_for(len(training), world.size)
     loader = TrainLoader(
         training,
-        Augment(size, recipe.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment),
+        Augment.of(recipe, size),
         batch_size=batch_size,
         seed=recipe.seed,
         workers=recipe.workers,

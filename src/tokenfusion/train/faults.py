@@ -31,7 +31,7 @@ class BadStep(Exception):  # noqa: N818 - may be what the recipe puts up with
 
 
 class OutOfMemory(Exception):  # noqa: N818 - as PyTorch calls it
-    """The forward or backward pass of a batch did not fit into memory; the message is PyTorch's reason."""
+    """What a step computes before it moves the weights did not fit into memory; the message is PyTorch's reason."""
 
 
 def require_good(loss: float, gradient: float, recipe: Recipe, progress: Progress) -> None:
@@ -145,6 +145,23 @@ def out_of_memory_named() -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise OutOfMemory(reason)
+
+
+@contextmanager
+def moving_weights(state: TrainState, checkpoint: Path, run: Path) -> Iterator[None]:
+    """End the run where memory runs out while weights, moments or the average change: the step cannot be taken again.
+
+    Some have changed by then and others not; nobody keeps a copy of all of them.
+    """
+    try:
+        with out_of_memory_named():
+            yield
+    except OutOfMemory as error:
+        raise InputError(
+            f"memory ran out ({error}) while step {state.progress.step + 1} changed the weights, of which some have "
+            f"changed and others not; {last_good(checkpoint)} free memory and go on with `{resume_command(run)}`, or "
+            "train a smaller model, or several processes with --parallel fsdp, and another --out"
+        ) from error
 
 
 def first_sentence(error: BaseException) -> str:

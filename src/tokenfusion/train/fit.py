@@ -28,6 +28,7 @@ from tokenfusion.train.faults import (
     Before,
     OutOfMemory,
     compute_in_smaller_parts,
+    moving_weights,
     out_of_memory_named,
     pass_over,
     require_good,
@@ -147,7 +148,8 @@ def careful_step(job: Job, state: TrainState, display: Display, batch: Batch) ->
     while True:
         try:
             loss, correct = train_step(job, state, *batch)
-            state.update_average()
+            with moving_weights(state, job.checkpoint, job.run):
+                state.update_average()
             return loss, correct, job.loader.batch_size
         except OutOfMemory as error:
             shortage, fault = str(error), ""
@@ -161,6 +163,7 @@ def careful_step(job: Job, state: TrainState, display: Display, batch: Batch) ->
         display.say(compute_in_smaller_parts(shortage, parts, len(batch[0]), state))
 
 
+@out_of_memory_named()
 def train_step(
     job: Job, state: TrainState, images: Tensor, labels: Tensor, weights: Tensor | None = None
 ) -> tuple[float, int]:
@@ -178,6 +181,7 @@ def train_step(
     Raises:
         OutOfMemory: the batch does not fit; gradients and buffers are to be put back, weights are as they were.
         BadStep: the loss or the gradient must not move the weights; the same.
+        InputError: memory ran out while the weights moved.
     """
     recipe, model, progress = job.recipe, state.model, state.progress
     device = job.classifier.device
@@ -194,12 +198,12 @@ def train_step(
     rate = learning_rate(recipe, progress.step, job.loader.steps_per_epoch, progress.decay_epoch)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
-    state.optimizer.step()
+    with moving_weights(state, job.checkpoint, job.run):
+        state.optimizer.step()
     state.optimizer.zero_grad()
     return loss, correct
 
 
-@out_of_memory_named()
 def compute_gradients(job: Job, state: TrainState, inputs: Tensor, targets: Tensor) -> tuple[float, int]:
     """Forward and backward, a part of the batch at a time; several processes' gradients are averaged with the last.
 

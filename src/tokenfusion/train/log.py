@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenfusion.files import write_text
-from tokenfusion.train.loggers import Loggers
+from tokenfusion.train.loggers import Loggers, lacking
 from tokenfusion.train.state import Record
 
 
@@ -63,3 +63,15 @@ class Log:
     def close(self, finished: bool = True) -> None:
         self.events.close()
         self.loggers.close(finished)
+
+
+def send_rest(run: Path, recipe: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Send the records of a finished run to the services that lack some of them.
+
+    Raises:
+        InputError: a service cannot be used.
+    """
+    if names := lacking(recipe["loggers"], run):
+        loggers = Loggers(names, run, recipe, say)
+        loggers.send([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+        loggers.close(finished=True)

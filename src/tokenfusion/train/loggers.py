@@ -15,7 +15,9 @@ from tokenfusion.files import write_json
 from tokenfusion.train.state import Record
 
 STATE = "loggers.json"
-"""Which run of each service a run folder is, and how many epochs it has been sent."""
+"""Which run of each service a run folder is, how many epochs it was sent, and whether it has all of a finished run."""
+PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""Training waits for a request that fails; 7 times 120 s at each epoch, as MLflow has it, is more than it is worth."""
 
 
 class Service(Protocol):
@@ -70,6 +72,8 @@ class MLflow:
     def __init__(self, name: str, run: Path, recipe: Mapping[str, Any], resumed: bool) -> None:
         from mlflow import MlflowClient
 
+        for limit, value in PATIENCE.items():
+            os.environ.setdefault(limit, value)
         self.client = MlflowClient()
         title = os.environ.get("MLFLOW_EXPERIMENT_NAME", "tokenfusion")
         found = self.client.get_experiment_by_name(title)
@@ -116,8 +120,8 @@ class Loggers:
     ) -> None:
         require_installed(names)
         self.say, self.failed = say, set[str]()
-        self.path = run / STATE
-        self.state: dict[str, Any] = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.path, self.state = run / STATE, read_state(run)
+        self.epochs = 0
         self.services: dict[str, Service] = {}
         for name in names:
             resumed = name in self.state
@@ -133,6 +137,7 @@ class Loggers:
 
     def send(self, records: Sequence[Record]) -> None:
         """Send the records of epochs that a service has not had."""
+        self.epochs = len(records)
         for name, service in self.services.items():
             with self.put_up_with(name):
                 for record in records[self.state[name]["epochs"] :]:
@@ -148,6 +153,8 @@ class Loggers:
         for name, service in self.services.items():
             with self.put_up_with(name):
                 service.close(finished)
+                self.state[name]["finished"] = finished and self.state[name]["epochs"] == self.epochs
+        self.write()
 
     @contextmanager
     def put_up_with(self, name: str) -> Iterator[None]:
@@ -161,6 +168,17 @@ class Loggers:
                     f"{name} is sent what it lacks after the next epoch or by --resume"
                 )
             self.failed.add(name)
+
+
+def read_state(run: Path) -> dict[str, Any]:
+    path = run / STATE
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def lacking(names: Sequence[str], run: Path) -> list[str]:
+    """The services that do not have all of a finished run."""
+    state = read_state(run)
+    return [name for name in names if not state.get(name, {}).get("finished")]
 
 
 def reason_of(error: Exception) -> str:

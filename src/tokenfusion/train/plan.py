@@ -8,7 +8,7 @@ from time import perf_counter
 import numpy as np
 
 from tokenfusion.data.exclude import open_remaining
-from tokenfusion.data.images import read_images
+from tokenfusion.data.images import sample_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.sources import Source
 from tokenfusion.data.split import choose_split
@@ -137,10 +137,9 @@ def loading_rate(recipe: Recipe, source: Source, training: np.ndarray, img_size:
 
     Where all would fit into the recipe's cache, reading is not counted, as it is done once.
     """
-    chosen = training[np.linspace(0, len(training) - 1, min(SAMPLE, len(training))).round().astype(int)]
-    cache_bytes = recipe.cache_mb * 2**20 * len(chosen) // len(training)
-    images, _ = read_images(source, chosen, max_pixels=recipe.max_pixels, cache_bytes=cache_bytes)
-    augment = Augment(img_size, recipe.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment)
+    limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
+    images = sample_images(source, training, SAMPLE, **limits)
+    augment = Augment.of(recipe, img_size)
     loader = TrainLoader(images, augment, batch_size=len(images), seed=recipe.seed, workers=0)
     for _ in loader.epoch(0):  # what is slow the first time
         pass

@@ -69,7 +69,7 @@ def read_both(
     refuse_damage(split, training, held_out, skipped, recipe)
     where = "kept in memory" if training.cached else f"over cache_mb={recipe.cache_mb}, so decoded anew each epoch"
     where = where if training.checked else "in shards, decoded as they are drawn"
-    ignored = f"{counted(source.ignored, 'other file')} ignored; " * bool(source.ignored)
+    ignored = f"{source.ignored_in_words()}; " * bool(source.ignored)
     parts = f"{len(training):,} training and {counted(len(held_out), 'held-out image')}"
     console.print(
         f"{ignored}{parts} of {counted(len(source.classes), 'class')}, {where}",
