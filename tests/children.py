@@ -1,8 +1,24 @@
-"""Processes that tests start and kill: children of one that has imported everything and run nothing yet."""
+"""Processes that tests start, kill and wait for: children of one that has imported everything and run nothing yet."""
 
 import multiprocessing
+
+import torch
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     ["tokenfusion.train", "tokenfusion.cli", "torch.utils.tensorboard", "torch.distributed", "sklearn.datasets"]
 )
+
+
+def begin(work, *words):
+    """Start a process that calls a function of a module."""
+    process = server.Process(target=as_the_command, args=(multiprocessing.get_start_method(), work, words))
+    process.start()
+    return process
+
+
+def as_the_command(start_method, work, words):
+    """Loader processes start as the command's own do, and not by another server that imports everything first."""
+    multiprocessing.set_start_method(start_method, force=True)
+    torch.set_num_threads(1)
+    work(*words)

@@ -5,9 +5,7 @@ import socket
 import sys
 from pathlib import Path
 
-import torch
-
-from children import server
+from children import begin
 from tokenfusion import cli
 from tokenfusion.recipe import Recipe
 
@@ -20,7 +18,6 @@ def free_port():
 
 def as_one_of(rank, size, port, work, words):
     """What torchrun does for each of its processes; what it prints goes to a file."""
-    torch.set_num_threads(1)
     place = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     work(rank, *words)
@@ -28,10 +25,7 @@ def as_one_of(rank, size, port, work, words):
 
 def launch(size, work, *words):
     port = free_port()
-    group = [server.Process(target=as_one_of, args=(rank, size, port, work, words)) for rank in range(size)]
-    for process in group:
-        process.start()
-    return group
+    return [begin(as_one_of, rank, size, port, work, words) for rank in range(size)]
 
 
 def run_all(size, work, *words):

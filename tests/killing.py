@@ -61,4 +61,4 @@ def deaths(seed: int, seconds: float) -> Iterator[Death]:
     chance = random.Random(seed)
     for kind in itertools.cycle(WRITES):
         yield "time", chance.uniform(0, seconds)
-        yield kind, chance.randint(1, 12)
+        yield kind, chance.randint(1, 8)

@@ -66,7 +66,7 @@ class Recipe:
     crop_scale: float = 0.35
     """Smallest share of an image's area that a random-resized crop keeps; 1 for no crop."""
     crop_padding: int = 0
-    """Pixels by which a crop may reach over an image's edge, where the image is mirrored: up to 4 for 32×32 pixels."""
+    """Pixels by which a crop may reach over an image's edge, where the image is mirrored; 4 is usual for 32×32."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     trivial_augment: bool = False

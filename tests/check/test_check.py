@@ -10,6 +10,7 @@ import shlex
 import struct
 import threading
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from rich.console import Console
 from scipy.ndimage import gaussian_filter
 
 from runs import small_recipe
+from tokenfusion.check.checkup import free_run
 from tokenfusion.check.crop import kept
 from tokenfusion.check.duplicates import exact_duplicates, near_duplicates
 from tokenfusion.check.labels import choose_judged, count_classes, disputed, judge_labels
@@ -270,6 +272,25 @@ def test_a_run_has_its_own_copy_of_the_list(data, tmp_path):
         given.write_text(edited) if edited else given.unlink()
         resume(run, Console(quiet=True))
         assert evaluate(run)["n"] == 7
+
+
+def test_a_run_killed_before_it_had_a_copy_makes_one(data, tmp_path):
+    given, run = tmp_path / "list.csv", tmp_path / "run"
+    given.write_text("path,reason\nval/a/16.jpg,blurred\n")
+    recipe = small_recipe(data=str(data), img_size=(16, 16), batch_size=8, exclude=str(given))
+    start(recipe, run, Console(quiet=True))
+    for lost in ("excluded.csv", "model.safetensors"):
+        (run / lost).unlink()
+    resume(run, Console(quiet=True))
+    assert (run / "excluded.csv").read_text() == given.read_text()
+
+
+def test_the_folder_of_the_printed_command_is_free(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert free_run("a b.tar") == Path("runs/a-b")
+    for name in ("a-b", "a-b-2"):
+        Path("runs", name).mkdir(parents=True)
+    assert free_run("a b.tar") == Path("runs/a-b-3")
 
 
 def test_a_list_that_can_be_read_once_only_is_kept_whole(data, tmp_path):

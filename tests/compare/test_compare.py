@@ -57,6 +57,22 @@ def out(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "out")
 
 
+def test_all_runs_leave_out_the_same_images(tmp_path):
+    """Those of the list as it was when the comparison began."""
+    given, out = tmp_path / "list.csv", tmp_path / "out"
+    names = open_source("digits").names
+    given.write_text(f"path\n{names[5]}\n")
+    recipe = replace(RECIPE, exclude=str(given))
+    compare(recipe, MODELS[:1], 1, out)
+    given.write_text(f"path\n{names[6]}\n")
+    with pytest.raises(InputError, match=r"list.csv differs from .*excluded.csv, by which the comparison began"):
+        compare(recipe, MODELS, 1, out)
+    given.unlink()
+    compare(recipe, MODELS, 1, out)
+    kept = {(out / "runs" / f"{name}-seed0" / "excluded.csv").read_text() for name in MODELS}
+    assert kept == {f"path\n{names[5]}\n"}
+
+
 def read(out: Path):
     return json.loads((out / "comparison.json").read_text())
 

@@ -45,12 +45,12 @@ def test_a_class_may_be_called_train(tmp_path: Path, pets: Tree, save_tree: Save
 
 
 def test_files_that_are_no_images_are_ignored_and_counted(pets_folder: Path) -> None:
-    for name in ("cat/notes.txt", "cat/.DS_Store", "dog/._1.png", "README.md", "stray.png"):
+    for name in ("cat/notes.txt", "cat/.DS_Store", "dog/._1.png", "README.md", "TODO.md", "stray.png"):
         (pets_folder / name).write_bytes(b"x")
     source = open_source(pets_folder)
     assert len(source) == 11
-    assert source.ignored == 5
-    assert source.ignored_in_words() == "5 other files ignored ('README.md', 'cat/notes.txt', 'stray.png' and 2 more)"
+    assert source.ignored == 6
+    assert source.ignored_in_words() == "6 other files ignored ('README.md', 'cat/notes.txt', 'stray.png' and 3 more)"
 
 
 def test_one_ignored_file_of_each_kind_is_named(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from rich.console import Console
 from timm.optim import Muon
 
-from children import server
+from children import begin
 from runs import small_recipe
 from tokenfusion import train
 from tokenfusion.checkpoint import load_tensors
@@ -151,7 +151,6 @@ def starve(run: Path) -> None:
         most = pages * resource.getpagesize() + 300 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
-    torch.set_num_threads(1)
     recipe = small_recipe(model="resnet_micro", batch_size=1024, img_size=(32, 32), epochs=1)
     before_step(pytest.MonkeyPatch(), 1, limit)
     start(recipe, run, QUIET)
@@ -159,8 +158,7 @@ def starve(run: Path) -> None:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit a process's memory so")
 def test_memory_that_really_runs_out(tmp_path):
-    process = server.Process(target=starve, args=(tmp_path / "run",))
-    process.start()
+    process = begin(starve, tmp_path / "run")
     process.join()
     assert process.exitcode == 0
     (record,) = records_of(tmp_path / "run")

@@ -5,13 +5,13 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 from rich.console import Console
 
-from children import server
+from children import begin
 from killing import Death, deaths, die_by
 from runs import assert_same, records_of, results, small_recipe
 from tokenfusion.checkpoint import load_tensors
@@ -23,7 +23,6 @@ RECIPE = small_recipe(epochs=3, mixup=0.2, cutmix=1.0, save_minutes=0.0, patienc
 
 
 def train_in_child(run: Path, workers: int, death: Death | None) -> None:
-    torch.set_num_threads(1)
     if death:
         die_by(death)
     quiet = Console(quiet=True)
@@ -35,8 +34,7 @@ def train_in_child(run: Path, workers: int, death: Death | None) -> None:
 
 def child(run: Path, workers: int = 0, death: Death | None = None) -> int:
     """The exit status of a process that trains."""
-    process = server.Process(target=train_in_child, args=(run, workers, death))
-    process.start()
+    process = begin(train_in_child, run, workers, death)
     process.join()
     return process.exitcode
 
@@ -62,7 +60,7 @@ def steps_saved(run: Path) -> int:
 def test_killed_25_times_at_random_moments_inside_writes_too_and_resumed(whole, tmp_path, workers):
     """A run that comes to its end meanwhile is as the whole one, and another is begun."""
     kills, run, step = 0, tmp_path / "run", 0
-    for death in deaths(seed=workers, seconds=1.0):
+    for death in deaths(seed=workers, seconds=0.8):
         kills += child(run, workers, death) == -signal.SIGKILL
         before, step = step, steps_saved(run)
         assert step >= before
@@ -133,7 +131,9 @@ def test_changed_data_is_refused(tmp_path, whole):
 
 
 @pytest.mark.parametrize(
-    "line", ["lr = 0.005", "head_lr = 2.0", 'optimizer = "adamw"', 'model = "vit_micro"', "ema = 0.0", "patience = 0"]
+    "line",
+    ["lr = 0.005", "head_lr = 2.0", 'optimizer = "adamw"', 'model = "vit_micro"', "ema = 0.0", "patience = 0"]
+    + ['freeze = "cnn"'],
 )
 def test_a_changed_recipe_is_refused(tmp_path, whole, line):
     """Also where what is saved would not fit: other groups of parameters, other moments, other names."""
@@ -183,6 +183,29 @@ def test_a_damaged_checkpoint_is_named(tmp_path, whole):
     assert_same(run, whole)
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 12 MB, which holds one checkpoint of 7 MB but not another beside it."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here: that takes Linux and the rights of root")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_a_disk_that_is_really_full_ends_the_run_which_goes_on_once_there_is_room(small_disk, whole):
+    run = small_disk / "run"
+    with pytest.raises(InputError, match=r"could not be written: .*No space left on device.*--resume"):
+        start(RECIPE, run, Console(quiet=True))
+    assert steps_saved(run) == 1
+    assert [path.name for path in (run / "state").iterdir()] == ["last.safetensors"]
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    resume(run, Console(quiet=True))
+    assert_same(run, whole)
+
+
 def limit_file_sizes(_run: Path) -> None:
     """The limit is the kernel's: a write beyond it fails as on a full disk."""
     import resource
@@ -201,8 +224,7 @@ def forbid_writing(run: Path) -> None:
 @pytest.mark.parametrize("harm", [limit_file_sizes, forbid_writing], ids=["full disk", "read-only folder"])
 def test_what_cannot_be_written_any_more_keeps_the_last_checkpoint(tmp_path, harm):
     run = tmp_path / "run"
-    process = server.Process(target=train_and_harm, args=(run, harm))
-    process.start()
+    process = begin(train_and_harm, run, harm)
     process.join()
     assert process.exitcode == 0
     for folder in (run, run / "state"):

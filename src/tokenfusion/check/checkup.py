@@ -1,5 +1,6 @@
 """From labelled images to the folder of a check-up."""
 
+import itertools
 import re
 import time
 from collections import Counter
@@ -101,6 +102,13 @@ def folder_for(data: str, out: Path | None) -> Path:
 def name_of(data: str) -> str:
     """A short name of the data, for folders."""
     return re.sub(r"[^\w.-]+", "-", Path(data).resolve().name.split(".")[0]).strip("-") or "data"
+
+
+def free_run(data: str) -> Path:
+    """A run folder that is not there yet, named after the data."""
+    run = Path("runs") / name_of(data)
+    names = (run.with_name(f"{run.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([run], names) if not free.exists())
 
 
 def make(folder: Path) -> None:

@@ -39,7 +39,7 @@ def check(
     as_json
         Print check.json instead of a summary.
     """
-    from tokenfusion.check.checkup import check_data, name_of
+    from tokenfusion.check.checkup import check_data, free_run
     from tokenfusion.check.report import summarise
     from tokenfusion.recipe import Recipe
     from tokenfusion.words import counted
@@ -52,7 +52,7 @@ def check(
         return
     for line in summarise(result):
         print(line)
-    options = shlex.join(["--exclude", str(folder / "quarantine.csv"), "--out", f"runs/{name_of(data)}"])
+    options = shlex.join(["--exclude", str(folder / "quarantine.csv"), "--out", str(free_run(data))])
     command = f"; tokenfusion train {shlex.quote(data)} {options}"
     trains = result["quarantined"] and not result["train_refuses"]
     print(f"{counted(result['quarantined'], 'image')} had better be left out{command * bool(trains)}")

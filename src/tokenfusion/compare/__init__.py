@@ -15,7 +15,7 @@ from tokenfusion.compare.ensemble import evaluate_mean
 from tokenfusion.compare.jobs import Job, hold, run_jobs
 from tokenfusion.compare.plan import Budget, Comparison
 from tokenfusion.compare.results import is_finished, summarise
-from tokenfusion.data.exclude import open_remaining
+from tokenfusion.data.exclude import EXCLUDED, keep_list, open_remaining
 from tokenfusion.data.sources import held_out_name, resolved
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
@@ -78,7 +78,7 @@ def compare(
         )
     console = console or Console(quiet=True)
     require_own_folder(out)
-    recipe = replace(recipe, data=resolved(recipe.data))
+    recipe = replace(recipe, data=resolved(recipe.data), exclude=own_list(recipe.exclude, out))
     comparison = settle(recipe, models, seeds, out, budget or Budget("epochs", recipe.epochs), controls, jobs)
     try:
         for folder in ("runs", "logs"):
@@ -93,9 +93,29 @@ def compare(
 
 def require_own_folder(out: Path) -> None:
     """Refuse a folder that holds other things than a comparison."""
-    ours = out.is_dir() and ((out / ".lock").is_file() or {path.name for path in out.iterdir()} <= {"runs", "logs"})
+    made = {"runs", "logs", EXCLUDED}
+    ours = out.is_dir() and ((out / ".lock").is_file() or {path.name for path in out.iterdir()} <= made)
     if out.exists() and not ours:
         raise InputError(f"{out} exists and is no folder of a comparison; give another --out")
+
+
+def own_list(exclude: str, out: Path) -> str:
+    """The comparison's own copy of a list of images to leave out, so that every run leaves out the same.
+
+    Raises:
+        InputError: the list cannot be read, or is another than before.
+    """
+    if not exclude:
+        return ""
+    kept = out / EXCLUDED
+    if kept.exists() and Path(exclude).exists() and Path(exclude).read_bytes() != kept.read_bytes():
+        raise InputError(
+            f"{exclude} differs from {kept}, by which the comparison began; give --exclude {kept}, or another --out"
+        )
+    if not kept.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        keep_list(out, exclude)
+    return str(kept.resolve())
 
 
 def settle(

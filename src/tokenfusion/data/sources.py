@@ -263,7 +263,8 @@ def describe_ignored(files: Iterable[str]) -> dict[str, Any]:
     ordered = sorted(map(printable, files), key=lambda file: os.path.basename(file).startswith("."))
     kinds: dict[tuple[str, str], str] = {}
     for file in ordered:
-        kinds.setdefault((file.split("/")[0], os.path.splitext(file)[1].lower()), file)
+        top, _, below = file.partition("/")
+        kinds.setdefault((top if below else "", os.path.splitext(file)[1].lower()), file)
     return {"ignored": len(ordered), "first_ignored": tuple(kinds.values())[:3]}
 
 

@@ -110,9 +110,10 @@ def count_model(
             own = native_size(name)
             height, width = img_size or own
             reason = str(error).partition("\n")[0].rstrip(".")
+            size = f"try its own size, {own[0]}×{own[1]}"
+            remedy = "give another number of channels" if own == (height, width) else size
             raise InputError(
-                f"{name} cannot take {in_chans}-channel images of {height}×{width} pixels: {reason}; "
-                f"try its own size, {own[0]}×{own[1]}"
+                f"{name} cannot take {in_chans}-channel images of {height}×{width} pixels: {reason}; {remedy}"
             ) from error
 
 

@@ -35,7 +35,8 @@ class Operator(nn.Module):
         dim: width C of a token of either kind.
         heads: attention heads.
         mlp_ratio: hidden width of an MLP, in units of `dim`, where there is one.
-        one_way: leave the pixel tokens as they are, since nobody reads them afterwards.
+        one_way: leave the pixel tokens as they are, since no CNN or operator reads them afterwards, the head their mean
+            alone. (Self-attention changes both kinds at once.)
     """
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, one_way: bool = False) -> None:

@@ -71,7 +71,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "base": {"img_size": 224, "patch_size": 16, "dim": 512, "heads": 8, "mlp_ratio": 4.0}
     | {"stem": 64, "conv_strides": (2, 2, 2, 2), "conv_dims": (192, 384, 768), "conv_depths": (2, 3, 3)},
 }
-# Most of the budget (docs/design.md) goes to the CNN, which learns the faster of the two (docs/results).
+# Most of the cost is the CNN's, which learns the faster of the two (docs/results).
 DEPTHS: dict[str, dict[str, int]] = {
     "early": {"depth": 2},
     "late": {"depth": 2, "fusion_depth": 1},

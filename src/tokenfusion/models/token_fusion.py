@@ -125,12 +125,15 @@ class TokenFusion(PaperModel):
         return self.vit.forward_head(features, pre_logits=pre_logits)  # type: ignore[operator]
 
     def feature_points(self) -> list[FeaturePoint]:
-        """Where intermediate features are taken: after each stage of the CNN, then after each block (patch tokens)."""
+        """Where intermediate features are taken: after each stage of the CNN, then after each block and at the readout
+        (patch tokens)."""
         stages: list[FeaturePoint] = []
         if not isinstance(self.cnn, OneWayCNN):
             shapes = zip(self.cnn.dims, self.cnn.reductions, strict=True)
             stages = [FeaturePoint(f"cnn.stages.{i}", *shape) for i, shape in enumerate(shapes)]
-        return stages + self.walk.feature_points("vit", self.vit)
+        walk = self.walk
+        read = FeaturePoint("readout_gate", walk.dim, walk.reduction, walk.prefix_tokens, "vit.norm")
+        return [*stages, *walk.feature_points("vit", self.vit), read]
 
     def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
         return tuple(self.vit_layout(img_size or self.img_size))
@@ -254,7 +257,7 @@ class LateFusion(TokenFusion):
         super().__init__(cnn, vit, operator, **config)
         at_least(1, fusion_depth=fusion_depth)
         self.pixel_source = PixelSource(cnn.dims[-1], self.walk.dim, self.map_grids(self.img_size)[-1])
-        # after the last operator nobody reads the pixels any more
+        # after the last operator no other reads the pixels
         self.operators = nn.ModuleList(self.make(one_way=i == fusion_depth - 1) for i in range(fusion_depth))
         self.gate = Gate((self.walk.dim,), self.initial_gate)
 
@@ -274,10 +277,6 @@ class LateFusion(TokenFusion):
         for operator in self.operators:
             fused, pixels = self.run(operator, fused, pixels, grids)
         return self.read_out(self.gate(tokens, fused), pixels, others)
-
-    def feature_points(self) -> list[FeaturePoint]:
-        fused = FeaturePoint("gate", self.walk.dim, self.walk.reduction, self.walk.prefix_tokens, "vit.norm")
-        return [*super().feature_points(), fused]
 
     def fusion_layouts(self, size: Grid) -> dict[str, AttentionLayout]:
         tokens, pixels = self.vit_layout(size), (TokenGroup("pixel", self.map_grids(size)[-1]),)

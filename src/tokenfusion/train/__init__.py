@@ -9,7 +9,6 @@ from typing import Any
 from rich.console import Console
 
 from tokenfusion.checkpoint import load_description, resume_command
-from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import EXCLUDED, Remaining, keep_list, open_remaining
 from tokenfusion.data.images import Images
 from tokenfusion.data.loader import TrainLoader
@@ -82,10 +81,10 @@ def start(recipe: Recipe, run: Path, console: Console, measure: Measure | None =
 
 
 def claim(run: Path, recipe: Recipe) -> None:
-    """Make a new run's folder, and write the recipe and the list of images to leave out into it.
+    """Make a new run's folder and write the recipe into it.
 
     Raises:
-        InputError: it is taken, or cannot be written, or the list of images to leave out cannot be read.
+        InputError: it is taken, or cannot be written.
     """
     if (run / "model.json").exists():
         raise InputError(f"{run} holds a run already; go on with `{resume_command(run)}`, or give another --out")
@@ -93,22 +92,21 @@ def claim(run: Path, recipe: Recipe) -> None:
         raise InputError(f"{run} exists and is not an empty folder; give another --out")
     try:
         run.mkdir(parents=True, exist_ok=True)
+        for name in BEFORE_THE_FIRST_STEP:  # of a run that was refused
+            (run / name).unlink(missing_ok=True)
         write_text(run / "recipe.toml", dump_recipe(recipe))
     except OSError as error:
         raise InputError(f"{run} cannot be written: {error.strerror}; give another --out") from error
-    for name in BEFORE_THE_FIRST_STEP:  # of a run that was refused
-        (run / name).unlink(missing_ok=True)
-    if recipe.exclude:
-        keep_list(run, recipe.exclude)
 
 
 def is_unused(run: Path) -> bool:
     """Whether a folder is empty, or holds no more than a run that was refused before its first step."""
-    names = {path.name for path in run.iterdir()} - {".recipe.toml.tmp"}  # left where the first write was cut off
+    ours = {"recipe.toml", *BEFORE_THE_FIRST_STEP}
+    names = {path.name for path in run.iterdir()} - {f".{name}.tmp" for name in ours}  # left where a write was cut off
     if not names:
         return True
-    ours = names <= {"recipe.toml", *BEFORE_THE_FIRST_STEP} and "recipe.toml" in names
-    return ours and load_recipe(run / "recipe.toml").keys() == set(FIELDS)
+    refused = names <= ours and "recipe.toml" in names
+    return refused and load_recipe(run / "recipe.toml").keys() == set(FIELDS)
 
 
 def resume(run: Path, console: Console, measure: Measure | None = None) -> None:
@@ -194,6 +192,8 @@ def prepare(recipe: Recipe, run: Path, world: World, console: Console, measure: 
     Raises:
         InputError: the data or the model cannot be used.
     """
+    if recipe.exclude and world.is_first and not (run / EXCLUDED).exists():
+        keep_list(run, recipe.exclude)
     source = open_remaining(recipe.data, recipe.exclude, run)
     if isinstance(source, Remaining):
         console.print(str(source), highlight=False)
@@ -201,6 +201,7 @@ def prepare(recipe: Recipe, run: Path, world: World, console: Console, measure: 
     split = split_of(source, recipe, run, world)
     classifier = build(recipe, source.classes, source.multi_label)
     require_measurable(recipe, measure, classifier)
+    augment = Augment.of(recipe, classifier.preprocess.img_size)
     if recipe.warm_start_from and not is_saved(run / CHECKPOINT):
         refuse_seen(recipe, source, split)
         warm_start(classifier, recipe.warm_start_from, console)
@@ -213,7 +214,7 @@ def prepare(recipe: Recipe, run: Path, world: World, console: Console, measure: 
     training.weights = image_weights(training, recipe)
     if "batch_size" in recipe.autos:
         recipe = choose_batch_size(recipe, len(source.classes), len(training), say)
-    loader = make_loader(recipe, classifier, training, run, world, console)
+    loader = make_loader(recipe, augment, training, run, world, console)
     watch = Watch.of(recipe, measure, classifier, held_out)
     mixing, positive = BatchMixing(recipe, len(source.classes)), positive_weights(training, recipe)
     job = Job(recipe, classifier, loader, mixing, held_out, run, watch=watch, positive_weights=positive)
@@ -226,13 +227,13 @@ def prepare(recipe: Recipe, run: Path, world: World, console: Console, measure: 
 
 
 def make_loader(
-    recipe: Recipe, classifier: Classifier, training: Images, run: Path, world: World, console: Console
+    recipe: Recipe, augment: Augment, training: Images, run: Path, world: World, console: Console
 ) -> TrainLoader:
     """The loader of this process's share of every batch."""
-    size, batch_size = classifier.preprocess.img_size, recipe.batch_size_for(len(training), world.size)
+    batch_size = recipe.batch_size_for(len(training), world.size)
     loader = TrainLoader(
         training,
-        Augment.of(recipe, size),
+        augment,
         batch_size=batch_size,
         seed=recipe.seed,
         workers=recipe.workers,
