@@ -132,8 +132,15 @@ def test_changed_data_is_refused(tmp_path, whole):
 
 @pytest.mark.parametrize(
     "line",
-    ["lr = 0.005", "head_lr = 2.0", 'optimizer = "adamw"', 'model = "vit_micro"', "ema = 0.0", "patience = 0"]
-    + ['freeze = "cnn"'],
+    [
+        "lr = 0.005",
+        "head_lr = 2.0",
+        'optimizer = "adamw"',
+        'model = "vit_micro"',
+        'freeze = "cnn"',
+        "ema = 0.0",
+        "patience = 0",
+    ],
 )
 def test_a_changed_recipe_is_refused(tmp_path, whole, line):
     """Also where what is saved would not fit: other groups of parameters, other moments, other names."""
@@ -185,10 +192,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path, whole):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 12 MB, which holds one checkpoint of 7 MB but not another beside it."""
+    """A disk of 10 MB, which holds one checkpoint of 6 MB but not another beside it."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no disk can be mounted here: that takes Linux and the rights of root")
     yield folder
