@@ -5,7 +5,8 @@
     python benchmarks/scaling_plan.py --measured share.json --out benchmarks/results/scaling_plan.json
 
 With `--measured`, the seconds of a step are those of the dry runs given, each of one GPU's share. Without, they are
-assumed: a training step takes three forward passes' multiply-adds, and a GPU does UTILISATION of its peak. What is
+assumed: a training step takes three forward passes' multiply-adds, and a GPU does UTILISATION of its peak. On top of
+either comes what the path of several processes costs a single one, of benchmarks/results/distributed.json. What is
 sent is counted: in a ring of n processes each sends 2 (n - 1) / n of the gradients' bytes, at `--gbit` a second, and
 nothing of it is hidden behind the backward pass, so that the hours are the most that sending makes of them. The
 loader's rate is the one of benchmarks/results/loader.json, decoding included, for each of its workers. The recipe's
@@ -39,6 +40,11 @@ def loader_rate() -> float:
     return size["images_per_second"]["ours_decoding"] / max(size["workers"], 1)
 
 
+def overhead() -> float:
+    """What the path of several processes costs a single one, as a share of its step."""
+    return json.loads((ROOT / "benchmarks" / "results" / "distributed.json").read_text())["overhead_on_one_process"]
+
+
 def plan(recipe: Recipe, gpus: int, measured: dict[str, Any] | None, options: argparse.Namespace) -> dict[str, Any]:
     """What a recipe takes on so many GPUs."""
     share = recipe.batch_size / gpus
@@ -48,6 +54,7 @@ def plan(recipe: Recipe, gpus: int, measured: dict[str, Any] | None, options: ar
         compute = measured["step_seconds"] * share / (measured["batch_size"] / measured["processes"])
     else:
         compute = 3 * 2 * count_macs(recipe.model) * share / (options.peak_tflops * 1e12 * UTILISATION)
+    compute *= 1 + overhead()
     sending = bytes_sent * 8 / (options.gbit * 1e9)
     rate = recipe.batch_size / (compute + sending)
     return {
@@ -72,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     measured = {run["model"]: run for run in (json.loads(path.read_text()) for path in options.measured)}
     result = describe() | {"peak_tflops": options.peak_tflops, "utilisation": UTILISATION, "gbit": options.gbit}
-    result |= {"images": IMAGES, "loader_images_per_s_of_a_worker": loader_rate(), "rows": []}
+    result |= {"images": IMAGES, "loader_images_per_s_of_a_worker": loader_rate(), "overhead": overhead(), "rows": []}
     for name in RECIPES:
         recipe = Recipe(**load_recipe(ROOT / "recipes" / f"imagenet_{name}.toml"))
         run = measured.get(recipe.model)

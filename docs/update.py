@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import results_page
@@ -145,15 +146,54 @@ def scaling_plan() -> str:
         "loader cores a GPU",
     ]
     return (
-        f"Steps: {steps}. Each GPU sends at {result['gbit']:g} Gbit/s, in turn with computing. A loader's core gives "
-        f"{rate:,.0f} images/s (measured on {load('loader')['hardware']}).\n\n{table(heading, rows)}"
+        f"Steps: {steps}; {result['overhead']:.1%} on top for the path of several processes (measured, above). "
+        f"Each GPU sends at {result['gbit']:g} Gbit/s, in turn with computing. A loader's core gives {rate:,.0f} "
+        f"images/s (measured on {load('loader')['hardware']}).\n\n{table(heading, rows)}"
+    )
+
+
+def distributed() -> str:
+    """What several processes cost and bring where there are two cores and no GPU."""
+    result = load("distributed")
+    rates = {way: median(runs) for way, runs in result["images_per_second"].items()}
+    ways = {
+        "plain": "one process",
+        "torchrun 1": "one process of `torchrun`",
+        "torchrun 2": "two processes of `torchrun`",
+    }
+    rows = [[what, f"{rates[way]:,.0f}"] for way, what in ways.items()]
+    sent = ", ".join(f"{mb:.2f} MB on {n}" for n, mb in result["mb_sent_per_step"].items())
+    turns = len(result["images_per_second"]["plain"])
+    return (
+        f"`{result['model']}`, batch {result['batch_size']}, {result['threads_of_each_process']} thread a process, on "
+        f"{result['hardware']}; the median of {turns} turns:\n\n"
+        f"{table(['training', 'images/s'], rows)}\n\nTurn by turn, the path of several processes costs a single one "
+        f"{result['overhead_on_one_process']:.1%} (aim: less than 3%), and two of them are "
+        f"{result['speed_of_two_processes']:.2f} times as fast as one. Each sends, a step: {sent} processes."
+    )
+
+
+def check() -> str:
+    """How long the data check-up takes, and what it finds of planted faults."""
+    result = load("check")
+    rows = [[kind, f"{share:.0%}"] for kind, share in result["recall"].items()]
+    labels = result["labels"]
+    return (
+        f"{result['images']:,} images in {result['seconds']:.1f} s on {result['hardware']} (aim: 60 s). Of "
+        f"{result['planted_of_each_kind']} faults of each kind, planted in a copy of Imagenette, these were found:\n\n"
+        f"{table(['fault', 'found'], rows)}\n\nThe last three are near duplicates, of which "
+        f"{result['near_duplicate_recall']:.1%} were found (aim: 95%); {result['false_alarm_rate']:.1%} of the sound "
+        f"images raised a false alarm (aim: 1% at most). In a second run {labels['flipped']:,} labels were flipped: "
+        f"the model guessed {labels['model_accuracy']:.0%} of all labels right and disputed {labels['disputed']:,}, of "
+        f"which {labels['found']:,} were flipped ones; of the 24 that the page shows, {labels['found_among_first_24']}."
     )
 
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "models": models, "results": results},
     DOCS / "papers" / "README.md": {"published": published, "speed": speed},
-    DOCS / "scale.md": {"scaling_plan": scaling_plan},
+    DOCS / "check.md": {"check": check},
+    DOCS / "scale.md": {"scaling_plan": scaling_plan, "distributed": distributed},
     results_page.PAGE: results_page.blocks(),
 }
 

@@ -255,7 +255,7 @@ def test_no_command_is_printed_that_train_would_refuse(command, data, tmp_path, 
     assert said in line
     assert said in json.loads((found / "check.json").read_text())["train_refuses"]
     assert said.replace("'", "&#39;") in (found / "check.html").read_text()
-    status, _, errors = command("train", data, *TINY_RUN, "--exclude", found / "quarantine.csv", "--out", "run")
+    status, _, errors = command("train", data, *TINY_RUN, "--exclude", found / "quarantine.csv", "--out", found / "run")
     assert status == 2
     assert said in errors
 

@@ -43,7 +43,7 @@ SHALLOW = {  # the same kinds of stages, with fewer blocks in each
     "repvit_m0_9": {"depth": (1, 1, 1, 1)},
     "rexnet_100": {"depth_mult": 0.2},
     "mambaout_femto": {"depths": (1, 1, 1, 1)},
-    "cmt_micro": {"depths": (1, 1, 1, 1)},
+    "cmt_micro": {"depths": (1, 1, 1)},
 }
 REFUSED = {  # by the transformer; what CLS asks at the entrance, nobody may
     ("early", "joint"): ("beit", "eva", "crossvit_micro"),

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,9 @@ from PIL import Image
 from rich.console import Console
 
 from group import free_port, launch, options, run_all, said_by, train_or_resume
+from killing import deaths, die_by
 from runs import assert_same, results, small_recipe
+from tokenfusion import train
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.orders import Share
 from tokenfusion.errors import InputError
@@ -108,24 +111,40 @@ def whole(tmp_path_factory):
     return run
 
 
-def test_killing_one_ends_the_other_with_the_reason_and_both_go_on_bit_equal(whole, tmp_path):
-    run, chance = tmp_path / "run", random.Random(0)
-    kills = 0
-    while kills < 4 and not (run / "model.safetensors").exists():
-        group = launch(2, train_or_resume, RECIPE, run)
-        victim, survivor = chance.sample(group, 2)
-        wait_for_checkpoints(run, chance.randrange(1, 9), group)
-        victim.join(timeout=chance.uniform(0.0, 0.1))
-        victim.kill()
-        survivor.join(timeout=30)
-        if victim.exitcode == 0:
+def train_and_die(rank, recipe, run, victim, death):
+    """Train; one of the processes is killed once all of them have begun."""
+    fit = train.fit
+
+    def fit_and_die(*words):
+        if rank == victim:
+            die_by(death)
+        return fit(*words)
+
+    train.fit = fit_and_die
+    train_or_resume(rank, recipe, run)
+
+
+def test_killing_one_25_times_ends_the_other_with_the_reason_and_both_go_on_bit_equal(whole, tmp_path):
+    kills, run, chance = 0, tmp_path / "run", random.Random(0)
+    for death in deaths(seed=2, seconds=0.5):
+        victim = chance.randrange(2) if death[0] == "time" else 0  # which is the one that writes
+        group = launch(2, train_and_die, RECIPE, run, victim, death)
+        for process in group:
+            process.join(timeout=30)
+        status = [process.exitcode for process in group]
+        killed = status[victim] == -signal.SIGKILL
+        kills += killed
+        if killed and status[1 - victim] != 0:  # 0 where its last step was done
+            assert status[1 - victim] == 2
+            said = said_by(run)[1 - victim]
+            assert "lost another one" in said
+            assert "tokenfusion train --resume" in said
+        if kills == 25:
             break
-        assert survivor.exitcode in (0, 2)  # 0 where the last step was done
-        said = said_by(run)[group.index(survivor)]
-        assert survivor.exitcode == 0 or ("lost another one" in said and "tokenfusion train --resume" in said)
-        kills += 1
-    assert kills > 1
-    assert set(run_all(2, train_or_resume, RECIPE, run)) == {0}
+        if (run / "model.safetensors").exists():
+            assert_same(run, whole)
+            run = run.with_name(f"{run.name} again")
+    assert run_all(2, train_or_resume, RECIPE, run) == [0, 0]
     assert_same(run, whole)
     assert [path.name for path in (run / "state").iterdir()] == ["last.safetensors"]
 
