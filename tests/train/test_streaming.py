@@ -4,12 +4,15 @@ import os
 import signal
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from children import begin
+from killing import Death, die_by
 from runs import small_recipe
 from serving import Server, add, picture, png, serving, write_shards
 from tokenfusion.checkpoint import load_tensors
@@ -75,6 +78,32 @@ def test_a_run_that_stops_in_the_middle_of_an_epoch_ends_the_same(
     assert [line.split(",")[:3] for line in skipped.splitlines()] == [["path", "label", "split"], [BAD, "2", "train"]]
     result = evaluate(run)
     assert (result["split"], result["n"]) == ("val", 9)
+
+
+def stream(recipe: Recipe, run: Path, cache: Path, death: Death | None) -> None:
+    os.environ["TOKENFUSION_CACHE"] = str(cache)
+    if death:
+        die_by(death)
+    if (run / "recipe.toml").exists():
+        resume(run, QUIET)
+    else:
+        start(recipe, run, QUIET)
+
+
+def test_a_run_over_shards_that_is_killed_in_the_middle_of_epochs_ends_the_same(server: Server, tmp_path: Path) -> None:
+    start(recipe_for(server), tmp_path / "whole", QUIET)
+    recipe, run = replace(recipe_for(server, workers=1), save_minutes=0.0), tmp_path / "run"
+    steps = []
+    for death in (("half written", 7), ("time", 0.8), ("renamed", 5), ("not flushed", 3), None):
+        process = begin(stream, recipe, run, tmp_path / "cache", death)
+        process.join()
+        assert process.exitcode == (-signal.SIGKILL if death else 0)
+        steps.append(load_tensors(run / "state" / "last.safetensors")[1]["step"])
+    assert steps == sorted(steps)
+    assert any(step % 8 > 0 for step in steps)  # of 8 steps an epoch
+    expected, _ = load_tensors(tmp_path / "whole" / "model.safetensors")
+    tensors, _ = load_tensors(run / "model.safetensors")
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_too_many_unreadable_images_end_the_run(server: Server, tmp_path: Path) -> None:
