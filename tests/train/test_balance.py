@@ -3,6 +3,7 @@
 import io
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,7 +127,7 @@ def step_on(indices: list[int], weights: list[float] | None, **changes) -> dict[
     loader = TrainLoader(images, NO_CHANGE, batch_size=len(indices), seed=0, workers=0)
     optimizer = torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=1.0)
     state = TrainState(model, optimizer, ema=0.0, keep_best=False)
-    job = Job(recipe, classifier, loader, BatchMixing(recipe, 10), images, None)
+    job = Job(recipe, classifier, loader, BatchMixing(recipe, 10), images, Path())
     train_step(job, state, *next(iter(loader.epoch(0))))
     return model.state_dict()
 

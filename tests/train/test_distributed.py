@@ -62,7 +62,7 @@ CALM = {"epochs": 1, "batch_size": 64, "precision": "fp32", "drop_path": 0.0, "m
 
 
 def test_the_loss_curve_and_the_metrics_do_not_depend_on_the_number_of_processes(tmp_path):
-    recipe = small_recipe(**CALM | {"lr": 1e-4})
+    recipe = small_recipe(**CALM | {"lr": 5e-5})
     curves = {size: losses_of(size, recipe, tmp_path / f"{size}") for size in (1, 2, 4)}
     assert len(curves[1]) == 22
     records = {size: json.loads((tmp_path / f"{size}" / "metrics.jsonl").read_text()) for size in curves}
@@ -93,9 +93,9 @@ def test_a_share_is_a_slice_of_each_part_with_the_image_before_it():
 RECIPE = small_recipe(epochs=2, mixup=0.2, cutmix=1.0, save_minutes=0.0, patience=9)  # a checkpoint after every step
 
 
-def wait_for_checkpoints(run, count, group, name="last.safetensors"):
+def wait_for_checkpoints(run, count, group):
     """Wait until a run has written so many, or is over."""
-    checkpoint = run / "state" / name
+    checkpoint = run / "state" / "last.safetensors"
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
     while count and all(process.is_alive() for process in group):
         group[0].join(timeout=0.01)
@@ -260,7 +260,8 @@ def test_different_data_is_refused(tmp_path):
     folders = [images_in(tmp_path / "0", "12345"), images_in(tmp_path / "1", "12346")]
     recipe = small_recipe(data="images", batch_size=4)
     assert run_all(2, train_changed, folders, [recipe, recipe], tmp_path / "run") == [2, 2]
-    assert "process 1 has training images=" in said_by(tmp_path / "run")[0]
+    said = said_by(tmp_path / "run")[0]  # by the first image, where process 0 has drawn the split before
+    assert "process 1 has training images=" in said or "image 4 was" in said
 
 
 def test_what_fails_in_one_process_ends_both_with_its_reason(tmp_path):
@@ -290,7 +291,7 @@ def test_torchrun_trains_and_one_process_of_it_ends_bit_equal_to_training_withou
     assert_same(tmp_path / "run", tmp_path / "alone")
 
 
-SHARED = replace(RECIPE, optimizer="adamw", parallel="fsdp")
+SHARED = replace(RECIPE, optimizer="adamw", parallel="fsdp", epochs=1)
 
 
 @pytest.fixture(scope="module")
@@ -310,14 +311,12 @@ def test_shared_weights_learn_as_whole_ones_do(tmp_path):
 
 
 def test_shared_weights_killed_at_any_moment_go_on_bit_equal(whole_shared, tmp_path):
-    run, chance = tmp_path / "run", random.Random(1)
-    for _ in range(2):
-        group = launch(2, train_or_resume, SHARED, run)
-        wait_for_checkpoints(run, chance.randrange(2, 6), group, "last.json")
-        group[0].join(timeout=chance.uniform(0.0, 0.2))
+    run = tmp_path / "run"
+    for death in (("half written", 9), ("time", 0.3), ("renamed", 12)):
+        group = launch(2, train_and_die, SHARED, run, 0, death)
         for process in group:
-            process.kill()
-            process.join()
+            process.join(timeout=30)
+        assert [process.exitcode for process in group] == [-signal.SIGKILL, 2]
     assert not (run / "model.safetensors").exists()
     assert run_all(2, train_or_resume, SHARED, run) == [0, 0]
     shipped, expected = (load_tensors(path / "model.safetensors")[0] for path in (run, whole_shared))
