@@ -77,7 +77,8 @@ def main() -> None:
             note(f"{name}, from random weights", scratch, equal * cost, cost)
             wide = controls_of(name, num_classes=10).wide_cnn
             wide_cost = count_macs(wide)
-            note(f"{wide}, from random weights", run(wide, seed, equal), equal * wide_cost, wide_cost)
+            alone = run(wide, seed, equal, suffix=f"-{equal}epochs")
+            note(f"{wide}, from random weights", alone, equal * wide_cost, wide_cost)
         for row in rows.values():
             interval = t_interval(row["top1"])
             row |= {"top1_mean": fmean(row["top1"]), "top1_ci95": list(interval) if interval else None}

@@ -1,5 +1,6 @@
 """Writes are whole or not at all."""
 
+import csv
 import json
 import multiprocessing
 import signal
@@ -10,7 +11,7 @@ import torch
 
 from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_atomic, write_json
+from tokenfusion.files import write_atomic, write_csv, write_json
 
 
 def test_a_write_that_fails_leaves_the_old_bytes_and_no_rubbish(tmp_path):
@@ -43,6 +44,13 @@ def test_a_kill_while_writing_leaves_the_old_bytes(tmp_path):
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert path.read_text() == "old"
+
+
+def test_any_text_comes_back_from_a_csv(tmp_path):
+    rows = [["a,b", 'c"d', "two\nlines"], ["old\rMac", "Größe", ""], ["win\r\ndows", " ", "|"]]
+    write_csv(tmp_path / "a.csv", ("one", "two", "three"), rows)
+    with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [["one", "two", "three"], *rows]
 
 
 def test_json_is_utf8_and_readable(tmp_path):

@@ -1,7 +1,5 @@
 """How good a trained run is, on images it has not seen."""
 
-import csv
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import compress
@@ -20,7 +18,7 @@ from tokenfusion.data.sources import Source, held_out_name, resolved
 from tokenfusion.data.split import read_split
 from tokenfusion.data.stratify import stratified
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_json, write_text
+from tokenfusion.files import write_csv, write_json
 from tokenfusion.metrics import evaluate_logits
 from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, scores_of, tune_thresholds
 from tokenfusion.recipe import Recipe, load_recipe
@@ -209,25 +207,21 @@ def choose_images(source: Source, run: Path, *, own: bool, split: str | None) ->
 
 def write_predictions(path: Path, classes: Sequence[str], names: Sequence[str], labels: Tensor, logits: Tensor) -> None:
     """Write `path,label,prediction,score` for every image."""
-    scores, predictions = logits.softmax(1).max(1)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "label", "prediction", "score"])
-    for name, label, prediction, score in zip(
-        names, labels.tolist(), predictions.tolist(), scores.tolist(), strict=True
-    ):
-        writer.writerow([name, classes[label], classes[prediction], f"{score:.6f}"])
-    write_text(path, text.getvalue())
+    scores, predictions = (values.tolist() for values in logits.softmax(1).max(1))
+    rows = (
+        (name, classes[label], classes[prediction], f"{score:.6f}")
+        for name, label, prediction, score in zip(names, labels.tolist(), predictions, scores, strict=True)
+    )
+    write_csv(path, ("path", "label", "prediction", "score"), rows)
 
 
 def write_label_sets(
     path: Path, classes: Sequence[str], names: Sequence[str], labels: Tensor, predictions: np.ndarray, logits: Tensor
 ) -> None:
     """Write `path,labels,predictions,loss` for every image, with `|` between classes."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "labels", "predictions", "loss"])
     losses = image_losses(logits, labels).tolist()
-    for name, *sets, loss in zip(names, labels.tolist(), predictions.tolist(), losses, strict=True):
-        writer.writerow([name, *("|".join(compress(classes, chosen)) for chosen in sets), f"{loss:.6f}"])
-    write_text(path, text.getvalue())
+    rows = (
+        (name, *("|".join(compress(classes, chosen)) for chosen in sets), f"{loss:.6f}")
+        for name, *sets, loss in zip(names, labels.tolist(), predictions.tolist(), losses, strict=True)
+    )
+    write_csv(path, ("path", "labels", "predictions", "loss"), rows)

@@ -112,7 +112,7 @@ def test_a_service_that_was_down_is_sent_what_it_lacks(flaky, tmp_path):
     log.write([FIRST, SECOND])
     log.close()
     assert (flaky.sent, len(said)) == ([], 1)
-    assert said[0].startswith("loggers=wandb fails (503 Service Unavailable): training goes on")
+    assert said[0].startswith("loggers=wandb fails (503 Service Unavailable): metrics.csv has everything")
     flaky.up = True
     log = Log(tmp_path, [FIRST, SECOND], recipe, said.append)  # as by --resume
     assert flaky.sent == [10, 20]

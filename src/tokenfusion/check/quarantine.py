@@ -1,7 +1,5 @@
 """Which images had better be left out, and why: what `train --exclude` takes."""
 
-import csv
-import io
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import numpy as np
 
 from tokenfusion.check.look import Look
 from tokenfusion.data.sources import Source
-from tokenfusion.files import write_text
+from tokenfusion.files import write_csv
 
 KEPT_FIRST = ("test", "val", "train", "")
 """Of copies in several splits the held-out one is kept, so that results stay comparable."""
@@ -64,8 +62,4 @@ def connected(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
 
 def write_quarantine(path: Path, source: Source, reasons: dict[int, str]) -> None:
     """Write a CSV `path,reason`."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "reason"])
-    writer.writerows([source.names[index], reason] for index, reason in reasons.items())
-    write_text(path, text.getvalue())
+    write_csv(path, ("path", "reason"), ((source.names[index], reason) for index, reason in reasons.items()))

@@ -2,7 +2,9 @@
 
 import json
 import statistics
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -22,6 +24,7 @@ from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.processes import in_fresh_process
 from tokenfusion.recipe import Recipe
 from tokenfusion.train import FREE_TO_CHANGE, build
+from tokenfusion.train.faults import BadStep, OutOfMemory, out_of_memory_named
 from tokenfusion.train.fit import Job, train_step
 from tokenfusion.train.mixing import BatchMixing
 from tokenfusion.train.optimizer import make_optimizer
@@ -83,10 +86,27 @@ def train_some_steps(recipe: Recipe, threads: int) -> float:
     while len(times) < WARM_UP + STEPS or sum(times) < SECONDS:
         clock = perf_counter()
         for batch in loader.epoch(epoch):
-            train_step(job, state, *batch)
-            state.update_average()
+            with refusing(recipe.model):
+                train_step(job, state, *batch)
+                state.update_average()
             clock, elapsed = perf_counter(), perf_counter() - clock
             times.append(elapsed)
         epoch += 1
     loader.close()
     return statistics.median(times[WARM_UP:]) * (len(indices) // batch_size) / 60
+
+
+@contextmanager
+def refusing(model: str) -> Iterator[None]:
+    """Refuse a model of which a step cannot be taken."""
+    try:
+        with out_of_memory_named():
+            yield
+    except (OutOfMemory, BadStep, InputError) as error:
+        if isinstance(error.__cause__, OutOfMemory):  # while weights moved, of a run that there is none of
+            error = error.__cause__
+        if isinstance(error, InputError):
+            raise
+        short = isinstance(error, OutOfMemory)
+        fault, remedy = (f"memory ran out ({error})", "smaller --batch-size") if short else (error, "lower --lr")
+        raise InputError(f"{fault} while steps of {model} were timed; give a {remedy}, or leave it out") from None

@@ -1,13 +1,11 @@
 """Images that have all been looked at once: the readable ones, kept in memory if they fit, and a list of the others."""
 
-import csv
-import io
 import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from torch import Tensor
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.sources import Source, classes_in, quoted
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_text
+from tokenfusion.files import write_csv
 
 THREADS = min(4, os.cpu_count() or 1)
 
@@ -236,8 +234,4 @@ def require_every_class(images: Images, classes: tuple[str, ...]) -> None:
 
 def write_skipped(path: Path, skipped: list[Skipped]) -> None:
     """Write the images that were left out as a CSV `path,label,split,reason`."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["path", "label", "split", "reason"])
-    writer.writerows([image.path, image.label, image.split, image.reason] for image in skipped)
-    write_text(path, text.getvalue())
+    write_csv(path, [field.name for field in fields(Skipped)], map(astuple, skipped))

@@ -1,7 +1,6 @@
 """Which images are trained on and which are held out."""
 
 import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 from tokenfusion.data.sources import Source, held_out_name
 from tokenfusion.data.stratify import stratified
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_text
+from tokenfusion.files import write_csv
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,14 +101,10 @@ def write_split(path: Path, source: Source, split: Split) -> None:
 
     Of multi-label data the column is `labels`, with `|` between them.
     """
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(header_of(source))
     names = np.full(len(source), "", dtype=object)
     names[split.train], names[split.val] = "train", "val"
-    for index, (image, name) in enumerate(zip(source.names, names, strict=True)):
-        writer.writerow([image, source.label_text(index), name])
-    write_text(path, text.getvalue())
+    labels = map(source.label_text, range(len(source)))
+    write_csv(path, header_of(source), zip(source.names, labels, names, strict=True))
 
 
 def read_split(path: Path, source: Source) -> Split:

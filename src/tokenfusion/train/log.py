@@ -1,13 +1,11 @@
 """What a run writes of its epochs: `metrics.jsonl`, `metrics.csv`, TensorBoard events, and what it sends elsewhere."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenfusion.files import write_text
+from tokenfusion.files import write_csv, write_text
 from tokenfusion.train.loggers import Loggers, lacking
 from tokenfusion.train.state import Record
 
@@ -54,11 +52,8 @@ class Log:
     def write_files(self, records: Sequence[Record]) -> None:
         write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
         columns = list(dict.fromkeys(name for record in records for name in record))  # new ones come last
-        text = io.StringIO()
-        table = csv.DictWriter(text, columns, lineterminator="\n")
-        table.writeheader()
-        table.writerows(records)
-        write_text(self.path.with_suffix(".csv"), text.getvalue())
+        rows = ([record.get(name, "") for name in columns] for record in records)
+        write_csv(self.path.with_suffix(".csv"), columns, rows)
 
     def close(self, finished: bool = True) -> None:
         self.events.close()

@@ -164,7 +164,7 @@ class Loggers:
         except Exception as error:  # whatever its client raises
             if name not in self.failed:
                 self.say(
-                    f"loggers={name} fails ({reason_of(error)}): training goes on, metrics.csv has everything, and "
+                    f"loggers={name} fails ({reason_of(error)}): metrics.csv has everything, and "
                     f"{name} is sent what it lacks after the next epoch or by --resume"
                 )
             self.failed.add(name)
