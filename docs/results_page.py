@@ -25,7 +25,14 @@ from tokenfusion.words import counted
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
 PAGE = DOCS / "results" / "README.md"
-COMPARISONS = ("cifar10_comparison", "cifar10_longer", "imagenette_comparison", "cifar10_operators")
+COMPARISONS = (
+    "cifar10_comparison",
+    "cifar10_pair",
+    "cifar10_longer",
+    "imagenette_comparison",
+    "cifar10_operators",
+    "cifar10_contenders",
+)
 """Files in `benchmarks/results`, and blocks of the page."""
 Row = dict[str, Any]
 """What was measured of one trained model."""
