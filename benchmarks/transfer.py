@@ -9,26 +9,29 @@ that, and so does the CNN alone, as wide as the pair is costly. Every row is an 
 
 import argparse
 import json
-import subprocess
-import sys
-import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from common import describe
+from rich.console import Console
+
+from common import describe, train_on
 from tokenfusion.compare.contenders import slug
-from tokenfusion.compare.ensemble import evaluate_mean
+from tokenfusion.compare.ensemble import evaluate_mean, is_up_to_date
+from tokenfusion.evaluate import evaluate
 from tokenfusion.files import write_json
 from tokenfusion.metrics import t_interval
 from tokenfusion.models.controls import controls_of
 from tokenfusion.models.cost import count_macs
+from tokenfusion.recipe import Recipe, load_recipe
 
 CNN, VIT = "resnet_micro", "vit_micro"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="as `tokenfusion train` takes it")
+    parser.add_argument("data", type=Path, help="as `tokenfusion train` takes it")
     parser.add_argument(
         "--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "cifar10_comparison.toml"
     )
@@ -39,7 +42,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     options = parser.parse_args()
     result = describe()  # before anything loads the machine
-    epochs = tomllib.loads(options.recipe.read_text())["epochs"]
+    recipe = Recipe(**load_recipe(options.recipe), data=str(options.data.resolve()))
+    epochs = recipe.epochs
     macs = {name: count_macs(name) for name in (CNN, VIT)}
     rows: dict[str, dict] = {}
 
@@ -47,15 +51,12 @@ def main() -> None:
         row = rows.setdefault(name, {"name": name, "macs": cost, "training_macs_per_image": trained, "top1": []})
         row["top1"].append(json.loads((run / "evaluation.json").read_text())["top1"])
 
-    def run(name: str, seed: int, count: int, *extra: object, suffix: str = "") -> Path:
+    def run(name: str, seed: int, count: int, suffix: str = "", parents: Sequence[Path] = ()) -> Path:
         folder = options.runs / f"{slug(name)}{suffix}-seed{seed}"
-        tokenfusion = [sys.executable, "-m", "tokenfusion"]
-        if not (folder / "model.safetensors").exists():
-            new = [options.data, "--recipe", options.recipe, "--model", name, "--seed", seed, "--epochs", count]
-            how = ["--resume", folder] if (folder / "recipe.toml").exists() else [*new, "--out", folder, *extra]
-            subprocess.run([*tokenfusion, "train", *map(str, how)], check=True)
+        warm = tuple(str(parent.resolve()) for parent in parents)
+        train_on(replace(recipe, model=name, seed=seed, epochs=count, warm_start_from=warm), folder, Console())
         if not (folder / "evaluation.json").exists():
-            subprocess.run([*tokenfusion, "evaluate", str(folder)], check=True)
+            evaluate(folder)
         return folder
 
     for seed in range(options.seeds):
@@ -63,21 +64,21 @@ def main() -> None:
         for name, folder in zip((CNN, VIT), parents, strict=True):
             note(name, folder, epochs * macs[name], macs[name])
         mean = options.runs / f"{slug(f'mean({CNN},{VIT})')}-seed{seed}"
-        if not (mean / "evaluation.json").exists():
+        if not is_up_to_date(mean, parents):
             evaluate_mean(parents, mean)
         before = epochs * sum(macs.values())
         note(f"mean({CNN},{VIT})", mean, before, sum(macs.values()))
         for strategy in options.strategies:
             name = f"fuse({CNN},{VIT},{strategy})"
             cost = count_macs(name)
-            warm = run(name, seed, options.epochs, "--warm-start-from", *parents, suffix="-warm")
+            warm = run(name, seed, options.epochs, "-warm", parents)
             note(f"{name}, from its trained parents", warm, before + options.epochs * cost, cost)
             equal = round((before + options.epochs * cost) / cost)
-            scratch = run(name, seed, equal, suffix=f"-{equal}epochs")
+            scratch = run(name, seed, equal, f"-{equal}epochs")
             note(f"{name}, from random weights", scratch, equal * cost, cost)
             wide = controls_of(name, num_classes=10).wide_cnn
             wide_cost = count_macs(wide)
-            alone = run(wide, seed, equal, suffix=f"-{equal}epochs")
+            alone = run(wide, seed, equal, f"-{equal}epochs")
             note(f"{wide}, from random weights", alone, equal * wide_cost, wide_cost)
         for row in rows.values():
             interval = t_interval(row["top1"])

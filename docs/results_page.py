@@ -65,18 +65,34 @@ def comparison(name: str) -> str:
 
 
 def transfer(name: str) -> str:
-    """What `benchmarks/transfer.py` wrote, as a table."""
+    """What `benchmarks/transfer.py` wrote, as a table under what it shows."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
-    rows = []
+    lines = []
     for row in result["rows"]:
-        model, comma, how = row["name"].partition(", ")
-        top1 = ", ".join(f"{value:.2%}" for value in row["top1"])
+        seen = ", ".join(f"{value:.2%}" for value in row["top1"])
         costs = (f"{row[key] / 1e9:.3f}" for key in ("macs", "training_macs_per_image"))
-        rows.append([f"`{model}`{comma}{how}", top1, *costs])
+        lines.append([in_code(row["name"]), seen, *costs])
     seeds = counted(max(len(row["top1"]) for row in result["rows"]), "seed")
     epochs = f"{result['parents_epochs']} epochs of each parent, {result['warm_epochs']} of the pair made of them"
     heading = ["model", "top-1, seed by seed", "GMACs", "GMACs of forward passes in training, an image"]
-    return f"{epochs}; {seeds}.\n\n{table(heading, rows)}"
+    return "\n\n".join([f"{epochs}; {seeds}.", *on_transfer(result["rows"]), table(heading, lines)])
+
+
+def in_code(name: str) -> str:
+    """A model's expression marked as code, but not how it was trained."""
+    model, comma, how = name.partition(", ")
+    return f"`{model}`{comma}{how}"
+
+
+def on_transfer(rows: Sequence[Row]) -> list[str]:
+    """By how much each pair made of trained parents is above, or below, everything else."""
+    reached = {row["name"]: fmean(row["top1"]) for row in rows}
+    warm = [name for name in reached if name.endswith("from its trained parents")]
+    sentences = []
+    for name in warm:
+        gaps = [f"{100 * (reached[name] - reached[other]):+.2f} to {in_code(other)}" for other in reached.keys() - warm]
+        sentences.append(f"{in_code(name)}, in percentage points: {listed(sorted(gaps))}.")
+    return sentences
 
 
 def depth(name: str) -> str:

@@ -211,6 +211,19 @@ def test_predict_takes_folders_globs_and_standard_input(command, run, tmp_path, 
     assert paths(folder) == set(map(str, names))
     assert paths(folder / "*.png") == {str(names[0]), str(names[2])}
     assert paths("-", stdin=f"{digit}\n{names[0]}\n") == {str(digit), str(names[0])}
+    assert paths("-", stdin=f"{digit}\r\n{names[0]}\r\n") == {str(digit), str(names[0])}  # as Windows writes lists
+
+
+def test_predict_says_of_a_folder_that_it_has_no_images(command, run, tmp_path):
+    status, output, _ = command("predict", run, tmp_path, "--format", "json")
+    assert (status, json.loads(output)["error"]) == (1, "the file cannot be read: a folder without images")
+
+
+def test_a_misspelt_model_leaves_no_folder(command, tmp_path):
+    status, _, errors = command("train", "digits", "--model", "tokenfusion_early_mikro", "--out", tmp_path / "run")
+    assert status == 2
+    assert "did you mean tokenfusion_early_micro" in errors
+    assert not (tmp_path / "run").exists()
 
 
 def test_predict_csv_can_be_read_back(command, run, tmp_path, digit):

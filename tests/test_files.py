@@ -74,6 +74,12 @@ def test_tensors_and_their_description_come_back_to_the_bit(tmp_path):
         assert loaded[name].dtype == tensor.dtype
 
 
+def test_weights_may_be_read_by_whoever_may_read_a_runs_other_files(tmp_path):
+    write_json(tmp_path / "a.json", {})
+    save_tensors(tmp_path / "a.safetensors", {"x": torch.ones(1)})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "a.json").stat().st_mode
+
+
 @pytest.mark.parametrize("damage", [b"", b"rubbish", None])
 def test_damaged_tensors_are_refused(tmp_path, damage):
     path = tmp_path / "t"

@@ -38,7 +38,10 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping
 
     def write(temporary: Path) -> None:
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # as any file that this user makes, where safetensors lets nobody else read
             save_file(contiguous, temporary, metadata)
+            temporary.chmod(mode)
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
 

@@ -69,6 +69,8 @@ def train(
     from tokenfusion import train as training
     from tokenfusion.analyze.watch import watch_collapse
     from tokenfusion.checkpoint import resume_command
+    from tokenfusion.train.fit import CHECKPOINT
+    from tokenfusion.train.sharded import is_saved
 
     if as_json and not dry_run:
         raise InputError("--json prints a plan; give --dry-run with it, or leave it out")
@@ -92,7 +94,8 @@ def train(
         errors.print(f"\nstopped and saved; go on with `{resume_command(run)}`")
         sys.exit(130)
     except KeyboardInterrupt:
-        errors.print(f"\nstopped at the last checkpoint; go on with `{resume_command(run)}`")
+        where = "at the last" if is_saved(run / CHECKPOINT) else "before the first"
+        errors.print(f"\nstopped {where} checkpoint; go on with `{resume_command(run)}`")
         sys.exit(130)
     console.print(f"the model is in {run}; next: tokenfusion evaluate {shlex.quote(str(run))}")
 

@@ -24,7 +24,7 @@ def expand(paths: Sequence[str]) -> Iterator[str]:
         if path == "-":
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(errors="surrogateescape")  # a path may be any bytes
-            yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         elif os.path.isdir(path):
             yield from images_below(path) or [path]
         elif os.path.exists(path):

@@ -271,7 +271,8 @@ def load_recipe(path: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise InputError(f"recipe {path}: {error}; give a readable TOML file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"recipe {path}: {reason}; give a readable TOML file") from error
     for name in values:
         if name not in FIELDS:
             raise InputError(f"recipe {path}: no field is called {name!r}; known fields: {', '.join(FIELDS)}")

@@ -176,15 +176,17 @@ def test_ctrl_c_saves_the_run_under_way(tmp_path):
     assert "stopped and saved" in (out / "logs" / "vit_micro-seed0.txt").read_text()
 
 
-def test_a_model_that_fails_leaves_the_others_going(tmp_path, command):
+@pytest.mark.parametrize("budget", ["epochs=1", "minutes=1"])
+def test_a_model_that_fails_leaves_the_others_going(tmp_path, command, budget, monkeypatch):
     """One image at a time, whose last map has one pixel, gives BatchNorm no variance; a transformer has none."""
+    monkeypatch.setattr(Budget, "epochs", lambda _, costs: dict.fromkeys(costs, 1))  # a minute is thousands of them
     for name in "ab":
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(4):
             Image.fromarray(np.full((8, 8), 60 * i, np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
     words = ("compare", tmp_path / "data", "--models", "resnet18", "vit_micro", "mean(resnet18,vit_micro)")
     status, output, _ = command(
-        *words, "--img-size", 8, "--batch-size", 1, "--epochs", 1, "--seeds", 1, "--out", tmp_path / "out"
+        *words, "--img-size", 8, "--batch-size", 1, "--budget", budget, "--seeds", 1, "--out", tmp_path / "out"
     )
     assert status == 1
     cnn, vit, mean = read(tmp_path / "out")["models"]
@@ -193,6 +195,18 @@ def test_a_model_that_fails_leaves_the_others_going(tmp_path, command):
     assert mean["failed"] == [{"seed": 0, "reason": "resnet18 failed"}]
     assert len(vit["runs"]) == 1
     assert "resnet18 seed 0 failed: BatchNorm" in output
+
+
+def test_a_run_without_its_predictions_is_evaluated_anew_and_a_damaged_one_refused(out):
+    before = read(out)
+    (out / "runs" / "vit_micro-seed1" / "predictions.csv").unlink()
+    (out / "runs" / "resnet_micro-seed0" / "evaluation.json").write_text("{}")
+    compare(RECIPE, [*MODELS, MEAN], 2, out, jobs=2)
+    assert read(out) == before
+    metrics = out / "runs" / "vit_micro-seed1" / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:20])
+    with pytest.raises(InputError, match=r"vit_micro-seed1/metrics\.jsonl is damaged: .*; delete its folder, and the"):
+        compare(RECIPE, [*MODELS, MEAN], 2, out, jobs=2)
 
 
 def test_a_run_folder_of_another_recipe_is_refused(out):
@@ -225,6 +239,8 @@ def test_a_run_that_was_evaluated_on_its_training_images_is_evaluated_anew(whole
     [
         (["--models", "resnet_micro,vit_mikro"], "did you mean vit_micro"),
         (["--models", "fuse(a,b"], "do not match"),
+        (["--models", "fuse(resnet_micro,vit_mikro,late)", "--controls"], "did you mean vit_micro"),
+        (["--models", "fuse(resnet_micro,vit_micro,early,cls)", "--controls"], "at the entrance CLS is the same"),
         (["--models", "vit_micro", "--budget", "macs=1e3"], "the smallest that works is macs="),
         (["--models", "vit_micro", "--budget", "epochs=2.5"], "try epochs=3"),
         (["--models", "vit_micro", "--budget", "epochs=2", "--epochs", 3], "differ"),
@@ -263,7 +279,7 @@ def test_steps_are_timed_once_and_too_few_minutes_are_refused(tmp_path):
     assert not list((tmp_path / "runs").iterdir())
     kept = json.loads((tmp_path / "timing.json").read_text())["vit_micro"]["minutes"]
     again = epoch_minutes([Contender("vit_micro", "model")], RECIPE, 1, tmp_path / "timing.json")
-    assert again == {"vit_micro": kept}
+    assert again == ({"vit_micro": kept}, {})
 
 
 def test_a_folder_of_runs_is_no_comparison(command, tmp_path, monkeypatch):

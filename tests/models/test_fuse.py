@@ -112,16 +112,28 @@ def test_every_cell_of_the_grid_works_or_is_refused_with_the_reason(vit, strateg
         assert learns(build()) == []
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "densenet121", "vgg11_bn", "convnext_atto"])
+@pytest.mark.parametrize("name", sorted({*BOTH_WAYS} - {"resnet_micro"}))
 def test_a_walked_cnn_gives_the_intermediates_of_the_whole_one(name):
     torch.manual_seed(0)
-    model = without_zeros(timm.create_model(name)).eval()
+    model = without_zeros(timm.create_model(name, **SHALLOW.get(name, {}))).eval()
     with torch.no_grad():
         expected = model.forward_intermediates(images(size=(64, 96)), intermediates_only=True)[-4:]
         walked = walk_cnn(model, (64, 96), 3)
         feature_map = walked.stem(images(size=(64, 96)))
         for stage, wanted in zip(walked.stages, expected, strict=True):
             feature_map = stage(feature_map)
+            torch.testing.assert_close(feature_map, wanted)
+
+
+def test_a_cnn_that_adds_parameters_of_its_own_between_its_stages_goes_one_way():
+    """A walk of its modules would leave them out."""
+    torch.manual_seed(0)
+    model = without_zeros(timm.create_model("visformer_tiny", img_size=SIZE)).eval()
+    with torch.no_grad():
+        expected = model.forward_intermediates(images(), intermediates_only=True)
+        cnn = walk_cnn(model, (SIZE, SIZE), 3)
+        assert isinstance(cnn, OneWayCNN)
+        for feature_map, wanted in zip(cnn.maps(images()), expected, strict=True):
             torch.testing.assert_close(feature_map, wanted)
 
 
@@ -170,7 +182,7 @@ def test_sizes_channels_and_classes_of_a_fused_pair():
         (("resnet18", "vit_micro", "late", "cros"), r"operator='cros' is not known; did you mean 'cross'"),
         (("resnet18", "mixer_s16_224"), r"a MlpMixer has no row of blocks"),
         (("resnet18", "swin_tiny_patch4_window7_224"), r"a SwinTransformer has no row of blocks"),
-        (("inception_v4", "vit_micro"), r"a InceptionV4 gives no maps .* 32×32 pixels; give a larger img_size"),
+        (("inception_v4", "vit_micro"), r"a InceptionV4 gives no maps .* 32×32 pixels: .+; give a larger img_size"),
     ],
 )
 def test_what_cannot_be_fused_is_refused(arguments, message):
@@ -191,6 +203,14 @@ def test_a_cnn_without_stages_is_refused():
         (lambda: tokenfusion.fuse("tokenfusion_late_micro", "vit_micro"), "is fused already; give one of its parents"),
         (lambda: tokenfusion.fuse("resnet_micro", "vit_small_patch16_18x2_224"), "several attentions side by side"),
         (lambda: tokenfusion.fuse("resnet_micro", "vit_micro", nonsense=1), "cannot be built with .*nonsense"),
+        (lambda: tokenfusion.fuse("resnet_micro", "vit_micro", "late", mlp_ratio=-1.0), "cannot be built with .*-1"),
+        (lambda: tokenfusion.fuse("resnet_micro", "vit_micro", gate=float("nan")), "gate=nan opens nothing; give 0"),
+        (lambda: tokenfusion.fuse("vit_micro", "vit_micro"), "a ViT is a transformer, given in the CNN's place; give"),
+        (lambda: tokenfusion.fuse("resnet_micro", torch.nn.Linear(3, 3), num_classes=2), "a Linear is none of the"),
+        (
+            lambda: tokenfusion.fuse(timm.create_model("resnet18"), "vit_micro", in_chans=1),
+            r"gives no maps .* for 1-channel images of 32×32 pixels: .*channels.*; give .* the in_chans that it was",
+        ),
         (
             lambda: tokenfusion.fuse("resnet_micro", "vit_micro", fusion_depth=2),
             "layerwise fusion cannot be built with",

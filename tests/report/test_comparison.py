@@ -82,9 +82,9 @@ CLEAR = [
 
 def test_a_clear_winner_by_hand() -> None:
     assert headline(comparison(*CLEAR)) == (
-        f"Of the 3 models with finished runs, {FUSED} is best: it names 90.00% ± 0.20% of 500 images correctly. "
+        f"Of the 3 models with finished runs, {FUSED} is ahead: it names 90.00% ± 0.20% of 500 images correctly. "
         f"The next is {CNN}, 2.00 percentage points below; their 95% intervals do not overlap (p 0.042, a test). "
-        "Intervals that overlap with the best one's: none."
+        "Intervals that overlap with its own: none."
     )
     assert fusion_against_others(comparison(*CLEAR)) == [
         f"{FUSED}, 90.00%, is better than all of the 2 models compared with it. "
@@ -97,7 +97,7 @@ def test_intervals_that_overlap_are_said_to() -> None:
     assert overlap(CLEAR[0], close)
     said = headline(comparison(CLEAR[0], close, CLEAR[2]))
     assert "their 95% intervals overlap: either may be the better" in said
-    assert said.endswith(f"Intervals that overlap with the best one's: {CNN}.")
+    assert said.endswith(f"Intervals that overlap with its own: {CNN}.")
     [fused] = fusion_against_others(comparison(CLEAR[0], close, CLEAR[2]))
     assert "is better than 1 of the 2 models compared with it" in fused
     assert f"Intervals overlap with {CNN} (+0.50)." in fused
@@ -111,7 +111,7 @@ def test_intervals_that_touch_overlap() -> None:
 
 def test_a_fused_model_that_loses_is_told() -> None:
     result = comparison(CLEAR[1], model(FUSED, [0.848, 0.850, 0.852]), CLEAR[2])
-    assert f"Of the 3 models with finished runs, {CNN} is best" in headline(result)
+    assert f"Of the 3 models with finished runs, {CNN} is ahead" in headline(result)
     [fused] = fusion_against_others(result)
     assert f"It is worse than {CNN} (-3.00)." in fused
 

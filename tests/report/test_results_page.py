@@ -33,7 +33,7 @@ RESULT = {
     "models": [
         FIELDS
         | row
-        | {"top1_sd": 0.001, "runs": [{"n": 500}], "images_per_s": 9.0, "minutes": 2.0, "peak_memory_mb": 99}
+        | {"top1_sd": 0.001, "runs": [{"n": 500, "seed": 0}], "images_per_s": 9.0, "minutes": 2.0, "peak_memory_mb": 99}
         for row in MODELS
     ],
     "tests": [{"name": "resnet_micro", "difference_mean": -0.02, "ci95": None, "p": 0.2, "method": "paired t"}],
@@ -71,22 +71,32 @@ def test_a_block_needs_its_file_and_a_file_its_block(results_page: ModuleType) -
 def test_a_block_is_of_its_file(results_page: ModuleType) -> None:
     (results_page.RESULTS / "cifar10_comparison.json").write_text(json.dumps(RESULT))
     text = results_page.blocks()["cifar10_comparison"]()
-    assert "tokenfusion_late_micro is best: it names 90.00% ± 0.10% of 500 images correctly." in text
+    assert "tokenfusion_late_micro is ahead: it names 90.00% ± 0.10% of 500 images correctly." in text
     assert "It is better than resnet_micro (+2.00)." in text
-    assert "| resnet_micro | 88.00% ± 0.10% | 87.50% to 88.50% | -2.00 | 0.200 | 0.45 | 0.039 | 9 | 2.00 | 99 |" in text
+    assert (
+        "| resnet_micro | 88.00% ± 0.10% | 87.50% to 88.50% | -2.00 (1 seed) | 0.200 | 0.45 | 0.039 | 9 | 2.00 | 99 |"
+        in text
+    )
     assert "on AMD EPYC, 1 thread a run, bf16" in text
     assert "](cifar10_comparison.svg)" in text
     assert "resnet_micro" in (results_page.PAGE.parent / "cifar10_comparison.svg").read_text()
 
 
 def test_the_transfer_block_tells_every_seed_and_what_training_cost(results_page: ModuleType) -> None:
-    warm = {"name": "fuse(A,B,late), warm", "macs": 8e7, "training_macs_per_image": 4.6e8, "top1": [0.84, 0.8512]}
+    parent = {"name": "A", "macs": 4e7, "training_macs_per_image": 1.6e8, "top1": [0.83, 0.8312]}
+    warm = {
+        "name": "fuse(A,B,late), from its trained parents",
+        "macs": 8e7,
+        "training_macs_per_image": 4.6e8,
+        "top1": [0.84, 0.8512],
+    }
     (results_page.RESULTS / "transfer.json").write_text(
-        json.dumps({"parents_epochs": 4, "warm_epochs": 2, "rows": [warm]})
+        json.dumps({"parents_epochs": 4, "warm_epochs": 2, "rows": [parent, warm]})
     )
     text = results_page.blocks()["transfer"]()
     assert text.startswith("4 epochs of each parent, 2 of the pair made of them; 2 seeds.")
-    assert "| `fuse(A,B,late)`, warm | 84.00%, 85.12% | 0.080 | 0.460 |" in text
+    assert "`fuse(A,B,late)`, from its trained parents, in percentage points: +1.50 to `A`." in text
+    assert "| `fuse(A,B,late)`, from its trained parents | 84.00%, 85.12% | 0.080 | 0.460 |" in text
 
 
 def depth_row(depth: int, re_attends: bool, top1: float, similar: int, neighbours: float) -> dict[str, object]:
@@ -170,6 +180,7 @@ def test_half_of_the_depths_are_no_result(results_page: ModuleType) -> None:
 
 @pytest.mark.parametrize(("finished", "said"), [(2, "Student's t over 2 seeds"), (1, "Wilson, over the images of one")])
 def test_intervals_are_over_the_seeds_that_finished(results_page: ModuleType, finished: int, said: str) -> None:
-    rows = [row | {"runs": finished * [{"n": 500}]} for row in RESULT["models"]]  # of three that were asked for
+    runs = [{"n": 500, "seed": seed} for seed in range(finished)]  # of three that were asked for
+    rows = [row | {"runs": runs} for row in RESULT["models"]]
     (results_page.RESULTS / "cifar10_comparison.json").write_text(json.dumps(RESULT | {"models": rows}))
     assert f"95 % interval: {said}" in results_page.blocks()["cifar10_comparison"]()

@@ -62,6 +62,11 @@ def test_before_the_first_step_it_computes_what_the_transformers_run_does(parent
     assert said == f"starts from {parents[0]} and {parents[1]}\n"
 
 
+def test_attention_that_is_not_gated_is_said_to_join_at_once(parents):
+    _, said = started(recipe_of(parents, "fuse(resnet_micro,vit_micro,early,joint)"))
+    assert said.endswith("; not gated: pixels join the transformer's attention at once\n")
+
+
 def test_its_cnn_computes_what_the_cnns_run_does(parents, digits):
     fused, _ = started(recipe_of(parents))
     alone = Classifier.load(parents[0])

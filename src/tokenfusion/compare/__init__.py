@@ -154,10 +154,11 @@ def with_epochs(comparison: Comparison) -> Comparison:
     """The comparison with the epochs that the budget pays for; minutes are measured.
 
     Raises:
-        InputError: less than one epoch of a model.
+        InputError: less than one epoch of a model, or none can be trained.
     """
     if comparison.epochs:
         return comparison
+    failed: dict[str, str] = {}
     if comparison.budget.unit == "epochs":
         costs = dict.fromkeys(comparison.counts, 1.0)
     elif comparison.budget.unit == "macs":
@@ -166,8 +167,10 @@ def with_epochs(comparison: Comparison) -> Comparison:
         from tokenfusion.compare.timing import epoch_minutes
 
         kept = comparison.out / "timing.json"
-        costs = epoch_minutes(comparison.trained, comparison.recipe, comparison.threads, kept)
-    settled = replace(comparison, epochs=comparison.budget.epochs(costs))
+        costs, failed = epoch_minutes(comparison.trained, comparison.recipe, comparison.threads, kept)
+        if not costs:
+            raise InputError(next(iter(failed.values())))
+    settled = replace(comparison, epochs=comparison.budget.epochs(costs), untrainable=failed)
     require_same_recipes(settled)
     return settled
 
@@ -195,12 +198,12 @@ def require_same_recipes(comparison: Comparison) -> None:
 
 def run_all(comparison: Comparison, lock: int, console: Console, after_run: Callable[[Path], object]) -> dict[str, Any]:
     """Train what is not trained, then average what is to be averaged; `comparison.json` is written after every run."""
-    failures: dict[tuple[str, int], str] = {}
+    failures = {(name, seed): why for name, why in comparison.untrainable.items() for seed in comparison.seeds}
     todo = [
         (contender.name, seed)  # all models with one seed first, so that a table begins early
         for seed in comparison.seeds
         for contender in comparison.trained
-        if not is_finished(comparison, contender, seed)
+        if contender.name in comparison.epochs and not is_finished(comparison, contender, seed)
     ]
     display = Display(console, comparison, todo)
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tokenfusion.compare.plan import Comparison
+from tokenfusion.words import counted
 
 
 class Display:
@@ -88,6 +89,7 @@ def comparison_table(result: Mapping[str, Any]) -> list[list[str]]:
     headings = ["top-1", "95 % interval", "difference", "p", "parameters M", "GMACs", "images/s", "minutes", "MiB"]
     table = [["model", *headings]]
     tests = {test["name"]: test for test in result["tests"]}
+    seeds_of_first = {run["seed"] for run in result["models"][0]["runs"]}
     for row in result["models"]:
         cost = [f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3g}"]
         if not row["runs"]:
@@ -99,7 +101,9 @@ def comparison_table(result: Mapping[str, Any]) -> list[list[str]]:
         if test["difference_mean"] is None:
             compared = ["", ""]
         else:
-            compared = [f"{100 * test['difference_mean']:+.2f}", p_text(test["p"])]
+            shared = len(seeds_of_first & {run["seed"] for run in row["runs"]})
+            fewer = f" ({counted(shared, 'seed')})" if shared < len(result["seeds"]) else ""
+            compared = [f"{100 * test['difference_mean']:+.2f}{fewer}", p_text(test["p"])]
         took = [f"{row['images_per_s']:,.0f}", f"{row['minutes']:.2f}", f"{row['peak_memory_mb']:,.0f}"]
         table.append([row["name"], top1, f"{low:.2%} to {high:.2%}", *compared, *cost, *took])
     return table
@@ -123,8 +127,10 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     tests = ", ".join(dict.fromkeys(test["method"] for test in result["tests"]))
     lines = [f"budget {result['budget']} a run; 95 % interval: {interval}"]
     if tests:
-        lines.append(f"difference: percentage points above {first}; p: {tests}")
-    return [*lines, f"best for their multiply-adds: {', '.join(result['pareto'])}"]
+        many = f", each alone: not corrected for there being {len(result['tests'])}" * (len(result["tests"]) > 1)
+        lines.append(f"difference: percentage points above {first}, over the seeds that both have; p: {tests}{many}")
+    front = ", ".join(result["pareto"])
+    return [*lines, f"no other is better for as many multiply-adds: {front}"] if front else lines
 
 
 def gaps(result: Mapping[str, Any]) -> list[str]:

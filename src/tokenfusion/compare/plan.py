@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Self, cast, get_args
 
@@ -78,6 +78,7 @@ class Comparison:
         training_images: how many there are.
         jobs: runs at once.
         threads: of each run.
+        untrainable: models whose steps could not be timed, and why.
     """
 
     out: Path
@@ -93,6 +94,7 @@ class Comparison:
     training_images: int
     jobs: int
     threads: int
+    untrainable: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def trained(self) -> list[Contender]:

@@ -41,8 +41,7 @@ def summarise(comparison: Comparison, failures: Failures) -> dict[str, Any]:
         runs[contender.name] = {seed: read_run(comparison, contender, seed, runs) for seed in finished}
     refuse_different_images(comparison, runs)
     models = [describe(comparison, contender, runs[contender.name], failures) for contender in comparison.contenders]
-    whole = [row for row in models if len(row["runs"]) == len(comparison.seeds)]
-    points = {row["name"]: (row["macs"], row["top1_mean"]) for row in whole}
+    points = {row["name"]: (row["macs"], row["top1_mean"]) for row in models if row["runs"]}
     device = default_device()
     recipe = {key: value for key, value in asdict(comparison.recipe).items() if key not in ("model", "seed", "epochs")}
     return {
@@ -75,10 +74,10 @@ def is_finished(comparison: Comparison, contender: Contender, seed: int) -> bool
     if contender.members:
         finished = all(is_finished(comparison, Contender(name, "member"), seed) for name in contender.members)
         return finished and is_up_to_date(run, [comparison.run(name, seed) for name in contender.members])
-    if not (run / "model.safetensors").exists() or not (run / "evaluation.json").exists():
+    if not all((run / name).exists() for name in ("model.safetensors", "evaluation.json", "predictions.csv")):
         return False
     evaluation = read_json(run / "evaluation.json")
-    return (evaluation["data"], evaluation["split"]) == (comparison.recipe.data, comparison.part)
+    return (evaluation.get("data"), evaluation.get("split")) == (comparison.recipe.data, comparison.part)
 
 
 def read_run(comparison: Comparison, contender: Contender, seed: int, runs: Mapping[str, Runs]) -> dict[str, Any]:
@@ -91,7 +90,7 @@ def read_run(comparison: Comparison, contender: Contender, seed: int, runs: Mapp
         rate = 1 / sum(1 / member["images_per_s"] for member in members)
         memory = max(member["peak_memory_mb"] for member in members)
     else:
-        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        records = read_records(run / "metrics.jsonl")
         minutes = sum(record["seconds"] for record in records) / 60
         rate = median(record["images_per_s"] for record in records)
         memory = max(record["peak_memory_mb"] for record in records)
@@ -119,11 +118,11 @@ def describe(comparison: Comparison, contender: Contender, runs: Runs, failures:
         "role": contender.role,
         "parameters": sum(count.parameters for count in counts),
         "macs": sum(count.macs for count in counts),
-        "epochs": None if contender.members else comparison.epochs[contender.name],
+        "epochs": None if contender.members else comparison.epochs.get(contender.name),
         "runs": rows,
         "top1_mean": fmean(top1) if top1 else None,
         "top1_sd": stdev(top1) if len(top1) > 1 else None,
-        "top1_ci95": list(interval) if interval else None,
+        "top1_ci95": [max(interval[0], 0.0), min(interval[1], 1.0)] if interval else None,
         "top1_ci95_images": rows[0]["top1_ci95_images"] if len(rows) == 1 else None,
         "images_per_s": median(row["images_per_s"] for row in rows) if rows else None,
         "minutes": fmean(row["minutes"] for row in rows) if rows else None,
@@ -169,6 +168,16 @@ def predictions(run: Path) -> list[dict[str, str]]:
     """The lines of a run's `predictions.csv`."""
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The epochs of a run."""
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is damaged: {error}; delete its folder, and the same command trains the run anew"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

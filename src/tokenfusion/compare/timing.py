@@ -1,6 +1,5 @@
 """How long a training step takes a model on this machine, for budgets in minutes."""
 
-import json
 import statistics
 from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from tokenfusion.compare.contenders import Contender
+from tokenfusion.compare.results import read_json
 from tokenfusion.data.exclude import open_remaining
 from tokenfusion.data.images import sample_images
 from tokenfusion.data.loader import TrainLoader
@@ -33,8 +33,10 @@ from tokenfusion.train.state import TrainState, fingerprint
 BATCHES, WARM_UP, STEPS, SECONDS = 4, 3, 8, 2.0
 
 
-def epoch_minutes(models: list[Contender], recipe: Recipe, threads: int, path: Path) -> dict[str, float]:
-    """Minutes of an epoch's training steps by model, measured once and kept.
+def epoch_minutes(
+    models: list[Contender], recipe: Recipe, threads: int, path: Path
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Minutes of an epoch's training steps, measured once and kept.
 
     Args:
         models: each is measured in a process of its own.
@@ -42,17 +44,22 @@ def epoch_minutes(models: list[Contender], recipe: Recipe, threads: int, path: P
         threads: of each run.
         path: file that holds what was measured, so that a comparison that goes on has the same epochs.
 
-    Raises:
-        InputError: a model cannot be trained.
+    Returns:
+        Minutes by model; of the others, why they cannot be trained.
     """
-    kept: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    kept: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    failed: dict[str, str] = {}
     for model in models:
         own = replace(recipe, model=model.name)
         key = fingerprint(replace(own, **FREE_TO_CHANGE, epochs=1, seed=0))
         if kept.get(model.name, {}).get("key") != key:
-            kept[model.name] = {"minutes": measure(own, threads), "key": key, "threads": threads}
+            try:
+                kept[model.name] = {"minutes": measure(own, threads), "key": key, "threads": threads}
+            except InputError as error:
+                failed[model.name] = str(error)
+                continue
             write_json(path, kept)
-    return {model.name: kept[model.name]["minutes"] for model in models}
+    return {model.name: kept[model.name]["minutes"] for model in models if model.name not in failed}, failed
 
 
 def measure(recipe: Recipe, threads: int) -> float:

@@ -247,6 +247,8 @@ def read_file(path: str | Path) -> bytes:
     """The bytes of an image file, or UnreadableImage with the reason."""
     try:
         status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise UnreadableImage("a folder without images")
         if not stat.S_ISREG(status.st_mode):
             raise UnreadableImage("not a regular file")
         if status.st_size > MAX_FILE_BYTES:

@@ -24,6 +24,14 @@ def default_config(model: nn.Module) -> dict[str, Any]:
     return cast(dict[str, Any], model.default_cfg)
 
 
+def require_known(name: str) -> None:
+    """Refuse a name that no model of this package or of timm has; the nearest are offered."""
+    if "(" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else "`tokenfusion models` lists the names"
+        raise InputError(f"no model is called {name!r}; {hint}")
+
+
 def create_model(
     name: str,
     *,
@@ -49,10 +57,7 @@ def create_model(
     refuse_rates(kwargs)
     if "(" in name:
         return build_expression(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **kwargs)
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "`tokenfusion models` lists the names"
-        raise InputError(f"no model is called {name!r}; {hint}")
+    require_known(name)
     arguments: dict[str, Any] = {"in_chans": in_chans, **kwargs}
     if num_classes is not None:
         arguments["num_classes"] = num_classes

@@ -136,14 +136,17 @@ def controls_of(name: str, *, num_classes: int, in_chans: int = 3, img_size: tup
     Args:
         name, num_classes, in_chans: as in `create_model`.
         img_size: height and width in pixels that costs are compared at; the fused model's own when not given.
+
+    Raises:
+        InputError: it fuses two parents and cannot be built.
     """
     task: dict[str, Any] = {"num_classes": num_classes, "in_chans": in_chans}
     try:
         parents = parents_of(name)
-        task["img_size"] = img_size or native_size(name)
-        target = count_macs(name, **task)
-    except REFUSALS as error:
+    except InputError as error:
         return Controls(missing=dict.fromkeys(ROLES, str(error)))
+    task["img_size"] = img_size or native_size(name)
+    target = count_macs(name, **task)
     found: dict[str, str] = {}
     missing, notes = {}, {}
     for role, parent in zip(("wide_cnn", "wide_vit"), parents, strict=True):

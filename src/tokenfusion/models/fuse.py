@@ -1,5 +1,6 @@
 """Any CNN fused with any transformer, by their names or as modules already built."""
 
+from math import isfinite
 from typing import Any
 
 import timm
@@ -73,6 +74,8 @@ def fuse(
     model_cls = choose(STRATEGIES, strategy, "strategy")
     trained = pretrained or not (isinstance(cnn, str) and isinstance(vit, str))
     opened = (0.0 if trained else 1.0) if gate is None else float(gate)
+    if not isfinite(opened):
+        raise InputError(f"gate={gate} opens nothing; give 0 (closed) to 1 (open)")
     # joint attention at the entrance has no gate to close
     default = "cross" if strategy == "early" and not opened else OPERATOR[strategy]
     meet = choose(OPERATORS, operator or default, "operator")
@@ -85,9 +88,9 @@ def fuse(
             pretrained=pretrained,
             drop_path_rate=drop_path_rate,
         )
-    elif num_classes is not None and num_classes != vit.num_classes:
-        vit.reset_classifier(num_classes)  # type: ignore[operator]
     walk = walk_transformer(vit)
+    if num_classes is not None and num_classes != vit.num_classes:
+        vit.reset_classifier(num_classes)  # type: ignore[operator]
     size = image_size(img_size or native_size(vit))
     if isinstance(cnn, str):
         from tokenfusion.models import create_model
@@ -98,7 +101,7 @@ def fuse(
     staged = walk_cnn(cnn, size, in_chans, min(MAX_STAGES, depth) if model_cls is LayerwiseFusion else MAX_STAGES)
     try:
         model = model_cls(staged, vit, meet, img_size=size, in_chans=in_chans, gate=opened, **kwargs)
-    except TypeError as error:
+    except (TypeError, RuntimeError) as error:
         raise InputError(f"{strategy} fusion cannot be built with {kwargs}: {error}; leave that out") from error
     require_size(model, size, in_chans)
     model.default_cfg = fused_config(config_vit, size, in_chans)  # type: ignore[assignment]

@@ -88,8 +88,8 @@ class TokenFusion(PaperModel):
     def map_grids(self, size: Grid) -> list[Grid]:
         """Rows and columns of the CNN's maps for images (H, W)."""
         grids = map_shapes(self.cnn, size, self.in_chans)
-        if grids is None:
-            raise InputError(f"the CNN gives no maps for images of {size[0]}×{size[1]} pixels; give a larger size")
+        if isinstance(grids, str):
+            raise InputError(f"the CNN gives no maps for images of {size[0]}×{size[1]}: {grids}; give a larger size")
         return grids
 
     def walk_cnn(self, images: Tensor) -> Tensor:

@@ -99,27 +99,41 @@ def walk_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int = MAX_
         raise InputError(f"a {name} is fused already; give one of its parents, such as cnn(tokenfusion_late_micro)")
     if isinstance(trunk, ConvTrunk):  # this package's ResNet
         return trunk
+    if is_transformer(model):
+        raise InputError(f"a {name} is a transformer, given in the CNN's place; give a CNN such as resnet18 there")
     info = list(getattr(model, "feature_info", None) or [])
     if not info:
         raise InputError(f"a {name} has no stages: it names no feature maps; take a CNN such as resnet18")
     staged = split_stages(model, stages)
-    if staged is not None and map_shapes(staged, img_size, in_chans) is not None:
+    if staged is not None and not isinstance(map_shapes(staged, img_size, in_chans), str):
         return staged.train(model.training)
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"a {name} has no stages to walk and no forward_intermediates; take a CNN such as resnet18")
     indices = list(range(len(info)))[-stages:]
     model.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
     one_way = OneWayCNN(model, [info[i]["num_chs"] for i in indices], [info[i]["reduction"] for i in indices], indices)
-    if map_shapes(one_way, img_size, in_chans) is None:
+    if isinstance(reason := map_shapes(one_way, img_size, in_chans), str):
         raise InputError(
-            f"a {name} gives no maps (B, C, h, w) for images of {img_size[0]}×{img_size[1]} pixels; "
-            "give a larger img_size, or take another CNN"
+            f"a {name} gives no maps (B, C, h, w) for {in_chans}-channel images of {img_size[0]}×{img_size[1]} pixels: "
+            f"{reason}; give a larger img_size or the in_chans that it was built for, or take another CNN"
         )
     return one_way.train(model.training)
 
 
+def is_transformer(model: nn.Module) -> bool:
+    """Whether a model could be the other half of the pair."""
+    try:
+        walk_transformer(model)
+    except InputError:
+        return False
+    return True
+
+
 def split_stages(model: nn.Module, stages: int) -> StagedCNN | None:
-    """A model of timm cut behind its last features; None where its modules do not follow each other in a row."""
+    """A model of timm cut behind its last features; None where its modules do not follow each other in a row, or where
+    it has parameters of its own, which it adds between them."""
+    if next(model.parameters(recurse=False), None) is not None:
+        return None
     info: Any = model.feature_info
     count = len(info)
     names = [entry["module"] for entry in info]
@@ -158,8 +172,8 @@ def meta_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
 
 
-def map_shapes(cnn: CNN, img_size: Grid, in_chans: int) -> list[Grid] | None:
-    """Grids of the CNN's maps for images of a size; None where walking it does not give the maps that it names."""
+def map_shapes(cnn: CNN, img_size: Grid, in_chans: int) -> list[Grid] | str:
+    """Grids of the CNN's maps for images of a size, or why walking it does not give the maps that it names."""
     if isinstance(cnn, ConvTrunk):
         return [grid_of(img_size, reduction) for reduction in cnn.reductions]
     known = FOUND.setdefault(cnn, {})
@@ -169,11 +183,11 @@ def map_shapes(cnn: CNN, img_size: Grid, in_chans: int) -> list[Grid] | None:
     return known[key]
 
 
-FOUND: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], list[Grid] | None]] = WeakKeyDictionary()
+FOUND: WeakKeyDictionary[nn.Module, dict[tuple[int, int, int], list[Grid] | str]] = WeakKeyDictionary()
 """What `find_shapes` gave, which takes as long as a pass of a few images; layouts are asked for at every pass."""
 
 
-def find_shapes(cnn: StagedCNN | OneWayCNN, img_size: Grid, in_chans: int) -> list[Grid] | None:
+def find_shapes(cnn: StagedCNN | OneWayCNN, img_size: Grid, in_chans: int) -> list[Grid] | str:
     """As `map_shapes`. Nothing is computed: the CNN runs with weights on the meta device."""
     images = torch.empty(2, in_chans, *img_size, device="meta")
     training = cnn.training
@@ -182,15 +196,15 @@ def find_shapes(cnn: StagedCNN | OneWayCNN, img_size: Grid, in_chans: int) -> li
         maps = functional_call(
             WithMaps(cnn), {f"cnn.{name}": tensor for name, tensor in meta_tensors(cnn).items()}, images
         )
-    except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, LookupError):
-        return None
+    except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, LookupError) as error:
+        return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
     finally:
         cnn.train(training)
     good = all(
         isinstance(m, Tensor) and m.ndim == 4 and m.shape[1] == dim and min(m.shape[2:]) > 0
         for m, dim in zip(maps, cnn.dims, strict=True)
     )
-    return [size_of(m) for m in maps] if good else None
+    return [size_of(m) for m in maps] if good else "they are not of the channels that it names, or vanish"
 
 
 class WithMaps(nn.Module):
@@ -362,7 +376,7 @@ def walk_transformer(vit: nn.Module) -> Walk:
     if isinstance(vit, PaperModel) and hasattr(vit, "branch_layouts"):
         return CrossViTWalk(vit)
     raise InputError(
-        f"a {type(vit).__name__} has no row of blocks over its patches to walk; "
+        f"a {type(vit).__name__} is none of the transformers whose blocks are walked; "
         "take a ViT, DeiT, BEiT or EVA of timm's, or deepvit_*, crossvit_* or vit_micro"
     )
 

@@ -43,10 +43,10 @@ def headline(result: Mapping[str, Any]) -> str:
     best, *others = ranked
     images = best["runs"][0]["n"]
     spread = "" if best["top1_sd"] is None else f" ± {percent(best['top1_sd'], 2)}"
-    reached = f"it names {percent(best['top1_mean'], 2)}{spread} of {counted(images, 'image')} correctly"
+    reached = f"names {percent(best['top1_mean'], 2)}{spread} of {counted(images, 'image')} correctly"
     if not others:
-        return " ".join([f"Only {best['name']} has finished runs: {reached}.", *cautions(result)])
-    sentences = [f"Of the {len(ranked)} models with finished runs, {best['name']} is best: {reached}."]
+        return " ".join([f"Only {best['name']} has finished runs: it {reached}.", *cautions(result)])
+    sentences = [f"Of the {len(ranked)} models with finished runs, {best['name']} is ahead: it {reached}."]
     nearest, first = others[0], result["models"][0]
     sentences.append(f"The next is {nearest['name']}, {distance(result, nearest, best)}.")
     if not first["runs"]:
@@ -55,7 +55,7 @@ def headline(result: Mapping[str, Any]) -> str:
         sentences.append(f"{first['name']}, which was named first, is {distance(result, first, best)}.")
     if len(others) > 1:
         close = [row["name"] for row in others if overlap(best, row)]
-        sentences.append(f"Intervals that overlap with the best one's: {listed(close) or 'none'}.")
+        sentences.append(f"Intervals that overlap with its own: {listed(close) or 'none'}.")
     return " ".join([*sentences, *cautions(result)])
 
 

@@ -19,6 +19,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.evaluate import with_tuned_thresholds
 from tokenfusion.files import write_text
 from tokenfusion.hardware import keep_freed_memory
+from tokenfusion.models import require_known
 from tokenfusion.recipe import AUTO, FIELDS, Recipe, dump_recipe, load_recipe
 from tokenfusion.train.auto import choose_batch_size, choose_lr, dump_chosen, more_than_there_are
 from tokenfusion.train.balance import balance_in_words, image_weights, positive_weights, refuse_balance
@@ -74,6 +75,7 @@ def start(recipe: Recipe, run: Path, console: Console, measure: Measure | None =
         console.quiet = console.quiet or not world.is_first
         world.require_same("recipe", versions() | vars(recipe), SAME_COMMAND)
         with world.together("folder"):
+            require_known(recipe.model)
             recipe = replace(recipe, data=resolved(recipe.data))  # so that the run can be resumed from anywhere
             if world.is_first:
                 claim(run, recipe)

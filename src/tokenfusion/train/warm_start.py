@@ -49,7 +49,8 @@ def warm_start(classifier: Classifier, runs: Sequence[str], console: Console) ->
     load_weights_exactly(model.vit, tensors, Path(runs[1]))
     model.set_gates(0.0)
     head = f"; the head starts at random, since the classes are not those of {runs[1]}" if new_head else ""
-    console.print(f"starts from {runs[0]} and {runs[1]}{head}", highlight=False, soft_wrap=True)
+    ungated = "; not gated: pixels join the transformer's attention at once" if getattr(model, "joint", False) else ""
+    console.print(f"starts from {runs[0]} and {runs[1]}{head}{ungated}", highlight=False, soft_wrap=True)
 
 
 def parent_names(name: str) -> list[str]:
