@@ -93,7 +93,7 @@ def walk_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int = MAX_
     Raises:
         InputError: the model gives no feature maps, or its maps vanish at this size.
     """
-    name = type(model).__name__
+    name, training = type(model).__name__, model.training
     trunk = getattr(model, "cnn", None)
     if trunk is not None and hasattr(model, "vit"):
         raise InputError(f"a {name} is fused already; give one of its parents, such as cnn(tokenfusion_late_micro)")
@@ -106,7 +106,7 @@ def walk_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int = MAX_
         raise InputError(f"a {name} has no stages: it names no feature maps; take a CNN such as resnet18")
     staged = split_stages(model, stages)
     if staged is not None and not isinstance(map_shapes(staged, img_size, in_chans), str):
-        return staged.train(model.training)
+        return staged.train(training)
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"a {name} has no stages to walk and no forward_intermediates; take a CNN such as resnet18")
     indices = list(range(len(info)))[-stages:]
@@ -117,7 +117,7 @@ def walk_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int = MAX_
             f"a {name} gives no maps (B, C, h, w) for {in_chans}-channel images of {img_size[0]}×{img_size[1]} pixels: "
             f"{reason}; give a larger img_size or the in_chans that it was built for, or take another CNN"
         )
-    return one_way.train(model.training)
+    return one_way.train(training)
 
 
 def is_transformer(model: nn.Module) -> bool:
