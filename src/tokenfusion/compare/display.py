@@ -124,10 +124,11 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     """How the table's figures came about, and which models are best for their cost."""
     first, finished = result["models"][0]["name"], max(len(row["runs"]) for row in result["models"])
     interval = f"Student's t over {finished} seeds" if finished > 1 else "Wilson, over the images of one seed"
-    tests = ", ".join(dict.fromkeys(test["method"] for test in result["tests"]))
+    done = [test["method"] for test in result["tests"] if test["difference_mean"] is not None]
+    tests = ", ".join(dict.fromkeys(done))
     lines = [f"budget {result['budget']} a run; 95 % interval: {interval}"]
     if tests:
-        many = f", each alone: not corrected for there being {len(result['tests'])}" * (len(result["tests"]) > 1)
+        many = f", each alone: not corrected for there being {len(done)}" * (len(done) > 1)
         lines.append(f"difference: percentage points above {first}, over the seeds that both have; p: {tests}{many}")
     front = ", ".join(result["pareto"])
     return [*lines, f"no other is better for as many multiply-adds: {front}"] if front else lines
