@@ -15,6 +15,7 @@ from runs import small_recipe
 from tokenfusion import cli
 
 torch.set_num_threads(1)  # the tests run side by side, one process a core
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that they start
 
 
 @pytest.fixture(scope="session")

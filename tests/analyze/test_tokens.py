@@ -270,7 +270,7 @@ def test_the_model_is_left_as_it_was(name):
 def test_models_without_a_row_of_blocks(name, kind):
     with pytest.raises(InputError) as error:
         measure_tokens(create_model(name, num_classes=10), batches())
-    assert f"a {kind} has no row of blocks over its patches" in str(error.value)
+    assert f"a {kind} is none of the transformers whose blocks are walked" in str(error.value)
     assert "take a ViT, DeiT, BEiT or EVA of timm's, or deepvit_*, crossvit_* or vit_micro" in str(error.value)
 
 

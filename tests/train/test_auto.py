@@ -42,7 +42,7 @@ def test_auto_is_a_word_in_toml_and_on_the_command_line(tmp_path, command):
     assert recipe.autos == ("epochs", "batch_size", "lr")
     with pytest.raises(InputError, match="weight_decay='auto' is of type str"):
         Recipe(weight_decay="auto")
-    words = ("--batch-size", "auto", "--lr", "auto", "--epochs", "auto", "--img-size", "9", "--model", "nothing")
+    words = ("--batch-size", "auto", "--lr", "auto", "--epochs", "auto", "--img-size", "9", "--model", "cnn(nothing)")
     status, _, errors = command("train", "digits", *words, "--out", tmp_path / "run")
     assert (status, "nothing" in errors) == (2, True)  # the model is what is refused
     written = load_recipe(tmp_path / "run" / "recipe.toml")
