@@ -4,7 +4,8 @@
 
 Parents are trained by recipes/cifar10_comparison.toml, unless `--runs` has them from a comparison. A fused pair goes on
 for `--epochs`; from random weights it gets as many epochs as make the multiply-adds of both parents' training and of
-that, and so does the CNN alone, as wide as the pair is costly. Every row is an ordinary run folder in `--runs`.
+that, and so does the CNN alone, as wide as the first strategy's pair is costly. Every row is an ordinary run folder in
+`--runs`.
 """
 
 import argparse
@@ -76,6 +77,8 @@ def main() -> None:
             equal = round((before + options.epochs * cost) / cost)
             scratch = run(name, seed, equal, f"-{equal}epochs")
             note(f"{name}, from random weights", scratch, equal * cost, cost)
+            if strategy != options.strategies[0]:
+                continue
             wide = controls_of(name, num_classes=10).wide_cnn
             wide_cost = count_macs(wide)
             alone = run(wide, seed, equal, f"-{equal}epochs")
