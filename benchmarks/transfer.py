@@ -74,15 +74,14 @@ def main() -> None:
             cost = count_macs(name)
             warm = run(name, seed, options.epochs, "-warm", parents)
             note(f"{name}, from its trained parents", warm, before + options.epochs * cost, cost)
-            equal = round((before + options.epochs * cost) / cost)
+            equal = options.epochs + round(before / cost)
             scratch = run(name, seed, equal, f"-{equal}epochs")
             note(f"{name}, from random weights", scratch, equal * cost, cost)
-            if strategy != options.strategies[0]:
-                continue
-            wide = controls_of(name, num_classes=10).wide_cnn
-            wide_cost = count_macs(wide)
-            alone = run(wide, seed, equal, f"-{equal}epochs")
-            note(f"{wide}, from random weights", alone, equal * wide_cost, wide_cost)
+        name = f"fuse({CNN},{VIT},{options.strategies[0]})"
+        wide = controls_of(name, num_classes=10).wide_cnn
+        equal, wide_cost = options.epochs + round(before / count_macs(name)), count_macs(wide)
+        alone = run(wide, seed, equal, f"-{equal}epochs")
+        note(f"{wide}, from random weights", alone, equal * wide_cost, wide_cost)
         for row in rows.values():
             interval = t_interval(row["top1"])
             row |= {"top1_mean": fmean(row["top1"]), "top1_ci95": list(interval) if interval else None}

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tokenfusion import train as training
 from tokenfusion.cli import app
 from tokenfusion.recipe import Recipe, load_recipe
 
@@ -430,3 +431,13 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, workers):
     assert process.returncode == 130
     assert f"tokenfusion train --resume {tmp_path / 'run'}" in errors
     assert "Traceback" not in errors
+
+
+def test_ctrl_c_before_the_first_step_speaks_of_no_checkpoint(command, tmp_path, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "build", press)
+    status, _, errors = command("train", "digits", "--img-size", 8, "--out", tmp_path / "run")
+    assert status == 130
+    assert f"stopped before the first checkpoint; go on with `tokenfusion train --resume {tmp_path / 'run'}`" in errors

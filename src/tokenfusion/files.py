@@ -63,6 +63,25 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object
     write_text(path, text.getvalue())
 
 
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a file of a JSON value a line, such as a run's `metrics.jsonl`.
+
+    Raises:
+        InputError: it is gone, or a line is damaged.
+    """
+    values = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}; train again") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            values.append(json.loads(line))
+        except ValueError as error:
+            raise InputError(f"{path} line {number} is not JSON ({error}); remove the line, or train again") from error
+    return values
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` as indented JSON, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

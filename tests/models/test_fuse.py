@@ -13,8 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 import tokenfusion
 from tokenfusion.errors import InputError
 from tokenfusion.models.operators import OPERATORS
+from tokenfusion.models.stages import OneWayCNN, walk_cnn
 from tokenfusion.models.token_fusion import STRATEGIES
-from tokenfusion.models.walks import OneWayCNN, walk_cnn
 
 SIZE, CLASSES = 64, 5
 SMALL = {"img_size": SIZE, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": CLASSES}

@@ -17,7 +17,7 @@ from tokenfusion.data.images import read_images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.data.sources import open_source
 from tokenfusion.evaluate import collect_logits
-from tokenfusion.models.walks import OneWayCNN
+from tokenfusion.models.stages import OneWayCNN
 from tokenfusion.train import Interrupted, build, resume, start
 from tokenfusion.train.warm_start import warm_start
 

@@ -17,6 +17,7 @@ from tokenfusion.compare.ensemble import is_up_to_date
 from tokenfusion.compare.plan import Comparison
 from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front
 from tokenfusion.errors import InputError
+from tokenfusion.files import read_json_lines
 from tokenfusion.hardware import default_device, hardware_name, resolve_precision
 from tokenfusion.metrics import t_interval
 from tokenfusion.version import __version__
@@ -90,7 +91,7 @@ def read_run(comparison: Comparison, contender: Contender, seed: int, runs: Mapp
         rate = 1 / sum(1 / member["images_per_s"] for member in members)
         memory = max(member["peak_memory_mb"] for member in members)
     else:
-        records = read_records(run / "metrics.jsonl")
+        records = read_json_lines(run / "metrics.jsonl")
         minutes = sum(record["seconds"] for record in records) / 60
         rate = median(record["images_per_s"] for record in records)
         memory = max(record["peak_memory_mb"] for record in records)
@@ -168,16 +169,6 @@ def predictions(run: Path) -> list[dict[str, str]]:
     """The lines of a run's `predictions.csv`."""
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The epochs of a run."""
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{path} is damaged: {error}; delete its folder, and the same command trains the run anew"
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from tokenfusion.models.base import choose, image_size
 from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.presets import OPERATOR
 from tokenfusion.models.registration import default_cfg
+from tokenfusion.models.stages import MAX_STAGES, meta_tensors, walk_cnn
 from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, TokenFusion
-from tokenfusion.models.walks import MAX_STAGES, meta_tensors, walk_cnn, walk_transformer
+from tokenfusion.models.walks import walk_transformer
 
 
 class Rescale(nn.Module):

@@ -3,8 +3,8 @@
 Source: "Token Fusion", arXiv 2208.09183 (IEEE Access 2023). Only the abstract is at hand and no code was published, so
 the widths and the fusion operators (`models/operators.py`) are this project's own.
 
-Any CNN and any transformer that `models/walks.py` can walk are fused by `models/fuse.py`; `models/presets.py` holds the
-presets.
+Any CNN that `models/stages.py` can walk and any transformer that `models/walks.py` can are fused by `models/fuse.py`;
+`models/presets.py` holds the presets.
 
 Letters: B batch, T tokens of the transformer (CLS first, then patches), M pixel tokens, C channels, h w grid.
 """
@@ -23,7 +23,8 @@ from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, 
 from tokenfusion.models.base import PaperModel, at_least, choose, image_size
 from tokenfusion.models.exchange import Exchange, Gate, PixelSource, coarser
 from tokenfusion.models.operators import AlignedAddition, ClsAttention, Grids, JointAttention, Operator
-from tokenfusion.models.walks import CNN, OneWayCNN, map_shapes, walk_transformer
+from tokenfusion.models.stages import CNN, OneWayCNN, map_shapes
+from tokenfusion.models.walks import walk_transformer
 
 PARENTS = ("cnn", "vit")
 

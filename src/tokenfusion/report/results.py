@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.data.images import Skipped
 from tokenfusion.errors import InputError
+from tokenfusion.files import read_json_lines
 from tokenfusion.recipe import Recipe, load_recipe
 
 EPOCH_KEYS = ("epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "seconds", "images_per_s")
@@ -139,14 +140,9 @@ def read_judged(
 
 def read_epochs(path: Path) -> list[dict[str, Any]]:
     """A dict per line of metrics.jsonl."""
-    epochs = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            epoch = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {number} is not JSON ({error}); remove the line, or train again") from error
+    epochs = read_json_lines(path)
+    for epoch in epochs:
         require(epoch, MULTILABEL_EPOCH_KEYS if "val_map" in epoch else EPOCH_KEYS, path)
-        epochs.append(epoch)
     return epochs
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenfusion.files import write_csv, write_text
+from tokenfusion.files import read_json_lines, write_csv, write_text
 from tokenfusion.train.loggers import Loggers, lacking
 from tokenfusion.train.state import Record
 
@@ -68,5 +68,5 @@ def send_rest(run: Path, recipe: Mapping[str, Any], say: Callable[[str], None]) 
     """
     if names := lacking(recipe["loggers"], run):
         loggers = Loggers(names, run, recipe, say)
-        loggers.send([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()])
+        loggers.send(read_json_lines(run / "metrics.jsonl"))
         loggers.close(finished=True)

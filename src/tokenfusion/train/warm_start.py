@@ -14,8 +14,8 @@ from tokenfusion.data.split import Split, read_split
 from tokenfusion.data.transforms import Preprocess
 from tokenfusion.errors import InputError
 from tokenfusion.models.expressions import parse
+from tokenfusion.models.stages import walk_cnn
 from tokenfusion.models.token_fusion import TokenFusion
-from tokenfusion.models.walks import walk_cnn
 from tokenfusion.recipe import Recipe, load_recipe
 
 
