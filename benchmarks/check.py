@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from common import describe
-from tokenfusion.data.sources import Files, Source, open_source
+from tokenfusion.data.sources import Dataset, Files, open_dataset
 from tokenfusion.files import write_json
 
 SIDE = 224
@@ -102,7 +102,7 @@ def scaled(data: bytes) -> bytes:
     return as_bytes(image.convert("RGB").resize((round(width * factor), round(height * factor))), quality=90)
 
 
-def copy(source: Source, count: int, folder: Path) -> list[tuple[str, int]]:
+def copy(source: Dataset, count: int, folder: Path) -> list[tuple[str, int]]:
     """Write so many images, a fifth of them held out; names and labels."""
     assert isinstance(source, Files)
     written = []
@@ -195,7 +195,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
-    source = open_source(arguments.data)
+    source = open_dataset(arguments.data)
     if not SPREAD <= arguments.images <= len(source):
         parser.error(f"--images {arguments.images}: {arguments.data} has {len(source)}; give {SPREAD} to {len(source)}")
     planted_of_each = min(PLANTED, arguments.images // SPREAD)

@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from tokenfusion import train
+from tokenfusion import training
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import default_device, hardware_name
 from tokenfusion.recipe import Recipe, load_recipe
@@ -63,10 +63,10 @@ def with_backward(call: Callable[..., Tensor], inputs: list[Tensor]) -> None:
 def train_on(recipe: Recipe, run: Path, console: Console) -> None:
     """Train a run, or go on with it, if it was begun by the same recipe."""
     if not (run / "recipe.toml").exists():
-        train.start(recipe, run, console)
+        training.start(recipe, run, console)
         return
     begun = Recipe(**load_recipe(run / "recipe.toml"))
     if replace(begun, data="") != replace(recipe, data=""):
         changed = [name for name, value in asdict(recipe).items() if name != "data" and asdict(begun)[name] != value]
         raise InputError(f"{run} was begun with another {', '.join(changed)}; give the same again, or another --runs")
-    train.resume(run, console)
+    training.resume(run, console)

@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 
 from common import describe, train_on
-from tokenfusion import train
+from tokenfusion import training
 from tokenfusion.analyze.collapse import analyze_collapse
 from tokenfusion.analyze.intervals import share_interval
 from tokenfusion.errors import InputError
@@ -164,5 +164,5 @@ if __name__ == "__main__":
         main()
     except InputError as error:
         sys.exit(str(error))
-    except train.Interrupted:
+    except training.Interrupted:
         sys.exit("stopped and saved; start again to go on")

@@ -32,12 +32,12 @@ import timm.data
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset as TorchDataset
 
 from common import describe
 from tokenfusion.data.images import read_images
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.sources import Source, open_source
+from tokenfusion.data.sources import Dataset, open_dataset
 from tokenfusion.data.transforms import Augment, Preprocess
 from tokenfusion.files import write_json
 from tokenfusion.hardware import keep_freed_memory
@@ -48,7 +48,7 @@ BATCH_SIZE = 128
 Stream = Generator[tuple[Tensor, Tensor], None, None]
 
 
-class Arrays(Dataset[tuple[Any, int]]):
+class Arrays(TorchDataset[tuple[Any, int]]):
     """Decoded images for timm, as torchvision.datasets.CIFAR10 holds them."""
 
     transform: Callable[[Image.Image], Any]
@@ -63,7 +63,7 @@ class Arrays(Dataset[tuple[Any, int]]):
         return self.transform(Image.fromarray(self.arrays[index])), self.labels[index]
 
 
-class Encoded(Dataset[tuple[Any, int]]):
+class Encoded(TorchDataset[tuple[Any, int]]):
     """Encoded images for timm, as the Hugging Face library hands them out."""
 
     transform: Callable[[Image.Image], Any]
@@ -99,7 +99,7 @@ def timm_stream(dataset: Any, size: int, workers: int) -> Stream:
         yield from loader
 
 
-def our_stream(source: Source, indices: np.ndarray, size: int, workers: int, cache_bytes: int) -> Stream:
+def our_stream(source: Dataset, indices: np.ndarray, size: int, workers: int, cache_bytes: int) -> Stream:
     images, skipped = read_images(source, indices, max_pixels=10**8, cache_bytes=cache_bytes)
     assert not skipped
     assert images.cached == (cache_bytes > 0)
@@ -128,7 +128,7 @@ def rate(stream: Stream, size: int, workers: int, seconds: float) -> float:
 
 
 def cifar_streams(data: Path, workers: int) -> dict[str, Stream]:
-    source = open_source(data / "cifar10")
+    source = open_dataset(data / "cifar10")
     indices = np.flatnonzero(np.array(source.splits) == "train")
     labels = source.labels[indices]
     arrays = np.stack([source.decode(index, 10**8).permute(1, 2, 0).numpy() for index in indices])
@@ -142,7 +142,7 @@ def cifar_streams(data: Path, workers: int) -> dict[str, Stream]:
 
 
 def imagenette_streams(data: Path, workers: int, folder: Path) -> dict[str, Stream]:
-    source = open_source(data / "imagenette-224.tar")
+    source = open_dataset(data / "imagenette-224.tar")
     indices = np.flatnonzero(np.array(source.splits) == "train")
     dataset = timm.data.ImageDataset(str(folder / "imagenette-224" / "train"))
     assert len(dataset) == len(indices)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torchvision.io import write_png
 
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 
 
 def main(run: Path, folder: Path, number: int = 8) -> None:
-    source = open_source("digits")
+    source = open_dataset("digits")
     with (run / "split.csv").open(newline="") as file:
         held_out = [row["path"] for row in csv.DictReader(file) if row["split"] == "val"]
     folder.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; tests that write into it take a copy."""
     from rich.console import Console
 
-    from tokenfusion.train import start
+    from tokenfusion.training import start
 
     run = tmp_path_factory.mktemp("trained") / "run"
     start(small_recipe(epochs=4), run, Console(quiet=True))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tokenfusion import train as training
+from tokenfusion import training
 from tokenfusion.cli import app
 from tokenfusion.recipe import Recipe, load_recipe
 

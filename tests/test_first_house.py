@@ -18,7 +18,7 @@ from rich.console import Console
 import tokenfusion
 from runs import records_of
 from tokenfusion.checkpoint import load_weights_exactly
-from tokenfusion.train import resume
+from tokenfusion.training import resume
 
 OLD = Path(__file__).parent / "fixtures" / "first_house"
 MODELS = json.loads(gzip.decompress((OLD / "models.json.gz").read_bytes()))

@@ -15,11 +15,11 @@ from runs import small_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.classifier import Prediction
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 from tokenfusion.evaluate import evaluate
 from tokenfusion.multilabel import tune_thresholds
 from tokenfusion.predict import print_predictions
-from tokenfusion.train import Interrupted, resume, start
+from tokenfusion.training import Interrupted, resume, start
 
 QUIET = Console(quiet=True)
 LABELS = {"even": (0, 2, 4, 6, 8), "high": (5, 6, 7, 8, 9), "loop": (0, 6, 8, 9)}
@@ -33,7 +33,7 @@ def cell_of(digit: int) -> str:
 def data(tmp_path_factory) -> Path:
     """A CSV of 600 digits; 1, 3 have no label at all."""
     folder = tmp_path_factory.mktemp("digits")
-    source = open_source("digits")
+    source = open_dataset("digits")
     rows = ["path,labels"]
     for index in range(600):
         Image.fromarray(source.decode(index, 64)[0].numpy()).save(folder / f"{index}.png")
@@ -164,7 +164,7 @@ def test_the_table_shows_why_a_class_is_not_given(capsys):
 
 
 def test_a_run_that_was_stopped_ends_bit_equal(data, tmp_path, monkeypatch):
-    loop = importlib.import_module("tokenfusion.train.fit")
+    loop = importlib.import_module("tokenfusion.training.fit")
     recipe = recipe_of(data, epochs=3, patience=2, balance="loss")
     start(recipe, tmp_path / "whole", QUIET)
     step, steps = loop.train_step, []

@@ -66,16 +66,16 @@ def train(
     as_json
         With --dry-run, print JSON.
     """
-    from tokenfusion import train as training
+    from tokenfusion import training
     from tokenfusion.analyze.watch import watch_collapse
     from tokenfusion.checkpoint import resume_command
-    from tokenfusion.train.fit import CHECKPOINT
-    from tokenfusion.train.sharded import is_saved
+    from tokenfusion.training.fit import CHECKPOINT
+    from tokenfusion.training.sharded import is_saved
 
     if as_json and not dry_run:
         raise InputError("--json prints a plan; give --dry-run with it, or leave it out")
     if dry_run and resume is None and settings.data:
-        from tokenfusion.train.plan import print_plan
+        from tokenfusion.training.plan import print_plan
 
         print_plan(settings, as_json, console.print, errors.print)
         return

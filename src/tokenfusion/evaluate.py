@@ -14,7 +14,7 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import open_remaining
 from tokenfusion.data.images import Images, Skipped, read_images
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.sources import Source, held_out_name, resolved
+from tokenfusion.data.sources import Dataset, held_out_name, resolved
 from tokenfusion.data.split import read_split
 from tokenfusion.data.stratify import stratified
 from tokenfusion.errors import InputError
@@ -90,7 +90,7 @@ def evaluate(
 
 
 def read_readable(
-    source: Source,
+    source: Dataset,
     indices: np.ndarray,
     recipe: Recipe,
     split: str,
@@ -134,7 +134,7 @@ def in_words(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def output_of_class(source: Source, classes: Sequence[str]) -> Tensor:
+def output_of_class(source: Dataset, classes: Sequence[str]) -> Tensor:
     """For each of the data's labels, the model's output of that name.
 
     Raises:
@@ -149,7 +149,7 @@ def output_of_class(source: Source, classes: Sequence[str]) -> Tensor:
     return torch.tensor([classes.index(name) for name in source.classes])
 
 
-def refuse_other_kind(source: Source, classifier: Classifier) -> None:
+def refuse_other_kind(source: Dataset, classifier: Classifier) -> None:
     """Refuse data of one class an image for a model of any number of them, and the other way round."""
     if source.multi_label == classifier.multi_label:
         return
@@ -188,7 +188,7 @@ def with_tuned_thresholds(classifier: Classifier, images: Images, workers: int =
     return replace(classifier, thresholds=tuple(tune_thresholds(scores_of(logits), labels.numpy()).tolist()))
 
 
-def choose_images(source: Source, run: Path, *, own: bool, split: str | None) -> tuple[str, np.ndarray]:
+def choose_images(source: Dataset, run: Path, *, own: bool, split: str | None) -> tuple[str, np.ndarray]:
     """Which part of the data is evaluated: its name and its indices."""
     path = run / "split.csv"
     if own and path.exists():

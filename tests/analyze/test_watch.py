@@ -11,7 +11,7 @@ from runs import small_recipe
 from tokenfusion import InputError, create_model
 from tokenfusion.analyze.watch import watch_collapse
 from tokenfusion.report.plots import plot_curves
-from tokenfusion.train import resume, start
+from tokenfusion.training import resume, start
 
 NAMES = {
     f"collapse/{name}"

@@ -27,12 +27,12 @@ from tokenfusion.check.labels import choose_judged, count_classes, disputed, jud
 from tokenfusion.check.look import Look, look_at_all
 from tokenfusion.check.quarantine import connected
 from tokenfusion.data.exclude import keep_list, open_remaining
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 from tokenfusion.data.transforms import cover
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
 from tokenfusion.report.thumbnails import shrink
-from tokenfusion.train import resume, start
+from tokenfusion.training import resume, start
 
 
 @cache
@@ -138,7 +138,7 @@ def test_sixteen_bit_colour_is_seen_although_it_opens_as_8_bits(tmp_path):
     (tmp_path / "a" / "deep.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     )
-    (look,) = look_at_all(open_source(tmp_path), 1000, {0}, lambda *_: None)
+    (look,) = look_at_all(open_dataset(tmp_path), 1000, {0}, lambda *_: None)
     assert (look.colour, look.height, look.width) == ("16 bits", 3, 5)
 
 
@@ -320,7 +320,7 @@ def test_a_list_of_other_data_is_refused(command, data, tmp_path, content, messa
 
 
 def test_a_list_that_names_all_held_out_images_is_refused(data, tmp_path):
-    names = [name for name in open_source(data).names if name.startswith("val/")]
+    names = [name for name in open_dataset(data).names if name.startswith("val/")]
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(names) + "\n")
     with pytest.raises(InputError, match=r"list\.csv: it names every image of val in .*photos; take some out"):
         open_remaining(data, str(tmp_path / "list.csv"))
@@ -332,7 +332,7 @@ def test_paths_that_are_gone_are_counted(data, tmp_path):
     (tmp_path / "list.csv").write_text("path,reason\ntrain/a/0.jpg,\ntrain/a/gone.jpg,\n")
     source = open_remaining(data, str(tmp_path / "list.csv"))
     assert str(source) == "1 image excluded; not in the data: 1 path of the list"
-    whole = open_source(data)
+    whole = open_dataset(data)
     assert source.names == [name for name in whole.names if name != "train/a/0.jpg"]
     assert source.labels.tolist() == whole.labels[[name != "train/a/0.jpg" for name in whole.names]].tolist()
     assert torch.equal(source.decode(5, 10**6), whole.decode(6, 10**6))
@@ -352,7 +352,7 @@ def test_data_that_cannot_be_opened_leaves_no_folder(command, tmp_path, monkeypa
 
 
 def test_only_what_is_compared_is_kept(command, data, tmp_path, monkeypatch):
-    looks = look_at_all(open_source(data), 10**6, {1, 5}, lambda *_: None)
+    looks = look_at_all(open_dataset(data), 10**6, {1, 5}, lambda *_: None)
     assert [index for index, look in enumerate(looks) if look.thumbnail.numel()] == [1, 5]
     monkeypatch.setattr("tokenfusion.check.checkup.MAX_IMAGES", 23)
     monkeypatch.setattr("tokenfusion.check.labels.MAX_JUDGED", 20)

@@ -24,7 +24,7 @@ from tokenfusion.compare.contenders import Contender
 from tokenfusion.compare.display import comparison_table
 from tokenfusion.compare.statistics import pareto_front
 from tokenfusion.compare.timing import epoch_minutes
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 from tokenfusion.errors import InputError
 
 MODELS = ["resnet_micro", "vit_micro"]
@@ -62,7 +62,7 @@ def out(whole, tmp_path):
 def test_all_runs_leave_out_the_same_images(tmp_path):
     """Those of the list as it was when the comparison began."""
     given, out = tmp_path / "list.csv", tmp_path / "out"
-    names = open_source("digits").names
+    names = open_dataset("digits").names
     given.write_text(f"path\n{names[5]}\n")
     recipe = replace(RECIPE, exclude=str(given))
     compare(recipe, MODELS[:1], 1, out)
@@ -113,7 +113,7 @@ def test_the_mean_is_that_of_the_members_probabilities(whole):
     classifiers = [Classifier.load(whole / "runs" / f"{name}-seed1") for name in MODELS]
     with (whole / "runs" / "mean-resnet_micro-vit_micro-seed1" / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    source = open_source("digits")
+    source = open_dataset("digits")
     images = [source.decode(int(row["path"].removeprefix("digits:")), 10**6) for row in rows]
     batch = torch.stack([classifiers[0].preprocess.resize(image) for image in images])
     probabilities = sum(classifier.logits(batch).softmax(1) for classifier in classifiers) / 2

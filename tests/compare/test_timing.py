@@ -9,7 +9,7 @@ from timm.optim import Muon
 from runs import small_recipe
 from serving import serving, write_shards
 from tokenfusion.compare import timing
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 from tokenfusion.errors import InputError
 
 
@@ -20,7 +20,7 @@ def test_of_many_shards_only_those_of_the_first_batches_are_fetched(tmp_path, mo
     sizes = {f"train-{i}.tar": timing.BATCHES * 4 for i in range(4)} | {"val-0.tar": 6}
     with serving(write_shards(tmp_path / "shards", sizes)) as server:
         recipe = small_recipe(data=f"{server.url}/{{train-{{0..3}},val-0}}.tar", batch_size=4)
-        assert len(open_source(recipe.data)) == 70
+        assert len(open_dataset(recipe.data)) == 70
         for path in cache.iterdir():  # what the shards hold stays known, they themselves do not
             if path.name != "indexes":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

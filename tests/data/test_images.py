@@ -10,7 +10,7 @@ import torch
 
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.images import Images, Skipped, read_images, require_every_class, write_skipped
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]
@@ -20,7 +20,7 @@ LIMIT = 10_000
 def read(
     folder: Path, indices: Any = range(11), cache_bytes: int = 10**6, **options: Any
 ) -> tuple[Images, list[Skipped]]:
-    return read_images(open_source(folder), indices, max_pixels=LIMIT, cache_bytes=cache_bytes, **options)
+    return read_images(open_dataset(folder), indices, max_pixels=LIMIT, cache_bytes=cache_bytes, **options)
 
 
 def total_bytes(pets: Tree) -> int:
@@ -63,7 +63,7 @@ def test_unreadable_images_are_set_aside_with_their_reasons(pets_folder: Path, p
     (pets_folder / "cat/1.png").write_bytes(whole[:60])
     (pets_folder / "cat/3.png").write_bytes(b"")
     (pets_folder / "dog/0.png").write_text("text")
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     (pets_folder / "dog/5.png").unlink()
     images, skipped = read_images(source, range(11), max_pixels=80, cache_bytes=10**6, split="train")
     assert [(image.path, image.label, image.split) for image in skipped] == [
@@ -116,7 +116,7 @@ def test_a_class_with_no_readable_image_is_named(pets_folder: Path) -> None:
 
 def test_progress_ends_at_the_total() -> None:
     calls: list[tuple[int, int]] = []
-    source = open_source("digits")
+    source = open_dataset("digits")
     read_images(
         source, range(200), max_pixels=LIMIT, cache_bytes=0, progress=lambda done, total: calls.append((done, total))
     )
@@ -126,7 +126,7 @@ def test_progress_ends_at_the_total() -> None:
 
 
 def test_digits_are_cached_as_three_equal_channels() -> None:
-    source = open_source("digits")
+    source = open_dataset("digits")
     images, _ = read_images(source, [5, 17], max_pixels=LIMIT, cache_bytes=2 * 3 * 64)
     assert images.cached
     assert torch.equal(images[1], source.decode(17, LIMIT))

@@ -8,22 +8,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenfusion.data.sources import Source, open_source
+from tokenfusion.data.sources import Dataset, open_dataset
 from tokenfusion.data.split import choose_split, read_split, write_split
 from tokenfusion.data.stratify import stratified
 from tokenfusion.errors import InputError
 
 
-def open_csv(folder: Path, text: str) -> Source:
+def open_csv(folder: Path, text: str) -> Dataset:
     (folder / "x.csv").write_text(text)
-    return open_source(folder / "x.csv")
+    return open_dataset(folder / "x.csv")
 
 
 def test_a_csv_and_a_jsonl_say_the_same(tmp_path: Path) -> None:
     rows = [("a.png", ["dog", "cat"]), ("b.png", []), ("c.png", ["emu"]), ("d.png", ["cat"])]
     one = open_csv(tmp_path, "path,labels\n" + "".join(f"{path},{'|'.join(names)}\n" for path, names in rows))
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"path": p, "labels": names}) for p, names in rows))
-    for source in (one, open_source(tmp_path / "x.jsonl")):
+    for source in (one, open_dataset(tmp_path / "x.jsonl")):
         assert source.multi_label
         assert source.classes == ("cat", "dog", "emu")
         assert source.labels.tolist() == [
@@ -55,7 +55,7 @@ def test_weights(tmp_path: Path) -> None:
     assert source.weights is not None
     assert source.weights.tolist() == [2, 0.5]
     (tmp_path / "y.jsonl").write_text('{"path": "a.png", "label": 1, "weight": 3}\n')
-    assert open_source(tmp_path / "y.jsonl").weights.tolist() == [3]
+    assert open_dataset(tmp_path / "y.jsonl").weights.tolist() == [3]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_csv_that_cannot_be_used(text: str, reason: str, tmp_path: Path) -> None
 def test_jsonl_that_cannot_be_used(rows: list[dict[str, object]], reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps({"path": "a.png"} | row) for row in rows))
     with pytest.raises(InputError, match=reason):
-        open_source(tmp_path / "x.jsonl")
+        open_dataset(tmp_path / "x.jsonl")
 
 
 def test_every_class_is_held_out_in_the_same_share() -> None:

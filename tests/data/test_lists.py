@@ -7,7 +7,7 @@ import pytest
 from making import LIMIT, pixels_of
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]
@@ -17,7 +17,7 @@ SaveTree = Callable[[Path, Tree], Path]
 def test_csv_splits_and_odd_names(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
     save_tree(tmp_path, {"a b/new\nline,1.png": pets["cat/1.png"], "c.png": pets["dog/1.png"]})
     (tmp_path / "x.csv").write_text('path,label,split\n"a b/new\nline,1.png",Ä,train\nc.png,b,Train\n./c.png,b,valid\n')
-    source = open_source(tmp_path / "x.csv")
+    source = open_dataset(tmp_path / "x.csv")
     assert source.classes == ("b", "Ä")
     assert source.splits == ["train", "train", "val"]
     assert source.names == ["a b/new\nline,1.png", "c.png", "c.png"]
@@ -27,14 +27,14 @@ def test_csv_splits_and_odd_names(tmp_path: Path, pets: Tree, save_tree: SaveTre
 def test_a_number_without_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"path": "a.png", "label": ' + "9" * 5_000 + "}")
     with pytest.raises(InputError, match="line 1: not JSON"):
-        open_source(tmp_path / "x.jsonl")
+        open_dataset(tmp_path / "x.jsonl")
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "../x.png", "a/../../x.png", ".."])
 def test_a_list_may_not_leave_its_folder(path: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(f"path,label\nok.png,a\n{path},b\n")
     with pytest.raises(InputError, match=r"line 3: path='.*' leaves the list's folder"):
-        open_source(tmp_path / "x.csv")
+        open_dataset(tmp_path / "x.csv")
 
 
 @pytest.mark.parametrize(
@@ -58,13 +58,13 @@ def test_a_list_may_not_leave_its_folder(path: str, tmp_path: Path) -> None:
 def test_csv_that_cannot_be_used(text: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(InputError, match=reason):
-        open_source(tmp_path / "x.csv")
+        open_dataset(tmp_path / "x.csv")
 
 
 def test_columns_of_other_names_are_left_alone(tmp_path: Path) -> None:
     # a height is no misspelt weight, and `labels2` no other `label` where there is one
     (tmp_path / "x.csv").write_text("path,label,height,labels2,photographer\nx.png,a,48,b,c\ny.png,b,48,b,c\n")
-    source = open_source(tmp_path / "x.csv")
+    source = open_dataset(tmp_path / "x.csv")
     assert source.classes == ("a", "b")
     assert source.weights is None
 
@@ -72,7 +72,7 @@ def test_columns_of_other_names_are_left_alone(tmp_path: Path) -> None:
 def test_csv_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(b"path,label\n\xe9.png,a\n")
     with pytest.raises(InputError, match="UTF-8"):
-        open_source(tmp_path / "x.csv")
+        open_dataset(tmp_path / "x.csv")
 
 
 def test_jsonl_labels_may_be_numbers_and_names_anything(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
@@ -83,7 +83,7 @@ def test_jsonl_labels_may_be_numbers_and_names_anything(tmp_path: Path, pets: Tr
         {"path": "\ud800.png", "label": 3},
     ]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    source = open_source(tmp_path / "x.jsonl")
+    source = open_dataset(tmp_path / "x.jsonl")
     assert source.classes == ("10", "3")
     assert np.array_equal(pixels_of(source, 0), pets["cat/1.png"])
     for index in (1, 2):
@@ -105,4 +105,4 @@ def test_jsonl_labels_may_be_numbers_and_names_anything(tmp_path: Path, pets: Tr
 def test_jsonl_that_cannot_be_used(line: str, reason: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl").write_text('{"path": "a.png", "label": "a"}\n' + line + "\n")
     with pytest.raises(InputError, match=f"line 2: .*{reason}"):
-        open_source(tmp_path / "x.jsonl")
+        open_dataset(tmp_path / "x.jsonl")

@@ -8,7 +8,7 @@ import torch
 
 from tokenfusion.data.images import Images, read_images
 from tokenfusion.data.loader import Batch, TrainLoader, eval_batches, mix
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 from tokenfusion.data.transforms import Augment, Preprocess
 from tokenfusion.errors import InputError
 
@@ -19,7 +19,7 @@ PREPROCESS = Preprocess((9, 11), 1, (0.5,), (0.5,))
 
 @pytest.fixture(scope="module")
 def digits() -> Images:
-    return read_images(open_source("digits"), range(100), max_pixels=64, cache_bytes=10**6)[0]
+    return read_images(open_dataset("digits"), range(100), max_pixels=64, cache_bytes=10**6)[0]
 
 
 def same(one: Batch, other: Batch) -> bool:
@@ -48,7 +48,7 @@ def test_batches_do_not_depend_on_workers_or_start(workers: int, start: int, dig
 
 
 def test_images_that_are_decoded_anew_give_the_same_batches(pets_folder: Path) -> None:
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     cached, decoded = (read_images(source, range(11), max_pixels=999, cache_bytes=n)[0] for n in (10**6, 0))
     assert cached.cached
     assert not decoded.cached
@@ -137,7 +137,7 @@ def test_evaluation_sees_every_image_once_in_order(workers: int, digits: Images)
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_image_that_vanishes_is_named_without_a_traceback(workers: int, pets_folder: Path) -> None:
-    images, _ = read_images(open_source(pets_folder), range(11), max_pixels=999, cache_bytes=0)
+    images, _ = read_images(open_dataset(pets_folder), range(11), max_pixels=999, cache_bytes=0)
     (pets_folder / "dog/2.png").unlink()
     for loader in (
         TrainLoader(images, AUGMENT, batch_size=11, seed=0, workers=workers).epoch(0),

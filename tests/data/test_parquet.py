@@ -10,7 +10,7 @@ from making import LIMIT, pixels_of, png, write_parquet
 
 from tokenfusion.data import parquet
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]
@@ -24,7 +24,7 @@ def test_parquet_files_tell_their_split(tmp_path: Path, pets: Tree) -> None:
             tmp_path / "data" / f"{name}.parquet", files, [1, 0, 1] + [0] * 8, ["zebra", "ant"], image="picture"
         )
     (tmp_path / "README.md").write_text("x")
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     assert source.classes == ("zebra", "ant")  # in the metadata's order
     assert source.splits == ["test"] * 11 + ["train"] * 22
     assert source.labels[:4].tolist() == [1, 0, 1, 0]
@@ -36,7 +36,7 @@ def test_parquet_files_tell_their_split(tmp_path: Path, pets: Tree) -> None:
 
 def test_one_parquet_file(tmp_path: Path, pets: Tree) -> None:
     write_parquet(tmp_path / "train.parquet", [png(pets["cat/1.png"])] * 2, [0, 1], ["a", "b"])
-    assert open_source(tmp_path / "train.parquet").splits == ["train", "train"]
+    assert open_dataset(tmp_path / "train.parquet").splits == ["train", "train"]
 
 
 @pytest.mark.parametrize(
@@ -52,7 +52,7 @@ def test_parquet_memory_is_bounded(
     files = [png(picture(number, 20, 20)) for number in range(10)]
     write_parquet(tmp_path / "train.parquet", files, [0, 1] * 5, ["a", "b"])
     monkeypatch.setattr(parquet, "CACHE_BYTES", 3 * len(files[0]))  # one row group, of two images, fits
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     for index in (0, 9, 1, 5, 4, 8):
         assert np.array_equal(pixels_of(source, index), picture(index, 20, 20))
         assert len(source.cache.groups) == 1  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def test_parquet_labels_of_like_types(
 ) -> None:
     for name, labels in (("x0", first), ("x1", second)):
         write_parquet(tmp_path / f"{name}.parquet", [b"", b""], labels)
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     assert source.classes == classes
     assert source.labels.tolist() == numbers
 
@@ -79,21 +79,21 @@ def test_parquet_labels_of_like_types(
 def test_a_dictionary_is_the_label_though_it_is_not_called_so(tmp_path: Path) -> None:
     table = pa.table({"image": [b"", b""], "animal": pa.array(["b", "a"]).dictionary_encode()})
     pq.write_table(table, tmp_path / "x.parquet")
-    assert open_source(tmp_path).classes == ("a", "b")
+    assert open_dataset(tmp_path).classes == ("a", "b")
 
 
 @pytest.mark.parametrize("labels", [[["a"], ["b"]], [{"a": 1}, {"a": 2}], [0.5, 1.5]])
 def test_parquet_labels_of_types_that_name_no_class(labels: list[Any], tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", [b"", b""], labels)
     with pytest.raises(InputError, match="which is no label; give integers or strings"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_parquet_integers_in_one_file_and_strings_in_another(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x0.parquet", [b"", b""], [0, 1])
     write_parquet(tmp_path / "x1.parquet", [b"", b""], ["a", "b"])
     with pytest.raises(InputError, match=r"'x0.parquet' and 'x1.parquet' differ in columns, labels or"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -103,19 +103,19 @@ def test_parquet_integers_in_one_file_and_strings_in_another(tmp_path: Path) -> 
 def test_parquet_metadata_that_names_no_classes(names: Any, reason: str, tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", [b"", b""], [0, 1], names)
     with pytest.raises(InputError, match=reason):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_parquet_integer_labels_without_names(tmp_path: Path, pets: Tree) -> None:
     write_parquet(tmp_path / "train.parquet", [png(pets["cat/1.png"])] * 4, [10, 9, 10, 9])
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     assert source.classes == ("9", "10")
     assert source.labels.tolist() == [1, 0, 1, 0]
 
 
 def test_parquet_rows_without_bytes_or_with_bad_ones(tmp_path: Path, pets: Tree) -> None:
     write_parquet(tmp_path / "train.parquet", [None, b"", b"text", png(pets["cat/1.png"])], [0, 1, 0, 1], ["a", "b"])
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     for index, reason in enumerate(["holds no bytes", "0 bytes", "not an image"]):
         with pytest.raises(UnreadableImage, match=reason):
             source.decode(index, LIMIT)
@@ -124,7 +124,7 @@ def test_parquet_rows_without_bytes_or_with_bad_ones(tmp_path: Path, pets: Tree)
 
 def test_parquet_that_vanishes(tmp_path: Path, pets: Tree) -> None:
     write_parquet(tmp_path / "train.parquet", [png(pets["cat/1.png"])] * 2, [0, 1], ["a", "b"])
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     (tmp_path / "train.parquet").unlink()
     with pytest.raises(UnreadableImage, match="row group cannot be read"):
         source.decode(0, LIMIT)
@@ -142,38 +142,38 @@ def test_parquet_that_vanishes(tmp_path: Path, pets: Tree) -> None:
 def test_parquet_labels_that_mean_nothing(labels: list[Any], names: list[str], reason: str, tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [b"", b""], labels, names)
     with pytest.raises(InputError, match=reason):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_parquet_files_that_disagree(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [b""], [0], ["a", "b"])
     write_parquet(tmp_path / "test.parquet", [b""], [0], ["b", "a"])
     with pytest.raises(InputError, match=r"'test.parquet' and 'train.parquet' differ"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_parquet_of_which_only_some_name_a_split(tmp_path: Path) -> None:
     for name in ("train", "more"):
         write_parquet(tmp_path / f"{name}.parquet", [b"", b""], [0, 1], ["a", "b"])
     with pytest.raises(InputError, match=r"'more.parquet:0' is in no split"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_parquet_without_images_labels_or_format(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     pq.write_table(pa.table({"text": ["x"], "label": [0]}), path)
     with pytest.raises(InputError, match="'text', 'label' hold no images"):
-        open_source(path)
+        open_dataset(path)
     pq.write_table(pa.table({"image": [b"x"], "fine": [0], "coarse": [0]}), path)
     with pytest.raises(InputError, match="which of 'fine', 'coarse' is the label"):
-        open_source(path)
+        open_dataset(path)
     path.write_bytes(b"PAR1 and then nonsense")
     with pytest.raises(InputError, match="not readable as Parquet"):
-        open_source(path)
+        open_dataset(path)
 
 
 def test_cifar10_as_it_is(shared_data: Path) -> None:
-    source = open_source(shared_data / "cifar10")
+    source = open_dataset(shared_data / "cifar10")
     assert source.classes[:3] == ("airplane", "automobile", "bird")
     assert (source.splits.count("train"), source.splits.count("test")) == (50_000, 10_000)
     assert source.decode(59_999, LIMIT).shape == (3, 32, 32)

@@ -22,7 +22,7 @@ from tokenfusion.data.loader import Batch, TrainLoader
 from tokenfusion.data.orders import OPEN_SHARDS, ShardOrder, Share, shard_order
 from tokenfusion.data.remote import Cache
 from tokenfusion.data.shards import Shards
-from tokenfusion.data.sources import Source, open_source, resolved
+from tokenfusion.data.sources import Dataset, open_dataset, resolved
 from tokenfusion.data.split import choose_split
 from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
@@ -43,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
     return write_shards(tmp_path / "shards", SIZES)
 
 
-def check(source: Source) -> None:
+def check(source: Dataset) -> None:
     """The sixteen pictures of SIZES, each with its own pixels, label and split."""
     assert isinstance(source, Shards)
     assert source.labels.tolist() == [number % 3 for number in range(16)]
@@ -64,22 +64,22 @@ def parquet_shards(root: Path) -> Path:
 
 
 def test_local_shards_are_read_in_place(folder: Path, cache: Path) -> None:
-    source = open_source(folder)
+    source = open_dataset(folder)
     check(source)
     assert source.classes == ("0", "1", "2")
     assert source.names[7] == "train-1.tar/0007.png"
     assert not shards_in(cache)
-    check(open_source(f"file://{folder}"))
-    check(open_source(f"{folder}/{{train-{{0..1}},val-0}}.tar"))
+    check(open_dataset(f"file://{folder}"))
+    check(open_dataset(f"{folder}/{{train-{{0..1}},val-0}}.tar"))
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
 def test_shards_behind_urls_are_fetched_when_they_are_wanted(kind: str, folder: Path, tmp_path: Path) -> None:
     root = folder if kind == "tar" else parquet_shards(tmp_path / "parquet")
     with serving(root) as server:
-        check(open_source(server.url))
+        check(open_dataset(server.url))
         once = dict(server.sent)
-        check(open_source(server.url + f"/{{train-0,train-1,val-0}}.{kind}"))
+        check(open_dataset(server.url + f"/{{train-0,train-1,val-0}}.{kind}"))
         if kind == "tar":  # which the cache still has
             assert {path: server.sent[path] for path in once if path.endswith(kind)} == {
                 path: once[path] for path in once if path.endswith(kind)
@@ -88,7 +88,7 @@ def test_shards_behind_urls_are_fetched_when_they_are_wanted(kind: str, folder: 
 
 def test_local_parquet_by_url_is_laid_out_in_the_cache(tmp_path: Path, cache: Path) -> None:
     root = parquet_shards(tmp_path / "parquet")
-    source = open_source(f"file://{root}")
+    source = open_dataset(f"file://{root}")
     check(source)
     assert source.classes == ("a", "b", "c")
     assert source.names[:2] == ["train-0.parquet/0", "train-0.parquet/1"]
@@ -99,7 +99,7 @@ def test_local_parquet_by_url_is_laid_out_in_the_cache(tmp_path: Path, cache: Pa
 
 def test_labels_in_json_are_names(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "shards", SIZES, labels="json")
-    source = open_source(folder)
+    source = open_dataset(folder)
     check(source)
     assert source.classes == ("a", "b", "c")
 
@@ -107,28 +107,28 @@ def test_labels_in_json_are_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("file", "text"), [("classes.txt", "x\ny\nz\nw\n"), ("classes.json", '["x", "y", "z", "w"]')])
 def test_integer_labels_take_the_names_beside_the_shards(file: str, text: str, folder: Path) -> None:
     (folder / file).write_text(text)
-    assert open_source(folder).classes == ("x", "y", "z", "w")
-    assert open_source(f"{folder}/val-{{0..0}}.tar").classes == ("x", "y", "z", "w")
+    assert open_dataset(folder).classes == ("x", "y", "z", "w")
+    assert open_dataset(f"{folder}/val-{{0..0}}.tar").classes == ("x", "y", "z", "w")
     with serving(folder) as server:
-        assert open_source(server.url).classes == ("x", "y", "z", "w")
+        assert open_dataset(server.url).classes == ("x", "y", "z", "w")
     (folder / file).write_text('["x", 3]' if file.endswith("json") else "x\ny\n")
     with pytest.raises(InputError, match=r"must list the class names|label 2 is none of the 2 class names"):
-        open_source(folder)
+        open_dataset(folder)
 
 
 def test_an_index_is_kept_until_its_shard_changes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     through = shards.index_tar
     monkeypatch.setattr(shards, "index_tar", lambda name, file: read.append(Path(name).name) or through(name, file))
-    open_source(folder)
-    open_source(folder)
+    open_dataset(folder)
+    open_dataset(folder)
     assert sorted(read) == sorted(SIZES)
     write_shard(folder / "train-1.tar", range(20, 23))
-    assert open_source(folder).labels.tolist()[7:10] == [2, 0, 1]
+    assert open_dataset(folder).labels.tolist()[7:10] == [2, 0, 1]
     assert len(read) == 4
     for index in (Path(os.environ["TOKENFUSION_CACHE"]) / "indexes").iterdir():
         index.write_text("{damaged")
-    assert len(open_source(folder)) == 14
+    assert len(open_dataset(folder)) == 14
     assert len(read) == 7
 
 
@@ -136,7 +136,7 @@ def test_a_cache_that_cannot_keep_an_index_is_named_with_the_remedy(folder: Path
     cache.mkdir()
     (cache / "indexes").write_text("a file where a folder belongs")
     with pytest.raises(InputError, match=r"cache/indexes: File exists; make room .* TOKENFUSION_CACHE"):
-        open_source(folder)
+        open_dataset(folder)
 
 
 def test_a_sample_is_all_that_shares_its_key(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_sample_is_all_that_shares_its_key(tmp_path: Path) -> None:
         add(tar, "a.b/x.JPG", png(picture(1)))
         add(tar, "ü.png", png(picture(2)))
         add(tar, "ü.json", b'{"label": 2}')
-    source = open_source(tmp_path / "set-train.tar")
+    source = open_dataset(tmp_path / "set-train.tar")
     assert source.names == ["set-train.tar/a.b/x.JPG", "set-train.tar/ü.png"]
     assert (source.classes, source.labels.tolist(), source.ignored) == (("2", "7"), [1, 0], 1)
     assert source.splits == ["train"] * 2
@@ -156,7 +156,7 @@ def test_a_sample_is_all_that_shares_its_key(tmp_path: Path) -> None:
 
 def test_a_tar_of_class_folders_stays_one(tmp_path: Path) -> None:
     tree = {f"{name}/{number}.png": picture(number) for name in ("cat", "dog") for number in range(3)}
-    source = open_source(write_tar(tmp_path / "data.tar", tree))
+    source = open_dataset(write_tar(tmp_path / "data.tar", tree))
     assert source.classes == ("cat", "dog")
     assert source.shard_numbers is None
 
@@ -181,7 +181,7 @@ def with_member(path: Path, name: str, data: bytes) -> None:
 def test_samples_that_make_no_sense_are_refused(name: str, data: bytes, message: str, folder: Path) -> None:
     with_member(folder / "val-0.tar", name, data)
     with pytest.raises(InputError, match=message):
-        open_source(folder)
+        open_dataset(folder)
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -192,7 +192,7 @@ def test_a_truncated_shard_is_named(kind: str, length: int, folder: Path, tmp_pa
     whole = path.read_bytes()
     path.write_bytes(whole[: length if length >= 0 else len(whole) - 10_240 if kind == "tar" else len(whole) - 9])
     with pytest.raises(InputError, match=rf"train-1.{kind}: .*(truncated|damaged|no label|not readable)"):
-        open_source(f"file://{root}")
+        open_dataset(f"file://{root}")
 
 
 def test_compressed_shards_are_refused_with_a_remedy(folder: Path) -> None:
@@ -200,17 +200,17 @@ def test_compressed_shards_are_refused_with_a_remedy(folder: Path) -> None:
 
     (folder / "train-0.tar").write_bytes(gzip.compress((folder / "train-0.tar").read_bytes()))
     with pytest.raises(InputError, match=r"train-0.tar: not a plain tar.*without compression"):
-        open_source(folder)
+        open_dataset(folder)
 
 
 def test_a_missing_shard_is_named(folder: Path) -> None:
     (folder / "train-1.tar").unlink()
     with pytest.raises(InputError, match=r"train-1.tar: there is no such file; put it back"):
-        open_source(f"{folder}/train-{{0..1}}.tar")
+        open_dataset(f"{folder}/train-{{0..1}}.tar")
 
 
 def test_a_local_shard_that_vanishes_or_changes_ends_the_run(folder: Path) -> None:
-    source = open_source(folder)
+    source = open_dataset(folder)
     write_shard(folder / "train-0.tar", range(30))
     with pytest.raises(InputError, match=r"train-0.tar had \d+ bytes and has \d+ now"):
         source.decode(0, LIMIT)
@@ -223,7 +223,7 @@ def test_a_cache_smaller_than_the_data_is_enough(folder: Path, cache: Path, monk
     largest = max(path.stat().st_size for path in folder.iterdir())
     monkeypatch.setenv("TOKENFUSION_CACHE_GB", repr(1.5 * largest / 2**30))
     with serving(folder) as server:
-        source = open_source(server.url)
+        source = open_dataset(server.url)
         for _ in range(2):
             for index in (0, 8, 13):
                 assert np.array_equal(pixels_of(source, index), picture(index))
@@ -233,11 +233,11 @@ def test_a_cache_smaller_than_the_data_is_enough(folder: Path, cache: Path, monk
             InputError, match=r"training draws from 8 shards at a time and needs .*TOKENFUSION_CACHE_GB"
         ):
             source.require_room()
-    open_source(folder).require_room()  # local shards need none
+    open_dataset(folder).require_room()  # local shards need none
 
 
 def test_whole_shards_are_held_out_where_none_is_named(tmp_path: Path) -> None:
-    source = open_source(write_shards(tmp_path / "shards", {f"{n}.tar": 3 + n for n in range(5)}))
+    source = open_dataset(write_shards(tmp_path / "shards", {f"{n}.tar": 3 + n for n in range(5)}))
     split = choose_split(source, 0.4, seed=0)
     numbers = source.shard_numbers
     assert numbers is not None
@@ -246,7 +246,7 @@ def test_whole_shards_are_held_out_where_none_is_named(tmp_path: Path) -> None:
     assert len(split.train) + len(split.val) == len(source) == 25
     assert not np.array_equal(choose_split(source, 0.4, seed=1).val, split.val)
     with pytest.raises(InputError, match="a single shard, and none to hold out"):
-        choose_split(open_source(f"{tmp_path}/shards/{{0..0}}.tar"), 0.4, seed=0)
+        choose_split(open_dataset(f"{tmp_path}/shards/{{0..0}}.tar"), 0.4, seed=0)
 
 
 def batches_of(order: ShardOrder, share: Share = Share(), epoch: int = 0, start: int = 0) -> list[list[int]]:  # noqa: B008
@@ -295,7 +295,7 @@ def test_shards_are_announced_before_they_are_drawn_from(share: Share, ahead: in
     assert sorted(announced) == sorted(drawn)
 
 
-def test_what_is_announced_is_fetched_beside_the_training(served: Source, cache: Path) -> None:
+def test_what_is_announced_is_fetched_beside_the_training(served: Dataset, cache: Path) -> None:
     images = unread_images(served, np.arange(len(served)), LIMIT)
     for path in shards_in(cache):
         path.unlink()
@@ -317,7 +317,7 @@ def test_what_is_announced_is_fetched_beside_the_training(served: Source, cache:
 
 
 def test_shards_of_which_images_are_left_out_are_fetched_ahead_and_need_room(
-    served: Source, cache: Path, tmp_path: Path
+    served: Dataset, cache: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "list.csv").write_text(f"path\n{served.names[0]}\n")
     remaining = open_remaining(served.where, str(tmp_path / "list.csv"))
@@ -336,7 +336,7 @@ def test_shards_of_which_images_are_left_out_are_fetched_ahead_and_need_room(
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here fails to be read")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_disk_that_fails_ends_training_with_the_name_of_the_shard(workers: int, folder: Path) -> None:
-    source = open_source(folder)
+    source = open_dataset(folder)
     assert isinstance(source, Shards)
     source.shards = [replace(shard, url="/proc/self/mem", size=0) for shard in source.shards]  # fails from 0 on
     with pytest.raises(InputError, match=r"/proc/self/mem cannot be read: \[Errno 5\].*--resume"):
@@ -376,14 +376,14 @@ def test_each_batch_takes_the_next_images_of_each_lane() -> None:
 
 
 @pytest.fixture
-def served(tmp_path: Path) -> Iterator[Source]:
+def served(tmp_path: Path) -> Iterator[Dataset]:
     """Twelve shards behind a URL."""
     folder = write_shards(tmp_path / "many", {f"train-{n:02d}.tar": 5 + n % 3 for n in range(12)})
     with serving(folder) as server:
-        yield open_source(server.url + "/train-{00..11}.tar")
+        yield open_dataset(server.url + "/train-{00..11}.tar")
 
 
-def loaded(source: Source, workers: int, start: int = 0, share: Share = Share()) -> list[Batch]:  # noqa: B008
+def loaded(source: Dataset, workers: int, start: int = 0, share: Share = Share()) -> list[Batch]:  # noqa: B008
     images = unread_images(source, np.arange(len(source)), LIMIT)
     loader = TrainLoader(images, AUGMENT, batch_size=8, seed=3, workers=workers, share=share)
     try:
@@ -397,7 +397,7 @@ def same(one: Batch, other: Batch) -> bool:
 
 
 @pytest.mark.parametrize("workers", [1, 3])
-def test_batches_do_not_depend_on_workers_or_start(workers: int, served: Source) -> None:
+def test_batches_do_not_depend_on_workers_or_start(workers: int, served: Dataset) -> None:
     expected = loaded(served, 0)
     assert len(expected) == len(served) // 8 == 9
     assert all(map(same, loaded(served, workers), expected))
@@ -410,7 +410,7 @@ def shards_in(cache: Path) -> list[Path]:
 
 def test_workers_fetch_each_shard_once_between_them(tmp_path: Path, cache: Path) -> None:
     with serving(write_shards(tmp_path / "many", {f"train-{n:02d}.tar": 6 for n in range(12)})) as server:
-        source = open_source(server.url + "/train-{00..11}.tar")
+        source = open_dataset(server.url + "/train-{00..11}.tar")
         expected = loaded(source, 0)
         for path in shards_in(cache):
             path.unlink()
@@ -430,11 +430,11 @@ def test_the_disk_stays_bounded_while_workers_load(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_shards(tmp_path / "many", {f"train-{n:02d}.tar": 6 for n in range(12)})
-    expected = loaded(open_source(folder), 0)
+    expected = loaded(open_dataset(folder), 0)
     limit = 5 * max(path.stat().st_size for path in folder.iterdir())
     monkeypatch.setenv("TOKENFUSION_CACHE_GB", repr(limit / 2**30))
     with serving(folder) as server:
-        source = open_source(server.url)
+        source = open_dataset(server.url)
         assert isinstance(source, Shards)
         images = unread_images(source, np.arange(len(source)), LIMIT)
         loader = TrainLoader(images, AUGMENT, batch_size=8, seed=3, workers=2)
@@ -445,31 +445,31 @@ def test_the_disk_stays_bounded_while_workers_load(
         loader.close()
 
 
-def test_processes_load_the_slices_of_one_process(served: Source) -> None:
+def test_processes_load_the_slices_of_one_process(served: Dataset) -> None:
     expected = loaded(served, 0)
     halves = [loaded(served, 1, share=Share(rank, 2)) for rank in (0, 1)]
     for batch, one, other in zip(expected, *halves, strict=True):
         assert same(batch, tuple(torch.cat(parts) for parts in zip(one, other, strict=True)))
 
 
-def test_drawing_classes_evenly_from_shards_is_refused(served: Source) -> None:
+def test_drawing_classes_evenly_from_shards_is_refused(served: Dataset) -> None:
     images = unread_images(served, np.arange(len(served)), LIMIT)
     with pytest.raises(InputError, match="classes cannot be drawn evenly"):
         TrainLoader(images, AUGMENT, batch_size=8, seed=3, workers=0, balanced=True)
 
 
 @pytest.fixture
-def damaged(tmp_path: Path) -> Source:
+def damaged(tmp_path: Path) -> Dataset:
     """Shards in which picture 5 is no image."""
     with tarfile.open(write_shards(tmp_path, {"train-1.tar": 9}) / "train-0.tar", "w") as tar:
         for number in range(20, 27):
             add(tar, f"{number}.png", b"no image" if number == 25 else png(picture(number)))
             add(tar, f"{number}.cls", b"0")
-    return open_source(f"{tmp_path}/train-{{0..1}}.tar")
+    return open_dataset(f"{tmp_path}/train-{{0..1}}.tar")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_another_stands_in_for_an_unreadable_image_and_it_is_told(workers: int, damaged: Source) -> None:
+def test_another_stands_in_for_an_unreadable_image_and_it_is_told(workers: int, damaged: Dataset) -> None:
     images = unread_images(damaged, np.arange(16), LIMIT)
     told: dict[int, str] = {}
     plain = Augment((8, 8), 3, crop_scale=1.0, hflip=0.0, trivial_augment=False)
@@ -495,7 +495,7 @@ def test_imagenet_as_it_is_unpacked(tmp_path: Path) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(picture(number)).save(path)
     (tmp_path / "val/ILSVRC2012_val_00000001.txt").write_text("no image")
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     assert source.classes == ("n01440764", "n01443537")
     assert (source.splits.count("train"), source.splits.count("val")) == (6, 2)
     assert io.BytesIO(source.read(0)).read(2) == b"\xff\xd8"  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ import pytest
 from making import pixels_of, png, write_parquet, write_tar
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import held_out_name, open_source
+from tokenfusion.data.sources import held_out_name, open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 
@@ -45,7 +45,7 @@ KINDS = ["folder", "parquet", "parquet of strings", "csv", "jsonl", "a.tar", "b.
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_data_gives_the_same_images(kind: str, tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
-    source = open_source(write_kind(kind, tmp_path, pets, save_tree))
+    source = open_dataset(write_kind(kind, tmp_path, pets, save_tree))
     assert source.classes == ("cat", "dog")
     assert source.labels.dtype == np.int64
     assert source.labels.tolist() == [0] * 5 + [1] * 6
@@ -60,7 +60,7 @@ def test_every_kind_of_data_gives_the_same_images(kind: str, tmp_path: Path, pet
 
 @pytest.mark.parametrize("kind", ["folder", "parquet", "csv", "a.tar", "c.tar.gz"])
 def test_max_pixels_reaches_every_kind(kind: str, tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
-    source = open_source(write_kind(kind, tmp_path, pets, save_tree))
+    source = open_dataset(write_kind(kind, tmp_path, pets, save_tree))
     with pytest.raises(UnreadableImage, match="max_pixels=44"):
         source.decode(0, 44)  # 5 × 9
 
@@ -69,7 +69,7 @@ def test_digits_are_scikit_learns_scaled_to_bytes() -> None:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    source = open_source("digits")
+    source = open_dataset("digits")
     assert len(source) == 1797
     assert source.classes == tuple("0123456789")
     assert source.labels.tolist() == digits.target.tolist()
@@ -86,27 +86,27 @@ def test_digits_are_scikit_learns_scaled_to_bytes() -> None:
 
 def test_no_such_path_names_what_is_there(pets_folder: Path) -> None:
     with pytest.raises(InputError, match=r"pest: no such file or folder; .* has: 'pets'"):
-        open_source(pets_folder.parent / "pest")
+        open_dataset(pets_folder.parent / "pest")
     with pytest.raises(InputError, match=r"has: 'cat', 'dog'"):
-        open_source(pets_folder / "missing" / "deeper")
+        open_dataset(pets_folder / "missing" / "deeper")
     with pytest.raises(InputError, match="no such file"):
-        open_source("\0")
+        open_dataset("\0")
     with pytest.raises(InputError, match="no such file"):
-        open_source("x" * 5000)
+        open_dataset("x" * 5000)
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no image found; give a folder with a subfolder per class"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_a_folder_without_class_folders(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
     with pytest.raises(InputError, match=r"1 image directly in it, without a class folder"):
-        open_source(save_tree(tmp_path, {"1.png": pets["cat/1.png"]}))
+        open_dataset(save_tree(tmp_path, {"1.png": pets["cat/1.png"]}))
 
 
 def test_a_single_class_cannot_be_trained_on(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
-    source = open_source(save_tree(tmp_path, {"cat/1.png": pets["cat/1.png"], "cat/2.png": pets["cat/2.png"]}))
+    source = open_dataset(save_tree(tmp_path, {"cat/1.png": pets["cat/1.png"], "cat/2.png": pets["cat/2.png"]}))
     with pytest.raises(InputError, match=r"a single class, 'cat'; .* two"):
         choose_split(source, 0.2, seed=0)
 
@@ -116,10 +116,10 @@ def test_a_held_out_label_that_train_lacks(split: str, tmp_path: Path, pets: Tre
     save_tree(tmp_path / "train", pets)
     save_tree(tmp_path / split, {"bird/1.png": pets["dog/1.png"], "fish/1.png": pets["dog/1.png"]})
     with pytest.raises(InputError, match=f"{split} has labels that train lacks: 'bird', 'fish'; add"):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_a_kind_that_is_not_known(tmp_path: Path) -> None:
     (tmp_path / "data.zip").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"data.zip: not a kind of data"):
-        open_source(tmp_path / "data.zip")
+        open_dataset(tmp_path / "data.zip")

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokenfusion.data.sources import Source, open_source
+from tokenfusion.data.sources import Dataset, open_dataset
 from tokenfusion.data.split import choose_split, read_split, write_split
 from tokenfusion.errors import InputError
 
@@ -15,7 +15,7 @@ SaveTree = Callable[[Path, Tree], Path]
 
 
 def test_a_drawn_split_is_stratified_whole_and_disjoint() -> None:
-    source = open_source("digits")
+    source = open_dataset("digits")
     split = choose_split(source, 0.2, seed=3)
     assert sorted([*split.train, *split.val]) == list(range(1797))
     for label in range(10):
@@ -24,7 +24,7 @@ def test_a_drawn_split_is_stratified_whole_and_disjoint() -> None:
 
 
 def test_the_seed_decides_the_split() -> None:
-    source = open_source("digits")
+    source = open_dataset("digits")
     one, same, other = (choose_split(source, 0.2, seed) for seed in (2**63 - 1, 2**63 - 1, 0))
     assert np.array_equal(one.val, same.val)
     assert not np.array_equal(one.val, other.val)
@@ -33,7 +33,7 @@ def test_the_seed_decides_the_split() -> None:
 
 @pytest.mark.parametrize("fraction", [0.01, 0.9])
 def test_each_class_has_an_image_on_each_side(fraction: float, pets_folder: Path) -> None:
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     split = choose_split(source, fraction, seed=0)
     assert set(source.labels[split.train]) == set(source.labels[split.val]) == {0, 1}
 
@@ -41,19 +41,19 @@ def test_each_class_has_an_image_on_each_side(fraction: float, pets_folder: Path
 def test_a_class_too_small_to_split(pets_folder: Path, pets: Tree, save_tree: SaveTree) -> None:
     save_tree(pets_folder, {"emu/1.png": pets["cat/1.png"]})
     with pytest.raises(InputError, match=r"class 'emu' has 1 training images; it needs at least 2, .*Add images"):
-        choose_split(open_source(pets_folder), 0.2, seed=0)
+        choose_split(open_dataset(pets_folder), 0.2, seed=0)
 
 
 def test_a_class_folder_without_images(pets_folder: Path) -> None:
     (pets_folder / "emu").mkdir()
     with pytest.raises(InputError, match="class 'emu' has 0 training images"):
-        choose_split(open_source(pets_folder), 0.2, seed=0)
+        choose_split(open_dataset(pets_folder), 0.2, seed=0)
 
 
-def save_parts(root: Path, parts: list[str], pets: Tree, save_tree: SaveTree) -> Source:
+def save_parts(root: Path, parts: list[str], pets: Tree, save_tree: SaveTree) -> Dataset:
     for part in parts:
         save_tree(root / part, pets)
-    return open_source(root)
+    return open_dataset(root)
 
 
 def test_the_datas_own_split_is_kept(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
@@ -78,7 +78,7 @@ def test_held_out_images_alone_cannot_be_trained_on(tmp_path: Path, pets: Tree, 
 
 def test_a_written_split_is_read_back(tmp_path: Path, pets_folder: Path, pets: Tree, save_tree: SaveTree) -> None:
     save_tree(pets_folder, {'cat/new\r\nline,"quoted".png': pets["cat/1.png"]})
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     split = choose_split(source, 0.3, seed=5)
     write_split(tmp_path / "split.csv", source, split)
     again = read_split(tmp_path / "split.csv", source)
@@ -96,23 +96,23 @@ def test_images_in_neither_part_stay_out(tmp_path: Path, pets: Tree, save_tree: 
 
 
 def test_data_that_changed_is_refused_by_its_first_difference(tmp_path: Path, pets_folder: Path) -> None:
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     path = tmp_path / "split.csv"
     write_split(path, source, choose_split(source, 0.2, seed=0))
     shutil.move(pets_folder / "cat" / "3.png", pets_folder / "dog" / "7.png")
     with pytest.raises(InputError, match=r"image 3 was \['cat/3.png', 'cat'\] .* and is \['cat/4.png', 'cat'\] now"):
-        read_split(path, open_source(pets_folder))
+        read_split(path, open_dataset(pets_folder))
     shutil.move(pets_folder / "dog" / "7.png", pets_folder / "cat" / "3.png")
     shutil.copy(pets_folder / "dog" / "5.png", pets_folder / "dog" / "8.png")
     with pytest.raises(InputError, match=r"image 11 was None .* and is \['dog/8.png', 'dog'\]"):
-        read_split(path, open_source(pets_folder))
+        read_split(path, open_dataset(pets_folder))
     relabelled = dataclasses.replace(source, classes=("cat", "wolf"))
     with pytest.raises(InputError, match=r"image 5 was \['dog/0.png', 'dog'\] .* 'wolf'"):
         read_split(path, relabelled)
 
 
 def test_a_split_file_that_is_none(tmp_path: Path, pets_folder: Path) -> None:
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     path = tmp_path / "split.csv"
     with pytest.raises(InputError, match="cannot be read"):
         read_split(path, source)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from tokenfusion.data import trees
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import held_out_name, open_source
+from tokenfusion.data.sources import held_out_name, open_dataset
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]
@@ -24,7 +24,7 @@ SaveTree = Callable[[Path, Tree], Path]
 def test_split_folders(folder: str, split: str, tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
     save_tree(tmp_path / "train", pets)
     save_tree(tmp_path / folder, {"dog/x.png": pets["dog/1.png"]})
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     assert source.classes == ("cat", "dog")
     assert sorted(source.splits) == sorted(["train"] * 11 + [split])
     assert source.names[source.splits.index(split)] == f"{folder}/dog/x.png"
@@ -34,12 +34,12 @@ def test_split_folders(folder: str, split: str, tmp_path: Path, pets: Tree, save
 def test_validation_is_preferred_to_test(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
     for folder in ("train", "val", "test"):
         save_tree(tmp_path / folder, pets)
-    assert held_out_name(open_source(tmp_path)) == "val"
+    assert held_out_name(open_dataset(tmp_path)) == "val"
 
 
 def test_a_class_may_be_called_train(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
     save_tree(tmp_path, {"train/1.png": pets["cat/1.png"], "plane/1.png": pets["cat/2.png"]})
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     assert source.classes == ("plane", "train")
     assert source.splits == ["", ""]
 
@@ -47,7 +47,7 @@ def test_a_class_may_be_called_train(tmp_path: Path, pets: Tree, save_tree: Save
 def test_files_that_are_no_images_are_ignored_and_counted(pets_folder: Path) -> None:
     for name in ("cat/notes.txt", "cat/.DS_Store", "dog/._1.png", "README.md", "TODO.md", "stray.png"):
         (pets_folder / name).write_bytes(b"x")
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     assert len(source) == 11
     assert source.ignored == 6
     assert source.ignored_in_words() == "6 other files ignored ('README.md', 'cat/notes.txt', 'stray.png' and 3 more)"
@@ -58,7 +58,7 @@ def test_one_ignored_file_of_each_kind_is_named(tmp_path: Path, pets: Tree, save
         save_tree(tmp_path / part, pets)
     for name in ("a.HEIC", "b.HEIC", ".hidden.png"):
         (tmp_path / "train" / "cat" / name).write_bytes(b"x")
-    source = open_source(tmp_path)
+    source = open_dataset(tmp_path)
     assert source.ignored_in_words() == (
         "14 other files ignored ('testing/cat/0.png', 'train/cat/a.HEIC', 'train/cat/.hidden.png' and 11 more)"
     )
@@ -69,18 +69,18 @@ def test_a_folder_of_files_that_cannot_be_read_says_which(tmp_path: Path) -> Non
         (tmp_path / "cat").mkdir(exist_ok=True)
         (tmp_path / "cat" / name).write_bytes(b"x")
     with pytest.raises(InputError, match=r"no image found, 2 other files ignored \('cat/1.heic' and 1 more\); give "):
-        open_source(tmp_path)
+        open_dataset(tmp_path)
 
 
 def test_parquet_and_images_in_class_folders_are_refused(pets_folder: Path) -> None:
     (pets_folder / "cat" / "notes.parquet").write_bytes(b"x")
     with pytest.raises(InputError, match=r"both Parquet files \('cat/notes.parquet'\) and images .*'cat/0.png'"):
-        open_source(pets_folder)
+        open_dataset(pets_folder)
 
 
 def test_images_below_a_class_folder_belong_to_the_class(pets_folder: Path, pets: Tree, save_tree: SaveTree) -> None:
     save_tree(pets_folder, {"cat/outdoor/night/7.png": pets["dog/1.png"]})
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     assert source.labels[source.names.index("cat/outdoor/night/7.png")] == 0
 
 
@@ -89,7 +89,7 @@ def test_folders_that_link_to_themselves_end(pets_folder: Path) -> None:
     (pets_folder / "dog" / "all").symlink_to(pets_folder)
     (pets_folder / "loop").symlink_to(pets_folder)
     (pets_folder / "dog" / "up").symlink_to("../..")
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     assert source.classes == ("cat", "dog")
     assert len(source) == 11
 
@@ -97,14 +97,14 @@ def test_folders_that_link_to_themselves_end(pets_folder: Path) -> None:
 def test_folders_that_link_to_each_other_end(pets_folder: Path) -> None:
     (pets_folder / "cat" / "friends").symlink_to(pets_folder / "dog")
     (pets_folder / "dog" / "friends").symlink_to(pets_folder / "cat")
-    assert len(open_source(pets_folder)) == 22
+    assert len(open_dataset(pets_folder)) == 22
 
 
 def test_linked_class_folders_and_images_are_read(tmp_path: Path, pets_folder: Path, pets: Tree) -> None:
     (tmp_path / "links" / "bird").mkdir(parents=True)
     (tmp_path / "links" / "cat").symlink_to(pets_folder / "cat")
     (tmp_path / "links" / "bird" / "1.png").symlink_to(pets_folder / "dog" / "1.png")
-    source = open_source(tmp_path / "links")
+    source = open_dataset(tmp_path / "links")
     assert source.names[0] == "bird/1.png"
     assert np.array_equal(pixels_of(source, 0), pets["dog/1.png"])
     assert len(source) == 6
@@ -116,7 +116,7 @@ ODD = ["a b.png", "new\nline.png", 'tab\tand,comma".png', "größe-猫.png", "UP
 @pytest.mark.parametrize("name", ODD)
 def test_any_file_name_works(name: str, pets_folder: Path, pets: Tree) -> None:
     Image.fromarray(pets["dog/3.png"]).save(pets_folder / "cat" / name)
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     (index,) = [i for i, known in enumerate(source.names) if known not in pets]
     assert np.array_equal(pixels_of(source, index), pets["dog/3.png"])
     assert source.names[index].encode() == os.fsencode(f"cat/{name}").replace(b"\xe9.", b"\\udce9.")
@@ -135,22 +135,22 @@ def test_any_file_name_works(name: str, pets_folder: Path, pets: Tree) -> None:
     ],
 )
 def test_an_image_that_cannot_be_read_is_an_error_of_its_own(damage: Any, reason: str, pets_folder: Path) -> None:
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     damage(pets_folder / "cat" / "2.png")
     with pytest.raises(UnreadableImage, match=reason):
         source.decode(2, LIMIT)
-    assert len(open_source(pets_folder)) in (10, 11)
+    assert len(open_dataset(pets_folder)) in (10, 11)
 
 
 def test_a_link_to_itself_is_listed_and_found_unreadable(pets_folder: Path) -> None:
     (pets_folder / "cat" / "x.png").symlink_to("x.png")
-    source = open_source(pets_folder)
+    source = open_dataset(pets_folder)
     with pytest.raises(UnreadableImage, match="symbolic links"):
         source.decode(source.names.index("cat/x.png"), LIMIT)
 
 
 def test_imagenette_tar_as_it_is(shared_data: Path) -> None:
-    source = open_source(shared_data / "imagenette-224.tar")
+    source = open_dataset(shared_data / "imagenette-224.tar")
     assert len(source.classes) == 10
     assert (source.splits.count("train"), source.splits.count("val")) == (4000, 1000)
     assert source.names[0].startswith("train/n01440764/")
@@ -168,7 +168,7 @@ def test_tar_with_splits_links_and_other_files(name: str, tmp_path: Path, pets: 
             member = tarfile.TarInfo(f"top/train/cat/{link}")
             member.type, member.linkname = kind, "top/train/dog/3.png"
             tar.addfile(member)
-    source = open_source(tmp_path / name)
+    source = open_dataset(tmp_path / name)
     assert source.splits == ["train"] * 12 + ["val"] * 11
     assert source.ignored == 2
     assert np.array_equal(pixels_of(source, source.names.index("train/cat/hard.png")), pets["dog/3.png"])
@@ -177,7 +177,7 @@ def test_tar_with_splits_links_and_other_files(name: str, tmp_path: Path, pets: 
 
 def test_tar_members_never_reach_outside(tmp_path: Path, pets: Tree) -> None:
     tree = {**pets, "../../escape/1.png": pets["cat/1.png"]}
-    source = open_source(write_tar(tmp_path / "x.tar", tree))
+    source = open_dataset(write_tar(tmp_path / "x.tar", tree))
     assert len(source) == 11
     assert source.ignored == 1
 
@@ -188,7 +188,7 @@ def test_a_truncated_tar_is_refused(name: str, share: float, tmp_path: Path, pet
     path = write_tar(tmp_path / name, pets)
     os.truncate(path, int(path.stat().st_size * share))
     with pytest.raises(InputError, match=r"damaged"):
-        open_source(path)
+        open_dataset(path)
 
 
 def test_a_tar_damaged_in_the_middle_is_refused(tmp_path: Path, pets: Tree) -> None:
@@ -198,18 +198,18 @@ def test_a_tar_damaged_in_the_middle_is_refused(tmp_path: Path, pets: Tree) -> N
     data[header : header + 50] = b"\xff" * 50
     path.write_bytes(data)
     with pytest.raises(InputError, match=f"damaged at byte {header}"):
-        open_source(path)
+        open_dataset(path)
 
 
 def test_what_is_no_tar_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"nonsense" * 1000)
     with pytest.raises(InputError, match="not a tar"):
-        open_source(tmp_path / "x.tar")
+        open_dataset(tmp_path / "x.tar")
 
 
 def test_a_tar_that_shrinks_or_vanishes(tmp_path: Path, pets: Tree) -> None:
     path = write_tar(tmp_path / "x.tar", pets)
-    source = open_source(path)
+    source = open_dataset(path)
     os.truncate(path, 600)
     with pytest.raises(UnreadableImage, match="the tar ends inside it, after 88 of"):
         source.decode(0, LIMIT)
@@ -222,7 +222,7 @@ def test_a_compressed_tar_beyond_the_memory_limit(tmp_path: Path, pets: Tree, mo
     path = write_tar(tmp_path / "x.tar.gz", pets)
     monkeypatch.setattr(trees, "MEMORY_LIMIT", 500)
     with pytest.raises(InputError, match=r"x.tar.gz: .*GiB.* plain .tar"):
-        open_source(path)
+        open_dataset(path)
 
 
 def test_a_class_folder_given_as_data_is_told_from_its_parent(pets_folder: Path) -> None:
@@ -230,4 +230,4 @@ def test_a_class_folder_given_as_data_is_told_from_its_parent(pets_folder: Path)
     with pytest.raises(
         InputError, match=rf"cat: {images} images directly in it.* did you mean its parent {pets_folder},"
     ):
-        open_source(pets_folder / "cat")
+        open_dataset(pets_folder / "cat")

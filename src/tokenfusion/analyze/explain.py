@@ -19,7 +19,7 @@ from tokenfusion.analyze.subject import open_subject, refuse_multi_label
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.sources import open_source, printable
+from tokenfusion.data.sources import open_dataset, printable
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_bytes, write_json
 from tokenfusion.hardware import autocast
@@ -134,7 +134,7 @@ def mistakes_of(run: Path, classifier: Classifier) -> Iterator[Prepared]:
     evaluation, predictions = read_evaluation(run, list(classifier.classes))
     if evaluation is None:
         raise InputError(f"{run} has not been evaluated; name images, or run `tokenfusion evaluate {run}` first")
-    source = open_source(evaluation["data"])
+    source = open_dataset(evaluation["data"])
     places = {name: index for index, name in enumerate(source.names)}
     for mistake in worst_mistakes(predictions):
         path, prediction = printable(mistake.path), mistake.prediction

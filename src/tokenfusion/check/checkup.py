@@ -19,7 +19,7 @@ from tokenfusion.check.look import Look, look_at_all
 from tokenfusion.check.quarantine import quarantine, write_quarantine
 from tokenfusion.check.report import write_check
 from tokenfusion.data.exclude import leave_out
-from tokenfusion.data.sources import Source, open_source
+from tokenfusion.data.sources import Dataset, open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
@@ -51,7 +51,7 @@ def check_data(
     began = time.perf_counter()
     keep_freed_memory()
     folder = folder_for(data, out)
-    source = open_source(data)
+    source = open_dataset(data)
     make(folder)
     recipe = Recipe()
     judged = choose_judged(source.labels)
@@ -119,7 +119,7 @@ def make(folder: Path) -> None:
         raise InputError(f"{folder} cannot be written: {error.strerror}; give another --out") from error
 
 
-def why_train_refuses(source: Source, excluded: Iterable[int]) -> str:
+def why_train_refuses(source: Dataset, excluded: Iterable[int]) -> str:
     """What `train` would say of the images that are left, such as that a class has none; empty where it takes them."""
     try:
         left = leave_out(source, {source.names[index] for index in excluded}, "quarantine.csv")
@@ -129,19 +129,19 @@ def why_train_refuses(source: Source, excluded: Iterable[int]) -> str:
     return ""
 
 
-def known(source: Source, index: int) -> dict[str, Any]:
+def known(source: Dataset, index: int) -> dict[str, Any]:
     """What every finding says of an image."""
     return {"path": source.names[index], "label": source.label_text(index), "split": source.splits[index]}
 
 
-def group_of(source: Source, group: list[int]) -> dict[str, Any]:
+def group_of(source: Dataset, group: list[int]) -> dict[str, Any]:
     """Images that are the same, and whether their splits and labels are."""
     images = [known(source, index) for index in group]
     splits, labels = ({image[key] for image in images} for key in ("split", "label"))
     return {"images": images, "between_splits": len(splits) > 1, "labels_differ": len(labels) > 1}
 
 
-def unusual(source: Source, looks: list[Look]) -> dict[str, list[dict[str, Any]]]:
+def unusual(source: Dataset, looks: list[Look]) -> dict[str, list[dict[str, Any]]]:
     """Readable images that are tiny, huge, animated or oddly coloured."""
     read = {index: look for index, look in enumerate(looks) if not look.reason}
     if not read:
@@ -168,7 +168,7 @@ def search_near(looks: list[Look], progress: Callable[[int, int], None]) -> Near
     return near_duplicates(looks, progress) if len(looks) <= MAX_IMAGES else NearDuplicates([], 0, 0, 0)
 
 
-def judge(source: Source, looks: list[Look], judged: np.ndarray) -> Judgement:
+def judge(source: Dataset, looks: list[Look], judged: np.ndarray) -> Judgement:
     """What a quick model says of the labels of some images."""
     if source.multi_label:
         return Judgement([], 0, None, "the images have any number of labels each")
@@ -178,7 +178,7 @@ def judge(source: Source, looks: list[Look], judged: np.ndarray) -> Judgement:
     return judge_labels(torch.stack([looks[index].thumbnail for index in read]), source.labels[read], read)
 
 
-def describe_labels(source: Source, judgement: Judgement) -> dict[str, Any]:
+def describe_labels(source: Dataset, judgement: Judgement) -> dict[str, Any]:
     """The judgement as check.json has it."""
     disputes = [
         known(source, dispute.index)

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.decode import FORMATS, UnreadableImage, decode_image, pillow_limit_lifted
 from tokenfusion.data.images import THREADS
-from tokenfusion.data.sources import Files, Source
+from tokenfusion.data.sources import Dataset, Files
 
 SIDE = 48
 """Height and width of the thumbnails that images are compared by; their aspect is not kept."""
@@ -55,7 +55,7 @@ class Look:
 
 
 def look_at_all(
-    source: Source, max_pixels: int, compared: Container[int], progress: Callable[[int, int], None]
+    source: Dataset, max_pixels: int, compared: Container[int], progress: Callable[[int, int], None]
 ) -> list[Look]:
     """Look at every image of a source, by a few threads.
 
@@ -87,7 +87,7 @@ def ahead(call: Callable[[int], Look], count: int) -> Iterator[Look]:
             yield future.result()
 
 
-def look_at(source: Source, index: int, max_pixels: int, compared: bool) -> Look:
+def look_at(source: Dataset, index: int, max_pixels: int, compared: bool) -> Look:
     """Decode one image and describe it, with a thumbnail if it will be compared."""
     frames, colour = "", ""
     try:

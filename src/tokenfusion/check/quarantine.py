@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenfusion.check.look import Look
-from tokenfusion.data.sources import Source
+from tokenfusion.data.sources import Dataset
 from tokenfusion.files import write_csv
 
 KEPT_FIRST = ("test", "val", "train", "")
@@ -14,7 +14,7 @@ KEPT_FIRST = ("test", "val", "train", "")
 
 
 def quarantine(
-    source: Source, looks: list[Look], exact: list[list[int]], near: list[tuple[int, int]]
+    source: Dataset, looks: list[Look], exact: list[list[int]], near: list[tuple[int, int]]
 ) -> dict[int, str]:
     """Images to leave out, each with its reason, in the order of the data.
 
@@ -39,7 +39,7 @@ def quarantine(
     return dict(sorted(reasons.items()))
 
 
-def differ(source: Source, first: int, second: int) -> bool:
+def differ(source: Dataset, first: int, second: int) -> bool:
     """Whether two images lie in different splits or have different labels."""
     splits = source.splits[first] != source.splits[second]
     return splits or source.label_text(first) != source.label_text(second)
@@ -60,6 +60,6 @@ def connected(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
     return list(groups.values())
 
 
-def write_quarantine(path: Path, source: Source, reasons: dict[int, str]) -> None:
+def write_quarantine(path: Path, source: Dataset, reasons: dict[int, str]) -> None:
     """Write a CSV `path,reason`."""
     write_csv(path, ("path", "reason"), ((source.names[index], reason) for index, reason in reasons.items()))

@@ -9,7 +9,7 @@ from torchvision.io import encode_jpeg
 from tokenfusion.check.crop import MANY
 from tokenfusion.check.duplicates import MAX_IMAGES
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import Source
+from tokenfusion.data.sources import Dataset
 from tokenfusion.report.page import percent, write_page
 from tokenfusion.report.thumbnails import SIDE, shrink
 from tokenfusion.words import counted
@@ -34,7 +34,7 @@ KINDS = {
 """Fields of check.json and their headings."""
 
 
-def write_check(path: Path, source: Source, result: dict[str, Any], max_pixels: int) -> None:
+def write_check(path: Path, source: Dataset, result: dict[str, Any], max_pixels: int) -> None:
     """Write the page, with pictures from the source."""
     places = {name: index for index, name in enumerate(source.names)}
 
@@ -78,7 +78,7 @@ def write_check(path: Path, source: Source, result: dict[str, Any], max_pixels: 
     write_page(path, "check.html", values)
 
 
-def address_of(source: Source, index: int, max_pixels: int, side: int) -> dict[str, Any]:
+def address_of(source: Dataset, index: int, max_pixels: int, side: int) -> dict[str, Any]:
     """An image as a data: address, its width over its height, and whether it has so few pixels that they are better
     shown as squares."""
     image = shrink(source.decode(index, max_pixels), side)

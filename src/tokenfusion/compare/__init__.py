@@ -22,7 +22,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import write_json, write_text
 from tokenfusion.models.cost import count_model
 from tokenfusion.recipe import Recipe, dump_recipe, load_recipe
-from tokenfusion.train import FREE_TO_CHANGE
+from tokenfusion.training import FREE_TO_CHANGE
 
 __all__ = ["Budget", "compare", "comparison_table", "notes", "split_names"]
 

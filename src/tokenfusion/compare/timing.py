@@ -23,12 +23,12 @@ from tokenfusion.files import write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.processes import in_fresh_process
 from tokenfusion.recipe import Recipe
-from tokenfusion.train import FREE_TO_CHANGE, build
-from tokenfusion.train.faults import BadStep, OutOfMemory, out_of_memory_named
-from tokenfusion.train.fit import Job, train_step
-from tokenfusion.train.mixing import BatchMixing
-from tokenfusion.train.optimizer import make_optimizer
-from tokenfusion.train.state import TrainState, fingerprint
+from tokenfusion.training import FREE_TO_CHANGE, build
+from tokenfusion.training.faults import BadStep, OutOfMemory, out_of_memory_named
+from tokenfusion.training.fit import Job, train_step
+from tokenfusion.training.mixing import BatchMixing
+from tokenfusion.training.optimizer import make_optimizer
+from tokenfusion.training.state import TrainState, fingerprint
 
 BATCHES, WARM_UP, STEPS, SECONDS = 4, 3, 8, 2.0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tokenfusion.data.sources import Source, open_source, quoted
+from tokenfusion.data.sources import Dataset, open_dataset, quoted
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_bytes
 from tokenfusion.words import counted
@@ -18,10 +18,10 @@ EXCLUDED = "excluded.csv"
 
 
 @dataclass(eq=False, kw_only=True)
-class Remaining(Source):
+class Remaining(Dataset):
     """A source without some of its images."""
 
-    whole: Source
+    whole: Dataset
     kept: np.ndarray
     """int64 (N,): which of the whole's images these are, ascending."""
     unknown: int
@@ -61,11 +61,11 @@ def keep_list(run: Path, exclude: str) -> None:
     write_bytes(run / EXCLUDED, content)
 
 
-def open_remaining(data: str | Path, exclude: str, run: Path | None = None) -> Source:
+def open_remaining(data: str | Path, exclude: str, run: Path | None = None) -> Dataset:
     """Open labelled images without those that a list names.
 
     Args:
-        data: as `open_source` takes it.
+        data: as `open_dataset` takes it.
         exclude: a CSV with a column `path`, as `tokenfusion check` writes it, names as it prints them; "" for none.
             Those that the data does not have are counted.
         run: a run folder, whose own copy of the list is read in its place if there is one.
@@ -74,14 +74,14 @@ def open_remaining(data: str | Path, exclude: str, run: Path | None = None) -> S
         InputError: the data or the list cannot be read, the data has none of the list's paths, or the list leaves
             nothing of a split.
     """
-    source = open_source(data)
+    source = open_dataset(data)
     if not exclude:
         return source
     path = run / EXCLUDED if run and (run / EXCLUDED).exists() else Path(exclude)
     return leave_out(source, paths_in(read_list(path), str(path)), exclude)
 
 
-def leave_out(source: Source, paths: set[str], exclude: str) -> Remaining:
+def leave_out(source: Dataset, paths: set[str], exclude: str) -> Remaining:
     """A source without the images of some paths; `exclude` is what messages call these.
 
     Raises:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import Source, classes_in, quoted
+from tokenfusion.data.sources import Dataset, classes_in, quoted
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv
 
@@ -53,7 +53,7 @@ class Images:
     labels: Tensor
     """int64 (N,); of multi-label data bool (N, K)."""
     names: list[str]
-    source: Source | None
+    source: Dataset | None
     """What to decode from; None when the cache holds everything."""
     indices: np.ndarray
     """int64 (N,): which of the source's images these are."""
@@ -95,7 +95,7 @@ class Images:
         return image
 
 
-def unread_images(source: Source, indices: np.ndarray, max_pixels: int) -> Images:
+def unread_images(source: Dataset, indices: np.ndarray, max_pixels: int) -> Images:
     """Images that nobody has looked at yet, for there are too many: each is decoded whenever it is wanted."""
     return Images(
         labels=torch.from_numpy(source.labels[indices]),
@@ -110,7 +110,7 @@ def unread_images(source: Source, indices: np.ndarray, max_pixels: int) -> Image
 
 
 def read_images(
-    source: Source,
+    source: Dataset,
     indices: Sequence[int] | np.ndarray,
     *,
     max_pixels: int,
@@ -166,7 +166,7 @@ def read_images(
     return images, skipped
 
 
-def sample_images(source: Source, indices: np.ndarray, count: int, *, max_pixels: int, cache_bytes: int) -> Images:
+def sample_images(source: Dataset, indices: np.ndarray, count: int, *, max_pixels: int, cache_bytes: int) -> Images:
     """Some of many images, to measure how fast these come: kept in memory where all of them would be.
 
     They are spread evenly or, in shards, the first ones: few shards are fetched, and none is looked at before.
@@ -185,7 +185,7 @@ def sample_images(source: Source, indices: np.ndarray, count: int, *, max_pixels
 
 
 def decode_ahead(
-    source: Source, indices: Sequence[int] | np.ndarray, max_pixels: int
+    source: Dataset, indices: Sequence[int] | np.ndarray, max_pixels: int
 ) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
     """Decode by a few threads, in order, only so far ahead that few images wait in memory."""
 

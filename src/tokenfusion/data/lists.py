@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenfusion.data.sources import SPLITS, Files, Source, printable, read_file
+from tokenfusion.data.sources import SPLITS, Dataset, Files, printable, read_file
 from tokenfusion.errors import InputError
 
 COLUMNS = "path,label[,split][,weight], or labels (a|b) in place of label"
@@ -33,7 +33,7 @@ class Listed(Files):
         return read_file(os.path.join(self.root, self.paths[index]))
 
 
-def open_list(path: Path) -> Source:
+def open_list(path: Path) -> Dataset:
     """Open a CSV with columns `path,label[,split][,weight]`, or a JSONL with such fields; paths start at its folder.
 
     With `labels` in place of `label` the data is multi-label: `a|b` in a CSV, a list in a JSONL, empty for none.

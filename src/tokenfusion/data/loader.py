@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import Dataset as TorchDataset
 
 from tokenfusion.data.ahead import Ahead
 from tokenfusion.data.decode import UnreadableImage
@@ -151,7 +152,7 @@ def eval_batches(
         end_workers(iterator)
 
 
-class AugmentedImages(Dataset[Batch]):
+class AugmentedImages(TorchDataset[Batch]):
     """A batch of images at once, each augmented by randomness of its own."""
 
     def __init__(self, images: Images, augment: Augment, seed: int) -> None:
@@ -207,7 +208,7 @@ def stand_ins(indices: list[int], unreadable: dict[int, str]) -> list[int]:
     return following[::-1]
 
 
-class ResizedImages(Dataset[Batch]):
+class ResizedImages(TorchDataset[Batch]):
     """A batch of images at once, as a model is evaluated on them."""
 
     def __init__(self, images: Images, preprocess: Preprocess) -> None:

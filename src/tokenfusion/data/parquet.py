@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import SPLITS, Files, Source, describe_ignored, printable, quoted
+from tokenfusion.data.sources import SPLITS, Dataset, Files, describe_ignored, printable, quoted
 from tokenfusion.errors import InputError
 
 CACHE_BYTES = 256 * 2**20
@@ -93,7 +93,7 @@ class Layout:
     names: tuple[str, ...]
 
 
-def open_parquet(root: Path, files: list[str], others: Sequence[str] = ()) -> Source:
+def open_parquet(root: Path, files: list[str], others: Sequence[str] = ()) -> Dataset:
     """Open Parquet files, given relative to `root`; their names tell the splits. Other files there are ignored."""
     layouts: dict[Layout, str] = {}
     groups: list[tuple[Path, int]] = []

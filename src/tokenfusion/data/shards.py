@@ -31,7 +31,7 @@ from tokenfusion.data.remote import (
     read_small,
     without_secrets,
 )
-from tokenfusion.data.sources import MAX_FILE_BYTES, Files, Source, printable, quoted
+from tokenfusion.data.sources import MAX_FILE_BYTES, Dataset, Files, printable, quoted
 from tokenfusion.data.trees import refuse_damage
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
@@ -126,7 +126,7 @@ class Shards(Files):
             )
 
 
-def open_shards(data: str) -> Source:
+def open_shards(data: str) -> Dataset:
     """Open shards given as a pattern, a folder or a single one; see `find_files`. Their names tell the splits.
 
     Raises:

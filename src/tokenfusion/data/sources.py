@@ -1,4 +1,4 @@
-"""Where labelled images come from: one small class per kind of data, and `open_source` to choose it."""
+"""Where labelled images come from: one small class per kind of data, and `open_dataset` to choose it."""
 
 import difflib
 import os
@@ -31,7 +31,7 @@ KINDS = (
 
 
 @dataclass(eq=False, kw_only=True)
-class Source(ABC):
+class Dataset(ABC):
     """Labelled images that can be decoded one by one, in any order and from any thread or process.
 
     Raises:
@@ -139,7 +139,7 @@ class Source(ABC):
                 )
 
 
-class Files(Source):
+class Files(Dataset):
     """Images that are files, in whatever container: what is left to say is how to get at the bytes."""
 
     @abstractmethod
@@ -151,7 +151,7 @@ class Files(Source):
 
 
 @dataclass(eq=False, kw_only=True)
-class Digits(Source):
+class Digits(Dataset):
     """Scikit-learn's 1,797 handwritten digits of 8×8 pixels: real scans that ship in its wheel."""
 
     pixels: Tensor
@@ -164,7 +164,7 @@ class Digits(Source):
         return self.pixels[index].expand(3, -1, -1)
 
 
-def open_digits() -> Source:
+def open_digits() -> Dataset:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -179,7 +179,7 @@ def open_digits() -> Source:
     )
 
 
-def open_source(data: str | Path) -> Source:
+def open_dataset(data: str | Path) -> Dataset:
     """Open labelled images of any supported kind; their pixels are read later, when they are decoded.
 
     Args:
@@ -238,7 +238,7 @@ def classes_in(labels: np.ndarray) -> set[int]:
     return set((np.flatnonzero(labels.any(0)) if labels.ndim == 2 else np.unique(labels)).tolist())
 
 
-def held_out_name(source: Source) -> str | None:
+def held_out_name(source: Dataset) -> str | None:
     """The split that training is judged on: `val` if the data has one, else `test`, else None."""
     return next((name for name in ("val", "test") if name in source.splits), None)
 
@@ -261,7 +261,7 @@ def read_file(path: str | Path) -> bytes:
 
 
 def describe_ignored(files: Iterable[str]) -> dict[str, Any]:
-    """What a Source tells of ignored files; one of each ending in each top folder is named, hidden ones last."""
+    """What a Dataset tells of ignored files; one of each ending in each top folder is named, hidden ones last."""
     ordered = sorted(map(printable, files), key=lambda file: os.path.basename(file).startswith("."))
     kinds: dict[tuple[str, str], str] = {}
     for file in ordered:

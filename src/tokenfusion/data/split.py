@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenfusion.data.sources import Source, held_out_name
+from tokenfusion.data.sources import Dataset, held_out_name
 from tokenfusion.data.stratify import stratified
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv
@@ -20,7 +20,7 @@ class Split:
     val: np.ndarray
 
 
-def choose_split(source: Source, val_fraction: float, seed: int) -> Split:
+def choose_split(source: Dataset, val_fraction: float, seed: int) -> Split:
     """The data's own split into training and held-out images, or else one drawn class by class.
 
     Multi-label data is drawn so that each class is held out in about the same share (see `data/stratify.py`).
@@ -61,7 +61,7 @@ def choose_split(source: Source, val_fraction: float, seed: int) -> Split:
     return Split(np.setdiff1d(candidates, chosen), chosen)
 
 
-def hold_out_shards(source: Source, shards: np.ndarray, val_fraction: float, seed: int) -> Split:
+def hold_out_shards(source: Dataset, shards: np.ndarray, val_fraction: float, seed: int) -> Split:
     """Hold out whole shards, at least one, so that validation fetches those alone.
 
     Raises:
@@ -78,7 +78,7 @@ def hold_out_shards(source: Source, shards: np.ndarray, val_fraction: float, see
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
 
 
-def require_images(source: Source, candidates: np.ndarray, least: int) -> None:
+def require_images(source: Dataset, candidates: np.ndarray, least: int) -> None:
     """Refuse a class with fewer than `least` images to train on."""
     labels = source.labels[candidates]
     counts = labels.sum(0) if source.multi_label else np.bincount(labels, minlength=len(source.classes))
@@ -91,12 +91,12 @@ def require_images(source: Source, candidates: np.ndarray, least: int) -> None:
             )
 
 
-def header_of(source: Source) -> list[str]:
+def header_of(source: Dataset) -> list[str]:
     """The columns of split.csv."""
     return ["path", "labels" if source.multi_label else "label", "split"]
 
 
-def write_split(path: Path, source: Source, split: Split) -> None:
+def write_split(path: Path, source: Dataset, split: Split) -> None:
     """Write which split each image is in as a CSV `path,label,split`; images in neither have an empty one.
 
     Of multi-label data the column is `labels`, with `|` between them.
@@ -107,7 +107,7 @@ def write_split(path: Path, source: Source, split: Split) -> None:
     write_csv(path, header_of(source), zip(source.names, labels, names, strict=True))
 
 
-def read_split(path: Path, source: Source) -> Split:
+def read_split(path: Path, source: Dataset) -> Split:
     """Read what `write_split` wrote for the same images.
 
     Raises:

@@ -15,8 +15,8 @@ from tokenfusion.data.decode import EXTENSIONS, UnreadableImage
 from tokenfusion.data.sources import (
     MAX_FILE_BYTES,
     SPLITS,
+    Dataset,
     Files,
-    Source,
     describe_ignored,
     printable,
     read_file,
@@ -89,7 +89,7 @@ class Tree:
     ignored: list[str] = field(default_factory=list)
 
     def as_source(self, where: Path) -> dict[str, Any]:
-        """The arguments that every kind of Source takes."""
+        """The arguments that every kind of Dataset takes."""
         return {
             "where": str(where),
             "classes": tuple(map(printable, self.classes)),
@@ -100,7 +100,7 @@ class Tree:
         }
 
 
-def open_folder(root: Path, files: list[str], folders: list[str]) -> Source:
+def open_folder(root: Path, files: list[str], folders: list[str]) -> Dataset:
     """Open a folder whose files and folders, relative to it, are known from `walk`."""
     tree = read_tree(files, folders)
     loose = sum("/" not in file and is_image(file) for file in files)
@@ -192,7 +192,7 @@ def identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def open_tar(path: Path) -> Source:
+def open_tar(path: Path) -> Dataset:
     """Open a tar of a class-folder tree, with or without one folder around it; nothing is extracted to the disk."""
     try:
         try:
@@ -203,14 +203,14 @@ def open_tar(path: Path) -> Source:
         raise InputError(f"{path}: not a tar, or a damaged one ({error}); pack it again, or unpack it") from error
 
 
-def open_plain_tar(path: Path) -> Source:
+def open_plain_tar(path: Path) -> Dataset:
     with tarfile.open(path, "r:") as tar:
         members = read_members(tar, lambda member: member.offset_data)
         refuse_damage(path, tar)
     return Tar(**members.as_source(path), archive=path)
 
 
-def open_compressed_tar(path: Path) -> Source:
+def open_compressed_tar(path: Path) -> Dataset:
     data = bytearray()
 
     def keep(member: tarfile.TarInfo) -> int:

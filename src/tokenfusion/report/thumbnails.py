@@ -8,7 +8,7 @@ from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import open_source
+from tokenfusion.data.sources import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.report.page import Thumbnails
@@ -31,7 +31,7 @@ def thumbnails_of(run: Path) -> Thumbnails:
         data = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["data"]
         max_pixels = Recipe(**load_recipe(run / "recipe.toml")).max_pixels
         try:
-            source = open_source(data)
+            source = open_dataset(data)
         except InputError:  # moved away since: the report says so in place of each picture
             return {}
         places = {name: index for index, name in enumerate(source.names)}

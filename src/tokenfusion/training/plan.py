@@ -1,0 +1,199 @@
+"""What a run would take: counted from its data, and measured in a few training steps; nothing is written."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from time import perf_counter
+
+import numpy as np
+
+from tokenfusion.data.exclude import open_remaining
+from tokenfusion.data.images import sample_images
+from tokenfusion.data.loader import TrainLoader
+from tokenfusion.data.sources import Dataset
+from tokenfusion.data.split import choose_split
+from tokenfusion.data.transforms import Augment
+from tokenfusion.errors import InputError
+from tokenfusion.hardware import available_mb, default_device, hardware_name, resolve_precision
+from tokenfusion.recipe import AUTO, Recipe
+from tokenfusion.training.auto import Say, choose_batch_size, more_than_there_are
+from tokenfusion.training.distributed import Place
+from tokenfusion.training.ending import MAX_EPOCHS
+from tokenfusion.training.faults import OutOfMemory
+from tokenfusion.training.probe import open_probe
+from tokenfusion.words import counted, duration
+
+STEPS = 4
+"""Training steps that are measured."""
+SAMPLE = 64
+"""Images that are read to measure the loader."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        model, data: as in Recipe.
+        hardware, precision: what was measured on, and in what arithmetic.
+        processes: that would train together; a batch is divided among them.
+        classes, training_images, held_out_images: of the data, readable or not.
+        batch_size, accumulate: images per optimiser step of all processes, and the parts each computes its share in.
+        steps_per_epoch, epochs, steps: optimiser steps; with `epochs` auto the most there may be.
+        step_seconds: of a process's share of a step, measured without the exchange of gradients.
+        loading_images_per_s: read and augmented by one process.
+        images_per_s: of all processes, loading included.
+        hours: of all steps, loading included; evaluation is not.
+        peak_memory_mb: MiB of one process, without images kept in memory.
+        available_mb: MiB that could be had now; None where that is not known.
+        checkpoint_mb: MiB of a checkpoint.
+    """
+
+    model: str
+    data: str
+    hardware: str
+    precision: str
+    processes: int
+    classes: int
+    training_images: int
+    held_out_images: int
+    batch_size: int
+    accumulate: int
+    steps_per_epoch: int
+    epochs: int
+    steps: int
+    step_seconds: float
+    loading_images_per_s: float
+    images_per_s: float
+    hours: float
+    peak_memory_mb: float
+    available_mb: float | None
+    checkpoint_mb: float
+
+
+def plan(recipe: Recipe, say: Say) -> Plan:
+    """Count the steps of a run, and measure one.
+
+    Args:
+        recipe: what would be trained; under torchrun or SLURM, by as many processes as were started.
+        say: told what `batch_size` auto tries and chooses, and what is not as the recipe has it.
+
+    Raises:
+        InputError: the recipe or its data cannot be used, or a step does not fit into memory.
+    """
+    place = Place.of(os.environ)
+    processes = place.size if place else 1
+    source = open_remaining(recipe.data, recipe.exclude)
+    split = choose_split(source, recipe.val_fraction, recipe.seed)
+    images, classes = len(split.train), len(source.classes)
+    if "batch_size" in recipe.autos:
+        recipe = choose_batch_size(recipe, classes, images, say)
+    batch_size = recipe.batch_size_for(images, processes)
+    if batch_size > images:
+        say(more_than_there_are(batch_size, images))
+        batch_size = images
+    if "lr" in recipe.autos:
+        say("lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top")
+    available = available_mb(default_device())
+    with open_probe(recipe, classes, STEPS) as probe:
+        try:
+            cost = probe.measure(batch_size // processes)
+        except OutOfMemory as error:
+            raise InputError(
+                f"a batch of {batch_size // processes} images does not fit into memory ({error}); give a smaller "
+                "--batch-size, or more --accumulate"
+            ) from error
+    loading = loading_rate(recipe, source, split.train, cost.img_size)
+    load_seconds = batch_size / processes / loading
+    seconds = max(cost.seconds, load_seconds / recipe.workers) if recipe.workers else cost.seconds + load_seconds
+    epochs = MAX_EPOCHS if recipe.epochs == AUTO else recipe.epochs
+    steps_per_epoch = images // batch_size
+    return Plan(
+        model=recipe.model,
+        data=recipe.data,
+        hardware=hardware_name(default_device()),
+        precision=resolve_precision(recipe.precision, default_device()),
+        processes=processes,
+        classes=classes,
+        training_images=images,
+        held_out_images=len(split.val),
+        batch_size=batch_size,
+        accumulate=recipe.accumulate,
+        steps_per_epoch=steps_per_epoch,
+        epochs=epochs,
+        steps=epochs * steps_per_epoch,
+        step_seconds=cost.seconds,
+        loading_images_per_s=loading,
+        images_per_s=batch_size / seconds,
+        hours=epochs * steps_per_epoch * seconds / 3600,
+        peak_memory_mb=cost.peak_memory_mb,
+        available_mb=available,
+        checkpoint_mb=cost.checkpoint_mb,
+    )
+
+
+def loading_rate(recipe: Recipe, source: Dataset, training: np.ndarray, img_size: tuple[int, int]) -> float:
+    """Images per second that one process reads and augments, measured on a few of them.
+
+    Where all would fit into the recipe's cache, reading is not counted, as it is done once.
+    """
+    limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
+    images = sample_images(source, training, SAMPLE, **limits)
+    augment = Augment.of(recipe, img_size)
+    loader = TrainLoader(images, augment, batch_size=len(images), seed=recipe.seed, workers=0)
+    for _ in loader.epoch(0):  # what is slow the first time
+        pass
+    start = perf_counter()
+    for _ in loader.epoch(1):
+        pass
+    return len(images) / (perf_counter() - start)
+
+
+def print_plan(recipe: Recipe, as_json: bool, write: Say, say: Say) -> None:
+    """What `train --dry-run` prints; of several processes the first one measures, and speaks for all.
+
+    Args:
+        recipe: what would be trained.
+        as_json: whether to print JSON rather than lines to read.
+        write, say: print the plan, and what is said on the way.
+    """
+    place = Place.of(os.environ)
+    if place and place.rank:
+        return
+    planned = plan(recipe, say)
+    if as_json:
+        write(json.dumps(asdict(planned), indent=2, ensure_ascii=False))
+        return
+    for name, value in plan_table(planned, epochs_auto="epochs" in recipe.autos):
+        write(f"{name:<13} {value}")
+
+
+def plan_table(planned: Plan, epochs_auto: bool) -> list[tuple[str, str]]:
+    """A plan as names and values to read.
+
+    Args:
+        planned: what is told.
+        epochs_auto: whether its epochs are a ceiling only.
+    """
+    share = planned.batch_size // planned.processes
+    batch = f"{counted(planned.batch_size, 'image')} a step"
+    if planned.processes > 1:
+        batch += f": {share:,} in each of {planned.processes} processes"
+    if planned.accumulate > 1:
+        batch += f", in {planned.accumulate} parts"
+    at_most = "at most " * epochs_auto
+    images = f"{planned.training_images:,} training and {planned.held_out_images:,} held-out"
+    epochs, took = counted(planned.epochs, "epoch"), duration(planned.hours * 3600)
+    available = "unknown" if planned.available_mb is None else f"{planned.available_mb:,.0f} MB"
+    return [
+        ("model", planned.model),
+        ("hardware", f"{planned.hardware}, {planned.precision}"),
+        ("images", f"{images} of {counted(planned.classes, 'class')}"),
+        ("batch", batch),
+        ("steps", f"{planned.steps_per_epoch:,} an epoch, {at_most}{epochs}, {planned.steps:,} in all"),
+        ("a step", f"{planned.step_seconds:.3g} s measured, without loading and without exchanging gradients"),
+        ("loading", f"{planned.loading_images_per_s:,.0f} images/s by one process"),
+        ("training", f"{planned.images_per_s:,.1f} images/s, {at_most}{took} without evaluation"),
+        ("memory", f"{planned.peak_memory_mb:,.0f} MB at most measured, {available} available; kept images add to it"),
+        ("a checkpoint", f"{planned.checkpoint_mb:,.1f} MB"),
+    ]

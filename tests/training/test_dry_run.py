@@ -1,0 +1,100 @@
+"""The dry run, and the recipes that it is for."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from runs import small_recipe
+from tokenfusion import InputError, Recipe
+from tokenfusion.checkpoint import load_tensors
+from tokenfusion.models import list_models
+from tokenfusion.recipe import AUTO, load_recipe
+from tokenfusion.training.ending import MAX_EPOCHS
+from tokenfusion.training.plan import plan, plan_table
+
+ROOT = Path(__file__).parents[2]
+IMAGENET = sorted((ROOT / "recipes").glob("imagenet_*.toml"))
+
+
+@pytest.fixture(scope="module")
+def planned():
+    said = []
+    return plan(small_recipe(epochs=4), said.append)
+
+
+def test_a_plan_counts_what_a_run_does_and_weighs_what_it_writes(planned, trained):
+    """`trained` is the run of that recipe."""
+    tensors, progress = load_tensors(trained / "state" / "last.safetensors")
+    assert (planned.training_images, planned.held_out_images, planned.classes) == (1438, 359, 10)
+    assert (planned.steps_per_epoch, planned.steps) == (11, progress["step"])
+    assert planned.checkpoint_mb * 2**20 == pytest.approx(sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def test_a_plans_numbers_follow_from_each_other(planned):
+    seconds = planned.step_seconds + 128 / planned.loading_images_per_s  # no workers: one after the other
+    assert planned.images_per_s == pytest.approx(128 / seconds)
+    assert planned.hours == pytest.approx(44 * seconds / 3600)
+    assert planned.peak_memory_mb > planned.checkpoint_mb
+
+
+def test_processes_share_the_batch_and_an_open_end_is_a_ceiling(monkeypatch):
+    for name, value in {
+        "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    planned = plan(small_recipe(epochs=AUTO, accumulate=2), print)
+    assert (planned.processes, planned.batch_size, planned.epochs) == (4, 128, MAX_EPOCHS)
+    lines = dict(plan_table(planned, epochs_auto=True))
+    assert lines["batch"] == "128 images a step: 32 in each of 4 processes, in 2 parts"
+    assert lines["steps"] == "11 an epoch, at most 300 epochs, 3,300 in all"
+
+
+def test_a_plan_says_what_is_not_as_the_recipe_has_it():
+    said = []
+    planned = plan(small_recipe(batch_size=100_000, lr=AUTO), said.append)
+    assert said == [
+        "batch_size=100000 is more than the images there are: a step takes all 1,438",
+        "lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top",
+    ]
+    assert (planned.batch_size, planned.steps_per_epoch) == (1438, 1)
+
+
+@pytest.mark.parametrize(("hours", "words"), [(40 / 3600, "40 s"), (0.02, "1 min 12 s"), (3.2, "3 h 12 min")])
+def test_a_plan_says_a_time_as_a_person_does(planned, hours, words):
+    table = dict(plan_table(replace(planned, hours=hours, epochs=1), epochs_auto=False))
+    assert f", {words} without evaluation" in table["training"]
+    assert ", 1 epoch, " in table["steps"]
+
+
+def test_the_command_prints_a_plan_and_writes_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("train", "digits", "--img-size", 8, "--dry-run")
+    status, output, _ = command(*words, "--json")
+    assert status == 0
+    assert json.loads(output)["steps"] == 22 * 40  # of the preset
+    assert list(tmp_path.iterdir()) == []
+    status, _, errors = command("train", "digits", "--json", "--out", tmp_path / "run")
+    assert (status, "give --dry-run with it" in errors) == (2, True)
+
+
+def test_a_model_that_cannot_be_built_is_refused_by_name():
+    with pytest.raises(InputError, match="nothing"):
+        plan(small_recipe(model="nothing"), print)
+
+
+def test_there_is_a_recipe_for_each_paper():
+    papers = ("crossvit", "deepvit", "cmt", "tokenfusion")
+    assert {path.name.split("_")[1] for path in IMAGENET} == set(papers)
+
+
+@pytest.mark.parametrize("path", IMAGENET, ids=lambda path: path.stem)
+def test_a_recipe_for_imagenet_names_its_command_and_its_sources(path):
+    recipe, text = Recipe(**load_recipe(path)), path.read_text()
+    assert recipe.model in list_models()
+    assert f"--recipe recipes/{path.name}" in text
+    assert re.search(r"arXiv \d{4}\.\d{5}", text)
+    assert "not trained here" in text or "not yet trained" in text
+    assert recipe.batch_size % 8 == 0
