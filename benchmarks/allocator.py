@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import tokenfusion
-from common import describe
+from common import environment
 from tokenfusion.files import write_json
 from tokenfusion.hardware import autocast, default_device, keep_freed_memory
 
@@ -63,7 +63,7 @@ def main() -> None:
     if options.child:
         print(json.dumps(measure(options.child == "kept")))
         return
-    result: dict[str, Any] = describe()
+    result: dict[str, Any] = environment()
     rows: dict[str, list[dict[str, float]]] = {"default": [], "kept": []}
     for _ in range(options.repetitions):
         for name, measured in rows.items():

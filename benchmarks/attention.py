@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common import describe, time_in_turns, with_backward
+from common import environment, time_in_turns, with_backward
 from tokenfusion.files import write_json
 from tokenfusion.layers.attend import attention_map
 
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
     ways = {"fused": F.scaled_dot_product_attention, "plain": plain}
-    result: dict[str, Any] = {**describe(), "unit": "ms per call, median", "results": []}
+    result: dict[str, Any] = {**environment(), "unit": "ms per call, median", "results": []}
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES:
             batch, heads, tokens, width = shape

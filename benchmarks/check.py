@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from common import describe
+from common import environment
 from tokenfusion.data.sources import Dataset, Files, open_dataset
 from tokenfusion.files import write_json
 
@@ -199,7 +199,7 @@ def main() -> None:
     if not SPREAD <= arguments.images <= len(source):
         parser.error(f"--images {arguments.images}: {arguments.data} has {len(source)}; give {SPREAD} to {len(source)}")
     planted_of_each = min(PLANTED, arguments.images // SPREAD)
-    result = {**describe(), "images": arguments.images, "planted_of_each_kind": planted_of_each}
+    result = {**environment(), "images": arguments.images, "planted_of_each_kind": planted_of_each}
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch) / "data", Path(scratch) / "found"
         written = copy(source, arguments.images, folder)

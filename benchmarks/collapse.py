@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from common import describe
+from common import environment
 from tokenfusion import create_model
 from tokenfusion.analyze.collapse import measure_collapse
 from tokenfusion.files import write_json
@@ -85,7 +85,7 @@ def main() -> None:
     if options.peak_of:
         print(analyse_once(options.peak_of))
         return
-    result = describe() | {"images": options.num_images, "unit": "seconds", **compare(options.num_images)}
+    result = environment() | {"images": options.num_images, "unit": "seconds", **compare(options.num_images)}
     result["peak memory, MiB"] = {name: peak_mb(name) for name in MEMORY_OF}
     print(result)
     if options.out:

@@ -21,7 +21,7 @@ from tokenfusion.hardware import default_device, hardware_name
 from tokenfusion.recipe import Recipe, load_recipe
 
 
-def describe() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Command, hardware and versions, for the head of a result."""
     packages = ("torch", "torchvision", "timm", "pillow", "pyarrow")
     return {

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 
-from common import describe, train_on
+from common import environment, train_on
 from tokenfusion import training
 from tokenfusion.analyze.collapse import analyze_collapse
 from tokenfusion.analyze.intervals import share_interval
@@ -140,7 +140,7 @@ def main() -> None:
     torch.set_num_threads(1)
     subset = options.runs / f"images-{options.images}"
     recipe = replace(RECIPE, epochs=options.epochs, data=str(subset))
-    result = describe() | {"dim": options.dim, "epochs": options.epochs, "images": options.images, "model": VIT}
+    result = environment() | {"dim": options.dim, "epochs": options.epochs, "images": options.images, "model": VIT}
     result |= {"looked_at": LOOKED_AT, "recipe": asdict(recipe) | {"data": subset.name}, "rows": [], "differences": []}
     models = register(options.depths, options.dim)
     choose_subset(options.data, options.images, subset)

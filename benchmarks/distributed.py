@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import describe
+from common import environment
 from tokenfusion import create_model
 from tokenfusion.files import write_json
 
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of each process")
     options = parser.parse_args()
-    head = describe()
+    head = environment()
     rates: dict[str, list[float]] = {name: [] for name in WAYS}
     for turn in range(options.turns):
         for name in list(WAYS) if turn % 2 == 0 else list(reversed(WAYS)):

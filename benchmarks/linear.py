@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from common import describe, time_in_turns, with_backward
+from common import environment, time_in_turns, with_backward
 from tokenfusion.files import write_json
 from tokenfusion.layers.linear import OneDNNLinear
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
     ways = {"PyTorch": F.linear, "oneDNN": OneDNNLinear.apply}
-    result: dict[str, Any] = {**describe(), "unit": "ms per call, median", "results": []}
+    result: dict[str, Any] = {**environment(), "unit": "ms per call, median", "results": []}
     for rows, inputs, outputs in SHAPES:
         frozen = [torch.randn(rows, inputs), torch.randn(outputs, inputs), torch.randn(outputs)]
         learning = [tensor.clone().requires_grad_() for tensor in frozen]

@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
-from common import describe
+from common import environment
 from tokenfusion.data.images import read_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.sources import Dataset, open_dataset
@@ -187,7 +187,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the cores are the workers'; this process does nothing but receive
     keep_freed_memory()  # as training does; timm's batches are allocated in the same process and gain as much
     result: dict[str, Any] = {
-        **describe(),
+        **environment(),
         "batch_size": BATCH_SIZE,
         "crop_scale": CROP_SCALE,
         "hflip": HFLIP,

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import describe
+from common import environment
 from tokenfusion.files import write_json
 
 RATES = (1e-3, 2e-3, 6e-3)
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
-    result: dict[str, Any] = {**describe(), "model": options.model, "epochs": options.epochs, "results": []}
+    result: dict[str, Any] = {**environment(), "model": options.model, "epochs": options.epochs, "results": []}
     for optimizer in OPTIMIZERS:
         for rate in RATES:
             for seed in range(options.seeds):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import describe, time_in_turns
+from common import environment, time_in_turns
 from tokenfusion import load_weights
 from tokenfusion.files import write_json
 from tokenfusion.hardware import autocast, default_device, keep_freed_memory
@@ -118,7 +118,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     parser.add_argument("--repetitions", type=int, default=9, help="turns of inference; training takes a third")
     options = parser.parse_args()
-    result: dict[str, Any] = {**describe(), "pairs' unit": "ms per call, median", "alone's unit": "images per second"}
+    result: dict[str, Any] = {
+        **environment(),
+        "pairs' unit": "ms per call, median",
+        "alone's unit": "images per second",
+    }
     result["official code on another machine, for scale: images per second"] = OFFICIAL_ON_ANOTHER_MACHINE
     pairs = load_pairs()
     result["pairs"] = [

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import Block as TimmBlock
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from common import describe, time_in_turns
+from common import environment, time_in_turns
 from tokenfusion.files import write_json
 from tokenfusion.hardware import autocast, default_device, keep_freed_memory
 from tokenfusion.layers.attend import SelfAttention
@@ -68,7 +68,7 @@ def main() -> None:
         "CNN": ({"ours": ours, "timm": timm_trunk()}, images),
         "transformer": ({"ours": Block(64, SelfAttention(64, 2), 2.0), "timm": TimmBlock(64, 2, 2.0, True)}, tokens),
     }
-    result: dict[str, Any] = {**describe(), "unit": "ms for a batch of 128, median", "results": []}
+    result: dict[str, Any] = {**environment(), "unit": "ms for a batch of 128, median", "results": []}
     for part, (models, inputs) in pairs.items():
         placed = {name: model.to(memory_format=torch.channels_last) for name, model in models.items()}
         row: dict[str, Any] = {"part": part, "macs": {name: macs(model, inputs) for name, model in placed.items()}}

@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from common import describe, time_in_turns
+from common import environment, time_in_turns
 from tokenfusion.files import write_json
 from tokenfusion.hardware import autocast, default_device, keep_freed_memory
 from tokenfusion.models.deepvit import BatchNormMixing, ReAttention, by_head
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     options = parser.parse_args()
     device = default_device()
-    result: dict[str, Any] = {**describe(), "unit": "ms per call, median", "results": []}
+    result: dict[str, Any] = {**environment(), "unit": "ms per call, median", "results": []}
     ours = ReAttention(DIM, HEADS, BatchNormMixing(HEADS)).to(device)
     ways = {"plain": PlainReAttention(ours), "ours": ours, "second moments": by_second_moments(ours)}
     check({name: copy.deepcopy(way).cpu() for name, way in ways.items()})

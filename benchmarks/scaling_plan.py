@@ -19,7 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from common import describe
+from common import environment
 from tokenfusion.files import write_json
 from tokenfusion.models import create_model
 from tokenfusion.models.cost import count_macs
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     options = parser.parse_args()
     measured = {run["model"]: run for run in (json.loads(path.read_text()) for path in options.measured)}
-    result = describe() | {"peak_tflops": options.peak_tflops, "utilisation": UTILISATION, "gbit": options.gbit}
+    result = environment() | {"peak_tflops": options.peak_tflops, "utilisation": UTILISATION, "gbit": options.gbit}
     result |= {"images": IMAGES, "loader_images_per_s_of_a_worker": loader_rate(), "overhead": overhead(), "rows": []}
     for name in RECIPES:
         recipe = Recipe(**load_recipe(ROOT / "recipes" / f"imagenet_{name}.toml"))

@@ -16,7 +16,7 @@ import time
 import tomllib
 from pathlib import Path
 
-from common import describe
+from common import environment
 from tokenfusion.files import write_json
 
 
@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     options, extra = parser.parse_known_args()
 
-    result = describe()  # before anything loads the machine
+    result = environment()  # before anything loads the machine
     command = [
         sys.executable,
         "-m",

@@ -17,7 +17,7 @@ from statistics import fmean
 
 from rich.console import Console
 
-from common import describe, train_on
+from common import environment, train_on
 from tokenfusion.compare.contenders import slug
 from tokenfusion.compare.ensemble import evaluate_mean, is_up_to_date
 from tokenfusion.evaluate import evaluate
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=["layerwise", "late"])
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     options = parser.parse_args()
-    result = describe()  # before anything loads the machine
+    result = environment()  # before anything loads the machine
     recipe = Recipe(**load_recipe(options.recipe), data=str(options.data.resolve()))
     epochs = recipe.epochs
     macs = {name: count_macs(name) for name in (CNN, VIT)}

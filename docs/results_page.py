@@ -16,11 +16,11 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from tokenfusion.compare.display import comparison_table, gaps, methods
+from tokenfusion.formatting import counted
 from tokenfusion.metrics import t_interval
 from tokenfusion.report.comparison_plots import plot_cost
 from tokenfusion.report.plots import GRID, HELD_OUT, STYLE, TRAIN, standalone, to_svg
 from tokenfusion.report.verdict import fusion_against_others, headline
-from tokenfusion.words import counted
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"

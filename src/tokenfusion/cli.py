@@ -16,10 +16,10 @@ from tokenfusion.analyze.cli import AsJson, counting, explain
 from tokenfusion.analyze.cli import app as analyze
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
+from tokenfusion.formatting import counted
 from tokenfusion.options import HelpWithAutos, autos, in_words, recipe_values, shown_default, whole_numbers
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
-from tokenfusion.words import counted
 
 # a pipe or a file gets whole lines, however long
 console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)

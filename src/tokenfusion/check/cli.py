@@ -41,8 +41,8 @@ def check(
     """
     from tokenfusion.check.checkup import check_data, free_run
     from tokenfusion.check.report import summarise
+    from tokenfusion.formatting import counted
     from tokenfusion.recipe import Recipe
-    from tokenfusion.words import counted
 
     height, width = Recipe(img_size=img_size).img_size
     with stages() as progress:

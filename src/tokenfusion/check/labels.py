@@ -15,7 +15,7 @@ from torch.nn.functional import avg_pool2d
 
 from tokenfusion.check.align import slopes
 from tokenfusion.check.duplicates import gray
-from tokenfusion.words import counted
+from tokenfusion.formatting import counted
 
 MAX_JUDGED = 20_000
 """Most images whose labels are judged, an even sample of all."""

@@ -10,9 +10,9 @@ from tokenfusion.check.crop import MANY
 from tokenfusion.check.duplicates import MAX_IMAGES
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.sources import Dataset
+from tokenfusion.formatting import counted
 from tokenfusion.report.page import percent, write_page
 from tokenfusion.report.thumbnails import SIDE, shrink
-from tokenfusion.words import counted
 
 MAX_PICTURES = 24
 """Groups of duplicates, and disputes, that are shown as pictures at most."""

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from tokenfusion.compare.plan import Comparison
-from tokenfusion.words import counted
+from tokenfusion.formatting import counted
 
 
 class Display:

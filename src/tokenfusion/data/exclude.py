@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenfusion.data.sources import Dataset, open_dataset, quoted
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_bytes
-from tokenfusion.words import counted
+from tokenfusion.formatting import counted
 
 EXCLUDED = "excluded.csv"
 """A run's own copy of its list: the run needs the file that was given no more."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenfusion.data.decode import UnreadableImage, decode_image
 from tokenfusion.errors import InputError
-from tokenfusion.words import counted
+from tokenfusion.formatting import counted
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """What data calls its parts, in lower case, and what they are called here."""

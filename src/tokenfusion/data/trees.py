@@ -22,7 +22,7 @@ from tokenfusion.data.sources import (
     read_file,
 )
 from tokenfusion.errors import InputError
-from tokenfusion.words import counted
+from tokenfusion.formatting import counted
 
 MEMORY_LIMIT = 4 * 2**30
 """Most bytes of image files that are kept in memory from a compressed tar."""

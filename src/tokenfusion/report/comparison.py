@@ -8,11 +8,11 @@ from typing import Any
 
 from tokenfusion.compare.display import comparison_table, gaps, methods
 from tokenfusion.errors import InputError
+from tokenfusion.formatting import counted
 from tokenfusion.report.kinds import NUMBER, Kinds, check, damaged
 from tokenfusion.report.page import write_page
 from tokenfusion.report.results import read_epochs, read_json
 from tokenfusion.report.verdict import fusion_against_others, headline, rank
-from tokenfusion.words import counted
 
 RESULT: Kinds = (
     dict.fromkeys(("data", "budget", "hardware", "precision"), str)

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenfusion.data.sources import printable
+from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.recipe import AUTO
 from tokenfusion.report.multilabel import describe_multilabel
 from tokenfusion.report.overlays import Overlay, overlays_of
 from tokenfusion.report.page import MAX_MISTAKES, Picture, Thumbnails, percent, picture, pictures_of, write_page
 from tokenfusion.report.results import Prediction, Results, read_results
-from tokenfusion.words import counted, duration
 
 MAX_CONFUSED = 30
 """Classes that the confusion matrix shows at most."""

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+from tokenfusion.formatting import counted
 from tokenfusion.report.page import MAX_MISTAKES, Picture, Thumbnails, percent, pictures_of
 from tokenfusion.report.results import LabelSet, Results
-from tokenfusion.words import counted
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tokenfusion.compare.display import p_text
+from tokenfusion.formatting import counted
 from tokenfusion.report.page import percent
-from tokenfusion.words import counted
 
 FUSED = ("tokenfusion_", "fuse(")
 """How names of fused models begin."""

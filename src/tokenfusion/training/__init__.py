@@ -18,6 +18,7 @@ from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import with_tuned_thresholds
 from tokenfusion.files import write_text
+from tokenfusion.formatting import counted
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models import require_known
 from tokenfusion.recipe import AUTO, FIELDS, Recipe, dump_recipe, load_recipe
@@ -39,7 +40,6 @@ from tokenfusion.training.state import Progress, TrainState, fingerprint
 from tokenfusion.training.unreadable import Unreadable
 from tokenfusion.training.warm_start import refuse_seen, warm_start
 from tokenfusion.training.watch import Measure, Watch, require_measurable
-from tokenfusion.words import counted
 
 __all__ = ["Interrupted", "build", "resume", "start"]
 

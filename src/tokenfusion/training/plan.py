@@ -14,6 +14,7 @@ from tokenfusion.data.sources import Dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
+from tokenfusion.formatting import counted, duration
 from tokenfusion.hardware import available_mb, default_device, hardware_name, resolve_precision
 from tokenfusion.recipe import AUTO, Recipe
 from tokenfusion.training.auto import Say, choose_batch_size, more_than_there_are
@@ -21,7 +22,6 @@ from tokenfusion.training.distributed import Place
 from tokenfusion.training.ending import MAX_EPOCHS
 from tokenfusion.training.faults import OutOfMemory
 from tokenfusion.training.probe import open_probe
-from tokenfusion.words import counted, duration
 
 STEPS = 4
 """Training steps that are measured."""

@@ -11,10 +11,10 @@ from tokenfusion.data.images import Images, Skipped, read_images, require_every_
 from tokenfusion.data.sources import Dataset, held_out_name
 from tokenfusion.data.split import Split, choose_split, read_split, write_split
 from tokenfusion.errors import InputError
+from tokenfusion.formatting import counted
 from tokenfusion.recipe import Recipe
 from tokenfusion.training.distributed import World
 from tokenfusion.training.unreadable import read_file
-from tokenfusion.words import counted
 
 
 def split_of(source: Dataset, recipe: Recipe, run: Path, world: World) -> Split:

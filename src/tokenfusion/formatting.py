@@ -1,4 +1,4 @@
-"""How numbers are put into words."""
+"""Numbers as a person reads them: counts with their nouns, and durations."""
 
 
 def counted(n: int, noun: str) -> str:
