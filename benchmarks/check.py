@@ -29,7 +29,8 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from common import environment
-from tokenfusion.data.sources import Dataset, Files, open_dataset
+from tokenfusion.data.dataset import Dataset, Files
+from tokenfusion.data.open import open_dataset
 from tokenfusion.files import write_json
 
 SIDE = 224

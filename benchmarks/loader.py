@@ -35,10 +35,12 @@ from torch import Tensor
 from torch.utils.data import Dataset as TorchDataset
 
 from common import environment
-from tokenfusion.data.images import read_images
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.decoded import read_images
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.sources import Dataset, open_dataset
-from tokenfusion.data.transforms import Augment, Preprocess
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.files import write_json
 from tokenfusion.hardware import keep_freed_memory
 

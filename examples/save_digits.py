@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torchvision.io import write_png
 
-from tokenfusion.data.sources import open_dataset
+from tokenfusion.data.open import open_dataset
 
 
 def main(run: Path, folder: Path, number: int = 8) -> None:

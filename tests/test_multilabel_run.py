@@ -15,7 +15,7 @@ from runs import small_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.classifier import Prediction
-from tokenfusion.data.sources import open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import evaluate
 from tokenfusion.multilabel import tune_thresholds
 from tokenfusion.predict import print_predictions

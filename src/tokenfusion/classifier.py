@@ -23,8 +23,8 @@ from tokenfusion.checkpoint import (
     save_tensors,
 )
 from tokenfusion.data.decode import UnreadableImage, decode_image, to_rgb
-from tokenfusion.data.sources import read_file
-from tokenfusion.data.transforms import Preprocess
+from tokenfusion.data.preprocess import Preprocess
+from tokenfusion.data.readers import read_file
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.hardware import Precision, autocast, default_device, hardware_name

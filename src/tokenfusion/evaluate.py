@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.exclude import open_remaining
-from tokenfusion.data.images import Images, Skipped, read_images
+from tokenfusion.data.dataset import Dataset, held_out_name
+from tokenfusion.data.decoded import Images, Skipped, read_images
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.sources import Dataset, held_out_name, resolved
-from tokenfusion.data.split import read_split
-from tokenfusion.data.stratify import stratified
+from tokenfusion.data.open import open_dataset, resolved
+from tokenfusion.data.split import read_split, stratified
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv, write_json
 from tokenfusion.metrics import evaluate_logits
@@ -64,7 +63,7 @@ def evaluate(
     recipe = Recipe(**load_recipe(run / "recipe.toml"))
     own = not data or resolved(data) == resolved(recipe.data)
     data = recipe.data if not data or own else resolved(data)
-    source = open_remaining(data, recipe.exclude if own else "", run)
+    source = open_dataset(data, recipe.exclude if own else "", run)
     refuse_other_kind(source, classifier)
     to_output = output_of_class(source, classifier.classes)
     name, indices = choose_images(source, run, own=own, split=split)

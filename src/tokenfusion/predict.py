@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tokenfusion.classifier import Prediction
-from tokenfusion.data.trees import is_image
+from tokenfusion.data.decode import is_image
 
 
 def expand(paths: Sequence[str]) -> Iterator[str]:

@@ -26,9 +26,9 @@ from tokenfusion.check.duplicates import exact_duplicates, near_duplicates
 from tokenfusion.check.labels import choose_judged, count_classes, disputed, judge_labels
 from tokenfusion.check.look import Look, look_at_all
 from tokenfusion.check.quarantine import connected
-from tokenfusion.data.exclude import keep_list, open_remaining
-from tokenfusion.data.sources import open_dataset
-from tokenfusion.data.transforms import cover
+from tokenfusion.data.exclude import keep_list
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.preprocess import cover
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
 from tokenfusion.report.thumbnails import shrink
@@ -300,7 +300,7 @@ def test_a_list_that_can_be_read_once_only_is_kept_whole(data, tmp_path):
     writer.start()
     keep_list(tmp_path, str(pipe))
     writer.join()
-    assert open_remaining(data, str(pipe), tmp_path).splits == ["train"] * 16 + ["val"] * 7
+    assert open_dataset(data, str(pipe), tmp_path).splits == ["train"] * 16 + ["val"] * 7
 
 
 @pytest.mark.parametrize(
@@ -323,14 +323,14 @@ def test_a_list_that_names_all_held_out_images_is_refused(data, tmp_path):
     names = [name for name in open_dataset(data).names if name.startswith("val/")]
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(names) + "\n")
     with pytest.raises(InputError, match=r"list\.csv: it names every image of val in .*photos; take some out"):
-        open_remaining(data, str(tmp_path / "list.csv"))
+        open_dataset(data, str(tmp_path / "list.csv"))
     (tmp_path / "list.csv").write_text("path\n" + "\n".join(names[1:]) + "\n")
-    assert open_remaining(data, str(tmp_path / "list.csv")).splits == ["train"] * 16 + ["val"]
+    assert open_dataset(data, str(tmp_path / "list.csv")).splits == ["train"] * 16 + ["val"]
 
 
 def test_paths_that_are_gone_are_counted(data, tmp_path):
     (tmp_path / "list.csv").write_text("path,reason\ntrain/a/0.jpg,\ntrain/a/gone.jpg,\n")
-    source = open_remaining(data, str(tmp_path / "list.csv"))
+    source = open_dataset(data, str(tmp_path / "list.csv"))
     assert str(source) == "1 image excluded; not in the data: 1 path of the list"
     whole = open_dataset(data)
     assert source.names == [name for name in whole.names if name != "train/a/0.jpg"]

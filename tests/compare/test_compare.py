@@ -24,7 +24,7 @@ from tokenfusion.compare.contenders import Contender
 from tokenfusion.compare.display import comparison_table
 from tokenfusion.compare.statistics import pareto_front
 from tokenfusion.compare.timing import epoch_minutes
-from tokenfusion.data.sources import open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 
 MODELS = ["resnet_micro", "vit_micro"]

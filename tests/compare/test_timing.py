@@ -9,7 +9,7 @@ from timm.optim import Muon
 from runs import small_recipe
 from serving import serving, write_shards
 from tokenfusion.compare import timing
-from tokenfusion.data.sources import open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenfusion.data.sources import Dataset, open_dataset
-from tokenfusion.data.split import choose_split, read_split, write_split
-from tokenfusion.data.stratify import stratified
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.split import choose_split, read_split, stratified, write_split
 from tokenfusion.errors import InputError
 
 

@@ -7,7 +7,7 @@ import pytest
 from making import LIMIT, pixels_of
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tokenfusion.data.images import Images, read_images
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.decoded import Images, read_images
 from tokenfusion.data.loader import Batch, TrainLoader, eval_batches, mix
-from tokenfusion.data.sources import open_dataset
-from tokenfusion.data.transforms import Augment, Preprocess
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
 
 AUGMENT = Augment((9, 11), 3, crop_scale=0.4, hflip=0.5, trivial_augment=True)

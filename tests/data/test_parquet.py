@@ -10,7 +10,7 @@ from making import LIMIT, pixels_of, png, write_parquet
 
 from tokenfusion.data import parquet
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]

@@ -16,15 +16,16 @@ from PIL import Image
 
 from serving import add, picture, png, serving, write_shard, write_shards
 from tokenfusion.data import remote, shards
-from tokenfusion.data.exclude import Remaining, open_remaining
-from tokenfusion.data.images import unread_images
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.decoded import unread_images
+from tokenfusion.data.exclude import Remaining
 from tokenfusion.data.loader import Batch, TrainLoader
-from tokenfusion.data.orders import OPEN_SHARDS, ShardOrder, Share, shard_order
+from tokenfusion.data.open import open_dataset, resolved
 from tokenfusion.data.remote import Cache
+from tokenfusion.data.sampler import OPEN_SHARDS, ShardOrder, Share, shard_order
 from tokenfusion.data.shards import Shards
-from tokenfusion.data.sources import Dataset, open_dataset, resolved
 from tokenfusion.data.split import choose_split
-from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
 
 SIZES = {"train-0.tar": 7, "train-1.tar": 5, "val-0.tar": 4}
@@ -320,7 +321,7 @@ def test_shards_of_which_images_are_left_out_are_fetched_ahead_and_need_room(
     served: Dataset, cache: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "list.csv").write_text(f"path\n{served.names[0]}\n")
-    remaining = open_remaining(served.where, str(tmp_path / "list.csv"))
+    remaining = open_dataset(served.where, str(tmp_path / "list.csv"))
     for path in shards_in(cache):
         path.unlink()
     remaining.fetch(3)

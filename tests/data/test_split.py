@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tokenfusion.data.sources import Dataset, open_dataset
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split, read_split, write_split
 from tokenfusion.errors import InputError
 

@@ -10,8 +10,9 @@ from making import LIMIT, add, pixels_of, png, write_tar
 from PIL import Image
 
 from tokenfusion.data import trees
+from tokenfusion.data.dataset import held_out_name
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import held_out_name, open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]

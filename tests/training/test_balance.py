@@ -16,10 +16,10 @@ from torch import nn
 
 from runs import small_recipe
 from tokenfusion import Classifier, InputError
-from tokenfusion.data.images import Images, read_images
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.decoded import Images, read_images
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.sources import open_dataset
-from tokenfusion.data.transforms import Augment
+from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import evaluate
 from tokenfusion.training import start
 from tokenfusion.training.balance import balance_in_words, image_weights, positive_weights

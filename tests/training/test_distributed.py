@@ -25,7 +25,7 @@ from killing import deaths, die_by
 from runs import assert_same, results, small_recipe
 from tokenfusion import training
 from tokenfusion.checkpoint import load_tensors
-from tokenfusion.data.orders import Share
+from tokenfusion.data.sampler import Share
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
 from tokenfusion.training import distributed, resume, start

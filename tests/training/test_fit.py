@@ -9,10 +9,10 @@ from rich.console import Console
 from runs import small_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
-from tokenfusion.data.images import read_images
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.decoded import read_images
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.sources import open_dataset
-from tokenfusion.data.transforms import Augment
+from tokenfusion.data.open import open_dataset
 from tokenfusion.training import build, start
 from tokenfusion.training.display import Display
 from tokenfusion.training.fit import Job, fit, train_step

@@ -13,9 +13,9 @@ from rich.console import Console
 from runs import small_recipe
 from tokenfusion import Classifier, InputError, Recipe
 from tokenfusion.checkpoint import load_tensors
-from tokenfusion.data.images import read_images
+from tokenfusion.data.decoded import read_images
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.sources import open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import collect_logits
 from tokenfusion.models.stages import OneWayCNN
 from tokenfusion.training import Interrupted, build, resume, start

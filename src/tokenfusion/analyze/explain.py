@@ -17,9 +17,10 @@ from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.saliency import saliency
 from tokenfusion.analyze.subject import open_subject, refuse_multi_label
 from tokenfusion.classifier import Classifier
+from tokenfusion.data.dataset import printable
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.sources import open_dataset, printable
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_bytes, write_json
 from tokenfusion.hardware import autocast

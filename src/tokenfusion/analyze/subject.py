@@ -6,9 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.exclude import open_remaining
-from tokenfusion.data.images import Images
-from tokenfusion.data.sources import open_dataset, resolved
+from tokenfusion.data.decoded import Images
+from tokenfusion.data.open import open_dataset, resolved
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import choose_images, output_of_class, read_readable
 from tokenfusion.recipe import Recipe, load_recipe
@@ -57,7 +56,7 @@ def open_subject(
         classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
         own = not data or resolved(data) == resolved(recipe.data)
         refuse_multi_label(classifier.multi_label, subject)
-        source = open_remaining(recipe.data, recipe.exclude, run) if own or not data else open_dataset(resolved(data))
+        source = open_dataset(recipe.data, recipe.exclude, run) if own or not data else open_dataset(resolved(data))
         to_output = output_of_class(source, classifier.classes)
     elif data:
         own, recipe, source = False, Recipe(), open_dataset(data)

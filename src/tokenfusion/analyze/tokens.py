@@ -20,7 +20,7 @@ from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evalu
 from tokenfusion.analyze.rollout import attention_rollout, by_source
 from tokenfusion.analyze.subject import folder_of, open_subject
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.images import Images
+from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json

@@ -18,8 +18,9 @@ from tokenfusion.check.labels import TOO_FEW, Judgement, choose_judged, count_cl
 from tokenfusion.check.look import Look, look_at_all
 from tokenfusion.check.quarantine import quarantine, write_quarantine
 from tokenfusion.check.report import write_check
+from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.exclude import leave_out
-from tokenfusion.data.sources import Dataset, open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json

@@ -11,7 +11,7 @@ MANY = 0.4
 
 
 def kept(height: int, width: int, img_size: tuple[int, int], crop_pct: float) -> tuple[float, float]:
-    """Shares of an image's height and width that evaluation sees: `data.transforms.cover` in numbers."""
+    """Shares of an image's height and width that evaluation sees: `data.preprocess.cover` in numbers."""
     scale = max(side / crop_pct / now for side, now in zip(img_size, (height, width), strict=True))
     return img_size[0] / scale / height, img_size[1] / scale / width
 

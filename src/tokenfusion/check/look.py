@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tokenfusion.data.decode import FORMATS, UnreadableImage, decode_image, pillow_limit_lifted
-from tokenfusion.data.images import THREADS
-from tokenfusion.data.sources import Dataset, Files
+from tokenfusion.data.dataset import Dataset, Files
+from tokenfusion.data.decode import FORMATS, THREADS, UnreadableImage, decode_image, pillow_limit_lifted
 
 SIDE = 48
 """Height and width of the thumbnails that images are compared by; their aspect is not kept."""

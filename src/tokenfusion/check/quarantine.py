@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenfusion.check.look import Look
-from tokenfusion.data.sources import Dataset
+from tokenfusion.data.dataset import Dataset
 from tokenfusion.files import write_csv
 
 KEPT_FIRST = ("test", "val", "train", "")

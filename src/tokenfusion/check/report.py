@@ -8,8 +8,8 @@ from torchvision.io import encode_jpeg
 
 from tokenfusion.check.crop import MANY
 from tokenfusion.check.duplicates import MAX_IMAGES
+from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import Dataset
 from tokenfusion.formatting import counted
 from tokenfusion.report.page import percent, write_page
 from tokenfusion.report.thumbnails import SIDE, shrink

@@ -15,8 +15,9 @@ from tokenfusion.compare.ensemble import evaluate_mean
 from tokenfusion.compare.jobs import Job, hold, run_jobs
 from tokenfusion.compare.plan import Budget, Comparison
 from tokenfusion.compare.results import is_finished, summarise
-from tokenfusion.data.exclude import EXCLUDED, keep_list, open_remaining
-from tokenfusion.data.sources import held_out_name, resolved
+from tokenfusion.data.dataset import held_out_name
+from tokenfusion.data.exclude import EXCLUDED, keep_list
+from tokenfusion.data.open import open_dataset, resolved
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json, write_text
@@ -122,7 +123,7 @@ def settle(
     recipe: Recipe, models: Sequence[str], seeds: int, out: Path, budget: Budget, controls: bool, jobs: int
 ) -> Comparison:
     """All that can be known without training; a budget in minutes leaves the epochs open."""
-    source = open_remaining(recipe.data, recipe.exclude)
+    source = open_dataset(recipe.data, recipe.exclude)
     if source.multi_label:
         raise InputError(
             f"{source.where} has any number of classes an image; a comparison ranks models by the share of images that "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.exclude import open_remaining
+from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import choose_images, collect_logits, read_readable, write_predictions
 from tokenfusion.files import write_json
 from tokenfusion.metrics import evaluate_logits
@@ -32,7 +32,7 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         InputError: a run cannot be used.
     """
     recipe = Recipe(**load_recipe(runs[0] / "recipe.toml"))
-    source = open_remaining(recipe.data, recipe.exclude, runs[0])
+    source = open_dataset(recipe.data, recipe.exclude, runs[0])
     part, indices = choose_images(source, runs[0], own=True, split=None)
     images, skipped = read_readable(source, indices, recipe, part)
     several = [collect_logits(Classifier.load(run), images, workers=recipe.workers) for run in runs]

@@ -13,11 +13,11 @@ import torch
 
 from tokenfusion.compare.contenders import Contender
 from tokenfusion.compare.results import read_json
-from tokenfusion.data.exclude import open_remaining
-from tokenfusion.data.images import sample_images
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.decoded import sample_images
 from tokenfusion.data.loader import TrainLoader
+from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
-from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.hardware import keep_freed_memory
@@ -77,14 +77,14 @@ def train_some_steps(recipe: Recipe, threads: int) -> float:
     """What `measure` runs: the median of real steps, loading included, times the steps of an epoch."""
     torch.set_num_threads(threads)
     keep_freed_memory()
-    source = open_remaining(recipe.data, recipe.exclude)
+    source = open_dataset(recipe.data, recipe.exclude)
     indices = choose_split(source, recipe.val_fraction, recipe.seed).train
     batch_size = min(recipe.batch_size_for(len(indices)), len(indices))
     limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
     images = sample_images(source, indices, BATCHES * batch_size, **limits)
     classifier = build(recipe, source.classes)
     size = classifier.preprocess.img_size
-    augment = Augment.of(recipe, size)
+    augment = Augment.from_recipe(recipe, size)
     loader = TrainLoader(images, augment, batch_size=batch_size, seed=recipe.seed, workers=recipe.workers)
     job = Job(recipe, classifier, loader, BatchMixing(recipe, len(source.classes)), images, Path())
     state = TrainState(classifier.model, make_optimizer(classifier.model, recipe), recipe.ema, keep_best=False)

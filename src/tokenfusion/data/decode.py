@@ -4,10 +4,14 @@ Plain JPEG goes through torchvision's decoder, which is the faster one, all else
 single wrong byte in a PNG's data ends the process with a segmentation fault in torchvision 0.29.1.
 """
 
+import os
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from io import BytesIO
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -44,11 +48,22 @@ EXTENSIONS = frozenset(
 Image.init()
 WANTED = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"]
 FORMATS = [name for name in WANTED if name in Image.OPEN]
+THREADS = min(4, os.cpu_count() or 1)
+"""Threads that decode at the same time."""
 RGB = 3  # torchvision's ImageReadMode.RGB, as its operator takes it
+
+
+Item = TypeVar("Item")
+Decoded = TypeVar("Decoded")
 
 
 class UnreadableImage(InputError):  # noqa: N818 - says what the image is
     """One image cannot be used. The message is the reason alone: which image it is, its source knows."""
+
+
+def is_image(file: str) -> bool:
+    """Whether a file's name ends like an image's."""
+    return os.path.splitext(file)[1].lower() in EXTENSIONS
 
 
 def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
@@ -136,6 +151,42 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def decode_ahead(
+    items: Iterable[Item], decode: Callable[[Item], Decoded], waiting: int = 2 * THREADS
+) -> Iterator[tuple[Item, Decoded | UnreadableImage]]:
+    """Decode by a few threads, in order, only so far ahead that few images wait in memory.
+
+    Args:
+        items: what to decode, taken one by one, so that they need not end.
+        decode: called with each in one of the threads; what it gives is passed on, and so is an UnreadableImage that
+            it raises.
+        waiting: most images that are decoded, or being decoded, and not yet taken.
+
+    Yields:
+        each item, with what it decoded to or the reason why it cannot be.
+    """
+
+    def attempt(item: Item) -> Decoded | UnreadableImage:
+        try:
+            return decode(item)
+        except UnreadableImage as error:
+            return error
+
+    begun: deque[tuple[Item, Future[Decoded | UnreadableImage]]] = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        try:
+            for item in items:
+                begun.append((item, pool.submit(attempt, item)))
+                if len(begun) > waiting:
+                    first, future = begun.popleft()
+                    yield first, future.result()
+            while begun:
+                first, future = begun.popleft()
+                yield first, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 lifted_lock = threading.Lock()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from tokenfusion.data.sources import Dataset, open_dataset, quoted
+from tokenfusion.data.dataset import Dataset, quoted
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_bytes
 from tokenfusion.formatting import counted
@@ -59,26 +59,6 @@ def keep_list(run: Path, exclude: str) -> None:
     content = read_list(Path(exclude))  # once: it may be a pipe
     paths_in(content, exclude)
     write_bytes(run / EXCLUDED, content)
-
-
-def open_remaining(data: str | Path, exclude: str, run: Path | None = None) -> Dataset:
-    """Open labelled images without those that a list names.
-
-    Args:
-        data: as `open_dataset` takes it.
-        exclude: a CSV with a column `path`, as `tokenfusion check` writes it, names as it prints them; "" for none.
-            Those that the data does not have are counted.
-        run: a run folder, whose own copy of the list is read in its place if there is one.
-
-    Raises:
-        InputError: the data or the list cannot be read, the data has none of the list's paths, or the list leaves
-            nothing of a split.
-    """
-    source = open_dataset(data)
-    if not exclude:
-        return source
-    path = run / EXCLUDED if run and (run / EXCLUDED).exists() else Path(exclude)
-    return leave_out(source, paths_in(read_list(path), str(path)), exclude)
 
 
 def leave_out(source: Dataset, paths: set[str], exclude: str) -> Remaining:

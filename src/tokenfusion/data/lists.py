@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from tokenfusion.data.sources import SPLITS, Dataset, Files, printable, read_file
+from tokenfusion.data.dataset import SPLITS, Dataset, Files, printable
+from tokenfusion.data.readers import read_file
 from tokenfusion.errors import InputError
 
 COLUMNS = "path,label[,split][,weight], or labels (a|b) in place of label"

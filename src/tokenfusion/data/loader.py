@@ -12,10 +12,11 @@ from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
 from tokenfusion.data.ahead import Ahead
+from tokenfusion.data.augment import Augment
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.images import Images
-from tokenfusion.data.orders import Key, ShardOrder, Share, choose_order, mix
-from tokenfusion.data.transforms import Augment, Preprocess
+from tokenfusion.data.decoded import Images
+from tokenfusion.data.preprocess import Preprocess
+from tokenfusion.data.sampler import Key, ShardOrder, Share, choose_order, mix
 from tokenfusion.errors import InputError
 
 Batch = tuple[Tensor, ...]

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tokenfusion.data.dataset import SPLITS, Dataset, Files, describe_ignored, printable, quoted
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import SPLITS, Dataset, Files, describe_ignored, printable, quoted
 from tokenfusion.errors import InputError
 
 CACHE_BYTES = 256 * 2**20

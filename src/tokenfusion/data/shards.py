@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tokenfusion.data.dataset import Dataset, Files, printable, quoted
 from tokenfusion.data.decode import EXTENSIONS, UnreadableImage
-from tokenfusion.data.orders import OPEN_SHARDS
+from tokenfusion.data.readers import MAX_FILE_BYTES
 from tokenfusion.data.remote import (
     THREADS,
     Cache,
@@ -31,7 +32,7 @@ from tokenfusion.data.remote import (
     read_small,
     without_secrets,
 )
-from tokenfusion.data.sources import MAX_FILE_BYTES, Dataset, Files, printable, quoted
+from tokenfusion.data.sampler import OPEN_SHARDS
 from tokenfusion.data.trees import refuse_damage
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text

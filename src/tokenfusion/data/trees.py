@@ -11,16 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tokenfusion.data.decode import EXTENSIONS, UnreadableImage
-from tokenfusion.data.sources import (
-    MAX_FILE_BYTES,
-    SPLITS,
-    Dataset,
-    Files,
-    describe_ignored,
-    printable,
-    read_file,
-)
+from tokenfusion.data.dataset import SPLITS, Dataset, Files, describe_ignored, printable
+from tokenfusion.data.decode import UnreadableImage, is_image
+from tokenfusion.data.readers import MAX_FILE_BYTES, read_file
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
 
@@ -148,10 +141,6 @@ def has_splits(folders: list[str]) -> bool:
 
 def is_hidden(place: list[str]) -> bool:
     return any(name.startswith(".") for name in place)
-
-
-def is_image(file: str) -> bool:
-    return os.path.splitext(file)[1].lower() in EXTENSIONS
 
 
 def walk(root: Path) -> tuple[list[str], list[str]]:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenfusion.data.sources import printable
+from tokenfusion.data.dataset import printable
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.recipe import AUTO

@@ -23,7 +23,7 @@ class Overlay:
 def overlays_of(run: Path) -> dict[tuple[str, str], list[Overlay]]:
     """What RUN/explain/mistakes holds, by an image's name and the class explained; nothing where there is no such.
 
-    Names are as `data.sources.printable` spells them.
+    Names are as `data.dataset.printable` spells them.
 
     Raises:
         InputError: its explain.json is damaged.

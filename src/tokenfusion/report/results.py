@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenfusion.checkpoint import load_description, resume_command
-from tokenfusion.data.images import Skipped
+from tokenfusion.data.decoded import Skipped
 from tokenfusion.errors import InputError
 from tokenfusion.files import read_json_lines
 from tokenfusion.recipe import Recipe, load_recipe

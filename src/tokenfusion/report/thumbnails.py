@@ -8,7 +8,7 @@ from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.report.page import Thumbnails

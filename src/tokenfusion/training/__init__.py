@@ -9,12 +9,13 @@ from typing import Any
 from rich.console import Console
 
 from tokenfusion.checkpoint import load_description, resume_command
-from tokenfusion.data.exclude import EXCLUDED, Remaining, keep_list, open_remaining
-from tokenfusion.data.images import Images
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.decoded import Images
+from tokenfusion.data.exclude import EXCLUDED, Remaining, keep_list
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.orders import Share
-from tokenfusion.data.sources import Dataset, resolved
-from tokenfusion.data.transforms import Augment
+from tokenfusion.data.open import open_dataset, resolved
+from tokenfusion.data.sampler import Share
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import with_tuned_thresholds
 from tokenfusion.files import write_text
@@ -196,14 +197,14 @@ def prepare(recipe: Recipe, run: Path, world: World, console: Console, measure: 
     """
     if recipe.exclude and world.is_first and not (run / EXCLUDED).exists():
         keep_list(run, recipe.exclude)
-    source = open_remaining(recipe.data, recipe.exclude, run)
+    source = open_dataset(recipe.data, recipe.exclude, run)
     if isinstance(source, Remaining):
         console.print(str(source), highlight=False)
     refuse_balance(recipe, source)
     split = split_of(source, recipe, run, world)
     classifier = build(recipe, source.classes, source.multi_label)
     require_measurable(recipe, measure, classifier)
-    augment = Augment.of(recipe, classifier.preprocess.img_size)
+    augment = Augment.from_recipe(recipe, classifier.preprocess.img_size)
     if recipe.warm_start_from and not is_saved(run / CHECKPOINT):
         refuse_seen(recipe, source, split)
         warm_start(classifier, recipe.warm_start_from, console)

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from tokenfusion.data.images import Images
-from tokenfusion.data.sources import Dataset
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.decoded import Images
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe
 

@@ -14,7 +14,7 @@ from typing import cast
 from torch import Tensor, nn
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.images import Images
+from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import Batch, TrainLoader
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import collect_logits

@@ -7,7 +7,7 @@ import torch
 from timm.optim.muon import Muon
 from torch import nn
 
-from tokenfusion.data.orders import mix
+from tokenfusion.data.sampler import mix
 from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import AUTO, Recipe
 

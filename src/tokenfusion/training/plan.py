@@ -7,12 +7,12 @@ from time import perf_counter
 
 import numpy as np
 
-from tokenfusion.data.exclude import open_remaining
-from tokenfusion.data.images import sample_images
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.decoded import sample_images
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.sources import Dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
-from tokenfusion.data.transforms import Augment
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted, duration
 from tokenfusion.hardware import available_mb, default_device, hardware_name, resolve_precision
@@ -83,7 +83,7 @@ def plan(recipe: Recipe, say: Say) -> Plan:
     """
     place = Place.of(os.environ)
     processes = place.size if place else 1
-    source = open_remaining(recipe.data, recipe.exclude)
+    source = open_dataset(recipe.data, recipe.exclude)
     split = choose_split(source, recipe.val_fraction, recipe.seed)
     images, classes = len(split.train), len(source.classes)
     if "batch_size" in recipe.autos:
@@ -139,7 +139,7 @@ def loading_rate(recipe: Recipe, source: Dataset, training: np.ndarray, img_size
     """
     limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
     images = sample_images(source, training, SAMPLE, **limits)
-    augment = Augment.of(recipe, img_size)
+    augment = Augment.from_recipe(recipe, img_size)
     loader = TrainLoader(images, augment, batch_size=len(images), seed=recipe.seed, workers=0)
     for _ in loader.epoch(0):  # what is slow the first time
         pass

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import Progress
 
-from tokenfusion.data.images import Images, Skipped, read_images, require_every_class, unread_images, write_skipped
-from tokenfusion.data.sources import Dataset, held_out_name
+from tokenfusion.data.dataset import Dataset, held_out_name
+from tokenfusion.data.decoded import Images, Skipped, read_images, require_every_class, unread_images, write_skipped
 from tokenfusion.data.split import Split, choose_split, read_split, write_split
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tokenfusion.data.images import Images, Skipped, write_skipped
+from tokenfusion.data.decoded import Images, Skipped, write_skipped
 from tokenfusion.errors import InputError
 
 

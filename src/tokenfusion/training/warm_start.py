@@ -9,9 +9,9 @@ from torch import nn
 
 from tokenfusion.checkpoint import load_weights_exactly
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.sources import Dataset
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.split import Split, read_split
-from tokenfusion.data.transforms import Preprocess
 from tokenfusion.errors import InputError
 from tokenfusion.models.expressions import parse
 from tokenfusion.models.stages import walk_cnn

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.images import Images
+from tokenfusion.data.decoded import Images
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe
 from tokenfusion.training.state import Record

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.images import Images, Skipped, read_images, require_every_class, write_skipped
-from tokenfusion.data.sources import open_dataset
+from tokenfusion.data.decoded import Images, Skipped, read_images, require_every_class, write_skipped
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]

@@ -1,28 +1,21 @@
-"""Where labelled images come from: one small class per kind of data, and `open_dataset` to choose it."""
+"""Labelled images, wherever they lie."""
 
-import difflib
 import os
-import stat
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from tokenfusion.data.decode import UnreadableImage, decode_image
+from tokenfusion.data.decode import decode_image
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
 
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 """What data calls its parts, in lower case, and what they are called here."""
-
-MAX_FILE_BYTES = 2**30
-"""Largest image file that is read into memory at all."""
 
 KINDS = (
     "a folder with a subfolder per class, Parquet files in the Hugging Face image layout, a CSV or JSONL with "
@@ -150,89 +143,6 @@ class Files(Dataset):
         return decode_image(self.read(index), max_pixels=max_pixels)
 
 
-@dataclass(eq=False, kw_only=True)
-class Digits(Dataset):
-    """Scikit-learn's 1,797 handwritten digits of 8×8 pixels: real scans that ship in its wheel."""
-
-    pixels: Tensor
-    """uint8 (N, 8, 8)."""
-
-    def decode(self, index: int, max_pixels: int) -> Tensor:
-        height, width = self.pixels.shape[1:]
-        if height * width > max_pixels:
-            raise UnreadableImage(f"{width}×{height} pixels are more than max_pixels={max_pixels}; raise the limit")
-        return self.pixels[index].expand(3, -1, -1)
-
-
-def open_digits() -> Dataset:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    values = np.round(digits.images * (255 / 16)).astype(np.uint8)  # scanned in 17 steps, 0 to 16
-    return Digits(
-        where="digits",
-        classes=tuple(str(name) for name in digits.target_names),
-        names=[f"digits:{index}" for index in range(len(values))],
-        labels=digits.target.astype(np.int64),
-        splits=[""] * len(values),
-        pixels=torch.from_numpy(values),
-    )
-
-
-def open_dataset(data: str | Path) -> Dataset:
-    """Open labelled images of any supported kind; their pixels are read later, when they are decoded.
-
-    Args:
-        data: a folder with a subfolder per class (with `train/` and `val/` or `test/` above them, or without), a folder
-            of Parquet files or one of them, a CSV or JSONL with `path`, `label` or `labels`, and perhaps `split` and
-            `weight`, a tar, shards (a folder of tars, a pattern in braces or a URL, see `data/shards.py`), or `digits`.
-
-    Raises:
-        InputError: there is nothing usable there; the message says why.
-    """
-    # The kinds are imported when they are met: pyarrow and scikit-learn take a second.
-    from tokenfusion.data import lists, parquet, shards, trees
-
-    if str(data) == "digits":
-        return open_digits()
-    if shards.names_shards(str(data)):
-        return shards.open_shards(str(data))
-    path = Path(data)
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file or folder; {nearest(path)}")
-    if path.is_dir():
-        files, folders = trees.walk(path)
-        tables = [file for file in files if file.endswith(".parquet")]
-        images = trees.read_tree(files, folders).files
-        if tables and images:
-            raise InputError(
-                f"{path}: holds both Parquet files ({quoted(tables[:1])}) and images in class folders "
-                f"({quoted(map(printable, images[:1]))}); move one kind elsewhere"
-            )
-        if any(file.endswith(".tar") for file in files) and not (tables or images):
-            return shards.open_shards(str(path))
-        if tables:
-            return parquet.open_parquet(path, tables, [file for file in files if not file.endswith(".parquet")])
-        return trees.open_folder(path, files, folders)
-    name = path.name.lower()
-    if name.endswith(".parquet"):
-        return parquet.open_parquet(path.parent, [path.name])
-    if name.endswith((".csv", ".jsonl", ".ndjson")):
-        return lists.open_list(path)
-    if name.endswith(".tar") and shards.is_webdataset(path):
-        return shards.open_shards(str(path))
-    if ".tar" in path.suffixes or name.endswith((".tgz", ".txz", ".tbz2")):
-        return trees.open_tar(path)
-    raise InputError(f"{path}: not a kind of data that is known here; give {KINDS}")
-
-
-def resolved(data: str) -> str:
-    """DATA named so that it means the same from any folder."""
-    if "{" in data and "://" not in data:
-        return os.path.abspath(data)
-    return str(Path(data).resolve()) if data != "digits" and os.path.exists(data) else data
-
-
 def classes_in(labels: np.ndarray) -> set[int]:
     """The classes that some image has, of labels int64 (N,) or bool (N, K)."""
     return set((np.flatnonzero(labels.any(0)) if labels.ndim == 2 else np.unique(labels)).tolist())
@@ -241,23 +151,6 @@ def classes_in(labels: np.ndarray) -> set[int]:
 def held_out_name(source: Dataset) -> str | None:
     """The split that training is judged on: `val` if the data has one, else `test`, else None."""
     return next((name for name in ("val", "test") if name in source.splits), None)
-
-
-def read_file(path: str | Path) -> bytes:
-    """The bytes of an image file, or UnreadableImage with the reason."""
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise UnreadableImage("a folder without images")
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImage("not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise UnreadableImage(f"the file has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"the file cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a name that no file can have, as with a NUL in it
-        raise UnreadableImage(f"the file cannot be read: {error}") from error
 
 
 def describe_ignored(files: Iterable[str]) -> dict[str, Any]:
@@ -277,12 +170,3 @@ def printable(name: str) -> str:
 
 def quoted(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in names)
-
-
-def nearest(path: Path) -> str:
-    """A hint at what was meant: the names most like the missing one, in the deepest folder that does exist."""
-    while not os.path.isdir(path.parent):
-        path = path.parent
-    found = sorted(os.listdir(path.parent))
-    close = difflib.get_close_matches(path.name, found, n=3) or found[:3]
-    return f"{path.parent} has: {quoted(close)}" if close else f"{path.parent} is empty"

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from making import pixels_of, png, write_parquet, write_tar
 
+from tokenfusion.data.dataset import held_out_name
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import held_out_name, open_dataset
+from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 

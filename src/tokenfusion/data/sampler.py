@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from tokenfusion.data.images import Images
+from tokenfusion.data.decoded import Images
 from tokenfusion.errors import InputError
 
 OPEN_SHARDS = 8

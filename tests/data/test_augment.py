@@ -8,7 +8,8 @@ from PIL import Image
 from scipy.stats import ks_2samp
 from torchvision.transforms import v2
 
-from tokenfusion.data.transforms import CHANGES, Augment, Box, Preprocess, random_box, resized_crop, trivial_augment
+from tokenfusion.data.augment import CHANGES, Augment, Box, random_box, resized_crop, trivial_augment
+from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
 
 

@@ -1,10 +1,7 @@
 """Images that have all been looked at once: the readable ones, kept in memory if they fit, and a list of the others."""
 
-import os
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -12,12 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.sources import Dataset, classes_in, quoted
+from tokenfusion.data.dataset import Dataset, classes_in, quoted
+from tokenfusion.data.decode import UnreadableImage, decode_ahead
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv
-
-THREADS = min(4, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -137,7 +132,8 @@ def read_images(
     checksums: list[int] = []
     skipped: list[Skipped] = []
     keep = True
-    for done, (index, image) in enumerate(decode_ahead(source, indices, max_pixels)):
+    images = decode_ahead(map(int, indices), lambda index: source.decode(index, max_pixels))
+    for done, (index, image) in enumerate(images):
         if progress is not None and done % 64 == 0:
             progress(done, len(indices))
         if isinstance(image, UnreadableImage):
@@ -153,7 +149,7 @@ def read_images(
             pixels.clear()
     if progress is not None:
         progress(len(indices), len(indices))
-    images = Images(
+    found = Images(
         labels=torch.from_numpy(source.labels[readable]),
         names=[source.names[index] for index in readable],
         source=None if keep else source,
@@ -163,7 +159,7 @@ def read_images(
         checksums=np.array(checksums, dtype=np.uint32),
         weights=None if source.weights is None else torch.from_numpy(source.weights[readable]).float(),
     )
-    return images, skipped
+    return found, skipped
 
 
 def sample_images(source: Dataset, indices: np.ndarray, count: int, *, max_pixels: int, cache_bytes: int) -> Images:
@@ -182,28 +178,6 @@ def sample_images(source: Dataset, indices: np.ndarray, count: int, *, max_pixel
     chosen = indices[np.linspace(0, len(indices) - 1, min(count, len(indices))).round().astype(np.int64)]
     share = cache_bytes * len(chosen) // len(indices)
     return read_images(source, chosen, max_pixels=max_pixels, cache_bytes=share)[0]
-
-
-def decode_ahead(
-    source: Dataset, indices: Sequence[int] | np.ndarray, max_pixels: int
-) -> Iterator[tuple[int, Tensor | UnreadableImage]]:
-    """Decode by a few threads, in order, only so far ahead that few images wait in memory."""
-
-    def decode(index: int) -> Tensor | UnreadableImage:
-        try:
-            return source.decode(index, max_pixels)
-        except UnreadableImage as error:
-            return error
-
-    waiting: deque[tuple[int, Future[Tensor | UnreadableImage]]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for index in map(int, indices):
-            waiting.append((index, pool.submit(decode, index)))
-            if len(waiting) > 2 * THREADS:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        for first, future in waiting:
-            yield first, future.result()
 
 
 def checksum(image: Tensor) -> int:
