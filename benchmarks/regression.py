@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import describe
+from common import environment
 from tokenfusion.files import write_json
 
 INFERENCE = """
@@ -86,10 +86,10 @@ WORK: list[tuple[str, str, tuple[Any, ...]]] = [
 
 def measure(script: str, source: Path, arguments: tuple[Any, ...]) -> tuple[float, float]:
     """Images per second and peak memory (MiB) of a workload under a checkout's `src`."""
-    environment = os.environ | {"PYTHONPATH": str(source.resolve())}
+    variables = os.environ | {"PYTHONPATH": str(source.resolve())}
     command = [sys.executable, "-c", script, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        result = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, env=variables, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode:
         sys.exit(f"{arguments} under {source}: {result.stderr.strip()[-2000:]}")
     speed, memory = result.stdout.split()[-2:]
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="workloads whose name holds this alone")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    result: dict[str, Any] = describe() | {"turns": options.turns, "rows": []}
+    result: dict[str, Any] = environment() | {"turns": options.turns, "rows": []}
     for what, script, arguments in WORK:
         name = f"{what} {' '.join(map(str, arguments[:4]))}"
         if options.only not in name:
