@@ -26,7 +26,7 @@ from rich.console import Console
 from common import environment, train_on
 from tokenfusion import training
 from tokenfusion.analyze.collapse import analyze_collapse
-from tokenfusion.analyze.intervals import share_interval
+from tokenfusion.analyze.intervals import tango_interval
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
 from tokenfusion.files import write_atomic, write_json
@@ -115,7 +115,7 @@ def differences(models: dict[str, tuple[int, bool]], seed: int, runs: Path) -> l
     keys = ("depth", "re_attention")
     return [
         {"seed": seed, "of": dict(zip(keys, one, strict=True)), "above": dict(zip(keys, other, strict=True))}
-        | share_interval(right[one] - right[other])
+        | tango_interval(right[one] - right[other])
         for one, other in pairs
     ]
 

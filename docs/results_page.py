@@ -19,8 +19,8 @@ from tokenfusion.compare.display import comparison_table, gaps, methods
 from tokenfusion.formatting import counted
 from tokenfusion.metrics import t_interval
 from tokenfusion.report.comparison_plots import plot_cost
+from tokenfusion.report.comparison_summary import fusion_against_others, headline
 from tokenfusion.report.plots import GRID, HELD_OUT, STYLE, TRAIN, standalone, to_svg
-from tokenfusion.report.verdict import fusion_against_others, headline
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"

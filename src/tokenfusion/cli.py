@@ -125,7 +125,7 @@ def evaluate(
         Print evaluation.json instead of a summary.
     """
     from tokenfusion.evaluate import evaluate as evaluate_run
-    from tokenfusion.evaluate import in_words as result_in_words
+    from tokenfusion.evaluate import evaluation_summary
 
     with counting("reading images") as progress:
         result = evaluate_run(run, data, split, progress)
@@ -136,7 +136,7 @@ def evaluate(
     console.print(f"{counted(result['n'], 'image')} ({result['split']}){skipped}")
     for image in result["unreadable"][:5]:
         console.print(f"  skipped {image['path']}: {image['reason']}")
-    for line in result_in_words(result):
+    for line in evaluation_summary(result):
         console.print(line)
     console.print(f"written to {run / 'evaluation.json'}; next: tokenfusion report {shlex.quote(str(run))}")
 

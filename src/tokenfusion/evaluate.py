@@ -113,7 +113,7 @@ def read_readable(
     return images, skipped
 
 
-def in_words(result: dict[str, Any]) -> list[str]:
+def evaluation_summary(result: dict[str, Any]) -> list[str]:
     """What an evaluation found, in two or three lines."""
     if not result.get("multi_label"):
         low, high = result["top1_ci95"]

@@ -10,11 +10,11 @@ from timm.models.beit import Beit
 
 from tokenfusion import InputError, create_model, record_attention
 from tokenfusion.analyze import collapse as room
+from tokenfusion.analyze.attention_metrics import block_cosines
 from tokenfusion.analyze.collapse import measure_collapse
-from tokenfusion.analyze.figures import feature_maps, write_figures
-from tokenfusion.analyze.quantities import block_cosines
-from tokenfusion.analyze.subject import open_subject
-from tokenfusion.analyze.words import describe, on_features
+from tokenfusion.analyze.collapse_figures import feature_maps, write_figures
+from tokenfusion.analyze.collapse_summary import collapse_summary, on_features
+from tokenfusion.analyze.inputs import open_run_or_model
 from tokenfusion.layers.attend import split_heads
 from tokenfusion.models.deepvit import DeepViT
 
@@ -54,7 +54,7 @@ def test_blocks_that_repeat_each_other_are_found():
     assert [len(group["neighbours"][k]) for k in ("1", "2", "3")] == [3, 2, 1]
     assert group["similar_blocks"] == [f"blocks.{i}.attn" for i in range(4)]
     assert (group["share_of_similar_blocks"], group["runs"]) == (1, [[0, 3]])
-    text = describe(result)
+    text = collapse_summary(result)
     assert "Blocks 1-4 of 4 repeat each other" in text
     assert "The last 3 of 4 add little" in text
     assert "a depth smaller by 3" in text
@@ -63,8 +63,8 @@ def test_blocks_that_repeat_each_other_are_found():
 def test_the_run_is_where_the_blocks_are_alike():
     result = measure_collapse(make_blocks_alike(deepvit(0), [1, 2]), [images()])
     assert result["groups"][0]["runs"] == [[1, 2]]
-    assert "Blocks 2-3 of 4 repeat each other" in describe(result)
-    assert "add little" not in describe(result)
+    assert "Blocks 2-3 of 4 repeat each other" in collapse_summary(result)
+    assert "add little" not in collapse_summary(result)
 
 
 def test_identity_mixing_is_plain_attention():
@@ -120,7 +120,9 @@ def test_the_batches_do_not_matter(monkeypatch):
 
 def test_only_blocks_with_the_same_tokens_are_compared():
     late = measure_collapse(create_model("tokenfusion_late_micro"), [images(size=(32, 32))])
-    assert "Not compared, since no other block has their tokens: " + ", ".join(late["not_compared"]) in describe(late)
+    assert "Not compared, since no other block has their tokens: " + ", ".join(
+        late["not_compared"]
+    ) in collapse_summary(late)
     crossvit = measure_collapse(create_model("crossvit_micro"), [images(size=(32, 32))])
     for group in crossvit["groups"]:
         assert len({name.split(".", 2)[2].split(".")[0] for name in group["blocks"]}) == 1  # one branch, or fusion
@@ -130,7 +132,7 @@ def test_only_blocks_with_the_same_tokens_are_compared():
 
 def test_untrained_models_are_called_so():
     result = measure_collapse(create_model("vit_micro"), [images()])
-    assert "almost uniform, as in an untrained model" in describe(result)
+    assert "almost uniform, as in an untrained model" in collapse_summary(result)
 
 
 def test_the_model_is_left_as_it_was():
@@ -156,7 +158,7 @@ def test_what_costs_most_is_of_a_sample(monkeypatch):
     assert ranks[0] == pytest.approx(ranks[1])
     assert few["groups"][0]["similarity"] != all_of_them["groups"][0]["similarity"]
     assert (few["sample"], all_of_them["sample"], all_of_them["images"]) == (3, 3, 5)
-    assert "in 3 of the images." in describe(all_of_them)
+    assert "in 3 of the images." in collapse_summary(all_of_them)
 
 
 def test_the_first_images_are_not_of_the_first_classes(tmp_path):
@@ -164,7 +166,7 @@ def test_the_first_images_are_not_of_the_first_classes(tmp_path):
         (tmp_path / label).mkdir()
         for i in range(20):
             Image.new("RGB", (8, 8)).save(tmp_path / label / f"{i}.png")
-    first, again = (open_subject("vit_micro", str(tmp_path), 30)[1] for _ in range(2))
+    first, again = (open_run_or_model("vit_micro", str(tmp_path), 30)[1] for _ in range(2))
     assert first.names == again.names
     assert torch.as_tensor(first.labels).bincount().tolist() == [10, 10, 10]  # spread evenly all the same
     assert set(torch.as_tensor(first.labels[:10]).tolist()) == {0, 1, 2}
@@ -187,12 +189,12 @@ def test_nothing_to_mend_is_said_of_nothing_alike_only():
     for block in result["blocks"]:
         block["head_similarity"] = 0.1
     result["groups"][0] |= {"runs": [], "similar_blocks": []}
-    assert "Nothing to mend here" in describe(result)
+    assert "Nothing to mend here" in collapse_summary(result)
     result["groups"][0]["similar_blocks"] = ["blocks.0.attn", "blocks.2.attn"]
-    assert "To try: a smaller depth" in describe(result)
+    assert "To try: a smaller depth" in collapse_summary(result)
     result["blocks"][1]["head_similarity"] = 0.9
-    assert "To try: fewer heads" in describe(result)
-    assert "Nothing to mend" not in describe(result)
+    assert "To try: fewer heads" in collapse_summary(result)
+    assert "Nothing to mend" not in collapse_summary(result)
 
 
 def test_models_that_have_nothing_to_compare():

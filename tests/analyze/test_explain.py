@@ -14,7 +14,7 @@ from tokenfusion import Classifier, InputError
 from tokenfusion.analyze.explain import Question, explain, overlay, probabilities_of, safe
 from tokenfusion.evaluate import evaluate
 from tokenfusion.report import write_report
-from tokenfusion.report.overlays import overlays_of
+from tokenfusion.report.pictures import overlays_of
 
 
 def test_overlays_of_named_images(command, run, digit, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tokenfusion import InputError, create_model, fuse
-from tokenfusion.analyze.ablate import (
+from tokenfusion.analyze.ablation import (
     WHOLE,
     Target,
     all_logits,
@@ -19,9 +19,9 @@ from tokenfusion.analyze.ablate import (
     token_means,
     whole_branch,
 )
-from tokenfusion.analyze.intervals import mean_interval, share_interval
-from tokenfusion.analyze.places import Span, token_places
-from tokenfusion.analyze.tokens import COLOURS, Prepared, describe, measure_tokens
+from tokenfusion.analyze.intervals import mean_interval, tango_interval
+from tokenfusion.analyze.token_spans import Span, token_places
+from tokenfusion.analyze.tokens import COLOURS, Prepared, measure_tokens, tokens_summary
 from tokenfusion.classifier import Classifier
 from tokenfusion.evaluate import evaluate
 from tokenfusion.metrics import wilson_interval
@@ -59,7 +59,7 @@ def flips(gained, lost, count):
 
 @pytest.mark.parametrize(("gained", "lost", "count"), [(12, 2, 44), (0, 3, 21), (5, 5, 17)])
 def test_an_interval_of_a_paired_change_ends_where_the_score_test_begins_to_reject(gained, lost, count):
-    found = share_interval(flips(gained, lost, count))
+    found = tango_interval(flips(gained, lost, count))
     assert found["mean"] == pytest.approx((gained - lost) / count)
     for change in found["ci95"]:
         lowest, highest = (
@@ -75,11 +75,11 @@ def test_an_interval_of_a_paired_change_ends_where_the_score_test_begins_to_reje
 
 
 def test_an_interval_of_a_change_at_its_edges():
-    none, all_gained = share_interval(flips(0, 0, 256)), share_interval(flips(7, 0, 7))
+    none, all_gained = tango_interval(flips(0, 0, 256)), tango_interval(flips(7, 0, 7))
     assert none["ci95"] == pytest.approx([-wilson_interval(0, 256)[1], wilson_interval(0, 256)[1]])
     assert all_gained["ci95"][1] == 1
     assert 0 < all_gained["ci95"][0] < 1
-    assert share_interval(flips(0, 7, 7))["ci95"] == pytest.approx([-1, -all_gained["ci95"][0]])
+    assert tango_interval(flips(0, 7, 7))["ci95"] == pytest.approx([-1, -all_gained["ci95"][0]])
 
 
 def test_which_is_needed_more_is_judged_by_the_difference_on_the_same_images():
@@ -87,10 +87,10 @@ def test_which_is_needed_more_is_judged_by_the_difference_on_the_same_images():
     apart = {"loss_difference": {"mean": -0.2, "ci95": [-0.3, -0.1]}, "tokens": ["patch", "pixel"]}
     for row in result["replaced"]:  # wide intervals that overlap say nothing of the difference
         row["loss_change"] = {"mean": 1.0, "ci95": [-5.0, 7.0]}
-    said = describe(result | {"compared": [apart]})
+    said = tokens_summary(result | {"compared": [apart]})
     assert "It needs the pixel tokens more: without them the loss is 0.100 to 0.300 higher." in said
     level = {"loss_difference": {"mean": 0.2, "ci95": [-0.1, 0.5]}, "tokens": ["patch", "pixel"]}
-    assert "these images do not say" in describe(result | {"compared": [level]})
+    assert "these images do not say" in tokens_summary(result | {"compared": [level]})
 
 
 class Tracked:
@@ -210,7 +210,7 @@ def test_uniform_attention_is_shared_by_number():
             assert of["attention"]["mean"] == pytest.approx(of["share_of_tokens"], rel=1e-5)
         assert {source: of["tokens"] for source, of in layer["to"].items()} == {"cls": 1, "patch": 24, "pixel": 24}
     assert sum(of["mean"] for of in result["rollout"].values()) == pytest.approx(1)
-    assert "which are 49% of them" in describe(result)
+    assert "which are 49% of them" in tokens_summary(result)
 
 
 def test_crossvit_compares_its_branches():
@@ -222,7 +222,7 @@ def test_crossvit_compares_its_branches():
     result = measure_tokens(model, batches())
     assert changes_by(result, "small_patch") == pytest.approx([0, 0, 0, 0], abs=1e-6)
     assert max(map(abs, changes_by(result, "large_patch"))) > 1e-4
-    assert "Without its small_patch tokens at all" in describe(result)
+    assert "Without its small_patch tokens at all" in tokens_summary(result)
 
 
 def test_the_patches_of_an_exchange_are_replaced_where_they_enter():

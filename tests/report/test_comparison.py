@@ -15,8 +15,8 @@ from tokenfusion.errors import InputError
 from tokenfusion.metrics import t_interval
 from tokenfusion.report import write_comparison
 from tokenfusion.report.comparison_plots import accuracy_range, plot_cost, spread
+from tokenfusion.report.comparison_summary import fusion_against_others, headline, overlap
 from tokenfusion.report.plots import standalone
-from tokenfusion.report.verdict import fusion_against_others, headline, overlap
 
 FUSED, CNN, VIT = "tokenfusion_late_micro", "resnet_micro", "vit_micro"
 EVIL = "<b>&$x^{ mean"

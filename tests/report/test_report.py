@@ -19,7 +19,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, dump_recipe
 from tokenfusion.report import write_report
-from tokenfusion.report.html import MAX_MISTAKES, draw_heatmap
+from tokenfusion.report.run import MAX_MISTAKES, draw_heatmap
 
 SCRIPT = "<script>alert(1)</script>"
 CLASSES = ["cat", SCRIPT, "$x^{ & two\nlines", "unicorn"]

@@ -15,7 +15,7 @@ app = App(
     "Example: tokenfusion analyze tokens runs/photos",
 )
 AsJson = Annotated[bool, Parameter(name="--json", negative="")]
-Subject = Annotated[
+RunOrModel = Annotated[
     str,
     Parameter(
         name="RUN_OR_MODEL",
@@ -28,7 +28,7 @@ NumImages = Annotated[int, Parameter(help="How many images to look at, spread ev
 
 @app.command
 def collapse(
-    subject: Subject,
+    run_or_model: RunOrModel,
     data: Data = None,
     /,
     *,
@@ -52,13 +52,13 @@ def collapse(
     from tokenfusion.analyze.collapse import analyze_collapse
 
     with counting("reading images") as progress:
-        result, folder = analyze_collapse(subject, data, num_images=num_images, out=out, progress=progress)
+        result, folder = analyze_collapse(run_or_model, data, num_images=num_images, out=out, progress=progress)
     show(result, folder / "collapse.json", [f"{result['images']:,} images. {result['summary']}"], as_json)
 
 
 @app.command
 def tokens(
-    subject: Subject,
+    run_or_model: RunOrModel,
     data: Data = None,
     /,
     *,
@@ -83,7 +83,7 @@ def tokens(
     from tokenfusion.analyze.tokens import analyze_tokens, table_of
 
     with counting("reading images") as progress:
-        result, folder = analyze_tokens(subject, data, num_images=num_images, out=out, progress=progress)
+        result, folder = analyze_tokens(run_or_model, data, num_images=num_images, out=out, progress=progress)
     show(result, folder / "tokens.json", [*in_columns(table_of(result)), result["summary"]], as_json)
 
 
@@ -137,7 +137,7 @@ def explain(
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        for line in room.describe(result["faithfulness"] or {}):
+        for line in room.faithfulness_summary(result["faithfulness"] or {}):
             print(line)
         pictures = sum(len(image.get("overlays", ())) for image in result["images"])
         print(f"{pictures} overlays of {len(result['images']) - len(failed)} images, and explain.json, are in {folder}")

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.analyze.figures import feature_maps, write_figures
-from tokenfusion.analyze.quantities import (
+from tokenfusion.analyze.attention_metrics import (
     block_cosines,
     effective_rank,
     entropy,
@@ -27,9 +26,10 @@ from tokenfusion.analyze.quantities import (
     similar_blocks,
     token_similarity,
 )
+from tokenfusion.analyze.collapse_figures import feature_maps, write_figures
+from tokenfusion.analyze.collapse_summary import collapse_summary, on_features
+from tokenfusion.analyze.inputs import open_run_or_model, output_folder
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
-from tokenfusion.analyze.subject import folder_of, open_subject
-from tokenfusion.analyze.words import describe, on_features
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
@@ -171,8 +171,8 @@ class Collapse:
         before = self.means[group, "before_mixing"].mean(0).tolist() if self.mixed.intersection(names) else None
         return {
             "blocks": names,
-            "queries": in_words(layout.queries),
-            "keys": in_words(layout.keys),
+            "queries": layout_text(layout.queries),
+            "keys": layout_text(layout.keys),
             "similarity": similarity.tolist(),
             "similarity_before_mixing": before,
             "similar_share": self.means[group, "applied", "share"].tolist(),
@@ -184,7 +184,7 @@ class Collapse:
         }
 
 
-def in_words(tokens: TokenLayout) -> str:
+def layout_text(tokens: TokenLayout) -> str:
     """A layout as text, such as "cls + patch 14×14"."""
     return " + ".join(f"{of.source} {of.grid[0]}×{of.grid[1]}" if of.grid else of.source for of in tokens)
 
@@ -229,7 +229,7 @@ def measure_collapse(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, A
 
 
 def analyze_collapse(
-    subject: str,
+    run_or_model: str,
     data: str | None = None,
     *,
     num_images: int = 256,
@@ -239,7 +239,7 @@ def analyze_collapse(
     """Measure a run or an untrained model on images; write `collapse.json` and figures.
 
     Args:
-        subject, data, num_images, progress: as in `open_subject`.
+        run_or_model, data, num_images, progress: as in `open_run_or_model`.
         out: folder to write to; RUN/collapse, or `collapse` for a model's name, when not given.
 
     Returns:
@@ -249,17 +249,17 @@ def analyze_collapse(
     Raises:
         InputError: the model or the data cannot be used, or as in `measure_collapse`.
     """
-    classifier, images = open_subject(subject, data, num_images, progress)
+    classifier, images = open_run_or_model(run_or_model, data, num_images, progress)
     keep_freed_memory()
     batches = (
         classifier.to_input(batch) for batch, _ in eval_batches(images, classifier.preprocess, batch_size=PREPARED)
     )
     result = {"model": classifier.name} | measure_collapse(classifier.model, batches)
-    folder = folder_of(subject, out, "collapse")
+    folder = output_folder(run_or_model, out, "collapse")
     pictures = torch.stack([classifier.preprocess.resize(images[i]) for i in range(min(PICTURES, len(images)))])
     features = feature_maps(classifier.model, classifier.to_input(pictures))
     result["feature_maps"] = [of.block for of in features]
-    result["summary"] = " ".join([describe(result), *on_features(result)])
+    result["summary"] = " ".join([collapse_summary(result), *on_features(result)])
     result["figures"] = write_figures(result, folder, pictures, features)
     write_json(folder / "collapse.json", result)
     return result, folder

@@ -13,9 +13,9 @@ from torch import Tensor
 from torchvision.io import encode_png
 
 from tokenfusion.analyze.faithfulness import Probability, importance, measure_faithfulness
+from tokenfusion.analyze.inputs import open_run_or_model, refuse_multi_label
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.saliency import saliency
-from tokenfusion.analyze.subject import open_subject, refuse_multi_label
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import printable
 from tokenfusion.data.decode import UnreadableImage
@@ -26,8 +26,8 @@ from tokenfusion.files import write_bytes, write_json
 from tokenfusion.hardware import autocast
 from tokenfusion.models.base import choose
 from tokenfusion.predict import expand
-from tokenfusion.report.html import worst_mistakes
-from tokenfusion.report.results import read_evaluation
+from tokenfusion.report.run import worst_mistakes
+from tokenfusion.report.run_folder import read_evaluation
 
 Method = Literal["gradcam", "rollout", "attention"]
 Branch = Literal["cnn", "transformer", "both"]
@@ -231,7 +231,7 @@ def safe(name: str) -> str:
 
 def measure_run(run: Path, num_images: int, question: Question) -> dict[str, Any]:
     """`measure_faithfulness` of the predicted class of held-out images."""
-    classifier, images = open_subject(str(run), None, num_images)
+    classifier, images = open_run_or_model(str(run), None, num_images)
 
     def batches() -> Iterator[tuple[Tensor, dict[str, Tensor], Probability]]:
         for batch, _ in eval_batches(images, classifier.preprocess, batch_size=BATCH):
@@ -255,7 +255,7 @@ def probability_of(classifier: Classifier, classes: Tensor, images: Tensor) -> T
     return probabilities_of(classifier, images).gather(1, classes[:, None])[:, 0]
 
 
-def describe(measured: dict[str, Any]) -> list[str]:
+def faithfulness_summary(measured: dict[str, Any]) -> list[str]:
     """A line a branch on what `measure_faithfulness` found."""
     lines = []
     for branch, ways in measured.items():

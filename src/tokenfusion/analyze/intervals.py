@@ -19,7 +19,7 @@ def mean_interval(values: Tensor) -> dict[str, Any]:
     return {"mean": fmean(numbers), "ci95": interval and list(interval)}
 
 
-def share_interval(flips: Tensor) -> dict[str, Any]:
+def tango_interval(flips: Tensor) -> dict[str, Any]:
     """The mean of values -1, 0 and 1 (N,), the change of a share between two treatments of the same images.
 
     Its 95 % interval is Tango's (Statistics in Medicine 17, 1998): where the score test does not reject. Without a flip
@@ -32,14 +32,14 @@ def share_interval(flips: Tensor) -> dict[str, Any]:
 
     def end(sign: int) -> float:
         def excess(change: float) -> float:
-            return z - sign * score(change, gained, lost, count)
+            return z - sign * tango_statistic(change, gained, lost, count)
 
         return float(sign) if sign * mean == 1 else float(brentq(excess, mean, sign * edge))
 
     return {"mean": mean, "ci95": [end(-1), end(1)]}
 
 
-def score(change: float, gained: int, lost: int, count: int) -> float:
+def tango_statistic(change: float, gained: int, lost: int, count: int) -> float:
     """Tango's statistic of how far below a `change` what was seen lies, in standard errors if that were the change."""
     a, c = 2 * count, -lost * change * (1 - change)
     b = -gained - lost + (2 * count - gained + lost) * change

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenfusion.analyze.places import Span, block_places
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.analyze.rollout import attention_rollout
+from tokenfusion.analyze.token_spans import Span, block_places
 from tokenfusion.analyze.tokens import asking, attention_by_token
 from tokenfusion.errors import InputError
 from tokenfusion.layers.tokens import size_of, tokens_to_map

@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.analyze.ablate import WHOLE, Batches, measure_ablation
-from tokenfusion.analyze.figures import STYLE, write_figure
+from tokenfusion.analyze.ablation import WHOLE, Batches, measure_ablation
+from tokenfusion.analyze.collapse_figures import STYLE, write_figure
+from tokenfusion.analyze.inputs import open_run_or_model, output_folder
 from tokenfusion.analyze.intervals import mean_interval
-from tokenfusion.analyze.places import token_places
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.analyze.rollout import attention_rollout, by_source
-from tokenfusion.analyze.subject import folder_of, open_subject
+from tokenfusion.analyze.token_spans import token_places
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import eval_batches
@@ -140,7 +140,7 @@ def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
 
 
 def analyze_tokens(
-    subject: str,
+    run_or_model: str,
     data: str | None = None,
     *,
     num_images: int = 256,
@@ -150,7 +150,7 @@ def analyze_tokens(
     """Measure which tokens decide in a run, or in an untrained model; write `tokens.json` and a figure.
 
     Args:
-        subject, data, num_images, progress: as in `open_subject`.
+        run_or_model, data, num_images, progress: as in `open_run_or_model`.
         out: folder to write to; RUN/tokens, or `tokens` for a model's name, when not given.
 
     Returns:
@@ -159,17 +159,17 @@ def analyze_tokens(
     Raises:
         InputError: the model or the data cannot be used, or as in `measure_tokens`.
     """
-    classifier, images = open_subject(subject, data, num_images, progress)
+    classifier, images = open_run_or_model(run_or_model, data, num_images, progress)
     keep_freed_memory()
     result = {"model": classifier.name} | measure_tokens(classifier.model, Prepared(classifier, images))
-    result["summary"] = describe(result)
-    folder = folder_of(subject, out, "tokens")
+    result["summary"] = tokens_summary(result)
+    folder = output_folder(run_or_model, out, "tokens")
     result["figures"] = draw(result, folder)
     write_json(folder / "tokens.json", result)
     return result, folder
 
 
-def describe(result: dict[str, Any]) -> str:
+def tokens_summary(result: dict[str, Any]) -> str:
     """A paragraph on what `measure_tokens` found."""
     whole = [row for row in result["replaced"] if row["layer"] == WHOLE]
     single = [row for row in result["replaced"] if row["layer"] != WHOLE]

@@ -9,27 +9,26 @@ from typing import Any
 from tokenfusion.compare.display import comparison_table, gaps, methods
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
-from tokenfusion.report.kinds import NUMBER, Kinds, check, damaged
+from tokenfusion.report.comparison_summary import fusion_against_others, headline, rank
 from tokenfusion.report.page import write_page
-from tokenfusion.report.results import read_epochs, read_json
-from tokenfusion.report.verdict import fusion_against_others, headline, rank
+from tokenfusion.report.run_folder import NUMBER, FieldTypes, damaged, read_epochs, read_json, require_fields
 
-RESULT: Kinds = (
+RESULT: FieldTypes = (
     dict.fromkeys(("data", "budget", "hardware", "precision"), str)
     | dict.fromkeys(("training_images", "jobs", "threads"), int)
     | dict.fromkeys(("recipe", "versions"), dict)
     | dict.fromkeys(("seeds", "models", "tests", "pareto", "missing_controls", "control_notes"), list)
 )
-MODEL: Kinds = {"name": str, "role": str, "parameters": int, "macs": int, "epochs": int | None} | dict.fromkeys(
+MODEL: FieldTypes = {"name": str, "role": str, "parameters": int, "macs": int, "epochs": int | None} | dict.fromkeys(
     ("runs", "failed"), list
 )
-FINISHED: Kinds = dict.fromkeys(("top1_mean", "images_per_s", "minutes", "peak_memory_mb"), NUMBER) | {
+FINISHED: FieldTypes = dict.fromkeys(("top1_mean", "images_per_s", "minutes", "peak_memory_mb"), NUMBER) | {
     "top1_sd": NUMBER | None
 }
-RUN: Kinds = {"run": str, "n": int}
-FAILURE: Kinds = {"seed": int, "reason": str}
-TEST: Kinds = {"name": str, "method": str, "difference_mean": NUMBER | None, "p": NUMBER | None}
-CONTROL: Kinds = dict.fromkeys(("model", "role", "reason"), str)
+RUN: FieldTypes = {"run": str, "n": int}
+FAILURE: FieldTypes = {"seed": int, "reason": str}
+TEST: FieldTypes = {"name": str, "method": str, "difference_mean": NUMBER | None, "p": NUMBER | None}
+CONTROL: FieldTypes = dict.fromkeys(("model", "role", "reason"), str)
 
 
 def write_comparison(out: Path) -> Path:
@@ -49,7 +48,7 @@ def write_comparison(out: Path) -> Path:
     result = read_json(out / "comparison.json")
     check_comparison(result, out / "comparison.json")
     path = out / "report.html"
-    write_page(path, "comparison.html", describe(result, read_curves(out, result)))
+    write_page(path, "comparison.html", comparison_values(result, read_curves(out, result)))
     return path
 
 
@@ -59,22 +58,22 @@ def check_comparison(result: Any, path: Path) -> None:
     Raises:
         InputError: fields are missing or of another type, or it names models that it does not have.
     """
-    check(result, RESULT, path)
+    require_fields(result, RESULT, path)
     if not result["models"]:
         raise damaged(path, "it has no model")
     for row in result["models"]:
-        check(row, MODEL, path)
+        require_fields(row, MODEL, path)
         for run in row["runs"]:
-            check(run, RUN, path)
+            require_fields(run, RUN, path)
         for failure in row["failed"]:
-            check(failure, FAILURE, path)
+            require_fields(failure, FAILURE, path)
         if row["runs"]:
-            check(row, FINISHED, path)
+            require_fields(row, FINISHED, path)
             check_interval(row, path)
     for test in result["tests"]:
-        check(test, TEST, path)
+        require_fields(test, TEST, path)
     for control in [*result["missing_controls"], *result["control_notes"]]:
-        check(control, CONTROL, path)
+        require_fields(control, CONTROL, path)
     finished = [row["name"] for row in result["models"] if row["runs"]]
     if unknown := [name for name in result["pareto"] if name not in finished]:
         raise damaged(path, f"pareto names {unknown[0]!r}, which has no finished run")
@@ -88,7 +87,7 @@ def check_interval(row: Mapping[str, Any], path: Path) -> None:
         raise damaged(path, f"the interval of {row['name']} is {interval!r:.60}")
 
 
-def describe(result: Mapping[str, Any], curves: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any]:
+def comparison_values(result: Mapping[str, Any], curves: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any]:
     """What the template tells."""
     from tokenfusion.report.comparison_plots import plot_accuracy, plot_cost
 
@@ -128,7 +127,7 @@ def read_accuracy(path: Path) -> dict[int, Any]:
     """Held-out accuracy by epoch of one metrics.jsonl; None where it was not measured."""
     epochs = read_epochs(path)
     for epoch in epochs:
-        check(epoch, {"epoch": int, "val_top1": NUMBER | None}, path)
+        require_fields(epoch, {"epoch": int, "val_top1": NUMBER | None}, path)
     return {epoch["epoch"]: epoch["val_top1"] for epoch in epochs}
 
 

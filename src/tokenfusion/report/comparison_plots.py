@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from tokenfusion.report.comparison_summary import FUSED, Row, interval, rank
 from tokenfusion.report.plots import GRID, HELD_OUT, SERIES, STYLE, TEXT, TRAIN, to_svg
-from tokenfusion.report.verdict import FUSED, Row, interval, rank
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

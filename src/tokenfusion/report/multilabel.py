@@ -5,20 +5,20 @@ from typing import Any
 
 from tokenfusion.formatting import counted
 from tokenfusion.report.page import MAX_MISTAKES, Picture, Thumbnails, percent, pictures_of
-from tokenfusion.report.results import LabelSet, Results
+from tokenfusion.report.run_folder import LabelSetRow, Results
 
 
 @dataclass(frozen=True)
 class LabelMistake:
     """An image some of whose classes are wrong, and its picture."""
 
-    image: LabelSet
+    image: LabelSetRow
     missed: list[str]
     added: list[str]
     picture: Picture
 
 
-def describe_multilabel(results: Results, judged_on: str, thumbnails: Thumbnails | None) -> dict[str, Any]:
+def multilabel_values(results: Results, judged_on: str, thumbnails: Thumbnails | None) -> dict[str, Any]:
     """What the template `multilabel.html` tells besides that of any run.
 
     Args:
@@ -26,14 +26,14 @@ def describe_multilabel(results: Results, judged_on: str, thumbnails: Thumbnails
         judged_on: which images the evaluation is of.
         thumbnails: as in `write_report`.
     """
-    values: dict[str, Any] = {"summary": summarise_multilabel(results, judged_on)}
+    values: dict[str, Any] = {"summary": multilabel_summary(results, judged_on)}
     if results.evaluation is not None:
         wrong = [image for image in results.label_sets if image.labels != image.predictions]
         values |= {"judged_on": judged_on, "wrong": len(wrong), "mistakes": worst_by_loss(wrong, thumbnails)}
     return values
 
 
-def summarise_multilabel(results: Results, judged_on: str) -> str:
+def multilabel_summary(results: Results, judged_on: str) -> str:
     """The result in a few sentences."""
     name, epochs, evaluation = results.model["name"], results.epochs, results.evaluation
     trained = f"{name} was trained for {counted(len(epochs), 'epoch')} on {results.recipe.data}"
@@ -62,7 +62,7 @@ def summarise_multilabel(results: Results, judged_on: str) -> str:
     return " ".join(sentences)
 
 
-def worst_by_loss(wrong: list[LabelSet], thumbnails: Thumbnails | None) -> list[LabelMistake]:
+def worst_by_loss(wrong: list[LabelSetRow], thumbnails: Thumbnails | None) -> list[LabelMistake]:
     """The images with the largest loss among those with a wrong class, the largest first, with their pictures."""
     worst = sorted(wrong, key=lambda image: (-image.loss, image.path))[:MAX_MISTAKES]
     return [

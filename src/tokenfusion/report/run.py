@@ -12,10 +12,10 @@ from tokenfusion.data.dataset import printable
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.recipe import AUTO
-from tokenfusion.report.multilabel import describe_multilabel
-from tokenfusion.report.overlays import Overlay, overlays_of
+from tokenfusion.report.multilabel import multilabel_values
 from tokenfusion.report.page import MAX_MISTAKES, Picture, Thumbnails, percent, picture, pictures_of, write_page
-from tokenfusion.report.results import Prediction, Results, read_results
+from tokenfusion.report.pictures import Overlay, overlays_of
+from tokenfusion.report.run_folder import PredictionRow, Results, read_results
 
 MAX_CONFUSED = 30
 """Classes that the confusion matrix shows at most."""
@@ -52,7 +52,7 @@ class Heatmap:
 class Mistake:
     """A wrong prediction and its picture."""
 
-    prediction: Prediction
+    prediction: PredictionRow
     picture: Picture
     overlays: list[tuple[str, str]]
     """Where the model looked: what the picture is, and its data: address."""
@@ -74,11 +74,11 @@ def write_report(run: Path, thumbnails: Thumbnails | None = None) -> Path:
     path = run / "report.html"
     results = read_results(run)
     template = "multilabel.html" if results.model["multi_label"] else "report.html"
-    write_page(path, template, describe(results, thumbnails))
+    write_page(path, template, run_values(results, thumbnails))
     return path
 
 
-def describe(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any]:
+def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any]:
     """What the template tells."""
     from tokenfusion.report.plots import plot_curves, plot_lr_range, plot_reliability
 
@@ -92,8 +92,8 @@ def describe(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any]:
     }
     if results.model["multi_label"]:
         judged = judged_on(results.recipe.data, results.evaluation) if results.evaluation else ""
-        return values | describe_multilabel(results, judged, thumbnails)
-    values["summary"] = summarise(results)
+        return values | multilabel_values(results, judged, thumbnails)
+    values["summary"] = run_summary(results)
     if results.evaluation is not None:
         scores = [p.score for p in results.predictions]
         correct = [p.label == p.prediction for p in results.predictions]
@@ -108,7 +108,7 @@ def describe(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any]:
     return values
 
 
-def summarise(results: Results) -> str:
+def run_summary(results: Results) -> str:
     """The result in a few sentences."""
     name, epochs, evaluation = results.model["name"], results.epochs, results.evaluation
     trained = f"{name} was trained for {counted(len(epochs), 'epoch')} on {results.recipe.data}"
@@ -184,14 +184,14 @@ def draw_heatmap(classes: list[str], confusion: NDArray[np.int64], limit: int = 
     return Heatmap(names=[classes[i] for i in chosen], total=len(classes), rows=cells)
 
 
-def worst_mistakes(predictions: list[Prediction]) -> list[Prediction]:
+def worst_mistakes(predictions: list[PredictionRow]) -> list[PredictionRow]:
     """The mistakes made with most confidence, the most confident first."""
     wrong = [p for p in predictions if p.label != p.prediction]
     return sorted(wrong, key=lambda p: (-p.score, p.path))[:MAX_MISTAKES]
 
 
 def show_mistakes(
-    predictions: list[Prediction], thumbnails: Thumbnails | None, overlays: dict[tuple[str, str], list[Overlay]]
+    predictions: list[PredictionRow], thumbnails: Thumbnails | None, overlays: dict[tuple[str, str], list[Overlay]]
 ) -> list[Mistake]:
     """The worst mistakes with their pictures."""
     worst = worst_mistakes(predictions)

@@ -3,9 +3,10 @@
 import csv
 import json
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
 from tokenfusion.checkpoint import load_description, resume_command
@@ -29,7 +30,7 @@ EVALUATION_KEYS = (
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictionRow:
     """One evaluated image."""
 
     path: str
@@ -40,7 +41,7 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class LabelSet:
+class LabelSetRow:
     """One evaluated image with any number of classes."""
 
     path: str
@@ -67,9 +68,9 @@ class Results:
     skipped: list[Skipped]
     evaluation: dict[str, Any] | None
     """evaluation.json, or None where the run has not been evaluated."""
-    predictions: list[Prediction]
+    predictions: list[PredictionRow]
     """An entry per evaluated image; empty without an evaluation, and of a multi-label run."""
-    label_sets: list[LabelSet]
+    label_sets: list[LabelSetRow]
     """The same of a multi-label run."""
 
     def command(self, verb: str) -> str:
@@ -87,8 +88,8 @@ def read_results(run: Path) -> Results:
     epochs = read_epochs(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
     if not epochs:
         raise InputError(f"{run} has no finished epoch yet; go on with `{resume_command(run)}`")
-    predictions: list[Prediction] = []
-    label_sets: list[LabelSet] = []
+    predictions: list[PredictionRow] = []
+    label_sets: list[LabelSetRow] = []
     if model["multi_label"]:
         evaluation, label_sets = read_judged(run, model["classes"], MULTILABEL_EVALUATION_KEYS, read_label_sets)
     else:
@@ -107,7 +108,7 @@ def read_results(run: Path) -> Results:
     )
 
 
-def read_evaluation(run: Path, classes: list[str]) -> tuple[dict[str, Any] | None, list[Prediction]]:
+def read_evaluation(run: Path, classes: list[str]) -> tuple[dict[str, Any] | None, list[PredictionRow]]:
     """evaluation.json and the predictions.csv that belongs to it; None and nothing where there is no evaluation."""
     return read_judged(run, classes, EVALUATION_KEYS, read_predictions)
 
@@ -155,18 +156,20 @@ def read_lr_range(path: Path) -> dict[str, Any] | None:
     return tested
 
 
-def read_predictions(path: Path) -> list[Prediction]:
+def read_predictions(path: Path) -> list[PredictionRow]:
     """The rows of predictions.csv."""
     return [
-        Prediction(path=row["path"], label=row["label"], prediction=row["prediction"], score=number(row["score"], path))
+        PredictionRow(
+            path=row["path"], label=row["label"], prediction=row["prediction"], score=number(row["score"], path)
+        )
         for row in read_csv(path, ("path", "label", "prediction", "score"))
     ]
 
 
-def read_label_sets(path: Path) -> list[LabelSet]:
+def read_label_sets(path: Path) -> list[LabelSetRow]:
     """The rows of a multi-label run's predictions.csv."""
     return [
-        LabelSet(row["path"], names(row["labels"]), names(row["predictions"]), number(row["loss"], path))
+        LabelSetRow(row["path"], names(row["labels"]), names(row["predictions"]), number(row["loss"], path))
         for row in read_csv(path, ("path", "labels", "predictions", "loss"))
     ]
 
@@ -218,3 +221,25 @@ def require(value: Any, keys: tuple[str, ...], path: Path) -> None:
         raise InputError(
             f"{path} is incomplete: it lacks {', '.join(missing)}; restore it, or train and evaluate again"
         )
+
+
+FieldTypes = Mapping[str, type | UnionType]
+"""Fields of a JSON object, and what each is."""
+NUMBER = int | float
+
+
+def require_fields(value: Any, types: FieldTypes, path: Path) -> None:
+    """Refuse an object of a file that lacks some of its fields, or has one of another type.
+
+    Raises:
+        InputError: it does.
+    """
+    require(value, tuple(types), path)
+    for key, expected in types.items():
+        if not isinstance(value[key], expected):
+            raise damaged(path, f"{key} is {value[key]!r:.60}")
+
+
+def damaged(path: Path, reason: str) -> InputError:
+    """What to raise of a file that cannot be as it was written."""
+    return InputError(f"{path} is damaged: {reason}; restore it, or make it anew")

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tokenfusion.report.kinds import check
-from tokenfusion.report.results import read_json
+from tokenfusion.report.run_folder import read_json, require_fields
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,15 @@ def overlays_of(run: Path) -> dict[tuple[str, str], list[Overlay]]:
     if not (folder / "explain.json").is_file():
         return {}
     found = read_json(folder / "explain.json")
-    check(found, {"method": str, "images": list}, folder / "explain.json")
+    require_fields(found, {"method": str, "images": list}, folder / "explain.json")
     overlays: dict[tuple[str, str], list[Overlay]] = {}
     for image in found["images"]:
-        check(image, {"path": str}, folder / "explain.json")
+        require_fields(image, {"path": str}, folder / "explain.json")
         if "error" in image:
             continue
-        check(image, {"overlays": list}, folder / "explain.json")
+        require_fields(image, {"overlays": list}, folder / "explain.json")
         for drawn in image["overlays"]:
-            check(drawn, dict.fromkeys(("branch", "class", "file"), str), folder / "explain.json")
+            require_fields(drawn, dict.fromkeys(("branch", "class", "file"), str), folder / "explain.json")
             path = folder / Path(drawn["file"]).name
             if path.is_file():
                 caption = f"{found['method']}, {drawn['branch'].replace('_', ' ')}"

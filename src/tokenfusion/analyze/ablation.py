@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenfusion.analyze.intervals import mean_interval, share_interval
-from tokenfusion.analyze.places import Place, Span, block_places, token_places
+from tokenfusion.analyze.intervals import mean_interval, tango_interval
 from tokenfusion.analyze.record import evaluating
+from tokenfusion.analyze.token_spans import Span, TokenInput, block_places, token_places
 from tokenfusion.layers.tokens import size_of
 from tokenfusion.models.token_fusion import LateFusion, TokenFusion
 
@@ -36,7 +36,7 @@ class Target(NamedTuple):
     span: Span
 
 
-def targets_of(places: Iterable[Place]) -> list[Target]:
+def targets_of(places: Iterable[TokenInput]) -> list[Target]:
     """All that can be replaced in some places."""
     return [Target(place.module, source, span) for place in places for source, span in place.spans.items()]
 
@@ -131,7 +131,7 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
             with replaced(model, {target: means[target] for target in chosen}):
                 new_right, new_loss = scores(all_logits(model, batches), labels)
             row = {"layer": layer, "tokens": source, "top1": float(new_right.mean()), "loss": float(new_loss.mean())}
-            row |= {"top1_change": share_interval(new_right - right), "loss_change": mean_interval(new_loss - loss)}
+            row |= {"top1_change": tango_interval(new_right - right), "loss_change": mean_interval(new_loss - loss)}
             rows.append(row)
             if layer == WHOLE:
                 losses[source] = new_loss

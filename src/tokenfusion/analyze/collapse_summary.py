@@ -6,7 +6,7 @@ UNIFORM = 0.98
 """From which share of the largest entropy on attention is called uniform."""
 
 
-def describe(result: dict[str, Any]) -> str:
+def collapse_summary(result: dict[str, Any]) -> str:
     """A paragraph on what `measure_collapse` found and what to try; blocks are counted from 1 within their group."""
     several = len(result["groups"]) > 1
     sentences = []

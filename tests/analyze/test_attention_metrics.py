@@ -5,7 +5,7 @@ from math import exp, log, sqrt
 import pytest
 import torch
 
-from tokenfusion.analyze import quantities as q
+from tokenfusion.analyze import attention_metrics as q
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup
 
 

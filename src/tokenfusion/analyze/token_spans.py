@@ -30,7 +30,7 @@ class Span(NamedTuple):
     grid: Grid
 
 
-class Place(NamedTuple):
+class TokenInput(NamedTuple):
     """A module that takes tokens.
 
     Attributes:
@@ -52,7 +52,7 @@ def spans_of(tokens: TokenLayout, argument: int) -> dict[str, Span]:
     return spans
 
 
-def block_places(model: nn.Module, size: Grid) -> list[Place]:
+def block_places(model: nn.Module, size: Grid) -> list[TokenInput]:
     """The transformer's blocks (CrossViT's stages), in order.
 
     Args:
@@ -70,7 +70,7 @@ def block_places(model: nn.Module, size: Grid) -> list[Place]:
     else:
         spans = spans_of(walk.layout(vit, size) + joint_pixels(model, size), 0)
     names = {module: name for name, module in model.named_modules()}
-    return [Place(names[block], spans) for block in walk.blocks(vit)]
+    return [TokenInput(names[block], spans) for block in walk.blocks(vit)]
 
 
 def joint_pixels(model: nn.Module, size: Grid) -> TokenLayout:
@@ -80,12 +80,12 @@ def joint_pixels(model: nn.Module, size: Grid) -> TokenLayout:
     return ()
 
 
-def operator_places(model: TokenFusion, size: Grid) -> list[Place]:
+def operator_places(model: TokenFusion, size: Grid) -> list[TokenInput]:
     """The operators, in order."""
     own = spans_of(model.vit_layout(size), 0)
     places = []
     for name, grid in operator_grids(model, size).items():
-        places.append(Place(name, own | spans_of((TokenGroup("pixel", grid),), 1)))
+        places.append(TokenInput(name, own | spans_of((TokenGroup("pixel", grid),), 1)))
     return places
 
 
@@ -102,7 +102,7 @@ def operator_grids(model: TokenFusion, size: Grid) -> dict[str, Grid]:
     }
 
 
-def token_places(model: nn.Module, size: Grid) -> list[Place]:
+def token_places(model: nn.Module, size: Grid) -> list[TokenInput]:
     """Where a model's kinds of tokens meet: the operators of a late or layerwise fusion, else the blocks' inputs.
 
     An early fusion whose operator is not joint attention has one at the entrance, then blocks.

@@ -13,9 +13,9 @@ from tokenfusion.evaluate import choose_images, output_of_class, read_readable
 from tokenfusion.recipe import Recipe, load_recipe
 
 
-def folder_of(subject: str, out: Path | None, name: str) -> Path:
+def output_folder(run_or_model: str, out: Path | None, name: str) -> Path:
     """Where results go, made if it is missing: `out` where given, else RUN/name, or `name` for a model's name."""
-    folder = out or (Path(subject) / name if Path(subject).is_dir() else Path(name))
+    folder = out or (Path(run_or_model) / name if Path(run_or_model).is_dir() else Path(name))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -33,15 +33,15 @@ def refuse_multi_label(multi_label: bool, name: str) -> None:
         )
 
 
-def open_subject(
-    subject: str, data: str | None, num_images: int, progress: Callable[[int, int], None] | None = None
+def open_run_or_model(
+    run_or_model: str, data: str | None, num_images: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Classifier, Images]:
     """A classifier and some images for it, spread evenly over the data and in random order, always the same.
 
     Labels are numbers of the model's outputs.
 
     Args:
-        subject: a run folder, or a model's name, which is built with random weights for the data's classes.
+        run_or_model: a run folder, or a model's name, which is built with random weights for the data's classes.
         data: labelled images; of a run its own held-out ones when not given.
         num_images: how many to read; all if there are fewer.
         progress: called with (images read, images in all).
@@ -51,20 +51,20 @@ def open_subject(
     """
     if num_images < 1:
         raise InputError(f"num_images={num_images} shows nothing; give 1 or more")
-    run = Path(subject)
+    run = Path(run_or_model)
     if run.is_dir():
         classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
         own = not data or resolved(data) == resolved(recipe.data)
-        refuse_multi_label(classifier.multi_label, subject)
+        refuse_multi_label(classifier.multi_label, run_or_model)
         source = open_dataset(recipe.data, recipe.exclude, run) if own or not data else open_dataset(resolved(data))
         to_output = output_of_class(source, classifier.classes)
     elif data:
         own, recipe, source = False, Recipe(), open_dataset(data)
         refuse_multi_label(source.multi_label, data)
-        classifier = Classifier.create(subject, source.classes)
+        classifier = Classifier.create(run_or_model, source.classes)
         to_output = output_of_class(source, source.classes)
     else:
-        raise InputError(f"DATA is missing: {subject} is no run folder and has no images of its own; name some")
+        raise InputError(f"DATA is missing: {run_or_model} is no run folder and has no images of its own; name some")
     name, indices = choose_images(source, run, own=own, split=None)
     spread = np.linspace(0, len(indices) - 1, min(num_images, len(indices))).round().astype(np.int64)
     chosen = np.random.default_rng(0).permutation(indices[spread])  # the first few are of any class
