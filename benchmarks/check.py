@@ -29,7 +29,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from common import environment
-from tokenfusion.data.dataset import Dataset, Files
+from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.open import open_dataset
 from tokenfusion.files import write_json
 
@@ -105,7 +105,6 @@ def scaled(data: bytes) -> bytes:
 
 def copy(source: Dataset, count: int, folder: Path) -> list[tuple[str, int]]:
     """Write so many images, a fifth of them held out; names and labels."""
-    assert isinstance(source, Files)
     written = []
     for number, index in enumerate(random.Random(0).sample(range(len(source)), count)):
         data = scaled(source.read(index))

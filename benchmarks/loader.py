@@ -134,7 +134,7 @@ def cifar_streams(data: Path, workers: int) -> dict[str, Stream]:
     indices = np.flatnonzero(np.array(source.splits) == "train")
     labels = source.labels[indices]
     arrays = np.stack([source.decode(index, 10**8).permute(1, 2, 0).numpy() for index in indices])
-    files = [source.read(index) for index in indices]  # type: ignore[attr-defined]
+    files = [source.read(index) for index in indices]
     return {
         "ours": our_stream(source, indices, 32, workers, cache_bytes=2**32),
         "ours_decoding": our_stream(source, indices, 32, workers, cache_bytes=0),

@@ -331,7 +331,7 @@ def test_a_list_that_names_all_held_out_images_is_refused(data, tmp_path):
 def test_paths_that_are_gone_are_counted(data, tmp_path):
     (tmp_path / "list.csv").write_text("path,reason\ntrain/a/0.jpg,\ntrain/a/gone.jpg,\n")
     source = open_dataset(data, str(tmp_path / "list.csv"))
-    assert str(source) == "1 image excluded; not in the data: 1 path of the list"
+    assert source.excluded == "1 image excluded; not in the data: 1 path of the list"
     whole = open_dataset(data)
     assert source.names == [name for name in whole.names if name != "train/a/0.jpg"]
     assert source.labels.tolist() == whole.labels[[name != "train/a/0.jpg" for name in whole.names]].tolist()

@@ -11,6 +11,7 @@ import torch
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.decoded import Images, Skipped, read_images, require_every_class, write_skipped
 from tokenfusion.data.open import open_dataset
+from tokenfusion.data.readers import Pixels
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]
@@ -54,8 +55,8 @@ def test_the_cache_needs_no_files_and_survives_a_pickle(pets_folder: Path, pets:
         (pets_folder / name).unlink()
     copy = pickle.loads(pickle.dumps(images))
     assert np.array_equal(copy[10].permute(1, 2, 0), pets["dog/5.png"])
-    assert images.cache is not None
-    assert images.cache.pixels.numel() == total_bytes(pets)
+    assert isinstance(images.dataset.reader, Pixels)
+    assert images.dataset.reader.pixels.numel() == total_bytes(pets)
 
 
 def test_unreadable_images_are_set_aside_with_their_reasons(pets_folder: Path, pets: Tree) -> None:

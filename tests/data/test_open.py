@@ -1,12 +1,14 @@
 import json
+import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from making import pixels_of, png, write_parquet, write_tar
 
+from serving import write_shards
 from tokenfusion.data.dataset import held_out_name
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.open import open_dataset
@@ -83,6 +85,28 @@ def test_digits_are_scikit_learns_scaled_to_bytes() -> None:
     assert {0, 5, 8, 16} <= set(digits.images[17].ravel())
     with pytest.raises(UnreadableImage, match="max_pixels=63"):
         source.decode(0, 63)
+
+
+@pytest.mark.parametrize("kind", ["folder", "parquet", "shards"])
+def test_opening_a_folder_walks_it_once(
+    kind: str, tmp_path: Path, pets: Tree, save_tree: SaveTree, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKENFUSION_CACHE", str(tmp_path / "cache"))
+    if kind == "shards":
+        write_shards(tmp_path / "data" / "below", {"train-0.tar": 3, "val-0.tar": 2})
+    else:
+        write_kind(kind, tmp_path, pets, save_tree)
+    folders = [path for path in (tmp_path / "data").rglob("*") if path.is_dir()]
+    scanned: list[str] = []
+    scan = os.scandir
+
+    def note(folder: str) -> Iterator[os.DirEntry[str]]:
+        scanned.append(str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", note)
+    open_dataset(tmp_path / "data")
+    assert sorted(scanned) == sorted(map(str, [tmp_path / "data", *folders]))
 
 
 def test_no_such_path_names_what_is_there(pets_folder: Path) -> None:

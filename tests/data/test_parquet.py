@@ -1,3 +1,4 @@
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from making import LIMIT, pixels_of, png, write_parquet
 
 from tokenfusion.data import parquet
+from tokenfusion.data.dataset import split_in_name
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
@@ -43,7 +45,7 @@ def test_one_parquet_file(tmp_path: Path, pets: Tree) -> None:
     ("name", "split"), [("val/0.parquet", "val"), ("validation-x.parquet", "val"), ("trainer.parquet", "")]
 )
 def test_split_of_a_parquet_name(name: str, split: str) -> None:
-    assert parquet.split_of(name) == split
+    assert split_in_name(name) == split
 
 
 def test_parquet_memory_is_bounded(
@@ -55,7 +57,61 @@ def test_parquet_memory_is_bounded(
     source = open_dataset(tmp_path)
     for index in (0, 9, 1, 5, 4, 8):
         assert np.array_equal(pixels_of(source, index), picture(index, 20, 20))
-        assert len(source.cache.groups) == 1  # type: ignore[attr-defined]
+        assert isinstance(source.reader, parquet.Rows)
+        assert len(source.reader.held) <= 2
+
+
+@pytest.fixture
+def many(tmp_path: Path, picture: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Forty images in twenty row groups, of which memory holds two; the cache lies in a folder of its own."""
+    files = [png(picture(number)) for number in range(40)]
+    write_parquet(tmp_path / "data" / "train.parquet", [*files[:39], None], [0, 1] * 20, ["a", "b"])
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 0)
+    monkeypatch.setenv("TOKENFUSION_CACHE", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Which row groups were read, one after another."""
+    groups: list[int] = []
+    read = parquet.read_row_group
+    monkeypatch.setattr(
+        parquet, "read_row_group", lambda path, group, column: groups.append(group) or read(path, group, column)
+    )
+    return groups
+
+
+def test_images_in_any_order_do_not_read_a_row_group_each(
+    many: Path, reads: list[int], picture: Callable[..., np.ndarray]
+) -> None:
+    source = open_dataset(many / "data")
+    for index in range(39):
+        source.read(index)
+    assert reads == list(range(20))  # in order: once each, and nothing is unpacked
+    assert not (many / "cache").exists()
+    order = np.random.default_rng(0).permutation(39).tolist() * 5
+    for index in order:
+        assert np.array_equal(pixels_of(source, index), picture(index))
+    assert len(reads) <= (parquet.PASSES + 1) * 20
+    with pytest.raises(UnreadableImage, match="the row holds no bytes"):
+        source.decode(39, LIMIT)
+    again = pickle.loads(pickle.dumps(source))  # another process finds what this one has unpacked
+    before = len(reads)
+    for index in order:
+        assert again.read(index) == source.read(index)
+    assert len(reads) <= before + parquet.PASSES * 20
+
+
+@pytest.mark.parametrize("gb", ["1e-9", "none"])
+def test_where_nothing_can_be_unpacked_row_groups_are_read_on(
+    gb: str, many: Path, monkeypatch: pytest.MonkeyPatch, picture: Callable[..., np.ndarray]
+) -> None:
+    monkeypatch.setenv("TOKENFUSION_CACHE_GB", gb)
+    source = open_dataset(many / "data")
+    for index in np.random.default_rng(0).permutation(39).tolist() * 2:
+        assert np.array_equal(pixels_of(source, index), picture(index))
+    assert not (many / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -133,8 +189,12 @@ def test_parquet_that_vanishes(tmp_path: Path, pets: Tree) -> None:
 @pytest.mark.parametrize(
     ("labels", "names", "reason"),
     [
-        ([0, None], ["a", "b"], r"'train.parquet:1' has no label"),
-        ([0, -1], ["a", "b"], r"'train.parquet:1' has label -1, but the metadata has 2 class names"),
+        ([0, None], ["a", "b"], r"train.parquet:1 has no label"),
+        (
+            [0, -1],
+            ["a", "b"],
+            r"'train.parquet:1' has label -1, none of the 2 class names; add its name, or take unlabelled files away",
+        ),
         ([0, 2], ["a", "b"], r"label 2"),
         (["x", "y"], ["a", "b"], "string, but its metadata names integer"),
     ],

@@ -19,12 +19,11 @@ from tokenfusion.data import remote, shards
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import unread_images
-from tokenfusion.data.exclude import Remaining
 from tokenfusion.data.loader import Batch, TrainLoader
 from tokenfusion.data.open import open_dataset, resolved
 from tokenfusion.data.remote import Cache
 from tokenfusion.data.sampler import OPEN_SHARDS, ShardOrder, Share, shard_order
-from tokenfusion.data.shards import Shards
+from tokenfusion.data.shards import Shard, ShardRanges
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 
@@ -46,10 +45,10 @@ def folder(tmp_path: Path) -> Path:
 
 def check(source: Dataset) -> None:
     """The sixteen pictures of SIZES, each with its own pixels, label and split."""
-    assert isinstance(source, Shards)
     assert source.labels.tolist() == [number % 3 for number in range(16)]
     assert source.splits == ["train"] * 12 + ["val"] * 4
-    assert source.shard_numbers.tolist() == [0] * 7 + [1] * 5 + [2] * 4
+    assert source.shards is not None
+    assert source.shards.tolist() == [0] * 7 + [1] * 5 + [2] * 4
     for number in (15, 0, 6, 7, 11, 12):
         assert np.array_equal(pixels_of(source, number), picture(number))
 
@@ -113,7 +112,7 @@ def test_integer_labels_take_the_names_beside_the_shards(file: str, text: str, f
     with serving(folder) as server:
         assert open_dataset(server.url).classes == ("x", "y", "z", "w")
     (folder / file).write_text('["x", 3]' if file.endswith("json") else "x\ny\n")
-    with pytest.raises(InputError, match=r"must list the class names|label 2 is none of the 2 class names"):
+    with pytest.raises(InputError, match=r"must list the class names|label 2, none of the 2 class names; add its name"):
         open_dataset(folder)
 
 
@@ -159,7 +158,7 @@ def test_a_tar_of_class_folders_stays_one(tmp_path: Path) -> None:
     tree = {f"{name}/{number}.png": picture(number) for name in ("cat", "dog") for number in range(3)}
     source = open_dataset(write_tar(tmp_path / "data.tar", tree))
     assert source.classes == ("cat", "dog")
-    assert source.shard_numbers is None
+    assert source.shards is None
 
 
 def with_member(path: Path, name: str, data: bytes) -> None:
@@ -233,14 +232,14 @@ def test_a_cache_smaller_than_the_data_is_enough(folder: Path, cache: Path, monk
         with pytest.raises(
             InputError, match=r"training draws from 8 shards at a time and needs .*TOKENFUSION_CACHE_GB"
         ):
-            source.require_room()
-    open_dataset(folder).require_room()  # local shards need none
+            source.reader.require_room()
+    open_dataset(folder).reader.require_room()  # local shards need none
 
 
 def test_whole_shards_are_held_out_where_none_is_named(tmp_path: Path) -> None:
     source = open_dataset(write_shards(tmp_path / "shards", {f"{n}.tar": 3 + n for n in range(5)}))
     split = choose_split(source, 0.4, seed=0)
-    numbers = source.shard_numbers
+    numbers = source.shards
     assert numbers is not None
     train, val = set(numbers[split.train]), set(numbers[split.val])
     assert (len(train), len(val), train & val) == (3, 2, set())
@@ -313,8 +312,7 @@ def test_what_is_announced_is_fetched_beside_the_training(served: Dataset, cache
     next(loader.epoch(0))
     numbers = {fetched.get(timeout=30) for _ in range(OPEN_SHARDS + 4)}
     loader.close()
-    assert isinstance(served, Shards)
-    assert {served.shards[number].key for number in numbers} == {path.name for path in shards_in(cache)}
+    assert {shard(served, number).file.key for number in numbers} == {path.name for path in shards_in(cache)}
 
 
 def test_shards_of_which_images_are_left_out_are_fetched_ahead_and_need_room(
@@ -324,22 +322,21 @@ def test_shards_of_which_images_are_left_out_are_fetched_ahead_and_need_room(
     remaining = open_dataset(served.where, str(tmp_path / "list.csv"))
     for path in shards_in(cache):
         path.unlink()
-    remaining.fetch(3)
-    assert isinstance(served, Shards)
-    assert [path.name for path in shards_in(cache)] == [served.shards[3].key]
-    assert isinstance(remaining, Remaining)
-    assert isinstance(remaining.whole, Shards)
-    remaining.whole.cache = Cache(cache, 1)
+    remaining.reader.fetch(3)
+    assert [path.name for path in shards_in(cache)] == [shard(served, 3).file.key]
+    assert isinstance(remaining.reader, ShardRanges)
+    remaining.reader.blobs[:] = [replace(shard, cache=Cache(cache, 1)) for shard in remaining.reader.blobs]
     with pytest.raises(InputError, match=r"training draws from 8 shards at a time and needs"):
-        remaining.require_room()
+        remaining.reader.require_room()
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="no file here fails to be read")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_disk_that_fails_ends_training_with_the_name_of_the_shard(workers: int, folder: Path) -> None:
     source = open_dataset(folder)
-    assert isinstance(source, Shards)
-    source.shards = [replace(shard, url="/proc/self/mem", size=0) for shard in source.shards]  # fails from 0 on
+    assert isinstance(source.reader, ShardRanges)
+    for number, one in enumerate(source.reader.blobs):  # fails from 0 on
+        source.reader.blobs[number] = replace(one, file=replace(one.file, url="/proc/self/mem", size=0))
     with pytest.raises(InputError, match=r"/proc/self/mem cannot be read: \[Errno 5\].*--resume"):
         loaded(source, workers)
 
@@ -405,6 +402,11 @@ def test_batches_do_not_depend_on_workers_or_start(workers: int, served: Dataset
     assert all(map(same, loaded(served, workers, start=4), expected[4:]))
 
 
+def shard(source: Dataset, number: int) -> Shard:
+    assert isinstance(source.reader, ShardRanges)
+    return source.reader.blobs[number]
+
+
 def shards_in(cache: Path) -> list[Path]:
     return [path for path in cache.iterdir() if "." not in path.name and path.name != "indexes"]
 
@@ -436,12 +438,11 @@ def test_the_disk_stays_bounded_while_workers_load(
     monkeypatch.setenv("TOKENFUSION_CACHE_GB", repr(limit / 2**30))
     with serving(folder) as server:
         source = open_dataset(server.url)
-        assert isinstance(source, Shards)
         images = unread_images(source, np.arange(len(source)), LIMIT)
         loader = TrainLoader(images, AUGMENT, batch_size=8, seed=3, workers=2)
         for batch, one in zip(loader.epoch(1), expected, strict=True):
             assert same(batch, one)
-            with source.cache.lock("room"):  # without which nothing is evicted
+            with shard(source, 0).cache.lock("room"):  # without which nothing is evicted
                 assert sum(path.stat().st_size for path in shards_in(cache)) <= limit
         loader.close()
 
@@ -499,7 +500,7 @@ def test_imagenet_as_it_is_unpacked(tmp_path: Path) -> None:
     source = open_dataset(tmp_path)
     assert source.classes == ("n01440764", "n01443537")
     assert (source.splits.count("train"), source.splits.count("val")) == (6, 2)
-    assert io.BytesIO(source.read(0)).read(2) == b"\xff\xd8"  # type: ignore[attr-defined]
+    assert io.BytesIO(source.read(0)).read(2) == b"\xff\xd8"
 
 
 def test_a_pattern_or_url_means_the_same_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

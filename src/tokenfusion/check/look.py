@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tokenfusion.data.dataset import Dataset, Files
+from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decode import FORMATS, THREADS, UnreadableImage, decode_image, pillow_limit_lifted
 
 SIDE = 48
@@ -90,8 +90,8 @@ def look_at(source: Dataset, index: int, max_pixels: int, compared: bool) -> Loo
     """Decode one image and describe it, with a thumbnail if it will be compared."""
     frames, colour = "", ""
     try:
-        if isinstance(source, Files):
-            data = source.read(index)
+        data = source.read(index)
+        if isinstance(data, bytes):
             image = decode_image(data, max_pixels=max_pixels)
             with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as file:
                 colour, frames = odd_colour(file, data), further_frames(file)

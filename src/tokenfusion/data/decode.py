@@ -86,7 +86,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
         raise UnreadableImage("the file is empty (0 bytes)")
     try:
         with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
-            refuse_large(image, max_pixels)
+            refuse_large(image.height, image.width, max_pixels)
             if image.format == "PNG":
                 verify_checksums(data)
             pixels = decode_plain(data) if is_plain(image) else None
@@ -99,8 +99,8 @@ def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
         raise UnreadableImage(f"damaged image: {str(error) or type(error).__name__}") from error
 
 
-def refuse_large(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
+def refuse_large(height: int, width: int, max_pixels: int) -> None:
+    """Refuse an image of too many pixels, UnreadableImage."""
     if width * height > max_pixels:
         raise UnreadableImage(
             f"{width}×{height} are {width * height} pixels, more than max_pixels={max_pixels}; "

@@ -6,32 +6,19 @@ import json
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokenfusion.data.dataset import SPLITS, Dataset, Files, printable
-from tokenfusion.data.readers import read_file
+from tokenfusion.data.dataset import SPLITS, Dataset, printable
+from tokenfusion.data.readers import Paths
 from tokenfusion.errors import InputError
 
 COLUMNS = "path,label[,split][,weight], or labels (a|b) in place of label"
 KNOWN = ("path", "label", "labels", "split", "weight")
 SEVERAL = '"a|b" in a CSV or ["a", "b"] in a JSONL, and "" or [] for an image of no class'
-
-
-@dataclass(eq=False, kw_only=True)
-class Listed(Files):
-    """Image files that a list names."""
-
-    root: Path
-    paths: list[str]
-    """Relative to root, the list's own folder."""
-
-    def read(self, index: int) -> bytes:
-        return read_file(os.path.join(self.root, self.paths[index]))
 
 
 def open_list(path: Path) -> Dataset:
@@ -59,15 +46,14 @@ def open_list(path: Path) -> Dataset:
     number = {name: index for index, name in enumerate(classes)}
     if several:
         refuse_other_separator(path, labels, classes)
-    return Listed(
+    return Dataset(
         where=str(path),
         classes=tuple(classes),
         names=[printable(name) for name in paths],
         labels=as_matrix(labels, number) if several else np.array([number[name] for (name,) in labels], dtype=np.int64),
         splits=splits,
         weights=as_weights(path, paths, weights),
-        root=path.parent,
-        paths=paths,
+        reader=Paths(path.parent, paths),
     )
 
 

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
-from tokenfusion.data.ahead import Ahead
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.preprocess import Preprocess
+from tokenfusion.data.remote import Prefetcher
 from tokenfusion.data.sampler import Key, ShardOrder, Share, choose_order, mix
 from tokenfusion.errors import InputError
 
@@ -77,13 +77,13 @@ class TrainLoader:
         if len(images) == 0:
             raise InputError("there is no readable image to train on; look at skipped.csv for the reasons")
         size = min(batch_size, len(images))
-        self.order = choose_order(images, size, seed, balanced)
+        self.order = choose_order(images.labels, images.dataset.shards, size, seed, balanced)
         share.require_even(size)
         self.images, self.order.share, self.share = images, share, share
         self.on_unreadable = on_unreadable
         self.ahead = None
-        if isinstance(self.order, ShardOrder) and images.source is not None:
-            self.ahead = Ahead(images.source.fetch)
+        if isinstance(self.order, ShardOrder):
+            self.ahead = Prefetcher(images.dataset.reader.fetch)
             self.order.on_coming = self.ahead.want
         self.loader = DataLoader(
             AugmentedImages(images, augment, seed),

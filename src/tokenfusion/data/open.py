@@ -4,8 +4,9 @@ import difflib
 import os
 from pathlib import Path
 
-from tokenfusion.data.dataset import KINDS, Dataset, printable, quoted
+from tokenfusion.data.dataset import KINDS, Dataset, printable, quoted, require_usable
 from tokenfusion.data.exclude import EXCLUDED, leave_out, paths_in, read_list
+from tokenfusion.data.folder import open_folder, read_tree, walk
 from tokenfusion.errors import InputError
 
 
@@ -24,7 +25,7 @@ def open_dataset(data: str | Path, exclude: str = "", run: Path | None = None) -
         InputError: the data or the list cannot be read, there is nothing usable, the data has none of the list's
             paths, or the list leaves nothing of a split; the message says which.
     """
-    dataset = open_place(data)
+    dataset = require_usable(open_place(data))
     if not exclude:
         return dataset
     path = run / EXCLUDED if run and (run / EXCLUDED).exists() else Path(exclude)
@@ -32,41 +33,68 @@ def open_dataset(data: str | Path, exclude: str = "", run: Path | None = None) -
 
 
 def open_place(data: str | Path) -> Dataset:
-    """Everything that lies in a place."""
-    # The kinds are imported when they are met: pyarrow and scikit-learn take a second.
-    from tokenfusion.data import digits, lists, parquet, shards, trees
-
+    """Everything that lies in a place. Each kind is imported when it is met: pyarrow and scikit-learn take a second."""
     if str(data) == "digits":
-        return digits.open_digits()
-    if shards.names_shards(str(data)):
-        return shards.open_shards(str(data))
+        from tokenfusion.data.digits import open_digits
+
+        return open_digits()
+    if names_shards(str(data)):
+        from tokenfusion.data.shards import open_shards
+
+        return open_shards(str(data))
     path = Path(data)
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder; {nearest(path)}")
-    if path.is_dir():
-        files, folders = trees.walk(path)
-        tables = [file for file in files if file.endswith(".parquet")]
-        images = trees.read_tree(files, folders).files
-        if tables and images:
-            raise InputError(
-                f"{path}: holds both Parquet files ({quoted(tables[:1])}) and images in class folders "
-                f"({quoted(map(printable, images[:1]))}); move one kind elsewhere"
-            )
-        if any(file.endswith(".tar") for file in files) and not (tables or images):
-            return shards.open_shards(str(path))
-        if tables:
-            return parquet.open_parquet(path, tables, [file for file in files if not file.endswith(".parquet")])
-        return trees.open_folder(path, files, folders)
+    return open_below(path) if path.is_dir() else open_file(path)
+
+
+def open_below(root: Path) -> Dataset:
+    """A folder of class folders, of Parquet files or of shards: what lies in it tells."""
+    files, folders = walk(root)
+    tree = read_tree(files, folders)
+    tables = [file for file in files if file.endswith(".parquet")]
+    if tables and tree.files:
+        raise InputError(
+            f"{root}: holds both Parquet files ({quoted(tables[:1])}) and images in class folders "
+            f"({quoted(map(printable, tree.files[:1]))}); move one kind elsewhere"
+        )
+    if tables:
+        from tokenfusion.data.parquet import open_parquet
+
+        return open_parquet(root, tables, [file for file in files if not file.endswith(".parquet")])
+    if not tree.files and any(file.endswith(".tar") for file in files):
+        from tokenfusion.data.shards import open_shards
+
+        return open_shards(str(root), files)
+    return open_folder(root, files, tree)
+
+
+def open_file(path: Path) -> Dataset:
+    """A list, a Parquet file, a shard or a tar, as its name ends."""
     name = path.name.lower()
     if name.endswith(".parquet"):
-        return parquet.open_parquet(path.parent, [path.name])
+        from tokenfusion.data.parquet import open_parquet
+
+        return open_parquet(path.parent, [path.name])
     if name.endswith((".csv", ".jsonl", ".ndjson")):
-        return lists.open_list(path)
-    if name.endswith(".tar") and shards.is_webdataset(path):
-        return shards.open_shards(str(path))
+        from tokenfusion.data.lists import open_list
+
+        return open_list(path)
+    if name.endswith(".tar"):
+        from tokenfusion.data.shards import is_webdataset, open_shards
+
+        if is_webdataset(path):
+            return open_shards(str(path))
     if ".tar" in path.suffixes or name.endswith((".tgz", ".txz", ".tbz2")):
-        return trees.open_tar(path)
+        from tokenfusion.data.tar import open_tar
+
+        return open_tar(path)
     raise InputError(f"{path}: not a kind of data that is known here; give {KINDS}")
+
+
+def names_shards(data: str) -> bool:
+    """Whether DATA is a URL or a pattern in braces; a path that exists is neither."""
+    return "://" in data or ("{" in data and not os.path.exists(data))
 
 
 def resolved(data: str) -> str:

@@ -1,50 +1,107 @@
 """Parquet files in the Hugging Face image layout: a column of {bytes, path} structs and a column of labels."""
 
 import json
-import re
+import mmap
 import threading
 from bisect import bisect_right
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokenfusion.data.dataset import SPLITS, Dataset, Files, describe_ignored, printable, quoted
+from tokenfusion.data.dataset import Dataset, describe_ignored, number_labels, printable, quoted, split_in_name
 from tokenfusion.data.decode import UnreadableImage
+from tokenfusion.data.readers import Reader
+from tokenfusion.data.remote import default_cache, look_up
 from tokenfusion.errors import InputError
 
 CACHE_BYTES = 256 * 2**20
-"""Most encoded images, in bytes, that are held in memory; at least one row group is."""
+"""Most encoded images, in bytes, that are held in memory; at least two row groups are."""
+PASSES = 2
+"""How often a file's row groups are read over, as for training and held-out images, before it is unpacked."""
 
 
-class RowGroups:
-    """The row groups that were read last.
+@dataclass(frozen=True)
+class Table:
+    """A Parquet file as it was when it was opened."""
 
-    Parquet is read a row group at a time: in order, once each; in random order, fast while they fit in CACHE_BYTES.
+    path: Path
+    rows: tuple[int, ...]
+    """Of each row group."""
+    size: int
+    """Of all its images, in bytes, about."""
+
+
+class Rows(Reader):
+    """Image files in the rows of Parquet files.
+
+    Parquet is read a row group at a time: in order, once each; in random order, fast while the row groups fit in
+    CACHE_BYTES. A file that is read again after PASSES is unpacked into the cache that shards have, where any image
+    can be read alone; where not all files find room there, it goes on by row groups.
+
+    Args:
+        tables: the files.
+        column: which holds the images.
     """
 
-    def __init__(self) -> None:
-        self.groups: OrderedDict[tuple[Path, int], pa.ChunkedArray] = OrderedDict()
+    def __init__(self, tables: list[Table], column: str) -> None:
+        self.tables, self.column = tables, column
+        self.groups = [(table, group) for table in tables for group in range(len(table.rows))]
+        self.starts = [0, *accumulate(table.rows[group] for table, group in self.groups)]
+        self.held: OrderedDict[tuple[Table, int], pa.ChunkedArray] = OrderedDict()
+        self.reads: Counter[Table] = Counter()
+        self.unpacked: dict[Table, list[pa.Array]] = {}
         self.lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type["RowGroups"], tuple[()]]:
-        return RowGroups, ()  # another process starts with none
+    def __reduce__(self) -> tuple[type["Rows"], tuple[list[Table], str]]:
+        return Rows, (self.tables, self.column)  # another process starts with nothing in memory
 
-    def get(self, path: Path, group: int, column: str) -> pa.ChunkedArray:
+    def read(self, index: int) -> bytes:
+        number = bisect_right(self.starts, index) - 1
+        try:
+            with self.lock:
+                values = self.row_group(*self.groups[number])
+        except (pa.ArrowException, OSError) as error:
+            raise UnreadableImage(f"its row group cannot be read: {error}") from error
+        value = values[index - self.starts[number]].as_py()
+        if value is None:
+            raise UnreadableImage("the row holds no bytes; image files must be inside the Parquet file")
+        return value
+
+    def row_group(self, table: Table, group: int) -> pa.Array | pa.ChunkedArray:
         """The image files of one row group, as binary values."""
-        with self.lock:
-            if (path, group) not in self.groups:
-                self.groups[path, group] = read_row_group(path, group, column)
-                while len(self.groups) > 1 and sum(values.nbytes for values in self.groups.values()) > CACHE_BYTES:
-                    self.groups.popitem(last=False)
-            self.groups.move_to_end((path, group))
-            return self.groups[path, group]
+        if (table, group) not in self.held and self.reads[table] == PASSES * len(table.rows):
+            self.reads[table] += 1  # whatever comes of it, it is tried once
+            self.unpack(table)
+        if table in self.unpacked:
+            return self.unpacked[table][group]
+        if (table, group) not in self.held:
+            self.reads[table] += 1
+            self.held[table, group] = read_row_group(table.path, group, self.column)
+            while len(self.held) > 2 and sum(values.nbytes for values in self.held.values()) > CACHE_BYTES:
+                self.held.popitem(last=False)
+        self.held.move_to_end((table, group))
+        return self.held[table, group]
+
+    def unpack(self, table: Table) -> None:
+        """Have a file's images in the cache, mapped into memory, if there is room for those of all files."""
+        try:
+            cache = default_cache()
+            if sum(table.size for table in self.tables) > cache.limit:
+                return
+            key = look_up(str(table.path), root="").key
+            with cache.open(f"{key}-rows", table.size, lambda path: write_rows(table, self.column, path)) as file:
+                buffer = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # stays when it is evicted
+        except (InputError, pa.ArrowException, OSError):
+            return  # by row groups, whose reading tells what is wrong
+        batches = pa.ipc.open_file(buffer, options=pa.ipc.IpcReadOptions(use_threads=False))
+        self.unpacked[table] = [batches.get_batch(group).column(0) for group in range(len(table.rows))]
 
 
 def read_row_group(path: Path, group: int, column: str) -> pa.ChunkedArray:
@@ -59,27 +116,13 @@ def image_files(file: pq.ParquetFile, group: int, column: str) -> pa.ChunkedArra
     return pc.struct_field(values, "bytes") if pa.types.is_struct(values.type) else values
 
 
-@dataclass(eq=False, kw_only=True)
-class Parquet(Files):
-    """Image files in the rows of Parquet files."""
-
-    groups: list[tuple[Path, int]]
-    """Files and row groups, in the order of the images."""
-    starts: list[int]
-    """Index of each row group's first image."""
-    column: str
-    cache: RowGroups = field(default_factory=RowGroups)
-
-    def read(self, index: int) -> bytes:
-        group = bisect_right(self.starts, index) - 1
-        try:
-            values = self.cache.get(*self.groups[group], self.column)
-        except (pa.ArrowException, OSError) as error:
-            raise UnreadableImage(f"its row group cannot be read: {error}") from error
-        value = values[index - self.starts[group]].as_py()
-        if value is None:
-            raise UnreadableImage("the row holds no bytes; image files must be inside the Parquet file")
-        return value
+def write_rows(table: Table, column: str, path: Path) -> None:
+    """Write a file's images as Arrow does, a batch a row group."""
+    schema = pa.schema([("image", pa.large_binary())])
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        for group in range(len(table.rows)):
+            images = read_row_group(table.path, group, column).cast(pa.large_binary()).combine_chunks()
+            writer.write_batch(pa.record_batch([images], schema=schema))
 
 
 @dataclass(frozen=True)
@@ -96,51 +139,46 @@ class Layout:
 def open_parquet(root: Path, files: list[str], others: Sequence[str] = ()) -> Dataset:
     """Open Parquet files, given relative to `root`; their names tell the splits. Other files there are ignored."""
     layouts: dict[Layout, str] = {}
-    groups: list[tuple[Path, int]] = []
-    sizes: list[int] = []
+    tables: list[Table] = []
     names: list[str] = []
-    values: list[pa.ChunkedArray] = []
+    labels: list[int | str] = []
     splits: list[str] = []
     for name in files:
         try:
             with pq.ParquetFile(root / name, memory_map=True) as file:
                 layout = read_layout(root / name, file.schema_arrow)
-                values.append(file.read(columns=[layout.label])[layout.label].cast(layout.kind))
-                rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                labels += read_labels(root / name, file, layout)
+                tables.append(describe(root / name, file, layout.image))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{root / name}: not readable as Parquet ({error}); replace it or take it away") from error
         layouts.setdefault(layout, name)
-        groups += [(root / name, group) for group in range(len(rows))]
-        sizes += rows
-        names += [f"{printable(name)}:{row}" for row in range(sum(rows))]
-        splits += [split_of(name)] * sum(rows)
+        count = sum(tables[-1].rows)
+        names += [f"{printable(name)}:{row}" for row in range(count)]
+        splits += [split_in_name(name)] * count
     if len(layouts) > 1:
         one, other = list(layouts.items())[:2]
         raise InputError(
             f"{root}: {one[1]!r} and {other[1]!r} differ in columns, labels or class names: {one[0]}, {other[0]}"
         )
     layout = next(iter(layouts))
-    classes, labels = read_labels(root, layout, values, names)
-    return Parquet(
+    classes, numbers = number_labels(str(root), names, labels, layout.names)
+    return Dataset(
         where=str(root),
-        classes=classes,
         names=names,
-        labels=labels,
+        labels=numbers,
+        classes=classes,
         splits=splits,
+        reader=Rows(tables, layout.image),
         **describe_ignored(others),
-        groups=groups,
-        starts=np.cumsum([0, *sizes])[:-1].tolist(),
-        column=layout.image,
     )
 
 
-def split_of(name: str) -> str:
-    """The split in a file's name, or else in its folder's: `set-test-00000.parquet`, `val/0.parquet`."""
-    for part in reversed(Path(name).parts):
-        for word in re.split(r"[-._]", part.lower()):
-            if word in SPLITS:
-                return SPLITS[word]
-    return ""
+def describe(path: Path, file: pq.ParquetFile, column: str) -> Table:
+    """What there is to know of a file without reading its images."""
+    groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
+    size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
+    return Table(path, tuple(group.num_rows for group in groups), size)
 
 
 def read_layout(path: Path | str, schema: pa.Schema) -> Layout:
@@ -159,6 +197,8 @@ def read_layout(path: Path | str, schema: pa.Schema) -> Layout:
     names = list(names.values()) if isinstance(names, dict) else names
     if not isinstance(names, list):
         raise InputError(f"{path}: its metadata has names={names!r} for {label!r}; they must be a list of class names")
+    if names and not pa.types.is_integer(kind):
+        raise InputError(f"{path}: column {label!r} is {kind}, but its metadata names integer labels; give integers")
     return Layout(images[0], label, kind, tuple(map(str, names)))
 
 
@@ -200,25 +240,10 @@ def label_column(path: Path | str, schema: pa.Schema, features: dict[str, dict[s
     return candidates[0]
 
 
-def read_labels(
-    root: Path, layout: Layout, values: list[pa.ChunkedArray], names: list[str]
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names and int64 labels (N,): integers as the metadata names them, else the sorted distinct values."""
-    labels = pa.chunked_array([chunk for part in values for chunk in part.chunks], type=layout.kind)
+def read_labels(path: Path | str, file: pq.ParquetFile, layout: Layout) -> list[int | str]:
+    """The label of each row."""
+    labels = file.read(columns=[layout.label], use_threads=False)[layout.label].cast(layout.kind)
     if labels.null_count:
         missing = labels.is_null().to_pylist().index(True)
-        raise InputError(f"{root}: {names[missing]!r} has no label; every image needs one")
-    if not layout.names:
-        distinct = sorted(labels.unique().to_pylist())
-        order = pc.index_in(labels, value_set=pa.array(distinct, type=labels.type))
-        return tuple(printable(str(value)) for value in distinct), order.to_numpy().astype(np.int64)
-    if not pa.types.is_integer(labels.type):
-        raise InputError(f"{root}: column {layout.label!r} is {labels.type}, but its metadata names integer labels")
-    numbers = labels.to_numpy().astype(np.int64)
-    outside = np.flatnonzero((numbers < 0) | (numbers >= len(layout.names)))
-    if len(outside):
-        raise InputError(
-            f"{root}: {names[outside[0]]!r} has label {numbers[outside[0]]}, but the metadata has {len(layout.names)} "
-            "class names; take unlabelled files away"
-        )
-    return layout.names, numbers
+        raise InputError(f"{path}:{missing} has no label; every image needs one")
+    return labels.to_pylist()

@@ -1,13 +1,53 @@
-"""How the bytes of an image file are read."""
+"""How one image is fetched: a file by its path, a range of bytes of a larger file, or pixels in memory."""
 
+import io
 import os
 import stat
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from tokenfusion.data.decode import UnreadableImage
+from tokenfusion.errors import InputError
 
 MAX_FILE_BYTES = 2**30
 """Largest image file that is read into memory at all."""
+
+
+class Reader(ABC):
+    """Fetches images one by one, in any order and from any thread or process."""
+
+    @abstractmethod
+    def read(self, index: int) -> bytes | Tensor:
+        """An image's file, or its pixels, uint8 (3, H, W), where no file holds it.
+
+        Raises:
+            UnreadableImage: it cannot be had.
+        """
+
+    def fetch(self, number: int) -> None:  # noqa: B027 - most kinds have no shards
+        """Have the images of a shard on this machine, so that reading one does not wait."""
+
+    def require_room(self) -> None:  # noqa: B027 - most kinds need none
+        """Refuse to train where images must be kept on this machine and there is no room for them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Paths(Reader):
+    """Image files on disk."""
+
+    root: Path
+    paths: list[str]
+    """Relative to root, as the file system has them."""
+
+    def read(self, index: int) -> bytes:
+        return read_file(os.path.join(self.root, self.paths[index]))
 
 
 def read_file(path: str | Path) -> bytes:
@@ -25,3 +65,89 @@ def read_file(path: str | Path) -> bytes:
         raise UnreadableImage(f"the file cannot be read: {error.strerror}") from error
     except ValueError as error:  # a name that no file can have, as with a NUL in it
         raise UnreadableImage(f"the file cannot be read: {error}") from error
+
+
+class Blob(Protocol):
+    """Bytes in which many image files lie."""
+
+    def open(self) -> BinaryIO:
+        """To read from; the caller closes it."""
+
+    def failure(self, reason: str) -> InputError:
+        """What to raise where it cannot be read."""
+
+
+@dataclass(frozen=True)
+class FileBlob:
+    """A file on this machine, such as a tar."""
+
+    path: Path
+
+    def open(self) -> BinaryIO:
+        return open(self.path, "rb")
+
+    def failure(self, reason: str) -> InputError:
+        return UnreadableImage(f"{self.path} {reason}")
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryBlob:
+    """Bytes in memory."""
+
+    data: bytes
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self.data)  # which shares them
+
+    def failure(self, reason: str) -> InputError:
+        return UnreadableImage(f"its archive in memory {reason}")
+
+
+@dataclass(frozen=True, eq=False)
+class ByteRanges(Reader):
+    """Image files inside larger ones, each a blob, an offset and a size."""
+
+    blobs: Sequence[Blob]
+    numbers: np.ndarray
+    """int64 (N,): which blob each image lies in."""
+    offsets: np.ndarray
+    """int64 (N,), in bytes."""
+    sizes: np.ndarray
+    """int64 (N,), in bytes."""
+
+    def read(self, index: int) -> bytes:
+        blob, size = self.blobs[self.numbers[index]], int(self.sizes[index])
+        if size > MAX_FILE_BYTES:
+            raise UnreadableImage(f"the file has {size} bytes, more than {MAX_FILE_BYTES}")
+        try:
+            with blob.open() as file:
+                file.seek(int(self.offsets[index]))
+                data = file.read(size)
+        except OSError as error:
+            raise blob.failure(f"cannot be read: {error}") from error
+        if len(data) < size:
+            raise blob.failure(f"ends inside an image, after {len(data)} of its {size} bytes")
+        return data
+
+
+@dataclass(frozen=True, eq=False)
+class Pixels(Reader):
+    """Decoded images of any sizes, one behind another: a few arrays, which cost nothing to fork and little to send."""
+
+    pixels: Tensor
+    """uint8, all images' (H, W, 3) in a row: the order of channels that resizing is fastest in."""
+    offsets: np.ndarray
+    """int64 (N,): where each image begins."""
+    sizes: np.ndarray
+    """int64 (N, 2): height and width."""
+
+    def read(self, index: int) -> Tensor:
+        height, width = self.sizes[index].tolist()
+        return self.pixels.as_strided((3, height, width), (1, 3 * width, 3), int(self.offsets[index]))
+
+
+def as_pixels(data: bytearray, sizes: Sequence[tuple[int, int]]) -> Pixels:
+    """Images (H, W, 3) one behind another, of these heights and widths; the bytes are not copied."""
+    shapes = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+    offsets = np.cumsum([0, *(3 * shapes[:, 0] * shapes[:, 1])])[:-1]
+    return Pixels(torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte(), offsets, shapes)

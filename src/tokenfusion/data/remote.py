@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,7 +12,6 @@ from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from itertools import islice
 from pathlib import Path
-from threading import Thread
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import urlsplit
 
@@ -25,6 +26,7 @@ LOCK_SECONDS = 540.0
 MAX_FILES = 100_000
 """Most files that a pattern may stand for."""
 THREADS = 8
+PREFETCH_THREADS = 4
 
 Result = TypeVar("Result")
 
@@ -62,13 +64,14 @@ def without_secrets(url: str) -> str:
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
 
 
-def find_files(data: str, endings: tuple[str, ...]) -> list[RemoteFile]:
+def find_files(data: str, endings: tuple[str, ...], below: list[str] | None = None) -> list[RemoteFile]:
     """Look up the files of a pattern, a folder or a single URL.
 
     Args:
         data: a pattern in a shell's braces, `s3://bucket/train-{000000..000146}.tar`, a folder, or one file; each a URL
             of any kind that fsspec knows, or a path on this machine.
         endings: how the files' names end; what else lies in a folder is left alone.
+        below: names of all files below a folder on this machine, where they are known.
 
     Returns:
         The files in the pattern's order; those of a folder, and of the folders in it, by name.
@@ -81,7 +84,8 @@ def find_files(data: str, endings: tuple[str, ...]) -> list[RemoteFile]:
     elif path_of(data).endswith(endings):
         root, urls = data.rpartition("/")[0], [data]
     else:
-        root, urls = data.rstrip("/"), list_folder(data, endings)
+        root = data.rstrip("/")
+        urls = list_folder(data, endings) if below is None else [f"{root}/{name}" for name in below]
     if not urls:
         raise InputError(f"{without_secrets(data)}: there is no file called *{' or *'.join(endings)} in it")
     with ThreadPoolExecutor(THREADS) as pool:
@@ -241,7 +245,7 @@ def limited(action: Callable[[], Result], progress: Callable[[], object]) -> Res
         except BaseException as error:
             future.set_exception(error)
 
-    Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()
     while True:
         before = progress()
         try:
@@ -389,3 +393,37 @@ def default_cache() -> Cache:
     if limit <= 0:
         raise InputError(f"TOKENFUSION_CACHE_GB={text!r} is no size; give a number of GiB, such as 50")
     return Cache(Path(folder), limit)
+
+
+class Prefetcher:
+    """Fetches what is wanted soon in a few threads, which end with the process whatever they wait for.
+
+    Args:
+        fetch: called with what is wanted; what goes wrong is left to be met again by whoever needs it.
+    """
+
+    def __init__(self, fetch: Callable[[int], None]) -> None:
+        self.fetch = fetch
+        self.wanted: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self.threads: list[threading.Thread] = []
+
+    def want(self, number: int) -> None:
+        if not self.threads:
+            self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(PREFETCH_THREADS)]
+            for thread in self.threads:
+                thread.start()
+        self.wanted.put(number)
+
+    def work(self) -> None:
+        while (number := self.wanted.get()) is not None:
+            with suppress(InputError):
+                self.fetch(number)
+
+    def close(self) -> None:
+        """Drop what is not begun, and let the threads end."""
+        with suppress(queue.Empty):
+            while True:
+                self.wanted.get_nowait()
+        for _ in self.threads:
+            self.wanted.put(None)
+        self.threads = []

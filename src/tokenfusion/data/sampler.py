@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from tokenfusion.data.decoded import Images
 from tokenfusion.errors import InputError
 
 OPEN_SHARDS = 8
@@ -69,17 +68,21 @@ class Share:
         return rows.view(self.parts, -1, *rows.shape[1:])[:, 1:].flatten(0, 1)
 
 
-def choose_order(images: Images, batch_size: int, seed: int, balanced: bool) -> "RandomOrder":
+def choose_order(
+    labels: Tensor, shards: np.ndarray | None, batch_size: int, seed: int, balanced: bool
+) -> "RandomOrder":
     """The order that suits where the images lie.
+
+    Args:
+        labels: of each image (N,) or (N, K).
+        shards: int64 (N,), the shard of each image; None where they can be had in any order at the same cost.
+        batch_size, seed, balanced: as in TrainLoader.
 
     Raises:
         InputError: classes are to be drawn evenly from shards.
     """
-    shards = images.shards
-    if shards is None and balanced:
-        return BalancedOrder(images.labels, batch_size, seed)
     if shards is None:
-        return RandomOrder(len(images), batch_size, seed)
+        return BalancedOrder(labels, batch_size, seed) if balanced else RandomOrder(len(labels), batch_size, seed)
     if balanced:
         raise InputError(
             "images in shards come a few shards at a time, so that classes cannot be drawn evenly; balance the loss"

@@ -8,19 +8,19 @@ a file of Parquet, images in any order, its row groups cannot give; its images a
 import json
 import os
 import tarfile
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from tokenfusion.data.dataset import Dataset, Files, printable, quoted
-from tokenfusion.data.decode import EXTENSIONS, UnreadableImage
-from tokenfusion.data.readers import MAX_FILE_BYTES
+from tokenfusion.data.dataset import Dataset, number_labels, printable, quoted, split_in_name
+from tokenfusion.data.decode import EXTENSIONS
+from tokenfusion.data.readers import ByteRanges
 from tokenfusion.data.remote import (
     THREADS,
     Cache,
@@ -33,7 +33,7 @@ from tokenfusion.data.remote import (
     without_secrets,
 )
 from tokenfusion.data.sampler import OPEN_SHARDS
-from tokenfusion.data.trees import refuse_damage
+from tokenfusion.data.tar import refuse_damage
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
 
@@ -57,58 +57,43 @@ class Index:
     version: int = INDEX_VERSION
 
 
-@dataclass(eq=False, kw_only=True)
-class Shards(Files):
-    """Image files inside shards."""
+@dataclass(frozen=True)
+class Shard:
+    """The images of a file, at the offsets of its index."""
 
-    shards: list[RemoteFile]
-    starts: list[int]
-    """Index of each shard's first image."""
-    offsets: np.ndarray
-    """int64 (N,), in bytes."""
-    sizes: np.ndarray
-    """int64 (N,), in bytes."""
+    file: RemoteFile
     cache: Cache
+    size: int
+    """Of its images, in bytes."""
 
     @property
-    def shard_numbers(self) -> np.ndarray:
-        return np.repeat(np.arange(len(self.shards)), np.diff([*self.starts, len(self)]))
+    def is_parquet(self) -> bool:
+        return is_parquet(self.file)
 
     @property
-    def shard_sizes(self) -> list[int]:
-        return [shard.size for shard in self.shards]
+    def is_fetched(self) -> bool:
+        """Whether its images must be in the cache to be read."""
+        return self.is_parquet or not self.file.local
 
-    def read(self, index: int) -> bytes:
-        number = bisect_right(self.starts, index) - 1
-        offset, size = int(self.offsets[index]), int(self.sizes[index])
-        if size > MAX_FILE_BYTES:
-            raise UnreadableImage(f"the file has {size} bytes, more than {MAX_FILE_BYTES}")
-        try:
-            with self.open(number) as file:
-                file.seek(offset)
-                data = file.read(size)
-        except OSError as error:
-            raise InputError(
-                f"{self.shards[number].shown} cannot be read: {error}; check its disk, then --resume"
-            ) from error
-        if len(data) < size:
-            raise InputError(f"{self.shards[number].shown} ends after {len(data)} of the {size} bytes of an image")
-        return data
+    def open(self) -> BinaryIO:
+        if not self.is_parquet:
+            return open_shard(self.file, self.cache)
+        room = self.size if self.file.local else self.size + self.file.size
+        return self.cache.open(f"{self.file.key}-images", room, lambda path: unpack(self.file, self.cache, path))
 
-    def open(self, number: int) -> BinaryIO:
-        """A shard's images, at their offsets."""
-        shard = self.shards[number]
-        if not is_parquet(shard):
-            return open_shard(shard, self.cache)
-        end = self.starts[number + 1] if number + 1 < len(self.shards) else len(self)
-        images = int(self.sizes[self.starts[number] : end].sum())
-        room = images if shard.local else images + shard.size
-        return self.cache.open(f"{shard.key}-images", room, lambda path: unpack(shard, self.cache, path))
+    def failure(self, reason: str) -> InputError:
+        return InputError(f"{self.file.shown} {reason}; check its disk, then --resume")
+
+
+@dataclass(frozen=True, eq=False)
+class ShardRanges(ByteRanges):
+    """Image files inside shards, which are fetched whole."""
+
+    blobs: list[Shard]
 
     def fetch(self, number: int) -> None:
-        """Have a shard in the cache."""
-        if is_parquet(self.shards[number]) or not self.shards[number].local:
-            self.open(number).close()
+        if self.blobs[number].is_fetched:
+            self.blobs[number].open().close()
 
     def require_room(self) -> None:
         """Refuse a cache that does not hold the shards which are open at once, twice: those to come are fetched too.
@@ -116,48 +101,53 @@ class Shards(Files):
         Raises:
             InputError: with the size that does.
         """
-        fetched = [shard for shard in self.shards if is_parquet(shard) or not shard.local]
-        sizes = [shard.size * (2 if is_parquet(shard) else 1) for shard in fetched]
+        sizes = [shard.file.size * (2 if shard.is_parquet else 1) for shard in self.blobs if shard.is_fetched]
         need = min(sum(sizes), 2 * OPEN_SHARDS * max(sizes, default=0))
-        if need > self.cache.limit:
+        cache = self.blobs[0].cache
+        if need > cache.limit:
             raise InputError(
-                f"the cache {self.cache.folder} may take {self.cache.limit / 2**30:.3g} GiB, but training draws from "
+                f"the cache {cache.folder} may take {cache.limit / 2**30:.3g} GiB, but training draws from "
                 f"{OPEN_SHARDS} shards at a time and needs {need / 2**30:.3g}; allow that by TOKENFUSION_CACHE_GB, or "
                 "pack smaller shards"
             )
 
 
-def open_shards(data: str) -> Dataset:
+def open_shards(data: str, below: list[str] | None = None) -> Dataset:
     """Open shards given as a pattern, a folder or a single one; see `find_files`. Their names tell the splits.
 
     Raises:
         InputError: a shard is missing, damaged or cannot be reached, or an image has no label.
     """
-    from tokenfusion.data.parquet import split_of
-
     cache = default_cache()
-    shards = find_files(data, ENDINGS)
-    indexes = list(read_indexes(shards, cache))
-    classes, labels = read_labels(data, shards, indexes)
+    where = without_secrets(data)
+    if below is not None:
+        below = sorted(
+            name
+            for name in below
+            if name.endswith(ENDINGS) and name.count("/") < 2 and os.path.basename(name)[0] != "."
+        )
+    files = find_files(data, ENDINGS, below)
+    indexes = list(read_indexes(files, cache))
+    names = [f"{file.name}/{name}" for file, index in zip(files, indexes, strict=True) for name in index.names]
     counts = [len(index.names) for index in indexes]
-    return Shards(
-        where=without_secrets(data),
-        classes=classes,
-        names=[f"{shard.name}/{name}" for shard, index in zip(shards, indexes, strict=True) for name in index.names],
+    numbers = np.repeat(np.arange(len(files)), counts)
+    classes, labels = read_labels(data, names, indexes)
+    return Dataset(
+        where=where,
+        names=names,
         labels=labels,
-        splits=[split_of(shard.name) for shard, count in zip(shards, counts, strict=True) for _ in range(count)],
+        classes=classes,
+        splits=[split_in_name(file.name) for file, count in zip(files, counts, strict=True) for _ in range(count)],
+        reader=ShardRanges(
+            blobs=[Shard(file, cache, sum(index.sizes)) for file, index in zip(files, indexes, strict=True)],
+            numbers=numbers,
+            offsets=np.concatenate([np.array(index.offsets, dtype=np.int64) for index in indexes]),
+            sizes=np.concatenate([np.array(index.sizes, dtype=np.int64) for index in indexes]),
+        ),
+        shards=numbers,
+        shard_sizes=[file.size for file in files],
         ignored=sum(index.ignored for index in indexes),
-        shards=shards,
-        starts=np.cumsum([0, *counts])[:-1].tolist(),
-        offsets=np.array([offset for index in indexes for offset in index.offsets], dtype=np.int64),
-        sizes=np.array([size for index in indexes for size in index.sizes], dtype=np.int64),
-        cache=cache,
     )
-
-
-def names_shards(data: str) -> bool:
-    """Whether DATA is a URL or a pattern in braces; a path that exists is neither."""
-    return "://" in data or ("{" in data and not os.path.exists(data))
 
 
 def is_parquet(shard: RemoteFile) -> bool:
@@ -303,25 +293,18 @@ def index_parquet(name: str, file: BinaryIO) -> Index:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from tokenfusion.data.parquet import image_files, read_layout
+    from tokenfusion.data.parquet import image_files, read_labels, read_layout
 
-    index = Index()
     try:
         with pq.ParquetFile(file) as table:
             layout = read_layout(name, table.schema_arrow)
-            for group in range(table.num_row_groups):
-                lengths = pc.binary_length(image_files(table, group, layout.image)).fill_null(0)
-                index.sizes += lengths.to_pylist()
-                labels = table.read_row_group(group, columns=[layout.label], use_threads=False)[layout.label]
-                if labels.null_count:
-                    raise InputError(f"{name}: an image of row group {group} has no label; every image needs one")
-                index.labels += labels.cast(layout.kind).to_pylist()
+            labels = read_labels(name, table, layout)
+            groups = (image_files(table, group, layout.image) for group in range(table.num_row_groups))
+            sizes = [size for images in groups for size in pc.binary_length(images).fill_null(0).to_pylist()]
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{name}: not readable as Parquet ({error}); replace it or take it away") from error
-    index.classes = list(layout.names)
-    index.names = [str(row) for row in range(len(index.sizes))]
-    index.offsets = np.cumsum([0, *index.sizes])[:-1].tolist()
-    return index
+    names = [str(row) for row in range(len(sizes))]
+    return Index(names, [0, *accumulate(sizes)][:-1], sizes, labels, list(layout.names))
 
 
 def unpack(shard: RemoteFile, cache: Cache, path: Path) -> None:
@@ -354,26 +337,18 @@ def unpack(shard: RemoteFile, cache: Cache, path: Path) -> None:
         packed.unlink(missing_ok=True)
 
 
-def read_labels(data: str, shards: list[RemoteFile], indexes: list[Index]) -> tuple[tuple[str, ...], np.ndarray]:
+def read_labels(data: str, names: list[str], indexes: list[Index]) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names and int64 labels (N,), of texts or of integers with names in the shards or in a file beside them."""
     where = without_secrets(data)
     labels = [label for index in indexes for label in index.labels]
-    distinct = set(labels)
-    if len({type(label) for label in distinct}) > 1:
+    kinds = {type(label) for label in labels}
+    if len(kinds) > 1:
         raise InputError(f"{where}: some labels are integers and others texts; write all in one way")
     named = {tuple(index.classes) for index in indexes}
     if len(named) > 1:
-        raise InputError(f"{where}: the shards differ in their class names; those of {shards[0].name!r} are others")
-    numbers = all(isinstance(label, int) for label in distinct)
-    names = (next(iter(named), ()) or names_beside(data)) if numbers else ()
-    if not names:
-        order = sorted(distinct)
-        place = {label: number for number, label in enumerate(order)}
-        return tuple(printable(str(label)) for label in order), np.array([place[label] for label in labels], np.int64)
-    outside = [label for label in distinct if not 0 <= int(label) < len(names)]
-    if outside:
-        raise InputError(f"{where}: label {min(outside)} is none of the {len(names)} class names; add its name")
-    return names, np.array(labels, dtype=np.int64)
+        raise InputError(f"{where}: the shards differ in their class names, as {' and '.join(map(str, [*named][:2]))}")
+    classes = (next(iter(named), ()) or names_beside(data)) if kinds == {int} else ()
+    return number_labels(where, names, labels, classes)
 
 
 def names_beside(data: str) -> tuple[str, ...]:

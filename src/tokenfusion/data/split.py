@@ -40,8 +40,8 @@ def choose_split(source: Dataset, val_fraction: float, seed: int) -> Split:
     if held_out is not None:
         require_images(source, candidates, 1)
         return Split(candidates, np.flatnonzero(splits == held_out))
-    if source.shard_numbers is not None:
-        return hold_out_shards(source, source.shard_numbers, val_fraction, seed)
+    if source.shards is not None:
+        return hold_out_shards(source, source.shards, val_fraction, seed)
     if source.multi_label:
         require_images(source, candidates, 1)
         chosen = candidates[stratified(source.labels[candidates], val_fraction, seed)]

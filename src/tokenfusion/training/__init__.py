@@ -12,7 +12,7 @@ from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import Images
-from tokenfusion.data.exclude import EXCLUDED, Remaining, keep_list
+from tokenfusion.data.exclude import EXCLUDED, keep_list
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.open import open_dataset, resolved
 from tokenfusion.data.sampler import Share
@@ -198,8 +198,8 @@ def prepare(recipe: Recipe, run: Path, world: World, console: Console, measure: 
     if recipe.exclude and world.is_first and not (run / EXCLUDED).exists():
         keep_list(run, recipe.exclude)
     source = open_dataset(recipe.data, recipe.exclude, run)
-    if isinstance(source, Remaining):
-        console.print(str(source), highlight=False)
+    if source.excluded:
+        console.print(source.excluded, highlight=False)
     refuse_balance(recipe, source)
     split = split_of(source, recipe, run, world)
     classifier = build(recipe, source.classes, source.multi_label)

@@ -42,8 +42,8 @@ def read_both(
     skipped: list[Skipped] = []
     with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
         for name, indices in (("train", split.train), ("val", split.val)):
-            if name == "train" and source.shard_numbers is not None:
-                source.require_room()
+            if name == "train" and source.shards is not None:
+                source.reader.require_room()
                 images.append(unread_images(source, indices, recipe.max_pixels))
                 continue
             task = bar.add_task(f"reading {name} images", total=len(indices))

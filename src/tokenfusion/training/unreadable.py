@@ -31,12 +31,11 @@ class Unreadable:
         self.path = run / (f"skipped-{rank}.csv" if rank else "skipped.csv")
 
     def __call__(self, unreadable: dict[int, str]) -> None:
-        assert self.training.source is not None
         known = {image.path: image for image in read_skipped(self.run)}
         new = []
         for index, reason in unreadable.items():
             if (name := self.training.names[index]) not in known:
-                label = self.training.source.label_text(int(self.training.indices[index]))
+                label = self.training.dataset.label_text(index)
                 new.append(Skipped(name, label, "train", reason))
         found = [image for image in [*known.values(), *new] if image.split == "train"]
         if new:
