@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from common import train_on
-from tokenfusion.compare import Budget, settle, summarise
+from tokenfusion.compare import Budget, plan_comparison, summarise
 from tokenfusion.evaluate import evaluate
 from tokenfusion.files import write_json
 from tokenfusion.models.presets import OPERATOR, VARIANTS
@@ -52,7 +52,7 @@ def main() -> None:
     names = register()
     recipe = Recipe(**load_recipe(RECIPE), model=names[0], data=str(options.data.resolve()))
     budget = Budget("epochs", recipe.epochs)
-    comparison = settle(recipe, names, options.seeds, options.comparison, budget, controls=False, jobs=1)
+    comparison = plan_comparison(recipe, names, options.seeds, options.comparison, budget)
     for seed in comparison.seeds:
         for name in names:
             run = comparison.run(name, seed)

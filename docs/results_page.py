@@ -15,7 +15,7 @@ import matplotlib
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from tokenfusion.compare.display import comparison_table, gaps, methods
+from tokenfusion.compare.table import comparison_table, gaps, methods
 from tokenfusion.formatting import counted
 from tokenfusion.metrics import t_interval
 from tokenfusion.report.comparison_plots import plot_cost

@@ -38,7 +38,7 @@ def run_all(size, work, *words):
 def train_or_resume(rank, recipe, run):
     """As `tokenfusion train` does, which tells a person why it ends."""
     sys.stderr = sys.stdout = open(f"{run}.{rank}.txt", "w", buffering=1)  # noqa: SIM115
-    cli.errors.file = cli.console.file = sys.stdout
+    cli.stderr.file = cli.console.file = sys.stdout
     cli.console.quiet = False
     sys.argv = ["tokenfusion", "train", "--resume", str(run)]
     if not (run / "recipe.toml").exists():

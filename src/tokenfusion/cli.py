@@ -17,22 +17,30 @@ from tokenfusion.analyze.cli import app as analyze
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
-from tokenfusion.options import HelpWithAutos, autos, in_words, recipe_values, shown_default, whole_numbers
+from tokenfusion.options import (
+    HelpWithAutos,
+    explain_error,
+    read_autos,
+    refuse_fractions,
+    require_all,
+    shown_default,
+    with_recipe,
+)
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 
 # a pipe or a file gets whole lines, however long
 console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
-errors = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+stderr = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 app = App(
     name="tokenfusion",
     version=__version__,
     help="Train, compare, explain and ship image classifiers that fuse CNN and transformer tokens.\n\n"
     "Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
-    error_formatter=in_words,
+    error_formatter=explain_error,
     default_parameter=Parameter(consume_multiple=True, negative_iterable="", show_default=shown_default),
-    config=(autos, whole_numbers, recipe_values),
+    config=(read_autos, refuse_fractions, with_recipe, require_all),
     result_action="return_value",
 )
 
@@ -42,7 +50,7 @@ def train(
     settings: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 - frozen
     *,
     out: Path | None = None,
-    recipe: Path | None = None,  # noqa: ARG001 - read by recipe_values
+    recipe: Path | None = None,  # noqa: ARG001 - read by with_recipe
     resume: Path | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     as_json: AsJson = False,
@@ -74,15 +82,11 @@ def train(
 
     if as_json and not dry_run:
         raise InputError("--json prints a plan; give --dry-run with it, or leave it out")
-    if dry_run and resume is None and settings.data:
+    if dry_run and not resume:
         from tokenfusion.training.plan import print_plan
 
-        print_plan(settings, as_json, console.print, errors.print)
+        print_plan(settings, as_json, console.print, stderr.print)
         return
-    if resume is None and out is None:
-        raise InputError("--out is missing; name the folder to write the run to, such as --out runs/first")
-    if resume is None and not settings.data:
-        raise InputError("DATA is missing; name a folder of labelled images, or `digits` for a first try")
     run = resume or out
     assert run is not None
     try:
@@ -91,11 +95,11 @@ def train(
         else:
             training.start(settings, run, console, watch_collapse)
     except training.Interrupted:
-        errors.print(f"\nstopped and saved; go on with `{resume_command(run)}`")
+        stderr.print(f"\nstopped and saved; go on with `{resume_command(run)}`")
         sys.exit(130)
     except KeyboardInterrupt:
         where = "at the last" if is_saved(run / CHECKPOINT) else "before the first"
-        errors.print(f"\nstopped {where} checkpoint; go on with `{resume_command(run)}`")
+        stderr.print(f"\nstopped {where} checkpoint; go on with `{resume_command(run)}`")
         sys.exit(130)
     console.print(f"the model is in {run}; next: tokenfusion evaluate {shlex.quote(str(run))}")
 
@@ -180,7 +184,7 @@ def predict(
     predictions = classifier.iter_predictions(expand(paths), topk=topk)
     failed = print_predictions(predictions, output, console, topk=topk, multi_label=classifier.multi_label)
     if failed:
-        errors.print(f"{failed} of the images could not be read")
+        stderr.print(f"{failed} of the images could not be read")
         sys.exit(1)
 
 
@@ -194,7 +198,7 @@ def compare(
     budget: str = "",
     controls: Annotated[bool, Parameter(negative="")] = False,
     jobs: int = 1,
-    recipe: Path | None = None,  # noqa: ARG001 - read by recipe_values
+    recipe: Path | None = None,  # noqa: ARG001 - read by with_recipe
     as_json: AsJson = False,
 ) -> None:
     """Train several models under one recipe and budget, with several seeds; writes OUT/comparison.json and a report.
@@ -223,24 +227,31 @@ def compare(
     as_json
         Print comparison.json instead of a table.
     """
-    from tokenfusion import compare as room
+    from tokenfusion.compare import Budget, split_names
+    from tokenfusion.compare import compare as compare_models
+    from tokenfusion.compare.table import comparison_table, notes
     from tokenfusion.report import write_comparison
 
-    if not settings.data:
-        raise InputError("DATA is missing; name a folder of labelled images, or `digits` for a first try")
-    amount = room.Budget.parse(budget) if budget else None
-    names = room.split_names(models)
-    options: dict[str, Any] = {"budget": amount, "controls": controls, "jobs": jobs, "after_run": write_comparison}
     try:
-        result = room.compare(settings, names, seeds, out, **options, console=errors if as_json else console)
+        result = compare_models(
+            settings,
+            split_names(models),
+            seeds,
+            out,
+            budget=Budget.parse(budget) if budget else None,
+            controls=controls,
+            jobs=jobs,
+            console=stderr if as_json else console,
+            after_run=write_comparison,
+        )
     except KeyboardInterrupt:
-        errors.print("\nstopped and saved; the same command goes on")
+        stderr.print("\nstopped and saved; the same command goes on")
         sys.exit(130)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
     else:
-        print_table(room.comparison_table(result))
-        for note in (*room.notes(result), f"written to {out / 'comparison.json'}; open {out / 'report.html'}"):
+        print_table(comparison_table(result))
+        for note in (*notes(result), f"written to {out / 'comparison.json'}; open {out / 'report.html'}"):
             console.print(note)
     if any(row["failed"] for row in result["models"]):
         sys.exit(1)
@@ -294,7 +305,7 @@ def models(pattern: str = "*", /, *, as_json: AsJson = False) -> None:
 
 @app.command
 def profile(
-    names: Annotated[list[str], Parameter(name="MODEL")],
+    patterns: Annotated[list[str], Parameter(name="MODEL")],
     /,
     *,
     img_size: tuple[int, ...] = (),
@@ -312,7 +323,7 @@ def profile(
 
     Parameters
     ----------
-    names
+    patterns
         Names, or shell patterns such as "cmt_*".
     img_size
         Height and width of the images, or one number for both; each model's own when not given.
@@ -327,20 +338,28 @@ def profile(
     """
     from rich.progress import track
 
-    from tokenfusion import profile as room
+    from tokenfusion.profile import (
+        NOTES,
+        compare_with_papers,
+        conditions,
+        cost_table,
+        paper_table,
+        profile_models,
+        select_models,
+    )
 
-    chosen = room.select_models(names)
+    chosen = select_models(patterns)
     if paper and img_size:
         raise InputError("--paper compares at the published image size; leave out --img-size")
     if paper:
-        result: dict[str, Any] = {"models": room.compare_with_papers(chosen)}
-        table, notes = room.paper_table(result["models"]), [f"{sign}: {note}" for sign, note in room.NOTES.items()]
+        result: dict[str, Any] = {"models": compare_with_papers(chosen)}
+        table, notes = paper_table(result["models"]), [f"{sign}: {note}" for sign, note in NOTES.items()]
     else:
-        bar = partial(track, console=errors, disable=not errors.is_terminal, transient=True)
+        bar = partial(track, console=stderr, disable=not stderr.is_terminal, transient=True)
         height, width = Recipe(img_size=img_size).img_size or (0, 0)
         size = (height, width) if img_size else None
-        result = room.profile_models(chosen, size, batch_size, precision, bar)
-        table, notes = room.cost_table(result["models"]), [room.conditions(result)]
+        result = profile_models(chosen, size, batch_size, precision, bar)
+        table, notes = cost_table(result["models"]), [conditions(result)]
     if as_json:
         print(json.dumps(result, indent=2))
         return
@@ -371,13 +390,13 @@ def main() -> None:
     try:
         app(sys.argv[1:])
     except InputError as error:
-        errors.print(f"error: {error}")
+        stderr.print(f"error: {error}")
         sys.exit(2)
     except OSError as error:
         if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush
             sys.exit(1)
-        errors.print(f"error: {error}")
+        stderr.print(f"error: {error}")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         from tokenfusion.hardware import is_out_of_memory
@@ -385,12 +404,12 @@ def main() -> None:
         if not is_out_of_memory(error):
             raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        errors.print(
+        stderr.print(
             f"error: out of memory ({reason}); give a smaller --batch-size or --img-size, or more --accumulate"
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        errors.print("\nstopped")
+        stderr.print("\nstopped")
         sys.exit(130)
 
 

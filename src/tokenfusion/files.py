@@ -12,7 +12,7 @@ from typing import Any
 from tokenfusion.errors import InputError
 
 
-def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, flush it to the disk, and rename it into place.
 
     Whatever happens on the way (a kill, a full disk, an exception), `path` holds its old bytes or all of its new ones.
@@ -42,11 +42,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path`, whole or not at all."""
-
-    def write(temporary: Path) -> None:
-        temporary.write_bytes(data)
-
-    write_atomic(path, write)
+    write_atomic(path, lambda temporary: temporary.write_bytes(data))
 
 
 def write_text(path: Path, text: str) -> None:
@@ -61,6 +57,30 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object
     writer.writerow(columns)
     writer.writerows(rows)
     write_text(path, text.getvalue())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder where it is missing.
+
+    Raises:
+        InputError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}; give another --out") from error
+
+
+def read_json(path: Path, remedy: str) -> Any:
+    """Read a JSON file; `remedy` is what to do where it is damaged.
+
+    Raises:
+        InputError: it is.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); {remedy}") from error
 
 
 def read_json_lines(path: Path) -> list[Any]:

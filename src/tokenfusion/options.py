@@ -18,10 +18,16 @@ if TYPE_CHECKING:
 
 TRAINING = (("train",), ("compare",))
 """Commands whose options are those of a Recipe."""
+REMEDIES = {
+    "--data": "name a folder of labelled images, or `digits` for a first try",
+    "--models": "name models, such as --models tokenfusion_early_micro,resnet_micro",
+    "--out": "name the folder to write to, such as --out runs/first",
+}
+"""What to do where an argument is missing."""
 AUTO_OPTIONS = {f"--{name.replace('_', '-')}" for name in AUTO_FIELDS}
 
 
-def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+def refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Refuse a fraction where a whole number belongs; the parser would round it."""
     for argument in arguments:
         for token in argument.tokens:
@@ -29,7 +35,7 @@ def whole_numbers(_app: App, _commands: tuple[str, ...], arguments: ArgumentColl
                 raise InputError(f"{argument.name}={token.value} is not a whole number; give one without a fraction")
 
 
-def autos(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+def read_autos(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Read `auto` where a number is chosen by measuring."""
     if commands not in TRAINING:
         return
@@ -78,7 +84,7 @@ def is_number(text: str) -> bool:
     return True
 
 
-def in_words(error: CycloptsError) -> "Panel | Text":
+def explain_error(error: CycloptsError) -> "Panel | Text":
     """What the parser says of an error, or more where DATA seems to be a pattern that the shell has expanded."""
     words = error.unused_tokens if isinstance(error, UnusedCliTokensError) else None
     if words and all("://" in word or word.endswith((".tar", ".parquet")) for word in words):
@@ -88,7 +94,7 @@ def in_words(error: CycloptsError) -> "Panel | Text":
     return CycloptsPanel(error)
 
 
-def recipe_values(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+def with_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Give a verb that trains what its options leave open: first from the recipe file, then from the preset."""
     if commands not in TRAINING:
         return
@@ -116,6 +122,22 @@ def first_of_several(given: dict[str, list[str]]) -> list[str]:
     if given.get("epochs") and given.get("budget") and given["budget"] != [f"epochs={given['epochs'][0]}"]:
         raise InputError(f"--epochs {given['epochs'][0]} and --budget {given['budget'][0]} differ; give one of them")
     return split_names(given.get("models", []))[:1]
+
+
+def require_all(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Name all that is missing at once; DATA may have come from a recipe file, and a dry run writes nothing."""
+    given = {argument.name for argument in arguments if argument.tokens}
+    wanted = [argument.name for argument in arguments if argument.required]
+    if commands in TRAINING and "--resume" not in given:
+        wanted = ["--data", *wanted]
+        wanted += ["--out"] * ("--out" not in wanted and "--dry-run" not in given)
+    missing = [name for name in wanted if name not in given]
+    if missing:
+        *first, last = ("DATA" if name == "--data" else name for name in missing)
+        names = f"{', '.join(first)} and {last} are" if first else f"{last} is"
+        remedies = [REMEDIES[name] for name in missing if name in REMEDIES]
+        help_of_verb = f"`{' '.join(('tokenfusion', *commands, '--help'))}` says what to give"
+        raise InputError(f"{names} missing; {'; '.join(remedies) or help_of_verb}")
 
 
 def fill(

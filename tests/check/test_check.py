@@ -23,8 +23,8 @@ from runs import small_recipe
 from tokenfusion.check.checkup import free_run
 from tokenfusion.check.crop import kept
 from tokenfusion.check.duplicates import exact_duplicates, near_duplicates
+from tokenfusion.check.inspection import Inspection, inspect_images
 from tokenfusion.check.labels import choose_judged, count_classes, disputed, judge_labels
-from tokenfusion.check.look import Look, look_at_all
 from tokenfusion.check.quarantine import connected
 from tokenfusion.data.exclude import keep_list
 from tokenfusion.data.open import open_dataset
@@ -138,8 +138,8 @@ def test_sixteen_bit_colour_is_seen_although_it_opens_as_8_bits(tmp_path):
     (tmp_path / "a" / "deep.png").write_bytes(
         b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     )
-    (look,) = look_at_all(open_dataset(tmp_path), 1000, {0}, lambda *_: None)
-    assert (look.colour, look.height, look.width) == ("16 bits", 3, 5)
+    (image,) = inspect_images(open_dataset(tmp_path), 1000, {0}, lambda *_: None)
+    assert (image.colour, image.height, image.width) == ("16 bits", 3, 5)
 
 
 def test_copies_between_splits_are_found_and_the_held_out_one_is_kept(command, data, tmp_path):
@@ -352,8 +352,8 @@ def test_data_that_cannot_be_opened_leaves_no_folder(command, tmp_path, monkeypa
 
 
 def test_only_what_is_compared_is_kept(command, data, tmp_path, monkeypatch):
-    looks = look_at_all(open_dataset(data), 10**6, {1, 5}, lambda *_: None)
-    assert [index for index, look in enumerate(looks) if look.thumbnail.numel()] == [1, 5]
+    images = inspect_images(open_dataset(data), 10**6, {1, 5}, lambda *_: None)
+    assert [index for index, image in enumerate(images) if image.thumbnail.numel()] == [1, 5]
     monkeypatch.setattr("tokenfusion.check.checkup.MAX_IMAGES", 23)
     monkeypatch.setattr("tokenfusion.check.labels.MAX_JUDGED", 20)
     result = checked(command, data, tmp_path)
@@ -412,16 +412,18 @@ def test_small_images_take_no_part_in_the_search_for_near_duplicates(command, tm
 
 
 def test_plain_images_are_no_near_duplicates():
-    looks = [
-        Look("", 64, 64, "", "", bytes([shade]), torch.full((3, 48, 48), shade, dtype=torch.uint8))
+    images = [
+        Inspection("", 64, 64, "", "", bytes([shade]), torch.full((3, 48, 48), shade, dtype=torch.uint8))
         for shade in range(5)
     ]
-    found = near_duplicates(looks, lambda *_: None)
+    found = near_duplicates(images, lambda *_: None)
     assert (found.pairs, found.too_plain) == ([], 5)
 
 
 def test_exact_duplicates_are_of_the_same_shape():
-    assert exact_duplicates([Look(digest=b"x"), Look(digest=b""), Look(digest=b"x"), Look(digest=b"")]) == [[0, 2]]
+    assert exact_duplicates(
+        [Inspection(digest=b"x"), Inspection(digest=b""), Inspection(digest=b"x"), Inspection(digest=b"")]
+    ) == [[0, 2]]
 
 
 def test_groups_are_what_pairs_connect():
@@ -451,7 +453,7 @@ def test_a_flipped_label_of_an_easy_class_is_disputed():
     labels = np.arange(60) % 2
     labels[13] = 0
     judgement = judge_labels(thumbnails, labels, np.arange(100, 160))
-    assert [(d.index, d.label, d.suggestion) for d in judgement.disputes] == [(113, 0, 1)]
+    assert [(d.index, d.suggestion) for d in judgement.disputes] == [(113, 1)]
 
 
 def test_what_is_said_of_classes():

@@ -19,10 +19,10 @@ from PIL import Image
 from runs import small_recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.classifier import Classifier
-from tokenfusion.compare import Budget, compare, settle, summarise
+from tokenfusion.compare import Budget, compare, plan_comparison, summarise
 from tokenfusion.compare.contenders import Contender
-from tokenfusion.compare.display import comparison_table
 from tokenfusion.compare.statistics import pareto_front
+from tokenfusion.compare.table import comparison_table
 from tokenfusion.compare.timing import epoch_minutes
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
@@ -216,7 +216,7 @@ def test_a_run_without_its_predictions_is_evaluated_anew_and_a_damaged_one_refus
 
 def test_a_model_that_lacks_a_seed_is_compared_by_the_seeds_that_it_has(out):
     (out / "runs" / "vit_micro-seed1" / "model.safetensors").unlink()
-    result = summarise(settle(RECIPE, MODELS, 2, out, Budget("epochs", 1), controls=False, jobs=2), {})
+    result = summarise(plan_comparison(RECIPE, MODELS, 2, out, Budget("epochs", 1), jobs=2), {})
     cnn, vit = result["models"]
     assert (len(cnn["runs"]), len(vit["runs"])) == (2, 1)
     assert 0 <= cnn["top1_ci95"][0] < cnn["top1_ci95"][1] <= 1  # two seeds: far wider than 0 to 1 by Student's t

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tokenfusion.compare.contenders import contenders, members_of, slug, split_names
+from tokenfusion.compare.contenders import choose_contenders, members_of, slug, split_names
 from tokenfusion.compare.ensemble import mean_log_probabilities
 from tokenfusion.compare.plan import Budget
 from tokenfusion.errors import InputError
@@ -35,7 +35,7 @@ def test_a_mean_of_less_than_two_models_is_refused(name):
 
 
 def test_members_of_a_mean_are_trained_too():
-    everyone, _, _ = contenders(["mean(a,b)", "b"], RECIPE, 10, controls=False)
+    everyone, _, _ = choose_contenders(["mean(a,b)", "b"], RECIPE, 10, controls=False)
     assert [(one.name, one.role) for one in everyone] == [
         ("mean(a,b)", "model"),
         ("b", "model"),
@@ -45,13 +45,13 @@ def test_members_of_a_mean_are_trained_too():
 
 def test_names_that_would_share_a_folder_are_refused():
     with pytest.raises(InputError, match="share the folder"):
-        contenders(["fuse(a,b)", "fuse-a-b"], RECIPE, 10, controls=False)
+        choose_contenders(["fuse(a,b)", "fuse-a-b"], RECIPE, 10, controls=False)
     with pytest.raises(InputError, match="name at least one"):
-        contenders([], RECIPE, 10, controls=False)
+        choose_contenders([], RECIPE, 10, controls=False)
 
 
 def test_controls_are_both_parents_plain_and_wide_and_their_mean():
-    everyone, missing, _ = contenders(["tokenfusion_late_micro", "cmt_micro"], RECIPE, 10, controls=True)
+    everyone, missing, _ = choose_contenders(["tokenfusion_late_micro", "cmt_micro"], RECIPE, 10, controls=True)
     roles = {one.role.removesuffix(" of tokenfusion_late_micro"): one for one in everyone if one.role != "model"}
     assert missing == []
     assert set(roles) == {
@@ -67,7 +67,7 @@ def test_controls_are_both_parents_plain_and_wide_and_their_mean():
 
 def test_controls_of_models_that_fuse_nothing_are_refused():
     with pytest.raises(InputError, match="leave out --controls"):
-        contenders(["resnet_micro", "vit_micro"], RECIPE, 10, controls=True)
+        choose_contenders(["resnet_micro", "vit_micro"], RECIPE, 10, controls=True)
 
 
 def test_epochs_are_as_many_as_the_budget_pays_for():

@@ -1,21 +1,21 @@
 """From labelled images to the folder of a check-up."""
 
-import itertools
 import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from tokenfusion.check.crop import describe_crop
-from tokenfusion.check.duplicates import MAX_IMAGES, NearDuplicates, exact_duplicates, near_duplicates
-from tokenfusion.check.labels import TOO_FEW, Judgement, choose_judged, count_classes, judge_labels
-from tokenfusion.check.look import Look, look_at_all
+from tokenfusion.check.crop import measure_crop
+from tokenfusion.check.duplicates import MAX_IMAGES, exact_duplicates, near_duplicates
+from tokenfusion.check.inspection import Inspection, inspect_images
+from tokenfusion.check.labels import Judgement, choose_judged, count_classes, judge_labels
 from tokenfusion.check.quarantine import quarantine, write_quarantine
 from tokenfusion.check.report import write_check
 from tokenfusion.data.dataset import Dataset
@@ -23,17 +23,16 @@ from tokenfusion.data.exclude import leave_out
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_json
+from tokenfusion.files import make_folder, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.recipe import Recipe
 
 TINY, HUGE = 1 / 4, 8
 """Times the median image's shorter side, below which an image is tiny; times the longer one's, above which huge."""
-Progress = Callable[[str, int, int], None]
 
 
 def check_data(
-    data: str, out: Path | None, img_size: tuple[int, int], progress: Progress
+    data: str, out: Path | None, img_size: tuple[int, int], progress: Callable[[str, int, int], None]
 ) -> tuple[dict[str, Any], Path]:
     """Check labelled images; write `check.json`, `quarantine.csv` and `check.html`.
 
@@ -51,44 +50,56 @@ def check_data(
     """
     began = time.perf_counter()
     keep_freed_memory()
-    folder = folder_for(data, out)
-    source = open_dataset(data)
-    make(folder)
     recipe = Recipe()
-    judged = choose_judged(source.labels)
-    compared = range(len(source)) if len(source) <= MAX_IMAGES else set(judged.tolist())
-    looks = look_at_all(
-        source, recipe.max_pixels, compared, lambda done, total: progress("reading images", done, total)
-    )
-    near = search_near(looks, lambda done, total: progress("comparing images", done, total))
-    exact = exact_duplicates(looks)
+    folder = folder_for(data, out)
+    dataset = open_dataset(data)
+    make_folder(folder)
+    judged = choose_judged(dataset.labels)
+    searched = len(dataset) <= MAX_IMAGES
+    compared = range(len(dataset)) if searched else set(judged.tolist())
+    inspections = inspect_images(dataset, recipe.max_pixels, compared, lambda *done: progress("reading images", *done))
+    exact = exact_duplicates(inspections)
+    near = near_duplicates(inspections if searched else [], lambda *done: progress("comparing images", *done))
     progress("judging labels", 0, 1)
-    judgement = judge(source, looks, judged)
+    judgement = judge(dataset, inspections, judged)
     progress("judging labels", 1, 1)
+    excluded = quarantine(dataset, inspections, exact, [(pair.first, pair.second) for pair in near.pairs])
     result: dict[str, Any] = {
         "data": data,
-        "images": len(source),
-        "ignored": source.ignored,
-        "splits": {name or "all": count for name, count in Counter(source.splits).items()},
+        "images": len(dataset),
+        "ignored": dataset.ignored,
+        "splits": {name or "all": images for name, images in Counter(dataset.splits).items()},
         "unreadable": [
-            known(source, i) | {"kind": look.kind, "reason": look.reason} for i, look in enumerate(looks) if look.reason
+            known(dataset, index) | {"kind": image.kind, "reason": image.reason}
+            for index, image in enumerate(inspections)
+            if image.reason
         ],
-        **unusual(source, looks),
-        "exact_duplicates": [group_of(source, group) for group in exact],
+        **find_unusual(dataset, inspections),
+        "exact_duplicates": [group_of(dataset, copies) for copies in exact],
         "near_duplicates": [
-            group_of(source, [pair.first, pair.second]) | {"likeness": pair.likeness} for pair in near.pairs
+            group_of(dataset, [pair.first, pair.second]) | {"likeness": pair.likeness} for pair in near.pairs
         ],
         "near_duplicates_searched": {key: value for key, value in asdict(near).items() if key != "pairs"},
-        "classes": count_classes(source.classes, source.labels, source.splits),
-        "labels": describe_labels(source, judgement),
-        "crop": describe_crop(source.names, looks, img_size, recipe.crop_pct),
+        "classes": count_classes(dataset.classes, dataset.labels, dataset.splits),
+        "labels": {
+            "judged": judgement.judged,
+            "model_accuracy": judgement.accuracy,
+            "note": judgement.note,
+            "disputes": [
+                known(dataset, dispute.index)
+                | {"suggestion": dataset.classes[dispute.suggestion]}
+                | {"score": round(dispute.score, 4), "label_score": round(dispute.label_score, 4)}
+                for dispute in judgement.disputes
+            ],
+        },
+        "crop": measure_crop(dataset.names, inspections, img_size, recipe.crop_pct),
+        "quarantined": len(excluded),
+        "train_refuses": why_train_refuses(dataset, excluded),
+        "seconds": round(time.perf_counter() - began, 1),
     }
-    excluded = quarantine(source, looks, exact, [(pair.first, pair.second) for pair in near.pairs])
-    result |= {"quarantined": len(excluded), "train_refuses": why_train_refuses(source, excluded)}
-    result["seconds"] = round(time.perf_counter() - began, 1)
-    write_quarantine(folder / "quarantine.csv", source, excluded)
+    write_quarantine(folder / "quarantine.csv", dataset, excluded)
     write_json(folder / "check.json", result)
-    write_check(folder / "check.html", source, result, recipe.max_pixels)
+    write_check(folder / "check.html", dataset, result, recipe.max_pixels)
     return result, folder
 
 
@@ -108,88 +119,55 @@ def name_of(data: str) -> str:
 def free_run(data: str) -> Path:
     """A run folder that is not there yet, named after the data."""
     run = Path("runs") / name_of(data)
-    names = (run.with_name(f"{run.name}-{number}") for number in itertools.count(2))
-    return next(free for free in itertools.chain([run], names) if not free.exists())
+    return next(free for free in chain([run], (Path(f"{run}-{n}") for n in count(2))) if not free.exists())
 
 
-def make(folder: Path) -> None:
-    """Make a folder where it is missing; InputError where it cannot be made."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}; give another --out") from error
+def judge(dataset: Dataset, inspections: list[Inspection], judged: np.ndarray) -> Judgement:
+    """What a quick model says of the labels of some images."""
+    if dataset.multi_label:
+        return Judgement([], 0, None, "the images have any number of labels each")
+    read = np.array([index for index in judged if not inspections[index].reason], dtype=np.int64)
+    thumbnails = [inspections[index].thumbnail for index in read]
+    return judge_labels(torch.stack(thumbnails) if thumbnails else torch.empty(0), dataset.labels[read], read)
 
 
-def why_train_refuses(source: Dataset, excluded: Iterable[int]) -> str:
+def why_train_refuses(dataset: Dataset, excluded: Iterable[int]) -> str:
     """What `train` would say of the images that are left, such as that a class has none; empty where it takes them."""
     try:
-        left = leave_out(source, {source.names[index] for index in excluded}, "quarantine.csv")
+        left = leave_out(dataset, {dataset.names[index] for index in excluded}, "quarantine.csv")
         choose_split(left, Recipe.val_fraction, Recipe.seed)
     except InputError as error:
         return str(error)
     return ""
 
 
-def known(source: Dataset, index: int) -> dict[str, Any]:
+def known(dataset: Dataset, index: int) -> dict[str, Any]:
     """What every finding says of an image."""
-    return {"path": source.names[index], "label": source.label_text(index), "split": source.splits[index]}
+    return {"path": dataset.names[index], "label": dataset.label_text(index), "split": dataset.splits[index]}
 
 
-def group_of(source: Dataset, group: list[int]) -> dict[str, Any]:
+def group_of(dataset: Dataset, group: list[int]) -> dict[str, Any]:
     """Images that are the same, and whether their splits and labels are."""
-    images = [known(source, index) for index in group]
+    images = [known(dataset, index) for index in group]
     splits, labels = ({image[key] for image in images} for key in ("split", "label"))
     return {"images": images, "between_splits": len(splits) > 1, "labels_differ": len(labels) > 1}
 
 
-def unusual(source: Dataset, looks: list[Look]) -> dict[str, list[dict[str, Any]]]:
+def find_unusual(dataset: Dataset, inspections: list[Inspection]) -> dict[str, list[dict[str, Any]]]:
     """Readable images that are tiny, huge, animated or oddly coloured."""
-    read = {index: look for index, look in enumerate(looks) if not look.reason}
-    if not read:
-        return {"tiny": [], "huge": [], "animated": [], "odd_colour": []}
-    short = TINY * float(np.median([min(look.height, look.width) for look in read.values()]))
-    long = HUGE * float(np.median([max(look.height, look.width) for look in read.values()]))
-
-    def those(reason: Callable[[Look], str]) -> list[dict[str, Any]]:
-        return [known(source, i) | {"reason": words} for i, look in read.items() if (words := reason(look))]
-
-    def size(look: Look) -> str:
-        return f"{look.width}×{look.height} pixels"
-
-    return {
-        "tiny": those(lambda look: size(look) if min(look.height, look.width) < short else ""),
-        "huge": those(lambda look: size(look) if max(look.height, look.width) > long else ""),
-        "animated": those(lambda look: look.frames),
-        "odd_colour": those(lambda look: look.colour),
-    }
-
-
-def search_near(looks: list[Look], progress: Callable[[int, int], None]) -> NearDuplicates:
-    """The near duplicates; none are searched where there are too many images."""
-    return near_duplicates(looks, progress) if len(looks) <= MAX_IMAGES else NearDuplicates([], 0, 0, 0)
-
-
-def judge(source: Dataset, looks: list[Look], judged: np.ndarray) -> Judgement:
-    """What a quick model says of the labels of some images."""
-    if source.multi_label:
-        return Judgement([], 0, None, "the images have any number of labels each")
-    read = np.array([index for index in judged if not looks[index].reason], dtype=np.int64)
-    if not len(read):
-        return Judgement([], 0, None, TOO_FEW)
-    return judge_labels(torch.stack([looks[index].thumbnail for index in read]), source.labels[read], read)
-
-
-def describe_labels(source: Dataset, judgement: Judgement) -> dict[str, Any]:
-    """The judgement as check.json has it."""
-    disputes = [
-        known(source, dispute.index)
-        | {"suggestion": source.classes[dispute.suggestion]}
-        | {"score": round(dispute.score, 4), "label_score": round(dispute.label_score, 4)}
-        for dispute in judgement.disputes
-    ]
-    return {
-        "judged": judgement.judged,
-        "model_accuracy": judgement.accuracy,
-        "note": judgement.note,
-        "disputes": disputes,
-    }
+    found: dict[str, list[dict[str, Any]]] = {"tiny": [], "huge": [], "animated": [], "odd_colour": []}
+    read = {index: image for index, image in enumerate(inspections) if not image.reason}
+    sides = np.array([sorted((image.height, image.width)) for image in read.values()] or [[0, 0]])
+    short, long = np.median(sides, 0) * (TINY, HUGE)
+    for index, image in read.items():
+        size = f"{image.width}×{image.height} pixels"
+        reasons = {
+            "tiny": size * bool(min(image.height, image.width) < short),
+            "huge": size * bool(max(image.height, image.width) > long),
+            "animated": image.frames,
+            "odd_colour": image.colour,
+        }
+        for kind, reason in reasons.items():
+            if reason:
+                found[kind].append(known(dataset, index) | {"reason": reason})
+    return found

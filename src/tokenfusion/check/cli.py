@@ -45,7 +45,7 @@ def check(
     from tokenfusion.recipe import Recipe
 
     height, width = Recipe(img_size=img_size).img_size
-    with stages() as progress:
+    with show_progress() as progress:
         result, folder = check_data(data, out, (height, width), progress)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
@@ -60,7 +60,7 @@ def check(
 
 
 @contextmanager
-def stages() -> Iterator[Callable[[str, int, int], None]]:
+def show_progress() -> Iterator[Callable[[str, int, int], None]]:
     """A bar a stage on a terminal, a line every ten seconds elsewhere; to be called with (stage, done, in all)."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenfusion.check.look import Look
+from tokenfusion.check.inspection import Inspection
 
 MANY = 0.4
 """Share of an image's area, below which so little is kept that the image is named."""
@@ -16,21 +16,21 @@ def kept(height: int, width: int, img_size: tuple[int, int], crop_pct: float) ->
     return img_size[0] / scale / height, img_size[1] / scale / width
 
 
-def describe_crop(names: list[str], looks: list[Look], img_size: tuple[int, int], crop_pct: float) -> dict[str, Any]:
+def measure_crop(
+    names: list[str], inspections: list[Inspection], img_size: tuple[int, int], crop_pct: float
+) -> dict[str, Any]:
     """Which share of the images the centre crop keeps, and the images of which it keeps least."""
-    boxes = {
-        name: kept(look.height, look.width, img_size, crop_pct)
-        for name, look in zip(names, looks, strict=True)
-        if not look.reason
-    }
-    areas = np.array([height * width for height, width in boxes.values()])
-    least = sorted(boxes, key=lambda name: boxes[name][0] * boxes[name][1])
-    cut = [name for name in least if boxes[name][0] * boxes[name][1] < MANY]
+    boxes = [
+        (name, *kept(image.height, image.width, img_size, crop_pct))
+        for name, image in zip(names, inspections, strict=True)
+        if not image.reason
+    ]
+    boxes.sort(key=lambda box: box[1] * box[2])
     return {
         "img_size": list(img_size),
         "crop_pct": round(crop_pct, 4),
-        "median_kept": round(float(np.median(areas)), 4) if len(areas) else None,
+        "median_kept": round(float(np.median([h * w for _, h, w in boxes])), 4) if boxes else None,
         "least_kept": [
-            {"path": name, "height": round(boxes[name][0], 4), "width": round(boxes[name][1], 4)} for name in cut
+            {"path": name, "height": round(h, 4), "width": round(w, 4)} for name, h, w in boxes if h * w < MANY
         ],
     }

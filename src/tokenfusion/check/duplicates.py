@@ -3,7 +3,7 @@
 Exact ones have the same decoded pixels. Near ones are found in two steps, so that no pair is looked at in Python: a
 descriptor (the low frequencies of the cosine transform, as a perceptual hash has them, but not rounded to bits) of an
 image and of mild crops of it is compared with every image's by one matrix product a block; pairs that are alike
-are then aligned and their details compared (`align.py`).
+are then aligned and their details compared (`lucas_kanade.py`).
 """
 
 from collections import defaultdict
@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
 
-from tokenfusion.check.align import DETAIL, blur, likeness
-from tokenfusion.check.look import SIDE, Look
+from tokenfusion.check.inspection import SIDE, Inspection
+from tokenfusion.check.lucas_kanade import details, likeness
 
 MAX_IMAGES = 100_000
 """Most images among which near duplicates are searched: the work grows with the square of their number."""
@@ -56,38 +56,36 @@ class NearDuplicates:
     """Images that did not, for want of detail."""
 
 
-def exact_duplicates(looks: list[Look]) -> list[list[int]]:
+def exact_duplicates(inspections: list[Inspection]) -> list[list[int]]:
     """Groups of images with the same pixels, each in ascending order."""
     groups = defaultdict(list)
-    for index, look in enumerate(looks):
-        if look.digest:
-            groups[look.digest].append(index)
+    for index, image in enumerate(inspections):
+        if image.digest:
+            groups[image.digest].append(index)
     return [group for group in groups.values() if len(group) > 1]
 
 
-def near_duplicates(looks: list[Look], progress: Callable[[int, int], None]) -> NearDuplicates:
+def near_duplicates(inspections: list[Inspection], progress: Callable[[int, int], None]) -> NearDuplicates:
     """Pairs of images that show the same picture: re-encoded, resized, or mildly cropped.
 
     Args:
-        looks: at every image, up to MAX_IMAGES; of exact duplicates only the first takes part.
+        inspections: of every image, up to MAX_IMAGES; of exact duplicates only the first takes part.
         progress: called with (images done, images in all).
     """
-    firsts = {look.digest: index for index, look in reversed(list(enumerate(looks))) if look.digest}
-    large = [index for index in sorted(firsts.values()) if min(looks[index].height, looks[index].width) >= MIN_SIDE]
-    if len(large) < 2:
-        return NearDuplicates([], 0, len(firsts) - len(large), len(large))
+    firsts = {image.digest: index for index, image in reversed(list(enumerate(inspections))) if image.digest}
+    large = [i for i in sorted(firsts.values()) if min(inspections[i].height, inspections[i].width) >= MIN_SIDE]
     images = torch.empty(len(large), 1, SIDE, SIDE)  # filled in place: it may be a gigabyte
     chosen: list[int] = []
     for start in range(0, len(large), BLOCK):
         block = large[start : start + BLOCK]
-        part = gray(torch.stack([looks[index].thumbnail for index in block]))
-        detailed = (part - blur(part, DETAIL)).square().mean((1, 2, 3)).sqrt() >= MIN_DETAIL
-        part = part[detailed]
-        images[len(chosen) : len(chosen) + len(part)] = part
+        part = gray(torch.stack([inspections[index].thumbnail for index in block]))
+        detailed = details(part).square().mean((1, 2, 3)).sqrt() >= MIN_DETAIL
+        images[len(chosen) : len(chosen) + int(detailed.sum())] = part[detailed]
         chosen += [index for index, fine in zip(block, detailed.tolist(), strict=True) if fine]
     images = images[: len(chosen)]
     pairs = []
-    for some in torch.split(candidates(images, progress), BLOCK):
+    found = candidates(images, progress)
+    for some in torch.split(found, BLOCK) if len(found) else ():
         values = likeness(images[some[:, 0]], images[some[:, 1]]).tolist()
         for (a, b), value in zip(some.tolist(), values, strict=True):
             if value >= SAME:
@@ -108,6 +106,8 @@ def gray(thumbnails: Tensor) -> Tensor:
 
 def candidates(images: Tensor, progress: Callable[[int, int], None]) -> Tensor:
     """Pairs, int64 (P, 2), of gray thumbnails (N, 1, S, S) whose descriptors are alike."""
+    if len(images) < 2:
+        return torch.empty(0, 2, dtype=torch.int64)
     whole = torch.cat([descriptors(part) for part in torch.split(images, BLOCK)])
     found = set()
     for start in range(0, len(images), BLOCK):

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from tokenfusion.check.align import slopes
 from tokenfusion.check.duplicates import gray
+from tokenfusion.check.lucas_kanade import slopes
 from tokenfusion.formatting import counted
 
 MAX_JUDGED = 20_000
@@ -35,7 +35,6 @@ class Dispute:
     """A label that the model contradicts."""
 
     index: int
-    label: int
     suggestion: int
     score: float
     """Probability of the suggested class."""
@@ -88,12 +87,12 @@ def judge_labels(thumbnails: Tensor, labels: np.ndarray, indices: np.ndarray) ->
     if len(known) < 2:
         return Judgement([], 0, None, TOO_FEW)
     features = np.concatenate([features_of(part).numpy() for part in torch.split(thumbnails[chosen], 512)])
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, max_iter=60))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, tol=1e-3, max_iter=1000))
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
     given = np.searchsorted(known, labels[chosen])
     scores = cross_val_predict(model, features, given, cv=folds, method="predict_proba")
     disputes = [
-        Dispute(int(indices[chosen[row]]), int(known[given[row]]), int(known[other]), score, label_score)
+        Dispute(int(indices[chosen[row]]), int(known[other]), score, label_score)
         for row, other, score, label_score in disputed(scores, given)
     ]
     return Judgement(disputes, len(chosen), float((scores.argmax(1) == given).mean()))
@@ -165,12 +164,12 @@ def count_classes(classes: tuple[str, ...], labels: np.ndarray, splits: list[str
             if total and not counts[part, label]:
                 notes.append(f"has no image in {split}")
             elif total and split != names[0]:
-                notes += compare_shares(counts[0], counts[part], label, names[0], split)
+                notes += note_on_shares(counts[0], counts[part], label, names[0], split)
         rows.append({"name": name, "images": dict(zip(names, counts[:, label].tolist(), strict=True)), "notes": notes})
     return rows
 
 
-def compare_shares(one: np.ndarray, other: np.ndarray, label: int, name: str, other_name: str) -> list[str]:
+def note_on_shares(one: np.ndarray, other: np.ndarray, label: int, name: str, other_name: str) -> list[str]:
     """What to say where a class's share of two splits differs by half or more, and by more than chance."""
     from scipy.stats import fisher_exact
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenfusion.check.look import Look
+from tokenfusion.check.inspection import Inspection
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.files import write_csv
 
@@ -14,7 +14,7 @@ KEPT_FIRST = ("test", "val", "train", "")
 
 
 def quarantine(
-    source: Dataset, looks: list[Look], exact: list[list[int]], near: list[tuple[int, int]]
+    dataset: Dataset, inspections: list[Inspection], exact: list[list[int]], near: list[tuple[int, int]]
 ) -> dict[int, str]:
     """Images to leave out, each with its reason, in the order of the data.
 
@@ -22,27 +22,22 @@ def quarantine(
     or would, because the data has none; and every copy where copies have different labels. Near duplicates within one
     split and of one label stay, as do tiny, huge, animated, oddly coloured and disputed ones: look at those yourself.
     """
-    reasons = {index: f"unreadable: {look.reason}" for index, look in enumerate(looks) if look.reason}
-    serious = [pair for pair in near if "" in source.splits or differ(source, *pair)]
+    label, splits = dataset.label_text, dataset.splits
+    reasons = {index: f"unreadable: {image.reason}" for index, image in enumerate(inspections) if image.reason}
+    serious = [(i, j) for i, j in near if "" in splits or splits[i] != splits[j] or label(i) != label(j)]
     same = {index: copies for copies in exact for index in copies}
     pairs = [pair for copies in exact for pair in pairwise(copies)] + serious
-    for group in connected(len(looks), pairs):
-        labels = {source.label_text(index) for index in group}
-        first = min(group, key=lambda index: (KEPT_FIRST.index(source.splits[index]), index))
+    for group in connected(len(dataset), pairs):
+        first = min(group, key=lambda index: (KEPT_FIRST.index(splits[index]), index))
         for index in group:
+            others = [i for i in group if label(i) != label(index)]
             how = "exact" if first in same.get(index, ()) else "near"
-            if len(labels) > 1:
-                other = next(i for i in group if source.label_text(i) != source.label_text(index))
-                reasons[index] = f"duplicate of {source.names[other]}, which has the label {source.label_text(other)}"
+            if others:
+                name = dataset.names[others[0]]
+                reasons[index] = f"duplicate of {name}, which has the label {label(others[0])}"
             elif index != first:
-                reasons[index] = f"{how} duplicate of {source.names[first]}"
+                reasons[index] = f"{how} duplicate of {dataset.names[first]}"
     return dict(sorted(reasons.items()))
-
-
-def differ(source: Dataset, first: int, second: int) -> bool:
-    """Whether two images lie in different splits or have different labels."""
-    splits = source.splits[first] != source.splits[second]
-    return splits or source.label_text(first) != source.label_text(second)
 
 
 def connected(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
@@ -50,16 +45,15 @@ def connected(count: int, pairs: list[tuple[int, int]]) -> list[list[int]]:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    if not pairs:
-        return []
-    first, second = np.array(pairs).T
-    _, group = connected_components(coo_array((np.ones(len(pairs)), (first, second)), shape=(count, count)), False)
+    first, second = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+    graph = coo_array((np.ones(len(pairs)), (first, second)), shape=(count, count))
+    _, group = connected_components(graph, directed=False)
     groups: dict[int, list[int]] = {}
-    for index in np.unique(np.concatenate([first, second])).tolist():
+    for index in np.union1d(first, second).tolist():
         groups.setdefault(int(group[index]), []).append(index)
     return list(groups.values())
 
 
-def write_quarantine(path: Path, source: Dataset, reasons: dict[int, str]) -> None:
+def write_quarantine(path: Path, dataset: Dataset, reasons: dict[int, str]) -> None:
     """Write a CSV `path,reason`."""
-    write_csv(path, ("path", "reason"), ((source.names[index], reason) for index, reason in reasons.items()))
+    write_csv(path, ("path", "reason"), ((dataset.names[index], reason) for index, reason in reasons.items()))

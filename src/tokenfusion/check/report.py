@@ -4,6 +4,7 @@ import base64
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torchvision.io import encode_jpeg
 
 from tokenfusion.check.crop import MANY
@@ -34,54 +35,51 @@ KINDS = {
 """Fields of check.json and their headings."""
 
 
-def write_check(path: Path, source: Dataset, result: dict[str, Any], max_pixels: int) -> None:
-    """Write the page, with pictures from the source."""
-    places = {name: index for index, name in enumerate(source.names)}
+def write_check(path: Path, dataset: Dataset, result: dict[str, Any], max_pixels: int) -> None:
+    """Write the page, with pictures from the dataset."""
+    indices = {name: index for index, name in enumerate(dataset.names)}
 
-    def picture(name: str, side: int = SIDE) -> dict[str, Any]:
+    def with_picture(found: dict[str, Any], side: int = SIDE) -> dict[str, Any]:
         try:
-            return address_of(source, places[name], max_pixels, side)
-        except UnreadableImage:  # changed since it was looked at
-            return {"address": "", "small": False, "aspect": 1.0}
+            image = dataset.decode(indices[found["path"]], max_pixels)
+        except UnreadableImage:  # changed since it was inspected
+            return found | {"address": "", "small": False, "aspect": 1.0}
+        return found | encode_picture(image, side)
 
     # first those between splits, then those whose labels differ
     groups = [*result["exact_duplicates"], *result["near_duplicates"]]
     groups.sort(key=lambda group: (not group["between_splits"], not group["labels_differ"]))
-    shown = [
-        group | {"images": [image | picture(image["path"]) for image in group["images"][:MAX_COPIES]]}
-        for group in groups[:MAX_PICTURES]
-    ]
-    disputes = [d | picture(d["path"]) for d in result["labels"]["disputes"][:MAX_PICTURES]]
-    cut = [box | picture(box["path"], LARGE_SIDE) for box in result["crop"]["least_kept"][:MAX_OF_A_KIND]]
-    kinds = [
-        {
-            "heading": heading,
-            "all": result[kind],
-            "listed": result[kind][:MAX_LISTED],
-            "pictures": [i | picture(i["path"]) for i in result[kind][:MAX_OF_A_KIND] if kind != "unreadable"],
-        }
-        for kind, heading in KINDS.items()
-    ]
     values = {
         "result": result,
         "summary": summarise(result),
-        "kinds": kinds,
+        "kinds": [
+            {
+                "heading": heading,
+                "all": result[kind],
+                "listed": result[kind][:MAX_LISTED],
+                "pictures": [with_picture(image) for image in result[kind][:MAX_OF_A_KIND] if kind != "unreadable"],
+            }
+            for kind, heading in KINDS.items()
+        ],
         "counted": counted,
-        "groups": shown,
+        "groups": [
+            group | {"images": [with_picture(image) for image in group["images"][:MAX_COPIES]]}
+            for group in groups[:MAX_PICTURES]
+        ],
         "total_groups": len(groups),
-        "disputes": disputes,
-        "cut": cut,
-        "splits": [name for name in ("train", "val", "test", "") if name in {*result["classes"][0]["images"]}],
+        "disputes": [with_picture(dispute) for dispute in result["labels"]["disputes"][:MAX_PICTURES]],
+        "cut": [with_picture(box, LARGE_SIDE) for box in result["crop"]["least_kept"][:MAX_OF_A_KIND]],
+        "splits": [name for name in ("train", "val", "test", "") if name in result["classes"][0]["images"]],
         "many": MANY,
         "max_images": MAX_IMAGES,
     }
     write_page(path, "check.html", values)
 
 
-def address_of(source: Dataset, index: int, max_pixels: int, side: int) -> dict[str, Any]:
-    """An image as a data: address, its width over its height, and whether it has so few pixels that they are better
-    shown as squares."""
-    image = shrink(source.decode(index, max_pixels), side)
+def encode_picture(image: Tensor, side: int) -> dict[str, Any]:
+    """An image (3, H, W) as a data: address, its width over its height, and whether it has so few pixels that they are
+    better shown as squares."""
+    image = shrink(image, side)
     height, width = image.shape[1:]
     small = max(height, width) < SIDE // 2
     jpeg = bytes(encode_jpeg(image.contiguous(), quality=95 if small else 80).numpy())
@@ -92,41 +90,36 @@ def address_of(source: Dataset, index: int, max_pixels: int, side: int) -> dict[
 def summarise(result: dict[str, Any]) -> list[str]:
     """What was found, a line each."""
     parts = ", ".join(f"{count:,} {name}" for name, count in result["splits"].items())
-    lines = [f"{counted(result['images'], 'image')} of {counted(len(result['classes']), 'class')} ({parts})"]
-    kinds = ", ".join(f"{len(result[kind])} {heading.lower()}" for kind, heading in KINDS.items())
-    lines.append(kinds)
-    for kind, what in (("exact_duplicates", "exact"), ("near_duplicates", "near")):
-        groups = result[kind]
+    lines = [
+        f"{counted(result['images'], 'image')} of {counted(len(result['classes']), 'class')} ({parts})",
+        ", ".join(f"{len(result[kind])} {heading.lower()}" for kind, heading in KINDS.items()),
+    ]
+    for what, unit in (("exact", "group"), ("near", "pair")):
+        groups = result[f"{what}_duplicates"]
         between, differ = (sum(group[key] for group in groups) for key in ("between_splits", "labels_differ"))
-        unit = "group" if what == "exact" else "pair"
-        lines.append(
-            f"{counted(len(groups), unit)} of {what} duplicates, {between} between splits, "
-            f"{differ} under different labels"
-        )
+        found = f"{counted(len(groups), unit)} of {what} duplicates"
+        lines.append(f"{found}, {between} between splits, {differ} under different labels")
     searched = result["near_duplicates_searched"]
     if not searched["searched"]:
-        reason = (
-            f"there are more than {MAX_IMAGES:,} images" if result["images"] > MAX_IMAGES else "no two images allow it"
-        )
+        many = result["images"] > MAX_IMAGES
+        reason = f"there are more than {MAX_IMAGES:,} images" if many else "no two images allow it"
         lines[-1] = f"near duplicates were not searched: {reason}"
     if searched["too_small"] or searched["too_plain"]:
         lines.append(
             f"too small to tell near duplicates: {searched['too_small']:,}; too plain: {searched['too_plain']:,}"
         )
-    unusual = [row for row in result["classes"] if row["notes"]]
-    lines.append(f"classes that are empty, rare or differ between splits: {len(unusual):,}")
-    labels = result["labels"]
+    unusual = sum(bool(row["notes"]) for row in result["classes"])
+    lines.append(f"classes that are empty, rare or differ between splits: {unusual:,}")
+    labels, crop = result["labels"], result["crop"]
     if labels["note"]:
         lines.append(f"labels were not judged: {labels['note']}")
     else:
+        disputed, right = counted(len(labels["disputes"]), "label"), percent(labels["model_accuracy"])
+        lines.append(f"{disputed} disputed by a quick model, which is itself right {right} of the time")
+    if crop["median_kept"] is not None:
         lines.append(
-            f"{counted(len(labels['disputes']), 'label')} disputed by a quick model, which is itself right "
-            f"{percent(labels['model_accuracy'])} of the time"
-        )
-    if result["crop"]["median_kept"] is not None:
-        lines.append(
-            f"the crop keeps {percent(result['crop']['median_kept'])} of the median image's area, and less than "
-            f"{percent(MANY, 0)} of {counted(len(result['crop']['least_kept']), 'image')}"
+            f"the crop keeps {percent(crop['median_kept'])} of the median image's area, and less than "
+            f"{percent(MANY, 0)} of {counted(len(crop['least_kept']), 'image')}"
         )
     if result["train_refuses"]:
         lines.append(f"to be mended first, for training refuses what is left: {result['train_refuses']}")

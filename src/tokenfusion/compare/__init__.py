@@ -1,31 +1,31 @@
-"""Several models under one recipe and one budget, with several seeds: which is better, and how surely."""
+"""Several models under one recipe and one budget, with several seeds: which is better, and how surely.
 
-import dataclasses
+plan.py          what is trained, and for how long: contenders.py, budgets, recipes
+jobs.py          each run in a process and a run folder of its own; progress.py shows how far they are
+ensemble.py      the mean of several models' predictions
+results.py       what the run folders say, as comparison.json; statistics.py tests it, table.py prints it
+"""
+
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
-from tokenfusion.compare.contenders import Contender, contenders, slug, split_names
-from tokenfusion.compare.display import Display, comparison_table, notes
+from tokenfusion.compare.contenders import Contender, split_names
 from tokenfusion.compare.ensemble import evaluate_mean
-from tokenfusion.compare.jobs import Job, hold, run_jobs
-from tokenfusion.compare.plan import Budget, Comparison
-from tokenfusion.compare.results import is_finished, summarise
-from tokenfusion.data.dataset import held_out_name
+from tokenfusion.compare.jobs import lock_folder, run_all
+from tokenfusion.compare.plan import Budget, Comparison, plan_comparison, with_epochs
+from tokenfusion.compare.progress import ComparisonProgress
+from tokenfusion.compare.results import Failures, is_finished, summarise
 from tokenfusion.data.exclude import EXCLUDED, keep_list
-from tokenfusion.data.open import open_dataset, resolved
-from tokenfusion.data.split import choose_split
+from tokenfusion.data.open import resolved
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_json, write_text
-from tokenfusion.models.cost import count_model
-from tokenfusion.recipe import Recipe, dump_recipe, load_recipe
-from tokenfusion.training import FREE_TO_CHANGE
+from tokenfusion.files import make_folder, write_json, write_text
+from tokenfusion.recipe import Recipe, dump_recipe
 
-__all__ = ["Budget", "compare", "comparison_table", "notes", "split_names"]
+__all__ = ["Budget", "compare", "plan_comparison", "split_names", "summarise"]
 
 
 def compare(
@@ -64,8 +64,22 @@ def compare(
         InputError: a name, the budget or the data cannot be used, or `out` holds runs of another recipe.
         KeyboardInterrupt: Ctrl-C, once the runs under way are saved.
     """
-    if seeds < 1 or jobs < 1:
-        raise InputError(f"seeds={seeds} and jobs={jobs} must be 1 or more")
+    refuse_recipe(recipe, budget)
+    refuse_other_folder(out)
+    recipe = replace(recipe, data=resolved(recipe.data), exclude=own_list(recipe.exclude, out))
+    budget = budget or Budget("epochs", recipe.epochs)
+    comparison = plan_comparison(recipe, models, seeds, out, budget, controls=controls, jobs=jobs)
+    for folder in ("runs", "logs"):
+        make_folder(out / folder)
+    console = console or Console(quiet=True)
+    with lock_folder(out, console) as lock:
+        comparison = with_epochs(comparison)
+        write_text(out / "recipe.toml", dump_recipe(comparison.recipe))
+        return train_and_average(comparison, lock, console, after_run or (lambda _: None))
+
+
+def refuse_recipe(recipe: Recipe, budget: Budget | None) -> None:
+    """Refuse what not all models have, or what would be another number in each run."""
     if recipe.every:
         raise InputError(
             f"every={recipe.every} looks at attention, which not every model that is compared has; leave it out, and "
@@ -77,25 +91,13 @@ def compare(
             f"{autos[0]}=auto would be another number in each run, and a comparison trains all of them alike; give a "
             "number, such as the one that a run with auto has in its recipe.toml"
         )
-    console = console or Console(quiet=True)
-    require_own_folder(out)
-    recipe = replace(recipe, data=resolved(recipe.data), exclude=own_list(recipe.exclude, out))
-    comparison = settle(recipe, models, seeds, out, budget or Budget("epochs", recipe.epochs), controls, jobs)
-    try:
-        for folder in ("runs", "logs"):
-            (out / folder).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out} cannot be written: {error.strerror}; give another --out") from error
-    with hold(out, console) as lock:
-        comparison = with_epochs(comparison)
-        write_text(out / "recipe.toml", dump_recipe(comparison.recipe))
-        return run_all(comparison, lock, console, after_run or (lambda _: None))
 
 
-def require_own_folder(out: Path) -> None:
+def refuse_other_folder(out: Path) -> None:
     """Refuse a folder that holds other things than a comparison."""
-    made = {"runs", "logs", EXCLUDED}
-    ours = out.is_dir() and ((out / ".lock").is_file() or {path.name for path in out.iterdir()} <= made)
+    ours = out.is_dir() and (
+        (out / ".lock").is_file() or {path.name for path in out.iterdir()} <= {"runs", "logs", EXCLUDED}
+    )
     if out.exists() and not ours:
         raise InputError(f"{out} exists and is no folder of a comparison; give another --out")
 
@@ -109,104 +111,27 @@ def own_list(exclude: str, out: Path) -> str:
     if not exclude:
         return ""
     kept = out / EXCLUDED
-    if kept.exists() and Path(exclude).exists() and Path(exclude).read_bytes() != kept.read_bytes():
+    if not kept.exists():
+        make_folder(out)
+        keep_list(out, exclude)
+    elif Path(exclude).exists() and Path(exclude).read_bytes() != kept.read_bytes():
         raise InputError(
             f"{exclude} differs from {kept}, by which the comparison began; give --exclude {kept}, or another --out"
         )
-    if not kept.exists():
-        out.mkdir(parents=True, exist_ok=True)
-        keep_list(out, exclude)
     return str(kept.resolve())
 
 
-def settle(
-    recipe: Recipe, models: Sequence[str], seeds: int, out: Path, budget: Budget, controls: bool, jobs: int
-) -> Comparison:
-    """All that can be known without training; a budget in minutes leaves the epochs open."""
-    source = open_dataset(recipe.data, recipe.exclude)
-    if source.multi_label:
-        raise InputError(
-            f"{source.where} has any number of classes an image; a comparison ranks models by the share of images that "
-            "they name correctly, of one class each: train and evaluate the models one by one"
-        )
-    classes = len(source.classes)
-    training_images = len(choose_split(source, recipe.val_fraction, recipe.seed).train)
-    everyone, missing, remarks = contenders(models, recipe, classes, controls)
-    task: dict[str, Any] = {"num_classes": classes, "in_chans": recipe.in_chans, "img_size": recipe.img_size or None}
-    comparison = Comparison(
-        out=out,
-        recipe=recipe,
-        contenders=everyone,
-        seeds=tuple(range(recipe.seed, recipe.seed + seeds)),
-        budget=budget,
-        epochs={},
-        counts={one.name: count_model(one.name, **task)[0] for one in everyone if not one.members},
-        missing=missing,
-        notes=remarks,
-        part=held_out_name(source) or "val",
-        training_images=training_images,
-        jobs=jobs,
-        threads=max(torch.get_num_threads() // jobs, 1),
-    )
-    return comparison if budget.unit == "minutes" else with_epochs(comparison)
-
-
-def with_epochs(comparison: Comparison) -> Comparison:
-    """The comparison with the epochs that the budget pays for; minutes are measured.
-
-    Raises:
-        InputError: less than one epoch of a model, or none can be trained.
-    """
-    if comparison.epochs:
-        return comparison
-    failed: dict[str, str] = {}
-    if comparison.budget.unit == "epochs":
-        costs = dict.fromkeys(comparison.counts, 1.0)
-    elif comparison.budget.unit == "macs":
-        costs = {name: float(one.macs * comparison.training_images) for name, one in comparison.counts.items()}
-    else:
-        from tokenfusion.compare.timing import epoch_minutes
-
-        kept = comparison.out / "timing.json"
-        costs, failed = epoch_minutes(comparison.trained, comparison.recipe, comparison.threads, kept)
-        if not costs:
-            raise InputError(next(iter(failed.values())))
-    settled = replace(comparison, epochs=comparison.budget.epochs(costs), untrainable=failed)
-    require_same_recipes(settled)
-    return settled
-
-
-def require_same_recipes(comparison: Comparison) -> None:
-    """Refuse run folders whose recipe decides on another result than the one wanted here."""
-    for contender in comparison.trained:
-        for seed in comparison.seeds:
-            run = comparison.run(contender.name, seed)
-            if contender.name not in comparison.epochs or not (run / "recipe.toml").exists():
-                continue
-            written = Recipe(**load_recipe(run / "recipe.toml"))
-            wanted = comparison.recipe_of(contender.name, seed)
-            different = [
-                f"{field.name}={getattr(written, field.name)!r} instead of {getattr(wanted, field.name)!r}"
-                for field in dataclasses.fields(Recipe)
-                if field.name not in FREE_TO_CHANGE and getattr(written, field.name) != getattr(wanted, field.name)
-            ]
-            if different:
-                raise InputError(
-                    f"{run} is a run folder of another recipe ({', '.join(different[:3])}); "
-                    "put the options back, or give another --out"
-                )
-
-
-def run_all(comparison: Comparison, lock: int, console: Console, after_run: Callable[[Path], object]) -> dict[str, Any]:
+def train_and_average(
+    comparison: Comparison, lock: int, console: Console, after_run: Callable[[Path], object]
+) -> dict[str, Any]:
     """Train what is not trained, then average what is to be averaged; `comparison.json` is written after every run."""
     failures = {(name, seed): why for name, why in comparison.untrainable.items() for seed in comparison.seeds}
-    todo = [
+    runs = [
         (contender.name, seed)  # all models with one seed first, so that a table begins early
         for seed in comparison.seeds
         for contender in comparison.trained
         if contender.name in comparison.epochs and not is_finished(comparison, contender, seed)
     ]
-    display = Display(console, comparison, todo)
 
     def write() -> dict[str, Any]:
         result = summarise(comparison, failures)
@@ -214,35 +139,21 @@ def run_all(comparison: Comparison, lock: int, console: Console, after_run: Call
         after_run(comparison.out)
         return result
 
-    def ended(job: Job, fault: str) -> None:
+    def ended(name: str, seed: int, fault: str) -> None:
         if fault:
-            failures[job.key] = fault
-        result = write()
-        display.show_run(*job.key, f"failed: {fault}" if fault else outcome_of(result, *job.key))
+            failures[name, seed] = fault
+        progress.print_run(name, seed, fault, write())
 
     write()
-    with display.show():
-        jobs = [job_of(comparison, name, seed) for name, seed in todo]
-        run_jobs(jobs, comparison.jobs, comparison.threads, lock, ended, display.tick)
+    with ComparisonProgress(console, comparison, runs) as progress:
+        run_all(comparison, runs, lock, ended, progress.update)
     for seed in comparison.seeds:
         for contender in comparison.means:
             average(comparison, contender, seed, failures)
     return write()
 
 
-def job_of(comparison: Comparison, name: str, seed: int) -> Job:
-    """What trains one run, or goes on with it, and evaluates it."""
-    run = comparison.run(name, seed)
-    train: tuple[str, ...] = ("train", "--resume", str(run))
-    if not (run / "recipe.toml").exists():
-        shared = ("--recipe", str(comparison.out / "recipe.toml"))
-        own = ("--model", name, "--seed", str(seed), "--epochs", str(comparison.epochs[name]))
-        train = ("train", *shared, *own, "--out", str(run))
-    log = comparison.out / "logs" / f"{slug(name)}-seed{seed}.txt"
-    return Job((name, seed), (train, ("evaluate", str(run))), log)
-
-
-def average(comparison: Comparison, contender: Contender, seed: int, failures: dict[tuple[str, int], str]) -> None:
+def average(comparison: Comparison, contender: Contender, seed: int, failures: Failures) -> None:
     """Evaluate a mean of predictions, unless that is done, or note why it cannot be."""
     failed = [name for name in contender.members if (name, seed) in failures]
     if failed:
@@ -253,10 +164,3 @@ def average(comparison: Comparison, contender: Contender, seed: int, failures: d
             evaluate_mean(members, comparison.run(contender.name, seed))
         except InputError as error:
             failures[contender.name, seed] = str(error)
-
-
-def outcome_of(result: dict[str, Any], name: str, seed: int) -> str:
-    """What a finished run reached, in words."""
-    row = next(row for row in result["models"] if row["name"] == name)
-    run = next(run for run in row["runs"] if run["seed"] == seed)
-    return f"top-1 {run['top1']:.2%} in {run['minutes']:.2f} minutes"

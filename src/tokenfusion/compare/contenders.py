@@ -63,7 +63,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]", "-", name).rstrip("-")
 
 
-def contenders(
+def choose_contenders(
     names: Sequence[str], recipe: Recipe, num_classes: int, controls: bool
 ) -> tuple[tuple[Contender, ...], list[Remark], list[Remark]]:
     """The models asked for, then what they must be compared with; each once, with all the roles that it has.
@@ -90,41 +90,40 @@ def contenders(
         if role not in known and "model" not in known:
             known.append(role)
 
+    missing: list[Remark] = []
+    notes: list[Remark] = []
+    fused = False
     for name in names:
         for member in members_of(name):
             add(member, f"member of {name}")
-    missing: list[Remark] = []
-    notes: list[Remark] = []
-    found = {name: find_controls(name, recipe, num_classes) for name in names if controls and not members_of(name)}
-    for name, (added, absent, said) in found.items():
-        for role, control in added.items():
+    for name in names if controls else ():
+        found, absent, said = find_controls(name, recipe, num_classes)
+        for role, control in found.items():
             add(control, f"{role} of {name}")
-        missing += absent
-        notes += said
-    if controls and not any(added for added, _, _ in found.values()):
+        missing, notes, fused = missing + absent, notes + said, fused or bool(found)
+    if controls and not fused:
         raise InputError(f"{', '.join(names)}: none of these fuses two parents; leave out --controls")
     folders: dict[str, str] = {}
     for name in roles:
         other = folders.setdefault(slug(name), name)
         if other != name:
             raise InputError(f"{other} and {name} would share the folder {slug(name)}; compare them in two comparisons")
-    everyone = tuple(Contender(name, "; ".join(role), members_of(name)) for name, role in roles.items())
-    return everyone, missing, notes
+    return tuple(Contender(name, "; ".join(role), members_of(name)) for name, role in roles.items()), missing, notes
 
 
 def find_controls(name: str, recipe: Recipe, num_classes: int) -> tuple[dict[str, str], list[Remark], list[Remark]]:
     """A model's controls by role, those that are missing, and notes on others; nothing where it fuses no parents."""
     from tokenfusion.models.controls import controls_of
 
+    if members_of(name):
+        return {}, [], []
     size: Any = recipe.img_size or None
     controls = controls_of(name, num_classes=num_classes, in_chans=recipe.in_chans, img_size=size)
-    added = {role: getattr(controls, field) for field, role in ROLES.items() if getattr(controls, field)}
-    if not added:
-        return {}, [], []
+    found = {role: getattr(controls, field) for field, role in ROLES.items() if getattr(controls, field)}
     if controls.cnn and controls.vit:
-        added["mean of the parents"] = f"mean({controls.cnn},{controls.vit})"
+        found["mean of the parents"] = f"mean({controls.cnn},{controls.vit})"
     missing, notes = (
-        [{"model": name, "role": ROLES[field], "reason": reason} for field, reason in remarks.items()]
+        [{"model": name, "role": ROLES[field], "reason": reason} for field, reason in remarks.items() if found]
         for remarks in (controls.missing, controls.notes)
     )
-    return added, missing, notes
+    return found, missing, notes

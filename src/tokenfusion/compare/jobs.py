@@ -10,29 +10,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
+from tokenfusion.compare.contenders import slug
+from tokenfusion.compare.plan import Comparison
+
 POLL = 0.2  # seconds between looks at the processes
-
-
-@dataclass(frozen=True)
-class Job:
-    """Commands of `tokenfusion` to be run one after the other, as long as they succeed.
-
-    Attributes:
-        key: name and seed of what is run.
-        commands: each without the leading `tokenfusion`.
-        log: file for all that they print.
-    """
-
-    key: tuple[str, int]
-    commands: tuple[tuple[str, ...], ...]
-    log: Path
-
-
 RUN_COMMANDS = """
 import json, sys
 from tokenfusion import cli
@@ -40,95 +25,95 @@ for words in json.loads(sys.argv[1]):
     sys.argv = ["tokenfusion", *words]
     cli.main()
 """
+"""A process that runs commands of `tokenfusion` one after the other, as long as they succeed."""
 
 
-class Child:
-    """A job under way, in a process of its own.
-
-    Args:
-        job: what to run.
-        threads: for its products.
-        lock: descriptor that it holds open while it lives, see `hold`.
-    """
-
-    def __init__(self, job: Job, threads: int, lock: int) -> None:
-        self.job = job
-        with job.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", RUN_COMMANDS, json.dumps(job.commands)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"},
-                pass_fds=[lock],
-                process_group=0,  # Ctrl-C reaches it once, from us, and not a second time from the terminal
-            )
-
-    def fault(self) -> str:
-        """Why an ended job failed: its own word, or else the signal or the last line; "" where it did not."""
-        status = self.process.returncode
-        if status == 0:
-            return ""
-        lines = [line.strip() for line in self.job.log.read_text(errors="replace").splitlines() if line.strip()]
-        said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        if said:
-            return said[-1]
-        if status < 0:
-            return f"killed by {signal.Signals(-status).name}" + " (out of memory?)" * (-status == signal.SIGKILL)
-        return lines[-1] if lines else f"exit status {status}"
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    at_once: int,
-    threads: int,
+def run_all(
+    comparison: Comparison,
+    runs: Sequence[tuple[str, int]],
     lock: int,
-    ended: Callable[[Job, str], None],
+    ended: Callable[[str, int, str], None],
     tick: Callable[[], None],
 ) -> None:
-    """Run jobs, several at once; a job that fails leaves the others going.
+    """Train and evaluate runs, several at once; one that fails leaves the others going.
 
     Whatever ends this early, as Ctrl-C does, first tells the runs under way to stop and waits until they are saved; a
     second Ctrl-C kills them.
 
     Args:
-        jobs: in the order in which they start.
-        at_once: how many run at the same time.
-        threads: of each.
-        lock: descriptor that they hold open, see `hold`.
-        ended: called with a job that has ended and why it failed, "" where it did not.
+        comparison: how many run at the same time, and what each trains by.
+        runs: name and seed, in the order in which they start.
+        lock: descriptor that they hold open, see `lock_folder`.
+        ended: called with the name and seed of a run that has ended, and why it failed, "" where it did not.
         tick: called several times a second.
     """
-    waiting = deque(jobs)
-    active: list[Child] = []
+    waiting = deque(runs)
+    active: dict[tuple[str, int], subprocess.Popen[bytes]] = {}
     try:
         while waiting or active:
-            while waiting and len(active) < at_once:
-                active.append(Child(waiting.popleft(), threads, lock))
-            for child in [child for child in active if child.process.poll() is not None]:
-                active.remove(child)
-                ended(child.job, child.fault())
+            while waiting and len(active) < comparison.jobs:
+                key = waiting.popleft()
+                active[key] = start(comparison, *key, lock)
+            for key in [key for key, process in active.items() if process.poll() is not None]:
+                ended(*key, fault(active.pop(key).returncode, log_of(comparison, *key)))
             tick()
             time.sleep(POLL)
     finally:
-        stop(active)
+        stop(list(active.values()))
 
 
-def stop(active: Sequence[Child]) -> None:
+def start(comparison: Comparison, name: str, seed: int, lock: int) -> subprocess.Popen[bytes]:
+    """Start a process that trains one run, or goes on with it, and evaluates it."""
+    run = comparison.run(name, seed)
+    train = ["train", "--resume", str(run)]
+    if not (run / "recipe.toml").exists():
+        own = ["--model", name, "--seed", str(seed), "--epochs", str(comparison.epochs[name]), "--out", str(run)]
+        train = ["train", "--recipe", str(comparison.out / "recipe.toml"), *own]
+    with log_of(comparison, name, seed).open("wb") as log:
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN_COMMANDS, json.dumps([train, ["evaluate", str(run)]])],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | {"OMP_NUM_THREADS": str(comparison.threads), "PYTHONUNBUFFERED": "1"},
+            pass_fds=[lock],
+            process_group=0,  # Ctrl-C reaches it once, from us, and not a second time from the terminal
+        )
+
+
+def log_of(comparison: Comparison, name: str, seed: int) -> Path:
+    """The file for all that a run prints."""
+    return comparison.out / "logs" / f"{slug(name)}-seed{seed}.txt"
+
+
+def fault(status: int, log: Path) -> str:
+    """Why an ended run failed: its own word, or else the signal or the last line; "" where it did not."""
+    if status == 0:
+        return ""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if said:
+        return said[-1]
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}" + " (out of memory?)" * (-status == signal.SIGKILL)
+    return lines[-1] if lines else f"exit status {status}"
+
+
+def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
     """Let runs save themselves and end."""
     try:
-        for child in active:
-            child.process.send_signal(signal.SIGINT)
-        for child in active:
-            child.process.wait()
+        for process in processes:
+            process.send_signal(signal.SIGINT)
+        for process in processes:
+            process.wait()
     except KeyboardInterrupt:
-        for child in active:
-            child.process.kill()
+        for process in processes:
+            process.kill()
         raise
 
 
 @contextmanager
-def hold(folder: Path, console: Console) -> Iterator[int]:
+def lock_folder(folder: Path, console: Console) -> Iterator[int]:
     """Have a folder to ourselves; wait for a comparison, or a run that outlived a killed one, that is at work there.
 
     Yields:

@@ -1,15 +1,22 @@
 """How much training each contender gets, and all else that is settled before the first run."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, Self, cast, get_args
+from typing import Any, Literal, Self, cast, get_args
 
-from tokenfusion.compare.contenders import Contender, Remark, slug
+import torch
+
+from tokenfusion.compare.contenders import Contender, Remark, choose_contenders, slug
+from tokenfusion.data.dataset import held_out_name
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
-from tokenfusion.models.cost import Counts
-from tokenfusion.recipe import Recipe
+from tokenfusion.models.cost import Counts, count_model
+from tokenfusion.recipe import Recipe, load_recipe
+from tokenfusion.training import FREE_TO_CHANGE
 
 Unit = Literal["epochs", "minutes", "macs"]
 
@@ -30,14 +37,14 @@ class Budget:
         """Read `epochs=10`, `minutes=15` or `macs=1e15`."""
         unit, _, amount = text.partition("=")
         try:
-            budget = cls(cast(Unit, unit), float(amount))
+            number = float(amount)
         except ValueError:
-            budget = cls(cast(Unit, unit), 0.0)
-        if unit not in get_args(Unit) or not 0 < budget.amount < math.inf:
+            number = 0.0
+        if unit not in get_args(Unit) or not 0 < number < math.inf:
             raise InputError(f"budget={text!r} is not an amount; give epochs=10, minutes=15 or macs=1e15")
-        if unit == "epochs" and not budget.amount.is_integer():
-            raise InputError(f"budget={text!r} is not a whole number; try epochs={math.ceil(budget.amount)}")
-        return budget
+        if unit == "epochs" and not number.is_integer():
+            raise InputError(f"budget={text!r} is not a whole number; try epochs={math.ceil(number)}")
+        return cls(cast(Unit, unit), number)
 
     def __str__(self) -> str:
         return f"{self.unit}={self.amount:.12g}"
@@ -74,7 +81,7 @@ class Comparison:
         counts: what an image costs each model that is trained.
         missing: controls that there are none of.
         notes: what is to be said of other controls.
-        part: what the data's held-out part is called.
+        split: what the data's held-out part is called.
         training_images: how many there are.
         jobs: runs at once.
         threads: of each run.
@@ -90,7 +97,7 @@ class Comparison:
     counts: Mapping[str, Counts]
     missing: Sequence[Remark]
     notes: Sequence[Remark]
-    part: str
+    split: str
     training_images: int
     jobs: int
     threads: int
@@ -110,3 +117,94 @@ class Comparison:
 
     def recipe_of(self, name: str, seed: int) -> Recipe:
         return replace(self.recipe, model=name, seed=seed, epochs=self.epochs[name])
+
+
+def plan_comparison(
+    recipe: Recipe,
+    models: Sequence[str],
+    seeds: int,
+    out: Path,
+    budget: Budget,
+    *,
+    controls: bool = False,
+    jobs: int = 1,
+) -> Comparison:
+    """All that can be known without training; a budget in minutes leaves the epochs open.
+
+    Args:
+        recipe, models, seeds, out, budget, controls, jobs: as `compare` takes them.
+
+    Raises:
+        InputError: a name, the budget or the data cannot be used, or `out` holds runs of another recipe.
+    """
+    if seeds < 1 or jobs < 1:
+        raise InputError(f"seeds={seeds} and jobs={jobs} must be 1 or more")
+    dataset = open_dataset(recipe.data, recipe.exclude)
+    if dataset.multi_label:
+        raise InputError(
+            f"{dataset.where} has any number of classes an image; a comparison ranks models by the share of images "
+            "that they name correctly, of one class each: train and evaluate the models one by one"
+        )
+    classes = len(dataset.classes)
+    contenders, missing, notes = choose_contenders(models, recipe, classes, controls)
+    task: dict[str, Any] = {"num_classes": classes, "in_chans": recipe.in_chans, "img_size": recipe.img_size or None}
+    comparison = Comparison(
+        out=out,
+        recipe=recipe,
+        contenders=contenders,
+        seeds=tuple(range(recipe.seed, recipe.seed + seeds)),
+        budget=budget,
+        epochs={},
+        counts={one.name: count_model(one.name, **task)[0] for one in contenders if not one.members},
+        missing=missing,
+        notes=notes,
+        split=held_out_name(dataset) or "val",
+        training_images=len(choose_split(dataset, recipe.val_fraction, recipe.seed).train),
+        jobs=jobs,
+        threads=max(torch.get_num_threads() // jobs, 1),
+    )
+    return comparison if budget.unit == "minutes" else with_epochs(comparison)
+
+
+def with_epochs(comparison: Comparison) -> Comparison:
+    """The comparison with the epochs that the budget pays for; minutes are measured.
+
+    Raises:
+        InputError: less than one epoch of a model, or none can be trained, or a run folder has another recipe.
+    """
+    if comparison.epochs:
+        return comparison
+    failed: dict[str, str] = {}
+    if comparison.budget.unit == "epochs":
+        costs = dict.fromkeys(comparison.counts, 1.0)
+    elif comparison.budget.unit == "macs":
+        costs = {name: float(one.macs * comparison.training_images) for name, one in comparison.counts.items()}
+    else:
+        from tokenfusion.compare.timing import epoch_minutes
+
+        kept = comparison.out / "timing.json"
+        costs, failed = epoch_minutes(comparison.trained, comparison.recipe, comparison.threads, kept)
+        if not costs:
+            raise InputError(next(iter(failed.values())))
+    planned = replace(comparison, epochs=comparison.budget.epochs(costs), untrainable=failed)
+    for name in planned.epochs:
+        for seed in planned.seeds:
+            require_same_recipe(planned.run(name, seed), planned.recipe_of(name, seed))
+    return planned
+
+
+def require_same_recipe(run: Path, wanted: Recipe) -> None:
+    """Refuse a run folder whose recipe decides on another result than the one wanted here."""
+    if not (run / "recipe.toml").exists():
+        return
+    written = Recipe(**load_recipe(run / "recipe.toml"))
+    different = [
+        f"{field.name}={getattr(written, field.name)!r} instead of {getattr(wanted, field.name)!r}"
+        for field in dataclasses.fields(Recipe)
+        if field.name not in FREE_TO_CHANGE and getattr(written, field.name) != getattr(wanted, field.name)
+    ]
+    if different:
+        raise InputError(
+            f"{run} is a run folder of another recipe ({', '.join(different[:3])}); "
+            "put the options back, or give another --out"
+        )

@@ -1,7 +1,6 @@
 """What the run folders of a comparison say, as `comparison.json`."""
 
 import csv
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,13 +16,16 @@ from tokenfusion.compare.ensemble import is_up_to_date
 from tokenfusion.compare.plan import Comparison
 from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front
 from tokenfusion.errors import InputError
-from tokenfusion.files import read_json_lines
+from tokenfusion.files import read_json, read_json_lines
 from tokenfusion.hardware import default_device, hardware_name, resolve_precision
 from tokenfusion.metrics import t_interval
 from tokenfusion.version import __version__
 
-Failures = Mapping[tuple[str, int], str]
+Failures = dict[tuple[str, int], str]
+"""Why runs failed, by name and seed."""
 Runs = dict[int, dict[str, Any]]
+"""What a contender's finished runs reached, by seed."""
+ANEW = "delete it, and the same command writes it anew"
 
 
 def summarise(comparison: Comparison, failures: Failures) -> dict[str, Any]:
@@ -41,7 +43,7 @@ def summarise(comparison: Comparison, failures: Failures) -> dict[str, Any]:
         finished = [seed for seed in comparison.seeds if is_finished(comparison, contender, seed)]
         runs[contender.name] = {seed: read_run(comparison, contender, seed, runs) for seed in finished}
     refuse_different_images(comparison, runs)
-    models = [describe(comparison, contender, runs[contender.name], failures) for contender in comparison.contenders]
+    models = [model_row(comparison, contender, runs[contender.name], failures) for contender in comparison.contenders]
     points = {row["name"]: (row["macs"], row["top1_mean"]) for row in models if row["runs"]}
     device = default_device()
     recipe = {key: value for key, value in asdict(comparison.recipe).items() if key not in ("model", "seed", "epochs")}
@@ -62,7 +64,7 @@ def summarise(comparison: Comparison, failures: Failures) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "models": models,
-        "tests": [test(comparison, row["name"], runs) for row in models[1:]],
+        "tests": [test_against_first(comparison, row["name"], runs) for row in models[1:]],
         "pareto": pareto_front(points),
         "missing_controls": list(comparison.missing),
         "control_notes": list(comparison.notes),
@@ -77,14 +79,14 @@ def is_finished(comparison: Comparison, contender: Contender, seed: int) -> bool
         return finished and is_up_to_date(run, [comparison.run(name, seed) for name in contender.members])
     if not all((run / name).exists() for name in ("model.safetensors", "evaluation.json", "predictions.csv")):
         return False
-    evaluation = read_json(run / "evaluation.json")
-    return (evaluation.get("data"), evaluation.get("split")) == (comparison.recipe.data, comparison.part)
+    evaluation = read_json(run / "evaluation.json", ANEW)
+    return (evaluation.get("data"), evaluation.get("split")) == (comparison.recipe.data, comparison.split)
 
 
 def read_run(comparison: Comparison, contender: Contender, seed: int, runs: Mapping[str, Runs]) -> dict[str, Any]:
     """What a finished run reached and took; a mean takes what its members take together, one after the other."""
     run = comparison.run(contender.name, seed)
-    evaluation = read_json(run / "evaluation.json")
+    evaluation = read_json(run / "evaluation.json", ANEW)
     if contender.members:
         members = [runs[name][seed] for name in contender.members]
         minutes = sum(member["minutes"] for member in members)
@@ -108,7 +110,7 @@ def read_run(comparison: Comparison, contender: Contender, seed: int, runs: Mapp
     }
 
 
-def describe(comparison: Comparison, contender: Contender, runs: Runs, failures: Failures) -> dict[str, Any]:
+def model_row(comparison: Comparison, contender: Contender, runs: Runs, failures: Failures) -> dict[str, Any]:
     """One contender's object in `comparison.json`; what no run has shown yet is None."""
     counts = [comparison.counts[name] for name in contender.members or (contender.name,)]
     rows = list(runs.values())
@@ -132,7 +134,7 @@ def describe(comparison: Comparison, contender: Contender, runs: Runs, failures:
     }
 
 
-def test(comparison: Comparison, name: str, runs: Mapping[str, Runs]) -> dict[str, Any]:
+def test_against_first(comparison: Comparison, name: str, runs: Mapping[str, Runs]) -> dict[str, Any]:
     """A contender against the first one, over the seeds that both have."""
     first = comparison.contenders[0].name
     seeds = sorted(runs[name].keys() & runs[first].keys())
@@ -169,10 +171,3 @@ def predictions(run: Path) -> list[dict[str, str]]:
     """The lines of a run's `predictions.csv`."""
     with (run / "predictions.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}; delete it, and the same command writes it anew") from error

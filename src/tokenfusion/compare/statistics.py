@@ -5,8 +5,6 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from tokenfusion.metrics import t_interval
-
 
 def paired_t(values: Sequence[float], reference: Sequence[float]) -> dict[str, Any]:
     """Test whether values differ from others that they are paired with, two or more of each.
@@ -25,10 +23,11 @@ def paired_t(values: Sequence[float], reference: Sequence[float]) -> dict[str, A
             "p": 1.0 if abs(differences[0]) < 1e-9 else None,
             "method": f"none, the same difference with all of {len(values)} seeds",
         }
+    test = ttest_rel(values, reference)
     return {
         "difference_mean": fmean(differences),
-        "ci95": list(t_interval(differences) or ()),
-        "p": float(ttest_rel(values, reference).pvalue),
+        "ci95": list(map(float, test.confidence_interval())),
+        "p": float(test.pvalue),
         "method": f"paired t over {len(values)} seeds",
     }
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 
 from tokenfusion.compare.contenders import Contender
-from tokenfusion.compare.results import read_json
+from tokenfusion.compare.results import ANEW
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.decoded import sample_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_json
+from tokenfusion.files import read_json, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.processes import in_fresh_process
 from tokenfusion.recipe import Recipe
@@ -47,7 +47,7 @@ def epoch_minutes(
     Returns:
         Minutes by model; of the others, why they cannot be trained.
     """
-    kept: dict[str, dict[str, Any]] = read_json(path) if path.exists() else {}
+    kept: dict[str, dict[str, Any]] = read_json(path, ANEW) if path.exists() else {}
     failed: dict[str, str] = {}
     for model in models:
         own = replace(recipe, model=model.name)

@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from tokenfusion.compare.display import comparison_table, gaps, methods
+from tokenfusion.compare.table import comparison_table, gaps, methods
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
 from tokenfusion.report.comparison_summary import fusion_against_others, headline, rank

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenfusion.compare.display import p_text
+from tokenfusion.compare.table import p_text
 from tokenfusion.formatting import counted
 from tokenfusion.report.page import percent
 

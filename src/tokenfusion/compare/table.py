@@ -1,87 +1,9 @@
-"""What a person sees of a comparison: a bar over all its training, a line for each run, and the table at the end."""
+"""A comparison as text: its table, and what must be said under it."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from time import perf_counter
+from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
-
-from tokenfusion.compare.plan import Comparison
 from tokenfusion.formatting import counted
-
-
-class Display:
-    """How far the runs are.
-
-    Args:
-        console: where to write.
-        comparison: what is run.
-        runs: name and seed of each run that is left to do.
-    """
-
-    def __init__(self, console: Console, comparison: Comparison, runs: list[tuple[str, int]]) -> None:
-        self.console = console
-        self.comparison = comparison
-        self.runs = runs
-        self.ended: set[tuple[str, int]] = set()
-        self.work = {(name, seed): comparison.counts[name].macs * comparison.epochs[name] for name, seed in runs}
-        self.began, self.done_before = perf_counter(), self.done()
-        self.bar = Progress(
-            TextColumn("{task.fields[finished]} of {task.fields[runs]} runs"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.percentage:.0f} % · {task.fields[left]} left"),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self.task = self.bar.add_task("compare", total=self.total, finished=0, runs=len(runs), left="?")
-
-    @property
-    def total(self) -> int:
-        """Multiply-adds that all the runs take, in passes over one image."""
-        return sum(self.work.values())
-
-    def done(self) -> float:
-        """Those that are behind them."""
-        done = 0.0
-        for (name, seed), work in self.work.items():
-            share = 1.0 if (name, seed) in self.ended else self.epochs_done(name, seed) / self.comparison.epochs[name]
-            done += work * share
-        return done
-
-    def epochs_done(self, name: str, seed: int) -> int:
-        metrics = self.comparison.run(name, seed) / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
-
-    def left(self) -> str:
-        """Time left, if the rest goes as fast as what was done."""
-        done = self.done()
-        if done <= self.done_before:
-            return "?"
-        elapsed = perf_counter() - self.began
-        minutes, seconds = divmod(round(elapsed * (self.total - done) / (done - self.done_before)), 60)
-        return f"{minutes}:{seconds:02d}"
-
-    @contextmanager
-    def show(self) -> Iterator[None]:
-        with self.bar:
-            yield
-
-    def tick(self) -> None:
-        """Move the bar to where the runs are."""
-        if self.console.is_terminal:
-            self.bar.update(self.task, completed=self.done(), finished=len(self.ended), left=self.left())
-
-    def show_run(self, name: str, seed: int, outcome: str) -> None:
-        """Print a line for a run that has ended."""
-        self.ended.add((name, seed))
-        self.console.print(
-            f"run {len(self.ended)}/{len(self.runs)}  {name} seed {seed}: {outcome}  {self.left()} left",
-            highlight=False,
-            soft_wrap=True,
-        )
 
 
 def comparison_table(result: Mapping[str, Any]) -> list[list[str]]:

@@ -2,9 +2,7 @@
 
 import hashlib
 import re
-from collections import deque
-from collections.abc import Callable, Container, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from io import BytesIO
 
@@ -14,7 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.dataset import Dataset
-from tokenfusion.data.decode import FORMATS, THREADS, UnreadableImage, decode_image, pillow_limit_lifted
+from tokenfusion.data.decode import FORMATS, UnreadableImage, decode_ahead, decode_image, pillow_limit_lifted
 
 SIDE = 48
 """Height and width of the thumbnails that images are compared by; their aspect is not kept."""
@@ -31,7 +29,7 @@ NO_THUMBNAIL = torch.empty(0)
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
+class Inspection:
     """What one image is."""
 
     reason: str = ""
@@ -53,57 +51,47 @@ class Look:
         return next((kind for kind, words in UNREADABLE.items() if re.search(words, self.reason)), "damaged")
 
 
-def look_at_all(
-    source: Dataset, max_pixels: int, compared: Container[int], progress: Callable[[int, int], None]
-) -> list[Look]:
-    """Look at every image of a source, by a few threads.
+def inspect_images(
+    dataset: Dataset, max_pixels: int, compared: Container[int], progress: Callable[[int, int], None]
+) -> list[Inspection]:
+    """Inspect every image of a dataset.
 
     Args:
-        source: the images.
+        dataset: the images.
         max_pixels: largest height × width that is decoded.
         compared: indices of the images whose thumbnails are kept.
         progress: called with (images done, images in all).
 
     Returns:
-        a Look per image, in order.
+        an Inspection per image, in order.
     """
-    looks = []
-    for look in ahead(lambda index: look_at(source, index, max_pixels, index in compared), len(source)):
-        looks.append(look)
-        progress(len(looks), len(source))
-    return looks
+    inspections: list[Inspection] = []
+    count = len(dataset)
+    for _, found in decode_ahead(range(count), lambda i: inspect_image(dataset, i, max_pixels, i in compared)):
+        inspections.append(Inspection(reason=str(found)) if isinstance(found, UnreadableImage) else found)
+        progress(len(inspections), count)
+    return inspections
 
 
-def ahead(call: Callable[[int], Look], count: int) -> Iterator[Look]:
-    """`call` of 0, 1 and so on by a few threads, in order, only so far ahead that few results wait."""
-    waiting: deque[Future[Look]] = deque()
-    with ThreadPoolExecutor(THREADS) as pool:
-        for index in range(count):
-            waiting.append(pool.submit(call, index))
-            if len(waiting) > 8 * THREADS:
-                yield waiting.popleft().result()
-        for future in waiting:
-            yield future.result()
+def inspect_image(dataset: Dataset, index: int, max_pixels: int, compared: bool) -> Inspection:
+    """Decode one image, with a thumbnail if it will be compared.
 
-
-def look_at(source: Dataset, index: int, max_pixels: int, compared: bool) -> Look:
-    """Decode one image and describe it, with a thumbnail if it will be compared."""
+    Raises:
+        UnreadableImage: it cannot be decoded.
+    """
     frames, colour = "", ""
-    try:
-        data = source.read(index)
-        if isinstance(data, bytes):
-            image = decode_image(data, max_pixels=max_pixels)
-            with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as file:
-                colour, frames = odd_colour(file, data), further_frames(file)
-        else:
-            image = source.decode(index, max_pixels)
-    except UnreadableImage as error:
-        return Look(reason=str(error))
+    data = dataset.read(index)
+    if isinstance(data, bytes):
+        image = decode_image(data, max_pixels=max_pixels)
+        with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as file:
+            colour, frames = odd_colour(file, data), further_frames(file)
+    else:
+        image = dataset.decode(index, max_pixels)
     height, width = image.shape[1:]
     digest = hashlib.blake2b(repr((height, width)).encode(), digest_size=16)
     digest.update(image.permute(1, 2, 0).contiguous().numpy().data)
     thumbnail = F.resize(image, [SIDE, SIDE], antialias=True) if compared else NO_THUMBNAIL
-    return Look("", height, width, frames, colour, digest.digest(), thumbnail)
+    return Inspection("", height, width, frames, colour, digest.digest(), thumbnail)
 
 
 def further_frames(image: Image.Image) -> str:
