@@ -64,6 +64,8 @@ def compare(
         InputError: a name, the budget or the data cannot be used, or `out` holds runs of another recipe.
         KeyboardInterrupt: Ctrl-C, once the runs under way are saved.
     """
+    if seeds < 1 or jobs < 1:
+        raise InputError(f"seeds={seeds} and jobs={jobs} must be 1 or more")
     refuse_recipe(recipe, budget)
     refuse_other_folder(out)
     recipe = replace(recipe, data=resolved(recipe.data), exclude=own_list(recipe.exclude, out))

@@ -137,8 +137,6 @@ def plan_comparison(
     Raises:
         InputError: a name, the budget or the data cannot be used, or `out` holds runs of another recipe.
     """
-    if seeds < 1 or jobs < 1:
-        raise InputError(f"seeds={seeds} and jobs={jobs} must be 1 or more")
     dataset = open_dataset(recipe.data, recipe.exclude)
     if dataset.multi_label:
         raise InputError(
