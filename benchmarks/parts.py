@@ -23,7 +23,7 @@ from tokenfusion.files import write_json
 from tokenfusion.hardware import autocast, default_device, keep_freed_memory
 from tokenfusion.layers.attend import SelfAttention
 from tokenfusion.layers.blocks import Block
-from tokenfusion.layers.conv import ConvTrunk
+from tokenfusion.models.convnet import ConvTrunk
 
 STEM, DIMS = 16, (48, 96, 112)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_atomic
 from tokenfusion.hardware import Precision
+from tokenfusion.models.official import with_present_names
 
 FORMAT = 2  # of the run folder; a reader refuses a newer one, and takes 1, which knew one class an image only
 DESCRIPTION: dict[str, type] = {
@@ -67,12 +68,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_weights_exactly(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy tensors into a model that has exactly these names, shapes and types, or leave it as it was.
+    """Copy tensors into a model that has exactly these names (or had, in older versions), shapes and types, or leave it
+    as it was.
 
     Raises:
         InputError: names, shapes or types differ, and the first differences are listed; or a number is not finite.
     """
     own = model.state_dict()
+    tensors = with_present_names(tensors, own)
     differences = [
         *[f"{name} is missing" for name in own if name not in tensors],
         *[f"{name} is unknown" for name in tensors if name not in own],

@@ -80,7 +80,7 @@ def test_two_that_ask_each_other_both_see_what_was_there_before():
 
 def test_an_addition_counts_half():
     model = fuse("resnet_micro", "vit_micro", "early", "add", img_size=32, num_classes=5, gate=1.0)
-    model.readout_gate.weight.data.zero_()
+    model.readout.gate.weight.data.zero_()
     shares = attention_rollout(model, images(32, 32)).shares()
     torch.testing.assert_close(shares["pixel"], shares["patch"])
     model.exchange.gate.weight.data.fill_(0.5)  # half of what was alone, half of what is half pixels
@@ -91,9 +91,9 @@ def test_an_addition_counts_half():
 @pytest.mark.parametrize("strategy", ["late", "early", "layerwise"])
 def test_the_readout_counts_half(strategy):
     model = create_model(f"tokenfusion_{strategy}_micro")
-    model.readout_gate.weight.data.zero_()
+    model.readout.gate.weight.data.zero_()
     before = attention_rollout(model, images(48, 32))
-    model.readout_gate.weight.data.fill_(1.0)
+    model.readout.gate.weight.data.fill_(1.0)
     torch.testing.assert_close(
         attention_rollout(model, images(48, 32)).head(), (before.head() + before.state["pixel"].mean(1)) / 2
     )

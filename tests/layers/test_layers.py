@@ -7,9 +7,9 @@ from torch import nn
 
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import Block, PaddedConv
-from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.layers.positions import PositionTable
 from tokenfusion.layers.tokens import grid_of, map_to_tokens, tokens_to_map
+from tokenfusion.models.convnet import ConvTrunk
 
 
 def test_maps_become_tokens_row_by_row():

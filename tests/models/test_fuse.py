@@ -12,8 +12,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 import tokenfusion
 from tokenfusion.errors import InputError
+from tokenfusion.models.adapters import OneWayCNN, as_cnn
 from tokenfusion.models.operators import OPERATORS
-from tokenfusion.models.stages import OneWayCNN, walk_cnn
 from tokenfusion.models.token_fusion import STRATEGIES
 
 SIZE, CLASSES = 64, 5
@@ -89,7 +89,7 @@ def test_every_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, st
     parent = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {}))
     model = tokenfusion.fuse(parent, transformer, strategy, operator, img_size=SIZE).eval()
     assert isinstance(model.cnn, OneWayCNN) == (cnn in ONE_WAY)
-    if not (strategy == "early" and model.joint):  # whose tokens share every attention map from the first block on
+    if not model.joint:  # whose tokens share every attention map from the first block on
         with torch.no_grad():
             torch.testing.assert_close(model(images()), alone(images()), rtol=0, atol=1e-6)
     model.set_gates(1.0)
@@ -118,7 +118,7 @@ def test_a_walked_cnn_gives_the_intermediates_of_the_whole_one(name):
     model = without_zeros(timm.create_model(name, **SHALLOW.get(name, {}))).eval()
     with torch.no_grad():
         expected = model.forward_intermediates(images(size=(64, 96)), intermediates_only=True)[-4:]
-        walked = walk_cnn(model, (64, 96), 3)
+        walked = as_cnn(model, (64, 96), 3)
         feature_map = walked.stem(images(size=(64, 96)))
         for stage, wanted in zip(walked.stages, expected, strict=True):
             feature_map = stage(feature_map)
@@ -131,7 +131,7 @@ def test_a_cnn_that_adds_parameters_of_its_own_between_its_stages_goes_one_way()
     model = without_zeros(timm.create_model("visformer_tiny", img_size=SIZE)).eval()
     with torch.no_grad():
         expected = model.forward_intermediates(images(), intermediates_only=True)
-        cnn = walk_cnn(model, (SIZE, SIZE), 3)
+        cnn = as_cnn(model, (SIZE, SIZE), 3)
         assert isinstance(cnn, OneWayCNN)
         for feature_map, wanted in zip(cnn.maps(images()), expected, strict=True):
             torch.testing.assert_close(feature_map, wanted)
@@ -144,7 +144,7 @@ def test_images_are_normalised_for_each_parent():
     mean, std = (torch.tensor(model.default_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     assert mean.flatten().tolist() == [0.5] * 3
     imagenet = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    torch.testing.assert_close(model.rescale((pixels - mean) / std), (pixels - imagenet[0]) / imagenet[1])
+    torch.testing.assert_close(model.cnn.rescale((pixels - mean) / std), (pixels - imagenet[0]) / imagenet[1])
 
 
 def test_gates_are_open_from_random_weights_and_closed_for_modules():
@@ -225,12 +225,44 @@ def test_what_would_fail_later_is_refused_at_once(build, message):
         build()
 
 
-def test_early_fusion_of_trained_parents_starts_as_its_transformer_too():
+def test_early_fusion_with_a_gate_starts_as_its_transformer_too():
     transformer = TRANSFORMERS["vit"]().eval()
     alone = copy.deepcopy(transformer)
-    model = tokenfusion.fuse("resnet_micro", transformer, "early", img_size=SIZE).eval()
+    model = tokenfusion.fuse("resnet_micro", transformer, "early", "cross", img_size=SIZE).eval()
     with torch.no_grad():
         torch.testing.assert_close(model(images()), alone(images()), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_name_is_one_architecture_whatever_the_gate(strategy):
+    models = [tokenfusion.fuse("resnet_micro", "vit_micro", strategy, gate=gate) for gate in (0.0, 1.0, None)]
+    models.append(tokenfusion.create_model(models[0].default_cfg["architecture"]))
+    shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in models]
+    assert all(other == shapes[0] for other in shapes)
+
+
+@pytest.mark.parametrize(
+    ("cnn", "vit", "arguments"),
+    [
+        ("resnet18", "vit", {"strategy": "late", "operator": "add"}),
+        ("mambaout_femto", "vit", {"strategy": "early", "operator": "cls"}),
+        ("cmt_micro", "eva", {"strategy": "early"}),
+        ("cmt_micro", "crossvit_micro", {"strategy": "late", "operator": "add"}),
+        ("mambaout_femto", "deit", {"img_size": 96}),
+        ("resnet18", "vit", {"in_chans": 1}),
+        ("resnet18", "vit", {"nonsense": 1}),
+    ],
+)
+def test_a_refusal_leaves_the_parents_as_they_were(cnn, vit, arguments):
+    parents = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {})), TRANSFORMERS[vit]()
+    parts = [list(parent.modules()) for parent in parents]
+    before = [copy.deepcopy(parent.state_dict()) for parent in parents]
+    with pytest.raises(InputError):
+        tokenfusion.fuse(*parents, **{"img_size": SIZE, "num_classes": CLASSES + 2} | arguments)
+    for parent, modules, state in zip(parents, parts, before, strict=True):
+        assert all(one is other for one, other in zip(parent.modules(), modules, strict=True))
+        torch.testing.assert_close(dict(parent.state_dict()), dict(state), rtol=0, atol=0)
+        assert parent.training
 
 
 def test_no_classes_leave_features():

@@ -59,7 +59,7 @@ HEAD = {"head.weight", "head.bias"}
 @pytest.mark.parametrize(
     ("name", "fast", "usual"),
     [
-        ("fuse(test_resnet,test_vit)", {"vit.head.weight", "vit.head.bias"}, ("exchanges", "readout_gate")),
+        ("fuse(test_resnet,test_vit)", {"vit.model.head.weight", "vit.model.head.bias"}, ("exchanges", "readout")),
         ("vit_micro", HEAD, "nothing"),
         ("test_efficientnet", {"classifier.weight", "classifier.bias"}, "nothing"),
         ("deit_tiny_distilled_patch16_224", {*HEAD, "head_dist.weight", "head_dist.bias"}, "nothing"),

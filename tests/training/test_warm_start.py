@@ -17,7 +17,7 @@ from tokenfusion.data.decoded import read_images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import collect_logits
-from tokenfusion.models.stages import OneWayCNN
+from tokenfusion.models.adapters import OneWayCNN
 from tokenfusion.training import Interrupted, build, resume, start
 from tokenfusion.training.warm_start import warm_start
 
@@ -100,7 +100,7 @@ def test_timms_models_are_parents_too(tmp_path, cnn, strategy):
     torch.testing.assert_close(fused.logits(batch), alone.logits(batch), rtol=0, atol=1e-6)
     with torch.no_grad():
         expected = cnn_alone.model.forward_intermediates(cnn_alone.to_input(batch), intermediates_only=True)[-1]
-        torch.testing.assert_close(fused.model.eval().walk_cnn(fused.to_input(batch)), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(fused.model.eval().cnn(fused.to_input(batch)), expected, rtol=1e-3, atol=1e-4)
     assert isinstance(fused.model.cnn, OneWayCNN) == (cnn == "test_mambaout")
 
 

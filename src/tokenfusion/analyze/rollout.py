@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.errors import InputError
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, size_of
-from tokenfusion.models.exchange import Exchange, Gate
+from tokenfusion.models.adapters import as_transformer
+from tokenfusion.models.exchange import Gate
 from tokenfusion.models.operators import AlignedAddition, Grids, regrid
-from tokenfusion.models.token_fusion import LateFusion, TokenFusion
-from tokenfusion.models.walks import walk_transformer
+from tokenfusion.models.token_fusion import Exchange, LateFusion, TokenFusion
 
 
 class Origin(NamedTuple):
@@ -150,9 +150,9 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Rollout:
 
 
 def head_reads_cls(model: nn.Module) -> bool:
-    """Whether a model's head reads CLS; taken to where its transformer cannot be walked."""
+    """Whether a model's head reads CLS; taken to where its transformer is of an unknown kind."""
     try:
-        return walk_transformer(model.vit if isinstance(model, TokenFusion) else model).reads_cls
+        return as_transformer(model.vit if isinstance(model, TokenFusion) else model).reads == "cls"
     except InputError:
         return True
 
@@ -190,7 +190,7 @@ def follow_fusion(rollout: Rollout, model: TokenFusion, size: tuple[int, int], s
         means = torch.full((len(inputs[0]), sum(group.count for group in tokens), pixels), 1 / pixels)
         rollout.follow("readout", AttentionLayout(tokens, (TokenGroup("pixel", (1, pixels)),)), means)
 
-    stack.callback(model.readout_gate.register_forward_pre_hook(read_out).remove)
+    stack.callback(model.readout.gate.register_forward_pre_hook(read_out).remove)
     first = model.operators[0] if isinstance(model, LateFusion) else None
     for module in model.modules():
         if isinstance(module, Exchange) or module is first:

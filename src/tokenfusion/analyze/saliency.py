@@ -19,7 +19,7 @@ from tokenfusion.analyze.tokens import asking, attention_by_token
 from tokenfusion.errors import InputError
 from tokenfusion.layers.tokens import size_of, tokens_to_map
 from tokenfusion.models.base import PaperModel, choose
-from tokenfusion.models.token_fusion import EarlyFusion, LateFusion, LayerwiseFusion, TokenFusion
+from tokenfusion.models.token_fusion import JointEarlyFusion, LateFusion, LayerwiseFusion, TokenFusion
 
 Maps = dict[str, Tensor]
 """A map (B, h, w) a branch."""
@@ -52,7 +52,7 @@ def cnn_point(model: TokenFusion) -> Point:
     """The last map of a fusion's CNN, where it becomes tokens."""
     if isinstance(model, LayerwiseFusion):
         return Point(f"exchanges.{len(model.exchanges) - 1}", 1)
-    if isinstance(model, LateFusion) or (isinstance(model, EarlyFusion) and model.joint):
+    if isinstance(model, LateFusion | JointEarlyFusion):
         return Point("pixel_source", 0)
     return Point("exchange", 1)
 

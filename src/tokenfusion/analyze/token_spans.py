@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from tokenfusion.layers.tokens import TokenGroup, TokenLayout
-from tokenfusion.models.exchange import Exchange
-from tokenfusion.models.token_fusion import EarlyFusion, LateFusion, TokenFusion
-from tokenfusion.models.walks import walk_transformer
+from tokenfusion.models.adapters import as_transformer
+from tokenfusion.models.token_fusion import EarlyFusion, JointEarlyFusion, TokenFusion
 
 Grid = tuple[int, int]
 
@@ -62,44 +61,23 @@ def block_places(model: nn.Module, size: Grid) -> list[TokenInput]:
     Raises:
         InputError: the model has no row of blocks over its patches.
     """
-    vit: Any = model.vit if isinstance(model, TokenFusion) else model
-    walk = walk_transformer(vit)
+    vit: Any = as_transformer(model.vit if isinstance(model, TokenFusion) else model)
     if hasattr(vit, "branch_layouts"):
         small, large = vit.branch_layouts(size)
         spans = spans_of(small, 0) | spans_of(large, 1)
     else:
-        spans = spans_of(walk.layout(vit, size) + joint_pixels(model, size), 0)
+        spans = spans_of(model.block_layout(size) if isinstance(model, TokenFusion) else vit.stream_layout(size), 0)
     names = {module: name for name, module in model.named_modules()}
-    return [TokenInput(names[block], spans) for block in walk.blocks(vit)]
-
-
-def joint_pixels(model: nn.Module, size: Grid) -> TokenLayout:
-    """The pixel tokens that pass through the transformer's own blocks, behind its own tokens."""
-    if isinstance(model, EarlyFusion) and model.joint:
-        return (TokenGroup("pixel", model.map_grids(size)[-1]),)
-    return ()
+    return [TokenInput(names[block], spans) for block in vit.blocks]
 
 
 def operator_places(model: TokenFusion, size: Grid) -> list[TokenInput]:
     """The operators, in order."""
     own = spans_of(model.vit_layout(size), 0)
     places = []
-    for name, grid in operator_grids(model, size).items():
+    for name, grid in model.operator_grids(size).items():
         places.append(TokenInput(name, own | spans_of((TokenGroup("pixel", grid),), 1)))
     return places
-
-
-def operator_grids(model: TokenFusion, size: Grid) -> dict[str, Grid]:
-    """The grid of the pixel tokens that each operator takes, by the operator's name."""
-    if isinstance(model, LateFusion):
-        return {f"operators.{i}": model.map_grids(size)[-1] for i in range(len(model.operators))}
-    exchanges = [name for name, module in model.named_modules() if isinstance(module, Exchange)]
-    patches, stages = model.walk.grid(size), len(model.cnn.dims)
-    grids = model.map_grids(size)[stages - len(exchanges) :]
-    return {
-        f"{name}.operator": (min(rows, patches[0]), min(columns, patches[1]))
-        for name, (rows, columns) in zip(exchanges, grids, strict=True)
-    }
 
 
 def token_places(model: nn.Module, size: Grid) -> list[TokenInput]:
@@ -113,4 +91,4 @@ def token_places(model: nn.Module, size: Grid) -> list[TokenInput]:
     if not isinstance(model, TokenFusion):
         return block_places(model, size)
     operators = operator_places(model, size)
-    return operators + block_places(model, size) if isinstance(model, EarlyFusion) else operators
+    return operators + block_places(model, size) if isinstance(model, EarlyFusion | JointEarlyFusion) else operators

@@ -3,9 +3,28 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+
+class Checkpointed(nn.Module):
+    """A module that calls its parts through `run`, which may recompute them in the backward pass."""
+
+    grad_checkpointing = False
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute the activations of each part in the backward pass instead of keeping them."""
+        for module in self.modules():
+            if isinstance(module, Checkpointed):
+                module.grad_checkpointing = enable
+
+    def run(self, part: nn.Module, *args: Any) -> Any:
+        """Call a part, checkpointed if so set."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpointed(part, *args)
+        return part(*args)
 
 
 class FrozenRunningStatistics(AbstractContextManager[None]):

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -35,6 +35,10 @@ class FeaturePoint:
         """The form that timm's `feature_info` takes."""
         return {"num_chs": self.num_chs, "reduction": round(self.reduction), "module": self.module}
 
+    def inside(self, module: str) -> "FeaturePoint":
+        """The same point of a model that stands inside another as `module`."""
+        return replace(self, module=f"{module}.{self.module}", norm=self.norm and f"{module}.{self.norm}")
+
     def split(self, output: Tensor, img_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """An output for images of `img_size` as a map (B, C, h, w), and the tokens (B, K, C) before it."""
         if self.prefix_tokens is None:
@@ -45,7 +49,7 @@ class FeaturePoint:
 
 
 class EverythingGathered(Exception):  # noqa: N818 - not an error
-    """Ends a forward pass that has given all that was asked of it."""
+    """Ends a forward pass that has given all that it is run for."""
 
 
 def gather_outputs(

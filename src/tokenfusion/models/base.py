@@ -4,12 +4,11 @@ import difflib
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.layers.checkpointing import checkpointed
+from tokenfusion.layers.checkpointing import Checkpointed
 from tokenfusion.layers.intermediates import FeaturePoint, gather_outputs
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, map_to_tokens, size_of
@@ -19,7 +18,7 @@ T = TypeVar("T")
 OUTPUT_FORMATS = {"NCHW": lambda feature_map: feature_map, "NLC": map_to_tokens}
 
 
-class PaperModel(nn.Module):
+class PaperModel(Checkpointed):
     """An image classifier with timm's interface.
 
     A paper's model sets the attributes below and writes `forward_features`, `forward_head`, `feature_points`,
@@ -32,10 +31,6 @@ class PaperModel(nn.Module):
     head_hidden_size: int
     img_size: Grid
     head: nn.Module
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.grad_checkpointing = False
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
@@ -151,23 +146,13 @@ class PaperModel(nn.Module):
         """Replace the classifier by a new one for `num_classes` classes; 0 leaves features.
 
         Raises:
-            InputError: another pooling is asked for, since each paper here has its own; no number of classes.
+            InputError: another pooling, since each paper here has its own; no number of classes.
         """
         if global_pool:
             raise InputError(f"global_pool={global_pool!r} cannot be chosen: the paper fixes the pooling; leave it out")
         anchor = next(self.parameters())
         self.head = self.build_head(num_classes).to(anchor.device, anchor.dtype).train(self.training)
         self.num_classes = num_classes
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block's activations in the backward pass instead of keeping them."""
-        self.grad_checkpointing = enable
-
-    def run(self, block: nn.Module, *args: Any) -> Any:
-        """Call a block, checkpointed if so set."""
-        if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpointed(block, *args)
-        return block(*args)
 
 
 def linear_head(dim: int, num_classes: int) -> nn.Module:

@@ -8,6 +8,7 @@ Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -21,7 +22,8 @@ from tokenfusion.layers.blocks import Block, TokenEmbedding, init_linear_and_nor
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout
-from tokenfusion.models.base import PaperModel, at_least, choose, image_size, linear_head
+from tokenfusion.models.backbones import TokenBackbone
+from tokenfusion.models.base import at_least, choose, image_size, linear_head
 from tokenfusion.models.crossvit_fusion import FUSIONS, Branch, Fusion, Grids, Pair, Rates
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
@@ -147,7 +149,15 @@ class TwoHeads(nn.Module):
         return (self.small(small) + self.large(large)) / 2
 
 
-class CrossViT(PaperModel):
+@dataclass
+class SmallBranch:
+    """What stages need besides the large branch's tokens: the small one's, which each stage replaces; both grids."""
+
+    tokens: Tensor
+    grids: Grids
+
+
+class CrossViT(TokenBackbone):
     """Two transformers over patches of two sizes, fused after each stage; the head is the mean of both.
 
     Args:
@@ -248,17 +258,12 @@ class CrossViT(PaperModel):
     def build_head(self, num_classes: int) -> nn.Module:
         return TwoHeads(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor, Grids]:
-        """Images (B, in_chans, H, W) to either branch's tokens (B, 1 + h·w, C) and both grids."""
-        small, small_grid = self.embed_small(self.scale_small.resize(images))
-        large, large_grid = self.embed_large(self.scale_large.resize(images))
-        return small, large, (small_grid, large_grid)
-
     def forward_features(self, images: Tensor) -> Pair:
         """Images (B, in_chans, H, W) to either branch's normed tokens (B, 1 + h·w, C), CLS first."""
-        small, large, grids = self.embed(images)
+        small, small_grid = self.embed_small(self.scale_small.resize(images))
+        large, large_grid = self.embed_large(self.scale_large.resize(images))
         for stage in self.stages:
-            small, large = self.run(stage, small, large, grids)
+            small, large = self.run(stage, small, large, (small_grid, large_grid))
         return self.norm_small(small), self.norm_large(large)
 
     def forward_head(self, features: Pair, pre_logits: bool = False) -> Tensor:
@@ -295,6 +300,40 @@ class CrossViT(PaperModel):
             inside = stage.attention_layouts(*self.branch_layouts(img_size))
             layouts |= {f"stages.{i}.{name}": layout for name, layout in inside.items()}
         return layouts
+
+    # the same forward as a backbone of a fusion: the large branch's tokens are those that fuse
+    rigid = "its stages bring two branches together, each of its own tokens"
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:  # type: ignore[override]
+        return tuple(self.stages)
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        return self.embed_dim[1]
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.stages[0].large[0].attn.heads  # type: ignore[index,union-attr]
+
+    @property
+    def reduction(self) -> Fraction:
+        return self.scale_large.reduction
+
+    def embed(self, images: Tensor) -> tuple[Tensor, SmallBranch]:
+        small, small_grid = self.embed_small(self.scale_small.resize(images))
+        large, large_grid = self.embed_large(self.scale_large.resize(images))
+        return large, SmallBranch(small, (small_grid, large_grid))
+
+    def step(self, block: nn.Module, tokens: Tensor, context: SmallBranch) -> Tensor:
+        context.tokens, large = self.run(block, context.tokens, tokens, context.grids)
+        return large
+
+    def finish(self, tokens: Tensor, context: SmallBranch) -> Pair:
+        return self.norm_small(context.tokens), self.norm_large(tokens)
+
+    def stream_layout(self, img_size: Grid | None = None) -> TokenLayout:
+        return self.branch_layouts(img_size)[1]
 
     def no_weight_decay(self) -> set[str]:
         return {f"embed_{branch}.{name}" for branch in ("small", "large") for name in ("cls_token", "positions.table")}

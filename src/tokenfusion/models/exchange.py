@@ -1,21 +1,19 @@
-"""A CNN's map and a transformer's tokens exchange what they know, through gates.
+"""From a CNN's map to tokens and back, and the gates that scale updates.
 
-Letters: B batch, T tokens of the transformer, M pixel tokens, C channels, h w grid.
+Letters: B batch, P pixel tokens, C channels, h w grid.
 """
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from tokenfusion.layers.blocks import layer_norm
 from tokenfusion.layers.positions import Grid, PositionTable
-from tokenfusion.layers.tokens import AttentionLayout, PixelTokens, TokenGroup, TokenLayout, size_of, tokens_to_map
-from tokenfusion.models.operators import Grids, Operator
+from tokenfusion.layers.tokens import PixelTokens, size_of, tokens_to_map
 
 
 class PixelSource(nn.Module):
-    """A CNN's map as tokens: projected, normalised, placed, and marked by a source embedding.
+    """P = tokens(M): a CNN's map projected, normalised, placed, and marked by a source embedding.
 
     Args:
         channels: channels of the map.
@@ -27,15 +25,15 @@ class PixelSource(nn.Module):
         super().__init__()
         self.pixels = PixelTokens(channels, dim)
         self.positions = PositionTable(dim, grid, prefix_tokens=0)
-        self.source = nn.Parameter(trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
+        self.source = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
 
     def forward(self, feature_map: Tensor) -> Tensor:
-        """Map (B, channels, h, w) to tokens (B, M, C)."""
+        """Map (B, channels, h, w) to tokens (B, P, C)."""
         return self.pixels(feature_map) + self.positions(size_of(feature_map)) + self.source
 
 
 class Gate(nn.Module):
-    """What was alone where the gate is 0, what is fused where it is 1, channel by channel.
+    """a·d: an update scaled channel by channel; nothing is left of it where the gate is 0, all where it is 1.
 
     Args:
         shape: of the gate: (C,) for tokens, (C, 1, 1) for maps.
@@ -46,13 +44,13 @@ class Gate(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.full(shape, start))
 
-    def forward(self, alone: Tensor, fused: Tensor) -> Tensor:
-        """Two tensors of the same shape to one of it."""
-        return torch.lerp(alone, fused.to(alone.dtype), self.weight.to(alone.dtype))
+    def forward(self, update: Tensor) -> Tensor:
+        """An update to one of the same shape and type."""
+        return (self.weight * update).to(update.dtype)
 
 
 class WriteBack(nn.Module):
-    """Pixel tokens back into the map that they came from, through a gate."""
+    """b·W(P): pixel tokens as a gated update of the map that they came from."""
 
     def __init__(self, dim: int, channels: int, gate: float) -> None:
         super().__init__()
@@ -60,45 +58,24 @@ class WriteBack(nn.Module):
         self.proj = nn.Linear(dim, channels)
         self.gate = Gate((channels, 1, 1), gate)
 
-    def forward(self, pixels: Tensor, feature_map: Tensor, grid: Grid) -> Tensor:
-        """Tokens (B, M, C) on `grid` and the map (B, channels, h, w) to a new map."""
-        update = F.adaptive_avg_pool2d(tokens_to_map(self.proj(self.norm(pixels)), grid), size_of(feature_map))
-        return self.gate(feature_map, feature_map + update)
+    def forward(self, pixels: Tensor, grid: Grid, size: Grid) -> Tensor:
+        """Tokens (B, P, C) on `grid` to an update of a map of `size`, (B, channels, h, w)."""
+        return self.gate(F.adaptive_avg_pool2d(tokens_to_map(self.proj(self.norm(pixels)), grid), size))
 
 
-class Exchange(nn.Module):
-    """A map's pixels become tokens, meet the transformer's, and both go home, each through a gate.
+class ReadOut(nn.Module):
+    """X + a mean(P): what the head reads of the pixels.
 
-    A map finer than the patches is averaged to their grid first: attention among all pixels of an early stage would
-    cost more than both parents together.
-
-    Args:
-        channels: channels of the map.
-        operator: how the tokens meet.
-        dim: width C of a token.
-        grid: rows and columns of the pixel tokens that positions are learned on.
-        gate: start of the gates; 0 leaves either side as it is alone, 1 opens them.
+    A short way from the CNN to it: training would else have to bring the transformer to life first.
     """
 
-    def __init__(self, channels: int, operator: Operator, dim: int, grid: Grid, gate: float) -> None:
+    def __init__(self, dim: int, gate: float) -> None:
         super().__init__()
-        self.source = PixelSource(channels, dim, grid)
-        self.operator = operator
         self.gate = Gate((dim,), gate)
-        self.write = WriteBack(dim, channels, gate) if operator.writes else None
 
-    def forward(self, tokens: Tensor, feature_map: Tensor, patches: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens (B, T, C), their patches on a grid, and a map (B, channels, h, w), to new ones and the pixels."""
-        grids = Grids(patches, coarser(size_of(feature_map), patches))
-        pixels = self.source(F.adaptive_avg_pool2d(feature_map, grids.pixels))
-        fused, pixels = self.operator(tokens, pixels, grids)
-        if self.write is not None:
-            feature_map = self.write(pixels, feature_map, grids.pixels)
-        return self.gate(tokens, fused), feature_map, pixels
-
-    def attention_layouts(self, tokens: TokenLayout, grid: Grid) -> dict[str, AttentionLayout]:
-        layouts = self.operator.attention_layouts(tokens, (TokenGroup("pixel", grid),))
-        return {f"operator.{name}": layout for name, layout in layouts.items()}
+    def forward(self, tokens: Tensor, pixels: Tensor) -> Tensor:
+        """X (B, T, C) and P (B, P, C) to the new X."""
+        return tokens + self.gate(pixels.mean(dim=1, keepdim=True))
 
 
 def coarser(one: Grid, other: Grid) -> Grid:

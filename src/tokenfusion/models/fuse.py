@@ -1,5 +1,6 @@
 """Any CNN fused with any transformer, by their names or as modules already built."""
 
+import copy
 from math import isfinite
 from typing import Any
 
@@ -7,16 +8,15 @@ import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tokenfusion.errors import InputError
+from tokenfusion.models.adapters import MAX_STAGES, as_cnn, as_transformer
+from tokenfusion.models.backbones import TokenBackbone
 from tokenfusion.models.base import choose, image_size
 from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.presets import OPERATOR
 from tokenfusion.models.registration import default_cfg
-from tokenfusion.models.stages import MAX_STAGES, meta_tensors, walk_cnn
-from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, TokenFusion
-from tokenfusion.models.walks import walk_transformer
+from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, TokenFusion, strategy_class
 
 
 class Rescale(nn.Module):
@@ -52,13 +52,15 @@ def fuse(
     """Fuse a CNN and a transformer.
 
     Args:
-        cnn: a name that `create_model` knows, or a module already built: any CNN of timm whose stages follow each other
-            exchanges tokens both ways, any other with `forward_intermediates` gives its own.
+        cnn: a name that `create_model` knows, or a module already built, which becomes a part of the result: any CNN
+            of timm whose stages follow each other exchanges tokens both ways, any other with `forward_intermediates`
+            gives its own.
         vit: the same: a ViT, DeiT, BEiT or EVA of timm, this package's DeepViT, CrossViT or ViT. Its head becomes the
             model's.
         strategy: "late", "early" or "layerwise".
-        operator: "joint" (self-attention of all tokens), "cls" (CLS asks the pixels), "cross" (each asks the other) or
-            "add" (at the same place); the strategy's own where not given, for early fusion with closed gates "cross".
+        operator: "joint" (self-attention of all tokens), "cls" (CLS attends to the pixels), "cross" (each attends to
+            the other) or "add" (at the same place); where not given the strategy's own, "joint" for late and early
+            fusion, "add" for layerwise. Early joint attention is not gated: give "cross" to start as the transformer.
         pretrained: begin with timm's weights.
         num_classes: outputs of the head; the transformer's own where not given.
         img_size: height and width in pixels; the transformer's own where not given.
@@ -70,45 +72,61 @@ def fuse(
         **kwargs: further arguments of the strategy's class: `fusion_depth` of the late one, `mlp_ratio`.
 
     Raises:
-        InputError: an unknown name, strategy or operator; a pair that cannot be fused, with the reason.
+        InputError: an unknown name, strategy or operator; a pair that cannot be fused, with the reason. Modules that
+            were given are then as they were.
     """
-    model_cls = choose(STRATEGIES, strategy, "strategy")
+    model_cls, chosen = choose(STRATEGIES, strategy, "strategy"), operator or OPERATOR.get(strategy, "")
     trained = pretrained or not (isinstance(cnn, str) and isinstance(vit, str))
     opened = (0.0 if trained else 1.0) if gate is None else float(gate)
     if not isfinite(opened):
         raise InputError(f"gate={gate} opens nothing; give 0 (closed) to 1 (open)")
-    # joint attention at the entrance has no gate to close
-    default = "cross" if strategy == "early" and not opened else OPERATOR[strategy]
-    meet = choose(OPERATORS, operator or default, "operator")
+    meet = choose(OPERATORS, chosen, "operator")
+    name = f"fuse({cnn},{vit},{strategy},{chosen})" if isinstance(cnn, str) and isinstance(vit, str) else ""
     if isinstance(vit, str):
+        rates = {"drop_path_rate": drop_path_rate}
         vit = build_transformer(
-            vit,
-            img_size,
-            num_classes=num_classes,
-            in_chans=in_chans,
-            pretrained=pretrained,
-            drop_path_rate=drop_path_rate,
+            vit, img_size, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **rates
         )
-    walk = walk_transformer(vit)
-    if num_classes is not None and num_classes != vit.num_classes:
-        vit.reset_classifier(num_classes)  # type: ignore[operator]
+    as_transformer(vit)
     size = image_size(img_size or native_size(vit))
     if isinstance(cnn, str):
         from tokenfusion.models import create_model
 
         cnn = create_model(cnn, in_chans=in_chans, img_size=size, **({"pretrained": True} if pretrained else {}))
-    depth = len(walk.blocks(vit))
-    config_cnn, config_vit = getattr(cnn, "default_cfg", None), getattr(vit, "default_cfg", None)
-    staged = walk_cnn(cnn, size, in_chans, min(MAX_STAGES, depth) if model_cls is LayerwiseFusion else MAX_STAGES)
-    try:
-        model = model_cls(staged, vit, meet, img_size=size, in_chans=in_chans, gate=opened, **kwargs)
-    except (TypeError, RuntimeError) as error:
-        raise InputError(f"{strategy} fusion cannot be built with {kwargs}: {error}; leave that out") from error
-    require_size(model, size, in_chans)
-    model.default_cfg = fused_config(config_vit, size, in_chans)  # type: ignore[assignment]
-    if config_cnn and in_chans == 3:
-        model.rescale = rescaled(model.default_cfg, config_cnn)
-    return model
+
+    def assemble(cnn: nn.Module, vit: Any) -> TokenFusion:
+        """Take the parents apart and put them together."""
+        if num_classes is not None and num_classes != vit.num_classes:
+            vit.reset_classifier(num_classes)
+        configs = getattr(vit, "default_cfg", None), getattr(cnn, "default_cfg", None)
+        transformer = as_transformer(vit)
+        stages = min(MAX_STAGES, len(transformer.blocks)) if model_cls is LayerwiseFusion else MAX_STAGES
+        backbone = as_cnn(cnn, size, in_chans, stages)
+        config = fused_config(configs[0], size, in_chans, name)
+        if configs[1] and in_chans == 3:
+            backbone.rescale = rescaled(config, configs[1])
+        arguments: dict[str, Any] = {"img_size": size, "in_chans": in_chans, "gate": opened} | kwargs
+        try:
+            model = strategy_class(model_cls, meet)(backbone, transformer, meet, **arguments)
+        except (TypeError, RuntimeError) as error:
+            raise InputError(f"{strategy} fusion cannot be built with {kwargs}: {error}; leave that out") from error
+        model.default_cfg = config | {"classifier": classifier_name(transformer)}  # type: ignore[assignment]
+        return model
+
+    with torch.device("meta"):  # what is refused is refused to copies without weights
+        require_size(assemble(on_meta(cnn), on_meta(vit)), size, in_chans)
+    return assemble(cnn, vit)
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy without weights: on the meta device nothing is computed, and nothing kept."""
+    own = {
+        id(tensor): nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
+        if isinstance(tensor, nn.Parameter)
+        else torch.empty_like(tensor, device="meta")
+        for tensor in [*module.parameters(), *module.buffers()]
+    }
+    return copy.deepcopy(module, own)
 
 
 def build_transformer(name: str, img_size: int | tuple[int, int] | None, **arguments: Any) -> nn.Module:
@@ -125,18 +143,15 @@ def build_transformer(name: str, img_size: int | tuple[int, int] | None, **argum
 
 
 def require_size(model: TokenFusion, size: tuple[int, int], in_chans: int) -> None:
-    """Refuse a pair that cannot take such images, before it is trained; nothing is computed."""
-    training = model.training
+    """Refuse a pair, given on the meta device, that cannot take such images."""
     try:
-        functional_call(model.eval(), meta_tensors(model), torch.empty(1, in_chans, *size, device="meta"))
+        model.eval()(torch.empty(1, in_chans, *size, device="meta"))
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0].rstrip(".")
         raise InputError(
             f"the pair cannot take {in_chans}-channel images of {size[0]}×{size[1]} pixels: {reason}; "
             "give the transformer's own img_size and in_chans"
         ) from error
-    finally:
-        model.train(training)
 
 
 def native_size(vit: nn.Module) -> tuple[int, int]:
@@ -147,12 +162,18 @@ def native_size(vit: nn.Module) -> tuple[int, int]:
     return own
 
 
-def fused_config(config: Any, size: tuple[int, int], in_chans: int) -> dict[str, Any]:
-    """What timm's tools want to know of a fused model: as of its transformer."""
+def fused_config(config: Any, size: tuple[int, int], in_chans: int, name: str) -> dict[str, Any]:
+    """What timm's tools want to know of a fused model, as of its transformer; with its name, where it has one."""
     base = default_cfg({"img_size": size[0]})
     if config:
         base |= {key: config[key] for key in ("mean", "std", "interpolation") if config.get(key)}
-    return base | {"input_size": (in_chans, *size), "classifier": "vit.head"}
+    return base | {"input_size": (in_chans, *size)} | ({"architecture": name} if name else {})
+
+
+def classifier_name(vit: TokenBackbone) -> str:
+    """The dotted name of the head that a fused model has from its transformer."""
+    head = vit.get_classifier()
+    return next((f"vit.{name}" for name, module in vit.named_modules() if module is head), "vit.head")
 
 
 def rescaled(own: Any, theirs: Any) -> nn.Module:

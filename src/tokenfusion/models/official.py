@@ -1,13 +1,15 @@
 """How a model's state-dict keys are called in its paper's public code, and translation both ways."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from tokenfusion.layers.positions import PositionTable, RelativePositionTable
 
+T = TypeVar("T")
 Rules = tuple[tuple[str, str], ...]
 
 
@@ -40,6 +42,25 @@ def substitute(key: str, rules: Rules) -> str:
     for pattern, replacement in rules:
         key = re.sub(pattern, replacement, key)
     return key
+
+
+RENAMED: Rules = (
+    (r"(^|\.)vit\.(?!model\.)", r"\1vit.model."),  # a transformer of timm's stands inside its backbone
+    (r"\breadout_gate\.", "readout.gate."),
+    (r"\.ask_(pixels|tokens)\.", r".to_\1."),
+)
+"""Names of tensors in older runs and checkpoints, and what they are called now."""
+
+
+def with_present_names(tensors: Mapping[str, T], present: Collection[str]) -> dict[str, T]:
+    """Tensors of an older run or checkpoint by the names `present` that they have now; others keep theirs."""
+    names = {}
+    for name in tensors:
+        spellings = [name]
+        for rule in RENAMED:
+            spellings += [substitute(spelling, (rule,)) for spelling in spellings]
+        names[name] = next((spelling for spelling in spellings if spelling in present), name)
+    return {names[name]: tensor for name, tensor in tensors.items()}
 
 
 def fit_position_tables(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
 # ruff: noqa: ARG002 - one signature, of which each operator uses what it needs
-"""Fusion operators: how a transformer's tokens and a CNN's pixel tokens meet, all with one signature.
+"""Fusion operators: how a transformer's tokens X and a CNN's pixel tokens P meet, by updates: (dX, dP) = op(X, P).
 
-Letters: B batch, T tokens of the transformer (its prefix, CLS first, then patches row by row), M pixel tokens,
+Letters: B batch, T tokens of the transformer (its prefix, CLS first, then patches row by row), P pixel tokens,
 C channels, h w grid.
 """
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,11 +25,16 @@ class Grids(NamedTuple):
     pixels: Grid
 
 
+Updates = tuple[Tensor, Tensor | None]
+
+
 class Operator(nn.Module):
     """What every operator answers.
 
     Attributes:
-        writes: whether the pixel tokens change too.
+        updates: which tokens of the transformer it updates: "cls" (and others before the patches), "patch" or both.
+        needs: which of them it cannot do without: "cls", or "" for none.
+        writes: whether it updates the pixel tokens too.
 
     Args:
         dim: width C of a token of either kind.
@@ -39,12 +44,15 @@ class Operator(nn.Module):
             alone. (Self-attention changes both kinds at once.)
     """
 
+    updates: ClassVar[tuple[str, ...]] = ("cls", "patch")
+    needs: ClassVar[str] = ""
+
     def __init__(self, dim: int, heads: int, mlp_ratio: float, one_way: bool = False) -> None:
         super().__init__()
         self.writes = not one_way
 
-    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
-        """Tokens (B, T, C) and pixel tokens (B, M, C) to new ones of the same shapes."""
+    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> Updates:
+        """Tokens X (B, T, C) and pixel tokens P (B, P, C) to dX and dP of the same shapes; dP None for no update."""
         raise NotImplementedError
 
     def attention_layouts(self, tokens: TokenLayout, pixels: TokenLayout) -> dict[str, AttentionLayout]:
@@ -53,23 +61,27 @@ class Operator(nn.Module):
 
 
 class JointAttention(Operator):
-    """Self-attention of all tokens among themselves: a transformer block over [tokens; pixels]."""
+    """[dX; dP] = block([X; P]) - [X; P], a transformer block over all tokens."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, one_way: bool = False) -> None:
         super().__init__(dim, heads, mlp_ratio, one_way)
         self.block = Block(dim, SelfAttention(dim, heads), mlp_ratio)
 
-    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
-        count = tokens.shape[1]
-        both = self.block(torch.cat([tokens, pixels], dim=1))
-        return both[:, :count], both[:, count:]
+    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> Updates:
+        both = torch.cat([tokens, pixels], dim=1)
+        update = self.block(both) - both
+        return update[:, : tokens.shape[1]], update[:, tokens.shape[1] :]
 
     def attention_layouts(self, tokens: TokenLayout, pixels: TokenLayout) -> dict[str, AttentionLayout]:
         return {"block.attn": AttentionLayout.among(tokens + pixels)}
 
 
 class ClsAttention(Operator):
-    """CLS asks [CLS; pixels], as CrossViT's branches do (arXiv 2103.14899, section 3.3): linear in the pixels."""
+    """dX = [attention(CLS, [CLS; P]); 0]: CLS alone attends to the pixels, as in CrossViT (arXiv 2103.14899, section
+    3.3), at a cost linear in their number."""
+
+    updates = ("cls",)
+    needs = "cls"
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, one_way: bool = False) -> None:
         super().__init__(dim, heads, mlp_ratio, one_way)
@@ -77,44 +89,41 @@ class ClsAttention(Operator):
         self.norm = layer_norm(dim)
         self.attn = ClsCrossAttention(dim, heads)
 
-    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
-        cls = tokens[:, :1]
-        cls = cls + self.attn(self.norm(torch.cat([cls, pixels], dim=1)))
-        return torch.cat([cls, tokens[:, 1:]], dim=1), pixels
+    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> Updates:
+        cls = self.attn(self.norm(torch.cat([tokens[:, :1], pixels], dim=1)))
+        return F.pad(cls, (0, 0, 0, tokens.shape[1] - 1)), None
 
     def attention_layouts(self, tokens: TokenLayout, pixels: TokenLayout) -> dict[str, AttentionLayout]:
         return {"attn": AttentionLayout(tokens[:1], tokens[:1] + pixels)}
 
 
 class TwoWayAttention(Operator):
-    """Each kind of token asks the other."""
+    """dX = attention(X, P),  dP = attention(P, X): each kind attends to the other."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, one_way: bool = False) -> None:
         super().__init__(dim, heads, mlp_ratio, one_way)
         self.norm_tokens, self.norm_pixels = layer_norm(dim), layer_norm(dim)
-        self.ask_pixels = CrossAttention(dim, heads)
-        self.ask_tokens = CrossAttention(dim, heads) if self.writes else None
+        self.to_pixels = CrossAttention(dim, heads)
+        self.to_tokens = CrossAttention(dim, heads) if self.writes else None
 
-    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
-        normed, normed_pixels = self.norm_tokens(tokens), self.norm_pixels(pixels)
-        tokens = tokens + self.ask_pixels(normed, normed_pixels)
-        if self.ask_tokens is not None:
-            pixels = pixels + self.ask_tokens(normed_pixels, normed)
-        return tokens, pixels
+    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> Updates:
+        tokens, pixels = self.norm_tokens(tokens), self.norm_pixels(pixels)
+        return self.to_pixels(tokens, pixels), self.to_tokens(pixels, tokens) if self.to_tokens is not None else None
 
     def attention_layouts(self, tokens: TokenLayout, pixels: TokenLayout) -> dict[str, AttentionLayout]:
-        layouts = {"ask_pixels": AttentionLayout(tokens, pixels)}
-        return layouts | {"ask_tokens": AttentionLayout(pixels, tokens)} if self.writes else layouts
+        layouts = {"to_pixels": AttentionLayout(tokens, pixels)}
+        return layouts | {"to_tokens": AttentionLayout(pixels, tokens)} if self.writes else layouts
 
 
 class AlignedAddition(Operator):
-    """Tokens at the same place are added; between grids of different sizes, means and repetitions."""
+    """dX = [0; P at the patches' places],  dP = the patches at the pixels' places."""
 
-    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> tuple[Tensor, Tensor]:
+    updates = ("patch",)
+
+    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> Updates:
         prefix = tokens.shape[1] - grids.patches[0] * grids.patches[1]
-        patches = tokens[:, prefix:]
-        seen = torch.cat([tokens[:, :prefix], patches + regrid(pixels, grids.pixels, grids.patches)], dim=1)
-        return seen, pixels + regrid(patches, grids.patches, grids.pixels) if self.writes else pixels
+        to_patches = F.pad(regrid(pixels, grids.pixels, grids.patches), (0, 0, prefix, 0))
+        return to_patches, regrid(tokens[:, prefix:], grids.patches, grids.pixels) if self.writes else None
 
 
 def regrid(tokens: Tensor, old: Grid, new: Grid) -> Tensor:

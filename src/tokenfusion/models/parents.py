@@ -12,11 +12,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from tokenfusion.layers.blocks import drop_path, rising_rates
-from tokenfusion.layers.conv import ConvTrunk, Residual
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of
 from tokenfusion.models.base import PaperModel, at_least, image_size, linear_head
+from tokenfusion.models.convnet import ConvTrunk, Residual
 from tokenfusion.models.registration import register_variants
 from tokenfusion.models.transformer import ViT
 
@@ -66,10 +66,7 @@ class ResNet(PaperModel):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the last stage's map (B, C, h, w)."""
-        feature_map = self.cnn.stem(images)
-        for stage in self.cnn.stages:
-            feature_map = self.run(stage, feature_map)
-        return feature_map
+        return self.cnn(images)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """The map (B, C, h, w) to logits (B, num_classes), or to its average (B, C)."""

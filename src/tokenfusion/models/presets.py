@@ -1,4 +1,4 @@
-"""The presets of Token Fusion: a plain CNN (`layers/conv.py`) and a plain ViT, fused in three ways and four sizes.
+"""The presets of Token Fusion: a plain CNN (`models/convnet.py`) and a plain ViT, fused in three ways and four sizes.
 
 `benchmarks/parts.py` times timm's parts beside ours; `docs/results` compares the operators.
 """
@@ -6,11 +6,11 @@
 from collections.abc import Sequence
 from typing import Any
 
-from tokenfusion.layers.conv import ConvTrunk
 from tokenfusion.models.base import at_least, choose
+from tokenfusion.models.convnet import ConvTrunk
 from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.registration import register_variants
-from tokenfusion.models.token_fusion import STRATEGIES, TokenFusion
+from tokenfusion.models.token_fusion import STRATEGIES, TokenFusion, strategy_class
 from tokenfusion.models.transformer import ViT
 
 
@@ -57,7 +57,8 @@ def build_preset(
         drop_path_rate=drop_path_rate,
     )
     cnn = ConvTrunk(in_chans, stem, conv_strides, conv_dims, conv_depths)
-    model_cls, meet = choose(STRATEGIES, strategy, "strategy"), choose(OPERATORS, operator, "operator")
+    meet = choose(OPERATORS, operator, "operator")
+    model_cls = strategy_class(choose(STRATEGIES, strategy, "strategy"), meet)
     return model_cls(cnn, vit, meet, img_size=img_size, in_chans=in_chans, mlp_ratio=mlp_ratio, **fusion)
 
 

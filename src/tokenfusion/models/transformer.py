@@ -14,10 +14,11 @@ from tokenfusion.layers.blocks import (
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of
-from tokenfusion.models.base import PaperModel, at_least, image_size, linear_head
+from tokenfusion.models.backbones import TokenBackbone
+from tokenfusion.models.base import at_least, image_size, linear_head
 
 
-class PlainTransformer(PaperModel):
+class PlainTransformer(TokenBackbone):
     """[CLS; patch tokens] through a row of blocks; the head reads CLS. A paper's model sets the attributes.
 
     Letters: B batch, C channels, h w grid of patches.
@@ -30,17 +31,26 @@ class PlainTransformer(PaperModel):
     norm: nn.Module
     head_drop: nn.Dropout
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to normed tokens (B, 1 + h·w, C), CLS first."""
-        tokens, _ = self.embed(images)
-        for block in self.blocks:
-            tokens = self.run(block, tokens)
+    def finish(self, tokens: Tensor, context: Grid) -> Tensor:  # noqa: ARG002
+        """Tokens to normed tokens (B, 1 + h·w, C), CLS first."""
         return self.norm(tokens)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Normed tokens (B, 1 + h·w, C) to logits (B, num_classes), or to the CLS token (B, C)."""
         cls = self.head_drop(features[:, 0])
         return cls if pre_logits else self.head(cls)
+
+    @property
+    def dim(self) -> int:  # type: ignore[override]
+        return self.embed_dim
+
+    @property
+    def heads(self) -> int:  # type: ignore[override]
+        return self.blocks[0].attn.heads  # type: ignore[return-value,union-attr]
+
+    @property
+    def reduction(self) -> int:
+        return self.patch_size
 
     def build_head(self, num_classes: int) -> nn.Module:
         return linear_head(self.embed_dim, num_classes)

@@ -6,7 +6,8 @@ import torch
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
-from tokenfusion.models.token_fusion import PARENTS, TokenFusion
+from tokenfusion.models.fused_model import PARENTS
+from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe
 
 

@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tokenfusion.errors import InputError
 from tokenfusion.files import sync, write_json
 from tokenfusion.hardware import default_device
+from tokenfusion.models.official import with_present_names
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -170,8 +171,10 @@ def load_shards(path: Path, own: Mapping[str, Tensor], parameters: list[Tensor])
     folder, _ = read_pointer(path)
     try:
         reader = HuggingFaceStorageReader(str(folder))
-        others = {}
-        for name, entry in reader.read_metadata().state_dict_metadata.items():
+        entries = reader.read_metadata().state_dict_metadata
+        stored = with_present_names({name: name for name in entries}, own)  # by present name
+        own, others = {stored.get(name, name): tensor for name, tensor in own.items()}, {}
+        for name, entry in entries.items():
             if name not in own:
                 like = parameters[int(name.split(".")[1])] if name.startswith("optimizer.") else None
                 spread = like is not None and like.shape == entry.size  # type: ignore[union-attr]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
 from tokenfusion.errors import InputError
+from tokenfusion.models.official import with_present_names
 from tokenfusion.training.distributed import World
 from tokenfusion.training.sharded import (
     copy_into,
@@ -208,6 +209,10 @@ class TrainState:
         progress = progress_of(description, self.progress.key, path)  # another recipe's tensors do not fit
         if sharded:
             tensors = load_shards(path, self.weights(), parameters)
+
+        weights = self.weights()
+        names = {*weights, *(name.replace("model.", "best.", 1) for name in weights if name.startswith("model."))}
+        tensors = with_present_names(tensors, names)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

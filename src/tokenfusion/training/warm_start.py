@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -13,8 +14,8 @@ from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.split import Split, read_split
 from tokenfusion.errors import InputError
+from tokenfusion.models.adapters import as_cnn, as_transformer
 from tokenfusion.models.expressions import parse
-from tokenfusion.models.stages import walk_cnn
 from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe, load_recipe
 
@@ -40,16 +41,16 @@ def warm_start(classifier: Classifier, runs: Sequence[str], console: Console) ->
     cnn, vit = (load_parent(run, name, classifier.name) for run, name in zip(runs, names, strict=True))
     require_same_images(classifier, cnn, vit, runs)
     preprocess = classifier.preprocess
-    stages = walk_cnn(cnn.model, preprocess.img_size, preprocess.in_chans, len(model.cnn.dims))
+    stages = as_cnn(cnn.model, preprocess.img_size, preprocess.in_chans, len(model.cnn.dims))
     load_weights_exactly(model.cnn, stages.state_dict(), Path(runs[0]))
-    tensors, own = vit.model.state_dict(), model.vit.state_dict()
+    tensors, own = as_transformer(vit.model).state_dict(), model.vit.state_dict()
     new_head = vit.classes != classifier.classes
     if new_head:
         tensors |= {name: own[name] for name in own if model.part_of(f"vit.{name}") == "head"}
     load_weights_exactly(model.vit, tensors, Path(runs[1]))
     model.set_gates(0.0)
     head = f"; the head starts at random, since the classes are not those of {runs[1]}" if new_head else ""
-    ungated = "; not gated: pixels join the transformer's attention at once" if getattr(model, "joint", False) else ""
+    ungated = "; not gated: pixels join the transformer's attention at once" if model.joint else ""
     console.print(f"starts from {runs[0]} and {runs[1]}{head}{ungated}", highlight=False, soft_wrap=True)
 
 
@@ -87,7 +88,7 @@ def require_same_images(classifier: Classifier, cnn: Classifier, vit: Classifier
             f"{runs[0]} and {runs[1]} take images of {shape_of(vits)}, but this run of {shape_of(ours)}; "
             f"give --img-size {height} {width} --in-chans {vits.in_chans}"
         )
-    rescales = not isinstance(classifier.model.rescale, nn.Identity)
+    rescales = not isinstance(cast(TokenFusion, classifier.model).cnn.rescale, nn.Identity)
     if (cnns.mean, cnns.std) != (ours.mean, ours.std) and not rescales:
         raise InputError(
             f"{runs[0]} takes images of mean {cnns.mean} and deviation {cnns.std}, but this run of {ours.mean} and "

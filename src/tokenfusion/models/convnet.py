@@ -9,6 +9,10 @@ from operator import mul
 
 from torch import Tensor, nn
 
+from tokenfusion.layers.positions import Grid
+from tokenfusion.layers.tokens import grid_of
+from tokenfusion.models.backbones import CNNBackbone
+
 
 class ConvNorm(nn.Sequential):
     """A 3×3 convolution without bias, max-pooling by `stride`, BatchNorm and ReLU.
@@ -36,7 +40,7 @@ class Residual(nn.Module):
         return feature_map + self.conv(feature_map)
 
 
-class ConvTrunk(nn.Module):
+class ConvTrunk(CNNBackbone):
     """A stem and stages: each halves the map with a convolution and max-pooling, then goes through residual ones.
 
     Args:
@@ -50,18 +54,11 @@ class ConvTrunk(nn.Module):
     def __init__(
         self, in_chans: int, stem: int, strides: Sequence[int], dims: Sequence[int], depths: Sequence[int]
     ) -> None:
-        super().__init__()
-        self.stem = ConvNorm(in_chans, stem, strides[0])
-        self.stages = nn.ModuleList(
+        stages = (
             nn.Sequential(ConvNorm(before, dim, stride), *[Residual(dim) for _ in range(depth)])
             for before, dim, depth, stride in zip((stem, *dims[:-1]), dims, depths, strides[1:], strict=True)
         )
-        self.dims = tuple(dims)
-        self.reductions = tuple(accumulate(strides, mul))[1:]
+        super().__init__(ConvNorm(in_chans, stem, strides[0]), stages, dims, tuple(accumulate(strides, mul))[1:])
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) to the last stage's map (B, dims[-1], h, w)."""
-        feature_map = self.stem(images)
-        for stage in self.stages:
-            feature_map = stage(feature_map)
-        return feature_map
+    def find_grids(self, img_size: Grid, in_chans: int) -> list[Grid]:  # noqa: ARG002
+        return [grid_of(img_size, reduction) for reduction in self.reductions]

@@ -1,0 +1,139 @@
+"""What explains a fused model, and what trains a part of it: token layouts, feature points, parts, freezing."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from tokenfusion.layers.intermediates import FeaturePoint
+from tokenfusion.layers.positions import Grid
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout
+from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
+from tokenfusion.models.base import PaperModel, choose
+from tokenfusion.models.exchange import coarser
+from tokenfusion.models.operators import Operator
+
+PARENTS = ("cnn", "vit")
+
+
+class FusedModel(PaperModel):
+    """A CNN and a transformer, whose head is the model's.
+
+    Attributes:
+        joint: whether the transformer's own blocks carry pixel tokens too.
+        frozen: parents that are kept as they are.
+    """
+
+    cnn: CNNBackbone
+    vit: TokenBackbone
+    in_chans: int
+    joint = False
+    frozen: tuple[str, ...] = ()
+
+    @property
+    def num_classes(self) -> int:  # type: ignore[override]
+        return self.vit.num_classes
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return self.vit.num_features
+
+    @property
+    def head_hidden_size(self) -> int:  # type: ignore[override]
+        return self.vit.head_hidden_size
+
+    def forward_head(self, features: Any, pre_logits: bool = False) -> Tensor:
+        return self.vit.forward_head(features, pre_logits=pre_logits)
+
+    def get_classifier(self) -> nn.Module:
+        return self.vit.get_classifier()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.vit.reset_classifier(num_classes, global_pool)
+
+    def map_grids(self, size: Grid) -> list[Grid]:
+        """Rows and columns of the CNN's maps for images (H, W)."""
+        return self.cnn.grids(size, self.in_chans)
+
+    def operator_grids(self, size: Grid) -> dict[str, Grid]:
+        """The grid of the pixel tokens that each operator takes, by the operator's name."""
+        names = [name for name, module in self.named_modules() if isinstance(module, Operator)]
+        grids, patches = self.map_grids(size), self.vit.grid(size)
+        if names and not names[0].endswith(".operator"):  # no exchange around them: all take the last map
+            return dict.fromkeys(names, grids[-1])
+        return {
+            name: coarser(grid, patches) for name, grid in zip(names, grids[len(grids) - len(names) :], strict=True)
+        }
+
+    def feature_points(self) -> list[FeaturePoint]:
+        """Where intermediate features are taken: after each stage of the CNN, then after each block and at the readout
+        (patch tokens)."""
+        stages: list[FeaturePoint] = []
+        if self.cnn.two_way:
+            shapes = zip(self.cnn.dims, self.cnn.reductions, strict=True)
+            stages = [FeaturePoint(f"cnn.stages.{i}", *shape) for i, shape in enumerate(shapes)]
+        blocks = [point.inside("vit") for point in self.vit.feature_points()]
+        return [*stages, *blocks, replace(blocks[-1], module="readout", output=None)]
+
+    def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
+        return tuple(self.vit_layout(img_size or self.img_size))
+
+    def vit_layout(self, size: Grid) -> TokenLayout:
+        """What each of the transformer's tokens that fuse is."""
+        return self.vit.stream_layout(size)
+
+    def block_layout(self, size: Grid) -> TokenLayout:
+        """What each token that passes through the transformer's blocks is."""
+        pixels = (TokenGroup("pixel", self.map_grids(size)[-1]),) if self.joint else ()
+        return (*self.vit_layout(size), *pixels)
+
+    def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
+        size = img_size or self.img_size
+        layouts = {f"vit.{name}": layout for name, layout in self.vit.attention_layouts(size).items()}
+        if self.joint:
+            layouts = dict.fromkeys(layouts, AttentionLayout.among(self.block_layout(size)))
+        for name, grid in self.operator_grids(size).items():
+            operator, pixels = self.get_submodule(name), (TokenGroup("pixel", grid),)
+            assert isinstance(operator, Operator)
+            inside = operator.attention_layouts(self.vit_layout(size), pixels)
+            layouts |= {f"{name}.{part}": layout for part, layout in inside.items()}
+        return layouts
+
+    def part_of(self, parameter: str) -> str:
+        """Which part a parameter belongs to by its name: "cnn", "vit", "fusion" or "head"."""
+        part, _, rest = parameter.partition(".")
+        if part == "vit" and rest.removeprefix("model.").startswith("head"):
+            return "head"
+        return part if part in PARENTS else "fusion"
+
+    def freeze(self, *parents: str) -> Self:
+        """Keep "cnn", "vit" or both as they are: no gradient, and BatchNorm's statistics fixed; heads still learn."""
+        for parent in parents:
+            choose(dict.fromkeys(PARENTS), parent, "parent")
+        self.frozen = parents
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self.part_of(name) not in parents)
+        return self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for parent in self.frozen:
+            self.get_submodule(parent).eval()
+        return self
+
+    @torch.no_grad()
+    def set_gates(self, value: float) -> None:
+        """Set every gate: 0 leaves either parent as it is alone, but for early joint attention, which is not gated."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("gate.weight") and self.part_of(name) == "fusion":
+                parameter.fill_(value)
+
+    def no_weight_decay(self) -> set[str]:
+        fusion = (name for name, _ in self.named_parameters() if self.part_of(name) == "fusion")
+        mine = {name for name in fusion if name.endswith(("table", "source", "gate.weight"))}
+        return mine | {f"vit.{name}" for name in self.vit.no_weight_decay()}
+
+    def drop_layers_after(self, points: Sequence[FeaturePoint]) -> None:
+        """Keep all of them: each side's layers feed the other's, or are told apart by their number."""
