@@ -1,6 +1,7 @@
 """Classifier: the same image gives the same prediction however it is given, and weights travel with class names."""
 
 import io
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 import tokenfusion
 from tokenfusion import Classifier, InputError
+from tokenfusion.data.decode import THREADS
 from tokenfusion.recipe import load_recipe
 
 
@@ -75,6 +77,50 @@ def test_predictions_do_not_depend_on_the_batch(classifier):
         assert one.score == pytest.approx(other.score, rel=0.05)  # bfloat16 products
 
 
+def test_files_are_decoded_ahead_in_order(classifier, tmp_path):
+    paths = []
+    for i, side in enumerate((900, 8, 8, 700, 8, 8, 8, 500, 8, 8, 8, 8)):  # the large ones take longest
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(picture(side, side, seed=i)).save(paths[-1])
+    paths[4].write_bytes(b"no image")
+    paths[9].unlink()
+    found = classifier.predict(paths, batch_size=5)
+    assert [prediction.path for prediction in found] == [str(path) for path in paths]
+    assert [i for i, prediction in enumerate(found) if prediction.error] == [4, 9]
+    for path, prediction in zip(paths, found, strict=True):
+        assert prediction.label == classifier.predict(path)[0].label
+
+
+def test_an_input_without_end_is_read_no_further_than_needed(classifier, tmp_path):
+    Image.fromarray(picture()).save(tmp_path / "a.png")
+    taken = 0
+
+    def paths():
+        nonlocal taken
+        while True:
+            taken += 1
+            yield tmp_path / "a.png"
+
+    predictions = classifier.iter_predictions(paths(), batch_size=3)
+    for row in range(1, 8):
+        assert next(predictions).label
+        begun = 3 * math.ceil(row / 3)  # the batches up to this one
+        assert taken <= begun + 2 * THREADS + 1  # all images that are anywhere in memory
+
+
+def test_an_array_may_be_overwritten_once_it_was_taken(classifier):
+    frames = [picture(seed=seed) for seed in range(4)]
+    buffer = np.empty_like(frames[0])
+
+    def camera():
+        for frame in frames:
+            buffer[:] = frame
+            yield buffer
+
+    found = classifier.iter_predictions(camera(), batch_size=4)
+    assert [one.topk for one in found] == [one.topk for one in classifier.predict(frames, batch_size=4)]
+
+
 def test_huge_images_are_refused_by_the_limit(classifier, tmp_path):
     Image.fromarray(picture(20, 30)).save(tmp_path / "large.png")
     (prediction,) = replace(classifier, max_pixels=599).predict(tmp_path / "large.png")
@@ -85,9 +131,12 @@ def test_the_limit_of_a_run_travels_with_it(trained, classifier):
     assert classifier.max_pixels == load_recipe(trained / "recipe.toml")["max_pixels"]
 
 
-def test_no_class_is_no_prediction(classifier):
-    with pytest.raises(InputError, match="topk=0 names no class"):
-        classifier.predict(picture(), topk=0)
+def test_no_class_and_no_image_are_no_prediction(classifier):
+    with pytest.raises(InputError, match=r"topk=0 names no class.*give 1 or more"):
+        classifier.iter_predictions([picture()], topk=0)
+    for size in (0, -3):
+        with pytest.raises(InputError, match=rf"batch_size={size} lets no image.*give 1 or more"):
+            classifier.iter_predictions([picture()], batch_size=size)
 
 
 @pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8)])

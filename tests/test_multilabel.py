@@ -17,7 +17,7 @@ from tokenfusion.multilabel import (
     bootstrap_map,
     cross_fitted,
     evaluate_multilabel,
-    scores_of,
+    sigmoid_scores,
     tune_thresholds,
 )
 
@@ -55,7 +55,7 @@ def test_average_precision_is_scikit_learns_of_any_sample(rows: list[tuple[int, 
 
 def test_agrees_with_scikit_learn() -> None:
     logits, labels = noisy(n=211, k=5)
-    predictions = scores_of(logits) >= 0.6
+    predictions = sigmoid_scores(logits) >= 0.6
     found = evaluate_multilabel(logits, labels, predictions, list("abcde"), [0.6] * 5)
     assert found["map"] == pytest.approx(oracle.average_precision_score(labels, logits.double(), average="macro"))
     assert found["f1_macro"] == pytest.approx(oracle.f1_score(labels, predictions, average="macro"))
@@ -77,7 +77,7 @@ def test_by_hand() -> None:
     sure = math.log(3)
     logits = torch.tensor([[sure, sure], [sure, -sure], [-sure, -sure]])
     labels = torch.tensor([[True, False], [True, False], [False, False]])
-    found = evaluate_multilabel(logits, labels, scores_of(logits) >= 0.5, ["cat", "dog"], [0.5, 0.5], skipped=2)
+    found = evaluate_multilabel(logits, labels, sigmoid_scores(logits) >= 0.5, ["cat", "dog"], [0.5, 0.5], skipped=2)
     assert found["n"] == 3
     assert found["skipped"] == 2
     assert found["map"] == 1.0  # of the cat alone, as there is no dog
@@ -135,4 +135,4 @@ def test_the_interval_holds_the_map_and_narrows_with_the_root_of_the_images() ->
 
 def test_logits_that_are_not_finite_are_refused() -> None:
     with pytest.raises(InputError, match=r"1 of 2 images are not finite.*lower --lr"):
-        scores_of(torch.tensor([[0.0], [math.nan]]))
+        sigmoid_scores(torch.tensor([[0.0], [math.nan]]))

@@ -3,9 +3,10 @@
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import timm
@@ -22,7 +23,7 @@ from tokenfusion.checkpoint import (
     resume_command,
     save_tensors,
 )
-from tokenfusion.data.decode import UnreadableImage, decode_image, to_rgb
+from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, to_rgb
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.readers import read_file
 from tokenfusion.errors import InputError
@@ -34,6 +35,9 @@ from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 
 ImageLike = str | Path | np.ndarray | Image.Image
+Prepared = tuple[str, Tensor | str]
+"""An image's path, "" where it has none, and its pixels (in_chans, h, w) as a model is given them, or why not."""
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -242,18 +246,31 @@ class Classifier:
     def iter_predictions(
         self, images: Iterable[ImageLike], *, topk: int = 5, batch_size: int = 64
     ) -> Iterator[Prediction]:
-        """As `predict`, batch by batch, for inputs without end."""
+        """As `predict`, batch by batch, for inputs without end; few images wait in memory.
+
+        Raises:
+            InputError: `topk` names no class, or `batch_size` no image.
+        """
         if topk < 1:
             raise InputError(f"topk={topk} names no class; give 1 or more")
-        waiting: list[tuple[str, Tensor | str]] = []
-        for image in images:
-            waiting.append(self.prepare(image))
-            if len(waiting) == batch_size:
-                yield from self.predict_prepared(waiting, topk)
-                waiting = []
-        yield from self.predict_prepared(waiting, topk)
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} lets no image into the model; give 1 or more")
+        batches = batched(self.prepare_ahead(images), batch_size)
+        return (prediction for batch in batches for prediction in self.predict_prepared(batch, topk))
 
-    def prepare(self, image: ImageLike) -> tuple[str, Tensor | str]:
+    def prepare_ahead(self, images: Iterable[ImageLike]) -> Iterator[Prepared]:
+        """What `prepare` gives of each image, in order; files are decoded by a few threads, a few ahead.
+
+        Arrays and PIL images are prepared before the next is asked for, which may be in the same memory.
+        """
+        given = (image if isinstance(image, str | Path) else self.prepare(image) for image in images)
+        for _, prepared in decode_ahead(
+            given, lambda image: image if isinstance(image, tuple) else self.prepare(image)
+        ):
+            assert not isinstance(prepared, UnreadableImage)  # which `prepare` has put into words
+            yield prepared
+
+    def prepare(self, image: ImageLike) -> Prepared:
         """An image's path, and its prepared pixels or why there are none."""
         path = str(image) if isinstance(image, str | Path) else ""
         try:
@@ -261,7 +278,7 @@ class Classifier:
         except UnreadableImage as error:
             return path, str(error)
 
-    def predict_prepared(self, prepared: Sequence[tuple[str, Tensor | str]], topk: int) -> Iterator[Prediction]:
+    def predict_prepared(self, prepared: Sequence[Prepared], topk: int) -> Iterator[Prediction]:
         """Predictions of what `prepare` gave, one each, in order."""
         readable = [image for _, image in prepared if isinstance(image, Tensor)]
         if readable:
@@ -286,6 +303,13 @@ class Classifier:
     def scores(self, logits: Tensor) -> Tensor:
         """Probabilities (B, K): of one class an image by softmax, of any number of them by sigmoid."""
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Items in lists of `size`, of which the last may be shorter."""
+    remaining = iter(items)
+    while batch := list(islice(remaining, size)):
+        yield batch
 
 
 def decode(image: ImageLike, max_pixels: int) -> Tensor:

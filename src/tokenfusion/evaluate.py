@@ -19,25 +19,8 @@ from tokenfusion.data.split import read_split, stratified
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv, write_json
 from tokenfusion.metrics import evaluate_logits
-from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, scores_of, tune_thresholds
+from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, sigmoid_scores, tune_thresholds
 from tokenfusion.recipe import Recipe, load_recipe
-
-
-def collect_logits(
-    classifier: Classifier,
-    images: Images,
-    batch_size: int = 256,
-    workers: int = 0,
-    indices: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Logits (N, K) and labels (N,) of all the images, in order, or of those of some indices.
-
-    `workers` processes decode what is not in memory.
-    """
-    workers = 0 if images.cached else workers
-    batches = eval_batches(images, classifier.preprocess, batch_size=batch_size, workers=workers, indices=indices)
-    results = [(classifier.logits(batch), labels) for batch, labels in batches]
-    return torch.cat([logits for logits, _ in results]), torch.cat([labels for _, labels in results])
 
 
 def evaluate(
@@ -59,11 +42,8 @@ def evaluate(
     Raises:
         InputError: the run or the data cannot be used, or the data has classes that the model does not know.
     """
-    classifier = Classifier.load(run)
-    recipe = Recipe(**load_recipe(run / "recipe.toml"))
-    own = not data or resolved(data) == resolved(recipe.data)
-    data = recipe.data if not data or own else resolved(data)
-    source = open_dataset(data, recipe.exclude if own else "", run)
+    classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
+    source, data, own = open_judged(run, recipe, data)
     refuse_other_kind(source, classifier)
     to_output = output_of_class(source, classifier.classes)
     name, indices = choose_images(source, run, own=own, split=split)
@@ -71,21 +51,67 @@ def evaluate(
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = as_outputs(labels, to_output, len(classifier.classes))
     if classifier.multi_label:
-        tuned_on = "val" if (run / "split.csv").exists() else held_out_name(source)
-        cross_fit = own and name == tuned_on
-        predictions = decide(classifier, logits, labels, cross_fit)
-        result = evaluate_multilabel(
-            logits, labels, predictions, classifier.classes, classifier.thresholds, skipped=len(skipped)
-        )
+        cross_fit = own and name == ("val" if (run / "split.csv").exists() else held_out_name(source))
+        chosen = choose_classes(classifier, logits, labels, cross_fit)
+        result = evaluate_multilabel(logits, labels, chosen, classifier.classes, classifier.thresholds, len(skipped))
         result |= {"multi_label": True, "cross_fitted": cross_fit}
-        write_label_sets(run / "predictions.csv", classifier.classes, images.names, labels, predictions, logits)
+        write_label_sets(run / "predictions.csv", classifier.classes, images.names, labels, chosen, logits)
     else:
-        result = evaluate_logits(logits, labels, classifier.classes, skipped=len(skipped))
+        result = evaluate_logits(logits, labels, classifier.classes, len(skipped))
         write_predictions(run / "predictions.csv", classifier.classes, images.names, labels, logits)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"data": data, "split": name, "unreadable": unreadable}
     write_json(run / "evaluation.json", result)
     return result
+
+
+def open_judged(run: Path, recipe: Recipe, data: str | None) -> tuple[Dataset, str, bool]:
+    """The data to judge a run by, what it is called, and whether it is the run's own, as it is where none is given."""
+    own = not data or resolved(data) == resolved(recipe.data)
+    name = recipe.data if not data or own else resolved(data)
+    return open_dataset(name, recipe.exclude if own else "", run), name, own
+
+
+def refuse_other_kind(source: Dataset, classifier: Classifier) -> None:
+    """Refuse data of one class an image for a model of any number of them, and the other way round."""
+    if source.multi_label == classifier.multi_label:
+        return
+    one, several = "one class an image", "any number of classes an image"
+    has, wants = (several, one) if source.multi_label else (one, several)
+    column = "labels" if classifier.multi_label else "label"
+    raise InputError(f"{source.where} has {has}, but the model was trained on {wants}; give data with `{column}`")
+
+
+def output_of_class(source: Dataset, classes: Sequence[str]) -> Tensor:
+    """For each of the data's labels, the model's output of that name.
+
+    Raises:
+        InputError: a class that the model does not know.
+    """
+    unknown = [name for name in source.classes if name not in classes]
+    if unknown:
+        raise InputError(
+            f"the data has classes that the model does not know: {', '.join(map(repr, unknown[:5]))}; "
+            f"it knows {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}; rename or remove those"
+        )
+    return torch.tensor([classes.index(name) for name in source.classes])
+
+
+def choose_images(source: Dataset, run: Path, *, own: bool, split: str | None) -> tuple[str, np.ndarray]:
+    """Which part of the data is evaluated: its name and its indices."""
+    path = run / "split.csv"
+    if own and path.exists():
+        parts = read_split(path, source)
+        name = split or "val"
+        if name not in ("train", "val"):
+            raise InputError(f"split={name!r} is not part of this run; choose train or val")
+        return name, parts.train if name == "train" else parts.val
+    name = split or held_out_name(source) or ""
+    chosen = np.array([i for i, part in enumerate(source.splits) if not name or part == name], dtype=np.int64)
+    if not len(chosen):
+        there = ", ".join(sorted({part for part in source.splits if part})) or "no parts"
+        raise InputError(f"split={name!r} is empty; the data has {there}")
+    return name or "all", chosen
 
 
 def read_readable(
@@ -113,49 +139,21 @@ def read_readable(
     return images, skipped
 
 
-def evaluation_summary(result: dict[str, Any]) -> list[str]:
-    """What an evaluation found, in two or three lines."""
-    if not result.get("multi_label"):
-        low, high = result["top1_ci95"]
-        top5 = f", top-5 {result['top5']:.2%}" * (len(result["per_class"]) > 5)
-        top1 = f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}){top5}"
-        return [top1, f"loss {result['loss']:.4f}, calibration error {result['ece']:.4f}"]
-    if result["map"] is None:
-        lines = ["none of the images has any of the classes, so that there is no mAP"]
-    else:
-        low, high = result["map_ci95"]
-        interval = f"95 % interval {low:.2%} to {high:.2%}"
-        lines = [f"mAP {result['map']:.2%} ({interval}), loss {result['loss']:.4f}"]
-    macro, micro = ("–" if value is None else f"{value:.2%}" for value in (result["f1_macro"], result["f1_micro"]))
-    lines.append(f"F1 {macro} macro, {micro} micro; all classes right in {result['exact_match']:.2%} of the images")
-    if result["cross_fitted"]:
-        lines.append("each half of the images is judged by thresholds that were tuned on the other half")
-    return lines
+def collect_logits(
+    classifier: Classifier,
+    images: Images,
+    batch_size: int = 256,
+    workers: int = 0,
+    indices: Sequence[int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits (N, K) and labels (N,) of all the images, in order, or of those of some indices.
 
-
-def output_of_class(source: Dataset, classes: Sequence[str]) -> Tensor:
-    """For each of the data's labels, the model's output of that name.
-
-    Raises:
-        InputError: a class that the model does not know.
+    `workers` processes decode what is not in memory.
     """
-    unknown = [name for name in source.classes if name not in classes]
-    if unknown:
-        raise InputError(
-            f"the data has classes that the model does not know: {', '.join(map(repr, unknown[:5]))}; "
-            f"it knows {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}; rename or remove those"
-        )
-    return torch.tensor([classes.index(name) for name in source.classes])
-
-
-def refuse_other_kind(source: Dataset, classifier: Classifier) -> None:
-    """Refuse data of one class an image for a model of any number of them, and the other way round."""
-    if source.multi_label == classifier.multi_label:
-        return
-    one, several = "one class an image", "any number of classes an image"
-    has, wants = (several, one) if source.multi_label else (one, several)
-    column = "labels" if classifier.multi_label else "label"
-    raise InputError(f"{source.where} has {has}, but the model was trained on {wants}; give data with `{column}`")
+    workers = 0 if images.cached else workers
+    batches = eval_batches(images, classifier.preprocess, batch_size=batch_size, workers=workers, indices=indices)
+    results = [(classifier.logits(batch), labels) for batch, labels in batches]
+    return torch.cat([logits for logits, _ in results]), torch.cat([labels for _, labels in results])
 
 
 def as_outputs(labels: Tensor, to_output: Tensor, outputs: int) -> Tensor:
@@ -165,7 +163,7 @@ def as_outputs(labels: Tensor, to_output: Tensor, outputs: int) -> Tensor:
     return labels.new_zeros(len(labels), outputs).index_copy_(1, to_output, labels)
 
 
-def decide(classifier: Classifier, logits: Tensor, labels: Tensor, cross_fit: bool) -> np.ndarray:
+def choose_classes(classifier: Classifier, logits: Tensor, labels: Tensor, cross_fit: bool) -> np.ndarray:
     """Which classes each image is given, bool (N, K).
 
     Args:
@@ -173,35 +171,12 @@ def decide(classifier: Classifier, logits: Tensor, labels: Tensor, cross_fit: bo
         logits, labels: (N, K).
         cross_fit: whether to judge each half of the images by thresholds tuned on the other half instead.
     """
-    scores = scores_of(logits)
+    scores = sigmoid_scores(logits)
     if not cross_fit:
         return scores >= np.array(classifier.thresholds)
     fold = np.zeros(len(scores), dtype=np.int64)
     fold[stratified(labels.numpy(), 0.5, seed=0)] = 1
     return cross_fitted(scores, labels.numpy(), fold)
-
-
-def with_tuned_thresholds(classifier: Classifier, images: Images, workers: int = 0) -> Classifier:
-    """A multi-label classifier whose thresholds give the largest F1 on these images."""
-    logits, labels = collect_logits(classifier, images, workers=workers)
-    return replace(classifier, thresholds=tuple(tune_thresholds(scores_of(logits), labels.numpy()).tolist()))
-
-
-def choose_images(source: Dataset, run: Path, *, own: bool, split: str | None) -> tuple[str, np.ndarray]:
-    """Which part of the data is evaluated: its name and its indices."""
-    path = run / "split.csv"
-    if own and path.exists():
-        parts = read_split(path, source)
-        name = split or "val"
-        if name not in ("train", "val"):
-            raise InputError(f"split={name!r} is not part of this run; choose train or val")
-        return name, parts.train if name == "train" else parts.val
-    name = split or held_out_name(source) or ""
-    chosen = np.array([i for i, part in enumerate(source.splits) if not name or part == name], dtype=np.int64)
-    if not len(chosen):
-        there = ", ".join(sorted({part for part in source.splits if part})) or "no parts"
-        raise InputError(f"split={name!r} is empty; the data has {there}")
-    return name or "all", chosen
 
 
 def write_predictions(path: Path, classes: Sequence[str], names: Sequence[str], labels: Tensor, logits: Tensor) -> None:
@@ -224,3 +199,29 @@ def write_label_sets(
         for name, *sets, loss in zip(names, labels.tolist(), predictions.tolist(), losses, strict=True)
     )
     write_csv(path, ("path", "labels", "predictions", "loss"), rows)
+
+
+def evaluation_summary(result: dict[str, Any]) -> list[str]:
+    """What an evaluation found, in two or three lines."""
+    if not result.get("multi_label"):
+        low, high = result["top1_ci95"]
+        top5 = f", top-5 {result['top5']:.2%}" * (len(result["per_class"]) > 5)
+        top1 = f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}){top5}"
+        return [top1, f"loss {result['loss']:.4f}, calibration error {result['ece']:.4f}"]
+    if result["map"] is None:
+        lines = ["none of the images has any of the classes, so that there is no mAP"]
+    else:
+        low, high = result["map_ci95"]
+        interval = f"95 % interval {low:.2%} to {high:.2%}"
+        lines = [f"mAP {result['map']:.2%} ({interval}), loss {result['loss']:.4f}"]
+    macro, micro = ("–" if value is None else f"{value:.2%}" for value in (result["f1_macro"], result["f1_micro"]))
+    lines.append(f"F1 {macro} macro, {micro} micro; all classes right in {result['exact_match']:.2%} of the images")
+    if result["cross_fitted"]:
+        lines.append("each half of the images is judged by thresholds that were tuned on the other half")
+    return lines
+
+
+def with_tuned_thresholds(classifier: Classifier, images: Images, workers: int = 0) -> Classifier:
+    """A multi-label classifier whose thresholds give the largest F1 on these images."""
+    logits, labels = collect_logits(classifier, images, workers=workers)
+    return replace(classifier, thresholds=tuple(tune_thresholds(sigmoid_scores(logits), labels.numpy()).tolist()))

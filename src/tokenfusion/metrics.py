@@ -61,13 +61,12 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Bi
     """
     # float32 softmax may exceed 1 by a rounding error, which np.histogram would drop
     confidence = np.clip(np.asarray(confidence, dtype=np.float64), 0, 1)
-    correct = np.asarray(correct, dtype=np.float64)
     count, edges = np.histogram(confidence, bins, range=(0, 1))
-    total_confidence, total_correct = (
-        np.histogram(confidence, bins, range=(0, 1), weights=weights)[0] for weights in (confidence, correct)
+    totals = (
+        np.histogram(confidence, bins, range=(0, 1), weights=np.asarray(weights, dtype=np.float64))[0]
+        for weights in (confidence, correct)
     )
-    filled = np.maximum(count, 1)
-    return Bins(edges=edges, count=count, confidence=total_confidence / filled, accuracy=total_correct / filled)
+    return Bins(edges, count, *(total / np.maximum(count, 1) for total in totals))
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -155,27 +154,27 @@ def rank_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
     return ((logits > truth) | ((logits == truth) & earlier)).sum(1)
 
 
-def per_class_scores(confusion: Tensor, classes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Precision, recall, F1 and number of images of each class.
-
-    Args:
-        confusion: (K, K) counts, rows truth, columns prediction.
-        classes: K names.
-
-    Returns:
-        By name, in the order of `classes`. A share of nothing is None: recall of a class without images, precision of
-        a class never predicted, F1 of a class that is neither.
-    """
-    right, actual, predicted = confusion.diag().tolist(), confusion.sum(1).tolist(), confusion.sum(0).tolist()
+def class_scores(right: int, images: int, predicted: int) -> dict[str, Any]:
+    """Precision, recall, F1 and number of images of a class, of counts; None where one is a share of nothing."""
     return {
-        name: {
-            "precision": hit / guesses if guesses else None,
-            "recall": hit / n if n else None,
-            "f1": 2 * hit / (n + guesses) if n + guesses else None,
-            "n": n,
-        }
-        for name, hit, n, guesses in zip(classes, right, actual, predicted, strict=True)
+        "precision": right / predicted if predicted else None,
+        "recall": right / images if images else None,
+        "f1": 2 * right / (images + predicted) if images + predicted else None,
+        "n": images,
     }
+
+
+def require_finite(logits: Tensor) -> None:
+    """Refuse logits (N, K) that hold NaN or infinity.
+
+    Raises:
+        InputError: some do; it says how many images.
+    """
+    if broken := int((~logits.isfinite()).any(1).sum()):
+        raise InputError(
+            f"logits of {broken} of {len(logits)} images are not finite: the weights have diverged; "
+            "train again with a lower --lr, or evaluate an earlier checkpoint"
+        )
 
 
 def evaluate_logits(logits: Tensor, labels: Tensor, classes: Sequence[str], skipped: int = 0) -> dict[str, Any]:
@@ -191,8 +190,8 @@ def evaluate_logits(logits: Tensor, labels: Tensor, classes: Sequence[str], skip
         Values that JSON can hold, never NaN; shares are in [0, 1].
         `n`: images. `top1`, `top5` (top-K where K < 5): accuracy. `top1_ci95`: [low, high], Wilson.
         `loss`: cross-entropy, natural logarithm. `ece`: expected calibration error in 15 bins, before temperature.
-        `temperature`: see fit_temperature. `per_class`: {name: {precision, recall, f1, n}}; a class without images has
-        n 0 and recall None, see per_class_scores. `confusion`: K lists of K counts, rows truth. `skipped`.
+        `temperature`: see fit_temperature. `per_class`: {name: {precision, recall, f1, n}}, see class_scores.
+        `confusion`: K lists of K counts, rows truth. `skipped`.
 
     Raises:
         InputError: there are no images, or a logit is not finite.
@@ -210,16 +209,11 @@ def evaluate_logits(logits: Tensor, labels: Tensor, classes: Sequence[str], skip
             f"0 images to evaluate ({skipped} skipped): none could be read; give a folder of readable images"
         )
     logits, labels = logits.detach().float().cpu(), labels.long().cpu()
-    if broken := int((~logits.isfinite()).any(1).sum()):
-        raise InputError(
-            f"logits of {broken} of {len(labels)} images are not finite: the weights have diverged; "
-            "train again with a lower --lr, or evaluate an earlier checkpoint"
-        )
-    prediction = logits.argmax(1)
-    confusion = multiclass_confusion_matrix(prediction, labels, num_classes=len(classes))
+    require_finite(logits)
+    confusion = multiclass_confusion_matrix(logits.argmax(1), labels, num_classes=len(classes))
+    counts = (table.tolist() for table in (confusion.diag(), confusion.sum(1), confusion.sum(0)))
     rank = rank_of_truth(logits, labels)
-    correct = rank == 0
-    confidence = logits.softmax(1).amax(1)
+    correct, confidence = rank == 0, logits.softmax(1).amax(1)
     return {
         "n": len(labels),
         "top1": correct.double().mean().item(),
@@ -228,7 +222,7 @@ def evaluate_logits(logits: Tensor, labels: Tensor, classes: Sequence[str], skip
         "loss": negative_log_likelihood(logits, labels),
         "ece": reliability(confidence.numpy(), correct.numpy()).ece,
         "temperature": fit_temperature(logits, labels),
-        "per_class": per_class_scores(confusion, classes),
+        "per_class": {name: class_scores(*row) for name, *row in zip(classes, *counts, strict=True)},
         "confusion": confusion.tolist(),
         "skipped": skipped,
     }

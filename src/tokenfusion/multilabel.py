@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenfusion.errors import InputError
-from tokenfusion.metrics import wilson_interval
+from tokenfusion.metrics import class_scores, require_finite, wilson_interval
 
 RESAMPLES = 1000
 """Of the bootstrap."""
@@ -128,28 +127,19 @@ def cross_fitted(scores: Floats, labels: Bools, fold: NDArray[np.int64]) -> Bool
     return predictions
 
 
-def scores_of(logits: Tensor) -> Floats:
+def sigmoid_scores(logits: Tensor) -> Floats:
     """Probabilities (N, K) of logits (N, K), in float64.
 
     Raises:
         InputError: a logit is not finite.
     """
-    if broken := int((~logits.isfinite()).any(1).sum()):
-        raise InputError(
-            f"logits of {broken} of {len(logits)} images are not finite: the weights have diverged; "
-            "train again with a lower --lr, or evaluate an earlier checkpoint"
-        )
+    require_finite(logits)
     return logits.double().sigmoid().numpy()
 
 
 def image_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """(N,) binary cross-entropy of each image, the mean over its classes, natural logarithm."""
     return F.binary_cross_entropy_with_logits(logits.double(), labels.double(), reduction="none").mean(1)
-
-
-def f1_score(right: int, actual: int, predicted: int) -> float | None:
-    """2 × right / (actual + predicted); None where that is a share of nothing."""
-    return 2 * right / (actual + predicted) if actual + predicted else None
 
 
 def evaluate_multilabel(
@@ -180,17 +170,11 @@ def evaluate_multilabel(
     """
     logits, truth = logits.double(), labels.numpy()
     ap = average_precisions(logits.numpy(), truth)  # of sigmoids, those near 1 would be equal
-    right, actual, predicted = (table.sum(0) for table in (truth & predictions, truth, predictions))
+    tables = (truth & predictions, truth, predictions)
+    counts = (table.sum(0).tolist() for table in tables)  # right, images, predicted
     per_class = {
-        name: {
-            "ap": None if np.isnan(ap[k]) else float(ap[k]),
-            "f1": f1_score(int(right[k]), int(actual[k]), int(predicted[k])),
-            "precision": float(right[k] / predicted[k]) if predicted[k] else None,
-            "recall": float(right[k] / actual[k]) if actual[k] else None,
-            "threshold": float(thresholds[k]),
-            "n": int(actual[k]),
-        }
-        for k, name in enumerate(classes)
+        name: {"ap": None if np.isnan(one) else float(one), "threshold": float(threshold)} | class_scores(*row)
+        for name, one, threshold, *row in zip(classes, ap, thresholds, *counts, strict=True)
     }
     exact = int((predictions == truth).all(1).sum())
     return {
@@ -199,7 +183,7 @@ def evaluate_multilabel(
         "map_ci95": bootstrap_map(logits.numpy(), truth),
         "loss": image_losses(logits, labels).mean().item(),
         "f1_macro": mean_of(np.array([row["f1"] for row in per_class.values() if row["n"]], dtype=np.float64)),
-        "f1_micro": f1_score(int(right.sum()), int(actual.sum()), int(predicted.sum())),
+        "f1_micro": class_scores(*(int(table.sum()) for table in tables))["f1"],
         "exact_match": exact / len(labels),
         "exact_match_ci95": list(wilson_interval(exact, len(labels))),
         "per_class": per_class,

@@ -42,7 +42,7 @@ def images_below(folder: str) -> list[str]:
 def print_predictions(
     predictions: Iterable[Prediction], output: str, console: Console, *, topk: int, multi_label: bool = False
 ) -> int:
-    """Print as "table", "json" or "csv"; returns how many images failed.
+    """Print as "table", "json" or "csv", the last two line by line; returns how many images failed.
 
     Args:
         predictions: each with `topk` classes, or an error.
@@ -51,66 +51,64 @@ def print_predictions(
         topk: how many classes a prediction names.
         multi_label: whether an image has any number of classes.
     """
-    failed = 0
-
-    def counted() -> Iterator[Prediction]:
-        nonlocal failed
-        for prediction in predictions:
-            failed += bool(prediction.error)
-            yield prediction
-
-    if output == "json":
-        print_json(counted())
-    elif output == "csv":
-        print_csv(counted(), topk, multi_label)
-    else:
-        print_table(counted(), console, multi_label)
+    table, failed = new_table(multi_label), 0
+    columns = csv_columns(topk, multi_label)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if output == "csv":
+        writer.writerow(["path", *columns, "error"])
+    for prediction in predictions:
+        failed += bool(prediction.error)
+        if output == "json":
+            print(json.dumps(prediction.to_dict(), ensure_ascii=False, allow_nan=False), flush=True)
+        elif output == "csv":
+            cells = csv_cells(prediction) or [""] * len(columns)
+            writer.writerow([prediction.path, *cells, prediction.error])
+        else:
+            table.add_row(*table_cells(prediction, len(table.columns)))
+    if output == "table":
+        console.print(table, soft_wrap=False)
     return failed
 
 
-def print_json(predictions: Iterable[Prediction]) -> None:
-    """A JSON object a line."""
-    for prediction in predictions:
-        print(json.dumps(prediction.to_dict(), ensure_ascii=False, allow_nan=False), flush=True)
+def csv_columns(topk: int, multi_label: bool) -> list[str]:
+    """`label,score,label_2,score_2,...`, a pair for each of `topk` classes.
 
-
-def print_csv(predictions: Iterable[Prediction], topk: int, multi_label: bool) -> None:
-    """`path,label,score,label_2,score_2,...,error` lines, with `topk` labels and their scores.
-
-    Of multi-label models `path,labels,scores,label_1,score_1,...,error`, with `|` between the classes that reach their
-    thresholds; the likeliest ones follow whether they do or not.
+    Of multi-label models `labels,scores,label_1,score_1,...`: those that reach their thresholds, with `|` in between,
+    then the likeliest ones, whether they do or not.
     """
-    writer = csv.writer(sys.stdout, lineterminator="\n")
     ranked = [f"{what}_{rank}" for rank in range(1, topk + 1) for what in ("label", "score")]
-    columns = ["labels", "scores", *ranked] if multi_label else ["label", "score", *ranked[2:]]
-    writer.writerow(["path", *columns, "error"])
-    for prediction in predictions:
-        cells = [cell for label, score in prediction.topk for cell in (label, f"{score:.6f}")]
-        if prediction.labels is not None:
-            names = "|".join(label for label, _ in prediction.labels)
-            cells = [names, "|".join(f"{score:.6f}" for _, score in prediction.labels), *cells]
-        writer.writerow([prediction.path, *(cells or [""] * len(columns)), prediction.error])
+    return ["labels", "scores", *ranked] if multi_label else ["label", "score", *ranked[2:]]
 
 
-def print_table(predictions: Iterable[Prediction], console: Console, multi_label: bool) -> None:
-    """A table to read."""
+def csv_cells(prediction: Prediction) -> list[str]:
+    """What stands in these columns; nothing of an image that could not be read."""
+    cells = [cell for label, score in prediction.topk for cell in (label, f"{score:.6f}")]
+    if prediction.labels is None:
+        return cells
+    reached, scores = zip(*prediction.labels, strict=True) if prediction.labels else ((), ())
+    return ["|".join(reached), "|".join(f"{score:.6f}" for score in scores), *cells]
+
+
+def new_table(multi_label: bool) -> Table:
+    """A table to read, without rows."""
     table = Table("image", "labels" if multi_label else "label", box=None, pad_edge=False)
     if not multi_label:
         table.add_column("score", justify="right")
     table.add_column("below their thresholds" if multi_label else "then")
-    for prediction in predictions:
-        if prediction.error:
-            blank = [""] if multi_label else ["", ""]
-            table.add_row(prediction.path, *blank, f"error: {prediction.error}")
-        elif prediction.labels is not None:
-            limits, others = prediction.thresholds, [row for row in prediction.topk if row not in prediction.labels]
-            below = ", ".join(f"{label} {score:.1%} < {limits[label]:.1%}" for label, score in others)
-            table.add_row(prediction.path, listed(prediction.labels), below)
-        else:
-            table.add_row(prediction.path, prediction.label, f"{prediction.score:.1%}", listed(prediction.topk[1:]))
-    console.print(table, soft_wrap=False)
+    return table
 
 
-def listed(rows: Iterable[tuple[str, float]]) -> str:
+def table_cells(prediction: Prediction, columns: int) -> list[str]:
+    """A row of it."""
+    if prediction.error:
+        return [prediction.path, *[""] * (columns - 2), f"error: {prediction.error}"]
+    if prediction.labels is None:
+        return [prediction.path, prediction.label, f"{prediction.score:.1%}", scores_text(prediction.topk[1:])]
+    others = [(label, score) for label, score in prediction.topk if (label, score) not in prediction.labels]
+    below = (f"{label} {score:.1%} < {prediction.thresholds[label]:.1%}" for label, score in others)
+    return [prediction.path, scores_text(prediction.labels), ", ".join(below)]
+
+
+def scores_text(rows: Iterable[tuple[str, float]]) -> str:
     """Classes and their scores, such as `cat 91.2%, dog 5.0%`."""
     return ", ".join(f"{label} {score:.1%}" for label, score in rows)

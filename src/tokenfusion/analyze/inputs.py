@@ -7,9 +7,9 @@ import numpy as np
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
-from tokenfusion.data.open import open_dataset, resolved
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
-from tokenfusion.evaluate import choose_images, output_of_class, read_readable
+from tokenfusion.evaluate import choose_images, open_judged, output_of_class, read_readable
 from tokenfusion.recipe import Recipe, load_recipe
 
 
@@ -54,17 +54,15 @@ def open_run_or_model(
     run = Path(run_or_model)
     if run.is_dir():
         classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
-        own = not data or resolved(data) == resolved(recipe.data)
         refuse_multi_label(classifier.multi_label, run_or_model)
-        source = open_dataset(recipe.data, recipe.exclude, run) if own or not data else open_dataset(resolved(data))
-        to_output = output_of_class(source, classifier.classes)
+        source, _, own = open_judged(run, recipe, data)
     elif data:
         own, recipe, source = False, Recipe(), open_dataset(data)
         refuse_multi_label(source.multi_label, data)
         classifier = Classifier.create(run_or_model, source.classes)
-        to_output = output_of_class(source, source.classes)
     else:
         raise InputError(f"DATA is missing: {run_or_model} is no run folder and has no images of its own; name some")
+    to_output = output_of_class(source, classifier.classes)
     name, indices = choose_images(source, run, own=own, split=None)
     spread = np.linspace(0, len(indices) - 1, min(num_images, len(indices))).round().astype(np.int64)
     chosen = np.random.default_rng(0).permutation(indices[spread])  # the first few are of any class
