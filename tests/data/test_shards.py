@@ -17,11 +17,11 @@ from PIL import Image
 from serving import add, picture, png, serving, write_shard, write_shards
 from tokenfusion.data import remote, shards
 from tokenfusion.data.augment import Augment
+from tokenfusion.data.cache import Cache
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import unread_images
 from tokenfusion.data.loader import Batch, TrainLoader
 from tokenfusion.data.open import open_dataset, resolved
-from tokenfusion.data.remote import Cache
 from tokenfusion.data.sampler import OPEN_SHARDS, ShardOrder, Share, shard_order
 from tokenfusion.data.shards import Shard, ShardRanges
 from tokenfusion.data.split import choose_split

@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,15 +31,15 @@ class Mended:
     unreadable: dict[int, str]
     """Indices of those images, and the reasons."""
 
+    def pin_memory(self) -> "Mended":
+        """As the thread that pins batches calls it."""
+        return replace(self, batch=tuple(part.pin_memory() for part in self.batch))
+
 
 Loaded = Batch | Mended | InputError
 """What a worker gives; an error as a value, for raised, it would bring the worker's traceback along."""
 
 OnUnreadable = Callable[[dict[int, str]], None]
-
-
-def ignore(_unreadable: dict[int, str]) -> None:
-    """Unreadable images are of no interest, as where there can be none."""
 
 
 class TrainLoader:
@@ -57,6 +57,8 @@ class TrainLoader:
         share: the part of each batch that this process loads.
         on_unreadable: told of images that turn out to be unreadable, by index, with the reasons; the next image of
             the batch is drawn in the place of each.
+        pin_memory: whether batches lie in page-locked memory, from which a copy to a GPU need not be waited for;
+            without CUDA they never do.
 
     Raises:
         InputError: there are no images, or batches do not divide among the processes.
@@ -72,7 +74,8 @@ class TrainLoader:
         workers: int,
         balanced: bool = False,
         share: Share = Share(),  # noqa: B008 - frozen
-        on_unreadable: OnUnreadable = ignore,
+        on_unreadable: OnUnreadable | None = None,
+        pin_memory: bool = False,
     ) -> None:
         if len(images) == 0:
             raise InputError("there is no readable image to train on; look at skipped.csv for the reasons")
@@ -85,10 +88,11 @@ class TrainLoader:
         if isinstance(self.order, ShardOrder):
             self.ahead = Prefetcher(images.dataset.reader.fetch)
             self.order.on_coming = self.ahead.want
-        self.loader = DataLoader(
+        self.loader = WorkerLoader(
             AugmentedImages(images, augment, seed),
             batch_sampler=self.order,
             num_workers=workers,
+            pin_memory=pin_memory and torch.cuda.is_available(),
             collate_fn=as_it_is,
             worker_init_fn=ignore_interrupts,
             persistent_workers=workers > 0,
@@ -116,7 +120,7 @@ class TrainLoader:
             InputError: an image has become unreadable, or a worker process has died.
         """
         self.order.epoch, self.order.start = epoch, start
-        self.iterator = start_workers(self.loader)
+        self.iterator = self.loader.begin()
         yield from guarded(self.iterator, self.on_unreadable)
 
     def close(self) -> None:
@@ -128,9 +132,15 @@ class TrainLoader:
 
 
 def eval_batches(
-    images: Images, preprocess: Preprocess, *, batch_size: int, workers: int = 0, indices: Sequence[int] | None = None
+    images: Images,
+    preprocess: Preprocess,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    indices: Sequence[int] | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Every image once, in order, or those of some indices; the last batch may be smaller.
+    """Every image once, in order, or those of some indices; the last batch may be smaller. See TrainLoader.
 
     Yields:
         images uint8 (B, in_chans, h, w), not yet normalised, and labels int64 (B,).
@@ -138,15 +148,16 @@ def eval_batches(
     Raises:
         InputError: an image has become unreadable, or a worker process has died.
     """
-    loader = DataLoader(
+    loader = WorkerLoader(
         ResizedImages(images, preprocess),
         batch_size=batch_size,
         sampler=indices,
         num_workers=workers,
+        pin_memory=pin_memory and torch.cuda.is_available(),
         collate_fn=as_it_is,
         generator=torch.Generator(),
     )
-    iterator = start_workers(loader)
+    iterator = loader.begin()
     try:
         yield from guarded(iterator)
     finally:
@@ -164,9 +175,8 @@ class AugmentedImages(TorchDataset[Batch]):
         state = generator.get_state()
         unreadable: dict[int, str] = {}
         try:
-            indices = [key[1] for key in keys]
             loaded = [self.try_load(key, unreadable) for key in keys]
-            indices = stand_ins(indices, unreadable)
+            indices = stand_ins([key[1] for key in keys], unreadable)
             batch = [
                 self.load(key, index) if image is None else image
                 for key, index, image in zip(keys, indices, loaded, strict=True)
@@ -218,7 +228,7 @@ class ResizedImages(TorchDataset[Batch]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitems__(self, indices: list[int]) -> Batch | InputError:
+    def __getitems__(self, indices: list[int]) -> Loaded:
         try:
             batch = [self.preprocess.resize(self.images[index]) for index in indices]
         except InputError as error:
@@ -243,22 +253,28 @@ def ignore_interrupts(_worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def start_workers(loader: DataLoader[Batch]) -> Iterator[Loaded]:
-    """Begin an epoch. Should a worker die, only the wait for its batch shall fail.
+class WorkerLoader(DataLoader[Batch]):
+    """torch's loader, quiet, and without its signal handler."""
 
-    torch also installs a SIGCHLD handler that raises wherever the main thread happens to be, in the middle of an
-    optimiser step or of writing a checkpoint; it is put back to what it was.
-    """
-    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
-        return iter(loader)
-    handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        return iter(loader)
-    finally:
-        signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
+    def check_worker_number_rationality(self) -> None:
+        """How many workers there are was chosen; torch would warn of more than there are cores."""
+
+    def begin(self) -> Iterator[Loaded]:
+        """Begin an epoch. Should a worker die, only the wait for its batch shall fail.
+
+        torch also installs a SIGCHLD handler that raises wherever the main thread happens to be, in the middle of an
+        optimiser step or of writing a checkpoint; it is put back to what it was.
+        """
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+            return iter(self)
+        handler = signal.getsignal(signal.SIGCHLD)
+        try:
+            return iter(self)
+        finally:
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def guarded(batches: Iterator[Loaded], on_unreadable: OnUnreadable = ignore) -> Iterator[Batch]:
+def guarded(batches: Iterator[Loaded], on_unreadable: OnUnreadable | None = None) -> Iterator[Batch]:
     """The batches; what went wrong in a worker is raised here."""
     while True:
         try:
@@ -276,8 +292,10 @@ def guarded(batches: Iterator[Loaded], on_unreadable: OnUnreadable = ignore) -> 
         if isinstance(batch, InputError):
             raise batch
         if isinstance(batch, Mended):
-            on_unreadable(batch.unreadable)
-        yield batch.batch if isinstance(batch, Mended) else batch
+            if on_unreadable is not None:
+                on_unreadable(batch.unreadable)
+            batch = batch.batch
+        yield tuple(batch)  # pinning makes lists of tuples
 
 
 def end_workers(iterator: Iterator[Loaded] | None) -> None:

@@ -15,10 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tokenfusion.data.cache import default_cache
 from tokenfusion.data.dataset import Dataset, describe_ignored, number_labels, printable, quoted, split_in_name
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.readers import Reader
-from tokenfusion.data.remote import default_cache, look_up
+from tokenfusion.data.remote import look_up
 from tokenfusion.errors import InputError
 
 CACHE_BYTES = 256 * 2**20

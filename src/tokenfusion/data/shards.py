@@ -18,14 +18,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from tokenfusion.data.cache import Cache, default_cache
 from tokenfusion.data.dataset import Dataset, number_labels, printable, quoted, split_in_name
 from tokenfusion.data.decode import EXTENSIONS
 from tokenfusion.data.readers import ByteRanges
 from tokenfusion.data.remote import (
     THREADS,
-    Cache,
     RemoteFile,
-    default_cache,
     download,
     find_files,
     path_of,
