@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
+
+from tokenfusion.data.preprocess import Preprocess
 
 Tree = dict[str, np.ndarray]
 LIMIT = 10_000
@@ -57,3 +60,11 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
+
+
+def noise(height: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def plain(img_size: tuple[int, int], in_chans: int = 3, crop_pct: float = 1.0) -> Preprocess:
+    return Preprocess(img_size, in_chans, (0.5,) * in_chans, (0.25,) * in_chans, crop_pct)

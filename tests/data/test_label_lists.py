@@ -109,7 +109,7 @@ def test_every_class_is_held_out_in_the_same_share() -> None:
     assert np.abs(held_out.sum(0) - 0.2 * labels.sum(0)).max() <= 1.5
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(
     st.integers(1, 4).flatmap(lambda k: st.lists(st.lists(st.booleans(), min_size=k, max_size=k), min_size=2)),
     st.sampled_from([0.05, 0.2, 0.5, 0.9]),

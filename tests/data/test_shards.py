@@ -300,15 +300,15 @@ def test_what_is_announced_is_fetched_beside_the_training(served: Dataset, cache
     for path in shards_in(cache):
         path.unlink()
     loader = TrainLoader(images, AUGMENT, batch_size=4, seed=3, workers=0)
-    assert loader.ahead is not None
+    assert loader.prefetcher is not None
     fetched: queue.SimpleQueue[int] = queue.SimpleQueue()
-    fetch = loader.ahead.fetch
+    fetch = loader.prefetcher.fetch
 
     def note(number: int) -> None:
         fetch(number)
         fetched.put(number)
 
-    loader.ahead.fetch = note
+    loader.prefetcher.fetch = note
     next(loader.epoch(0))
     numbers = {fetched.get(timeout=30) for _ in range(OPEN_SHARDS + 4)}
     loader.close()
@@ -421,8 +421,8 @@ def test_workers_fetch_each_shard_once_between_them(tmp_path: Path, cache: Path)
         server.failures.update({f"/train-{n:02d}.tar": 1 for n in range(12)})
         images = unread_images(source, np.arange(len(source)), LIMIT)
         loader = TrainLoader(images, AUGMENT, batch_size=8, seed=3, workers=3)
-        assert loader.ahead is not None
-        loader.ahead.fetch = lambda _: None  # so that the workers do
+        assert loader.prefetcher is not None
+        loader.prefetcher.fetch = lambda _: None  # so that the workers do
         assert all(map(same, loader.epoch(1), expected))
         loader.close()
         assert set(server.sent.values()) == {1}

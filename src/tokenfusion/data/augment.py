@@ -1,8 +1,7 @@
 """A training image at random: cropped, flipped, changed in colour or geometry."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -118,66 +117,50 @@ def shifted_crop(image: Tensor, padding: int) -> Tensor:
     return F.pad(image, [padding], padding_mode="reflect")[:, top : top + height, left : left + width]
 
 
-def shear_x(image: Tensor, slope: float) -> Tensor:
-    shear = [math.degrees(math.atan(slope)), 0.0]
-    return F.affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0.0, 0.0])
+def moved(
+    image: Tensor, *, right: float = 0.0, down: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0
+) -> Tensor:
+    """(3, H, W) shifted by whole pixels, and sheared by slopes from the upper left corner."""
+    shear = [math.degrees(math.atan(slope)) for slope in (shear_x, shear_y)]
+    center = [0.0, 0.0] if shear_x or shear_y else None
+    return F.affine(image, angle=0.0, translate=[int(right), int(down)], scale=1.0, shear=shear, center=center)
 
 
-def shear_y(image: Tensor, slope: float) -> Tensor:
-    shear = [0.0, math.degrees(math.atan(slope))]
-    return F.affine(image, angle=0.0, translate=[0, 0], scale=1.0, shear=shear, center=[0.0, 0.0])
-
-
-def translate_x(image: Tensor, pixels: float) -> Tensor:
-    return F.affine(image, angle=0.0, translate=[int(pixels), 0], scale=1.0, shear=[0.0, 0.0])
-
-
-def translate_y(image: Tensor, pixels: float) -> Tensor:
-    return F.affine(image, angle=0.0, translate=[0, int(pixels)], scale=1.0, shear=[0.0, 0.0])
-
-
-@dataclass(frozen=True)
-class Change:
-    """One of TrivialAugment's changes, with its magnitudes from none to most."""
-
-    apply: Callable[[Tensor, float], Tensor]
-    magnitudes: tuple[float, ...] = ()
-    signed: bool = False
-    """Whether a magnitude may also be negative."""
-
+Change = tuple[Callable[[Tensor, float], Tensor], Sequence[float], bool]
+"""One of TrivialAugment's changes, its magnitudes from none to most, and whether one may also be negative."""
 
 BINS = 31
 
 
-def up_to(most: float) -> tuple[float, ...]:
-    return tuple(torch.linspace(0.0, most, BINS).tolist())
+def up_to(most: float) -> list[float]:
+    return torch.linspace(0.0, most, BINS).tolist()
 
 
 # The paper's wide space, in torchvision's order, so that the same draws give the same images.
-CHANGES = (
-    Change(lambda image, _: image),
-    Change(shear_x, up_to(0.99), signed=True),
-    Change(shear_y, up_to(0.99), signed=True),
-    Change(translate_x, up_to(32.0), signed=True),
-    Change(translate_y, up_to(32.0), signed=True),
-    Change(lambda image, degrees: F.rotate(image, degrees), up_to(135.0), signed=True),
-    Change(lambda image, m: F.adjust_brightness(image, 1.0 + m), up_to(0.99), signed=True),
-    Change(lambda image, m: F.adjust_saturation(image, 1.0 + m), up_to(0.99), signed=True),
-    Change(lambda image, m: F.adjust_contrast(image, 1.0 + m), up_to(0.99), signed=True),
-    Change(lambda image, m: F.adjust_sharpness(image, 1.0 + m), up_to(0.99), signed=True),
-    Change(lambda image, bits: F.posterize(image, int(bits)), tuple(8.0 - round(k / 5) for k in range(BINS))),
-    Change(lambda image, m: F.solarize(image, 255.0 * m), tuple(torch.linspace(1.0, 0.0, BINS).tolist())),
-    Change(lambda image, _: F.autocontrast(image)),
-    Change(lambda image, _: F.equalize(image)),
+CHANGES: tuple[Change, ...] = (
+    (lambda image, _: image, (), False),
+    (lambda image, slope: moved(image, shear_x=slope), up_to(0.99), True),
+    (lambda image, slope: moved(image, shear_y=slope), up_to(0.99), True),
+    (lambda image, pixels: moved(image, right=pixels), up_to(32.0), True),
+    (lambda image, pixels: moved(image, down=pixels), up_to(32.0), True),
+    (lambda image, degrees: F.rotate(image, degrees), up_to(135.0), True),
+    (lambda image, m: F.adjust_brightness(image, 1.0 + m), up_to(0.99), True),
+    (lambda image, m: F.adjust_saturation(image, 1.0 + m), up_to(0.99), True),
+    (lambda image, m: F.adjust_contrast(image, 1.0 + m), up_to(0.99), True),
+    (lambda image, m: F.adjust_sharpness(image, 1.0 + m), up_to(0.99), True),
+    (lambda image, bits: F.posterize(image, int(bits)), [8.0 - round(k / 5) for k in range(BINS)], False),
+    (lambda image, m: F.solarize(image, 255.0 * m), torch.linspace(1.0, 0.0, BINS).tolist(), False),
+    (lambda image, _: F.autocontrast(image), (), False),
+    (lambda image, _: F.equalize(image), (), False),
 )
 
 
 def trivial_augment(image: Tensor) -> Tensor:
     """One change of one strength, both drawn uniformly."""
-    change = CHANGES[int(torch.randint(len(CHANGES), ()))]
-    if not change.magnitudes:
-        return change.apply(image, 0.0)
-    magnitude = change.magnitudes[int(torch.randint(BINS, ()))]
-    if change.signed and torch.rand(()).item() <= 0.5:
+    apply, magnitudes, signed = CHANGES[int(torch.randint(len(CHANGES), ()))]
+    if not magnitudes:
+        return apply(image, 0.0)
+    magnitude = magnitudes[int(torch.randint(BINS, ()))]
+    if signed and torch.rand(()).item() <= 0.5:
         magnitude = -magnitude
-    return change.apply(image, magnitude)
+    return apply(image, magnitude)

@@ -23,24 +23,8 @@ from torchvision.transforms.v2 import functional as F
 from tokenfusion.errors import InputError
 
 EXTENSIONS = frozenset(
-    {
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".jp2",
-        ".avif",
-    }
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
+    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"}
 )
 """File name endings, in lower case, that mark an image."""
 
@@ -87,8 +71,8 @@ def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
     try:
         with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
             refuse_large(image.height, image.width, max_pixels)
-            if image.format == "PNG":
-                verify_checksums(data)
+            if image.format == "PNG":  # whose checksums decoding alone does not look at; verifying uses an image up
+                Image.open(BytesIO(data), formats=["PNG"]).verify()
             pixels = decode_plain(data) if is_plain(image) else None
             return F.pil_to_tensor(to_rgb(image)) if pixels is None else pixels
     except UnreadableImage:
@@ -106,12 +90,6 @@ def refuse_large(height: int, width: int, max_pixels: int) -> None:
             f"{width}×{height} are {width * height} pixels, more than max_pixels={max_pixels}; "
             "shrink it or raise the limit"
         )
-
-
-def verify_checksums(data: bytes) -> None:
-    """Raise where a PNG's chunks differ from their checksums, which decoding alone does not look at."""
-    with Image.open(BytesIO(data), formats=["PNG"]) as image:  # verifying uses an image up
-        image.verify()
 
 
 def is_plain(image: Image.Image) -> bool:

@@ -84,10 +84,10 @@ class TrainLoader:
         share.require_even(size)
         self.images, self.order.share, self.share = images, share, share
         self.on_unreadable = on_unreadable
-        self.ahead = None
+        self.prefetcher = None
         if isinstance(self.order, ShardOrder):
-            self.ahead = Prefetcher(images.dataset.reader.fetch)
-            self.order.on_coming = self.ahead.want
+            self.prefetcher = Prefetcher(images.dataset.reader.fetch)
+            self.order.on_coming = self.prefetcher.want
         self.loader = WorkerLoader(
             AugmentedImages(images, augment, seed),
             batch_sampler=self.order,
@@ -125,8 +125,8 @@ class TrainLoader:
 
     def close(self) -> None:
         """End the workers, and what is fetched beside them."""
-        if self.ahead:
-            self.ahead.close()
+        if self.prefetcher:
+            self.prefetcher.close()
         end_workers(self.iterator)
         self.iterator = None
 

@@ -22,15 +22,7 @@ from tokenfusion.data.cache import Cache, default_cache
 from tokenfusion.data.dataset import Dataset, number_labels, printable, quoted, split_in_name
 from tokenfusion.data.decode import EXTENSIONS
 from tokenfusion.data.readers import ByteRanges
-from tokenfusion.data.remote import (
-    THREADS,
-    RemoteFile,
-    download,
-    find_files,
-    path_of,
-    read_small,
-    without_secrets,
-)
+from tokenfusion.data.remote import THREADS, RemoteFile, download, find_files, path_of, read_small, without_secrets
 from tokenfusion.data.sampler import OPEN_SHARDS
 from tokenfusion.data.tar import refuse_damage
 from tokenfusion.errors import InputError
@@ -66,16 +58,12 @@ class Shard:
     """Of its images, in bytes."""
 
     @property
-    def is_parquet(self) -> bool:
-        return is_parquet(self.file)
-
-    @property
     def is_fetched(self) -> bool:
         """Whether its images must be in the cache to be read."""
-        return self.is_parquet or not self.file.local
+        return is_parquet(self.file) or not self.file.local
 
     def open(self) -> BinaryIO:
-        if not self.is_parquet:
+        if not is_parquet(self.file):
             return open_shard(self.file, self.cache)
         room = self.size if self.file.local else self.size + self.file.size
         return self.cache.open(f"{self.file.key}-images", room, lambda path: unpack(self.file, self.cache, path))
@@ -100,7 +88,7 @@ class ShardRanges(ByteRanges):
         Raises:
             InputError: with the size that does.
         """
-        sizes = [shard.file.size * (2 if shard.is_parquet else 1) for shard in self.blobs if shard.is_fetched]
+        sizes = [shard.file.size * (1 + is_parquet(shard.file)) for shard in self.blobs if shard.is_fetched]
         need = min(sum(sizes), 2 * OPEN_SHARDS * max(sizes, default=0))
         cache = self.blobs[0].cache
         if need > cache.limit:
@@ -118,7 +106,6 @@ def open_shards(data: str, below: list[str] | None = None) -> Dataset:
         InputError: a shard is missing, damaged or cannot be reached, or an image has no label.
     """
     cache = default_cache()
-    where = without_secrets(data)
     if below is not None:
         below = sorted(
             name
@@ -132,7 +119,7 @@ def open_shards(data: str, below: list[str] | None = None) -> Dataset:
     numbers = np.repeat(np.arange(len(files)), counts)
     classes, labels = read_labels(data, names, indexes)
     return Dataset(
-        where=where,
+        where=without_secrets(data),
         names=names,
         labels=labels,
         classes=classes,
@@ -140,8 +127,8 @@ def open_shards(data: str, below: list[str] | None = None) -> Dataset:
         reader=ShardRanges(
             blobs=[Shard(file, cache, sum(index.sizes)) for file, index in zip(files, indexes, strict=True)],
             numbers=numbers,
-            offsets=np.concatenate([np.array(index.offsets, dtype=np.int64) for index in indexes]),
-            sizes=np.concatenate([np.array(index.sizes, dtype=np.int64) for index in indexes]),
+            offsets=np.array([offset for index in indexes for offset in index.offsets], dtype=np.int64),
+            sizes=np.array([size for index in indexes for size in index.sizes], dtype=np.int64),
         ),
         shards=numbers,
         shard_sizes=[file.size for file in files],

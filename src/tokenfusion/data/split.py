@@ -13,47 +13,47 @@ from tokenfusion.files import write_csv
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """Indices into a source, int64, ascending."""
+    """Indices into a dataset, int64, ascending."""
 
     train: np.ndarray
     val: np.ndarray
 
 
-def choose_split(source: Dataset, val_fraction: float, seed: int) -> Split:
+def choose_split(dataset: Dataset, val_fraction: float, seed: int) -> Split:
     """The data's own split into training and held-out images, or else one drawn class by class.
 
     Multi-label data is drawn so that each class is held out in about the same share (see `stratified`).
 
     Args:
-        source: the images; where it has no held-out part, one is drawn from its training images.
+        dataset: the images; where it has no held-out part, one is drawn from its training images.
         val_fraction: share of each class that is held out, rounded to whole images, at least one.
         seed: decides which.
 
     Raises:
         InputError: there is only one class, or a class has no training image, or too few to hold one out.
     """
-    if len(source.classes) < 2 and not source.multi_label:
-        raise InputError(f"{source.where}: a single class, {source.classes[0]!r}; a classifier needs at least two")
-    splits = np.array(source.splits)
-    held_out = held_out_name(source)
+    if len(dataset.classes) < 2 and not dataset.multi_label:
+        raise InputError(f"{dataset.where}: a single class, {dataset.classes[0]!r}; a classifier needs at least two")
+    splits = np.array(dataset.splits)
+    held_out = held_out_name(dataset)
     candidates = np.flatnonzero((splits == "train") | (splits == ""))
     if held_out is not None:
-        require_images(source, candidates, 1)
+        require_images(dataset, candidates, 1)
         return Split(candidates, np.flatnonzero(splits == held_out))
-    if source.shards is not None:
-        return hold_out_shards(source, source.shards, val_fraction, seed)
-    if source.multi_label:
-        require_images(source, candidates, 1)
-        chosen = candidates[stratified(source.labels[candidates], val_fraction, seed)]
+    if dataset.shards is not None:
+        return hold_out_shards(dataset, dataset.shards, val_fraction, seed)
+    if dataset.multi_label:
+        require_images(dataset, candidates, 1)
+        chosen = candidates[stratified(dataset.labels[candidates], val_fraction, seed)]
         if not len(chosen):
             raise InputError(
-                f"{source.where}: no class has two images, one to train on and one to hold out; add images"
+                f"{dataset.where}: no class has two images, one to train on and one to hold out; add images"
             )
         return Split(np.setdiff1d(candidates, chosen), chosen)
-    require_images(source, candidates, 2)
+    require_images(dataset, candidates, 2)
     val = []
-    for label in range(len(source.classes)):
-        members = candidates[source.labels[candidates] == label]
+    for label in range(len(dataset.classes)):
+        members = candidates[dataset.labels[candidates] == label]
         count = min(max(round(len(members) * val_fraction), 1), len(members) - 1)
         val.append(np.random.default_rng([seed, label]).permutation(members)[:count])
     chosen = np.sort(np.concatenate(val))
@@ -100,7 +100,7 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     return np.flatnonzero(side == 1)
 
 
-def hold_out_shards(source: Dataset, shards: np.ndarray, val_fraction: float, seed: int) -> Split:
+def hold_out_shards(dataset: Dataset, shards: np.ndarray, val_fraction: float, seed: int) -> Split:
     """Hold out whole shards, at least one, so that validation fetches those alone.
 
     Raises:
@@ -109,44 +109,44 @@ def hold_out_shards(source: Dataset, shards: np.ndarray, val_fraction: float, se
     numbers = np.unique(shards)
     if len(numbers) < 2:
         raise InputError(
-            f"{source.where}: a single shard, and none to hold out; pack more, or name them train-*.tar and val-*.tar"
+            f"{dataset.where}: a single shard, and none to hold out; pack more, or name them train-*.tar and val-*.tar"
         )
     count = min(max(round(len(numbers) * val_fraction), 1), len(numbers) - 1)
     held_out = np.isin(shards, np.random.default_rng(seed).permutation(numbers)[:count])
-    require_images(source, np.flatnonzero(~held_out), 1)
+    require_images(dataset, np.flatnonzero(~held_out), 1)
     return Split(np.flatnonzero(~held_out), np.flatnonzero(held_out))
 
 
-def require_images(source: Dataset, candidates: np.ndarray, least: int) -> None:
+def require_images(dataset: Dataset, candidates: np.ndarray, least: int) -> None:
     """Refuse a class with fewer than `least` images to train on."""
-    labels = source.labels[candidates]
-    counts = labels.sum(0) if source.multi_label else np.bincount(labels, minlength=len(source.classes))
-    for name, count in zip(source.classes, counts, strict=True):
+    labels = dataset.labels[candidates]
+    counts = labels.sum(0) if dataset.multi_label else np.bincount(labels, minlength=len(dataset.classes))
+    for name, count in zip(dataset.classes, counts, strict=True):
         if count < least:
             reason = "to train on" if least == 1 else "one to train on and one to hold out"
             raise InputError(
-                f"{source.where}: class {name!r} has {count} training images; it needs at least {least}, {reason}. "
+                f"{dataset.where}: class {name!r} has {count} training images; it needs at least {least}, {reason}. "
                 "Add images of it or remove the class"
             )
 
 
-def header_of(source: Dataset) -> list[str]:
+def header_of(dataset: Dataset) -> list[str]:
     """The columns of split.csv."""
-    return ["path", "labels" if source.multi_label else "label", "split"]
+    return ["path", "labels" if dataset.multi_label else "label", "split"]
 
 
-def write_split(path: Path, source: Dataset, split: Split) -> None:
+def write_split(path: Path, dataset: Dataset, split: Split) -> None:
     """Write which split each image is in as a CSV `path,label,split`; images in neither have an empty one.
 
     Of multi-label data the column is `labels`, with `|` between them.
     """
-    names = np.full(len(source), "", dtype=object)
+    names = np.full(len(dataset), "", dtype=object)
     names[split.train], names[split.val] = "train", "val"
-    labels = map(source.label_text, range(len(source)))
-    write_csv(path, header_of(source), zip(source.names, labels, names, strict=True))
+    labels = map(dataset.label_text, range(len(dataset)))
+    write_csv(path, header_of(dataset), zip(dataset.names, labels, names, strict=True))
 
 
-def read_split(path: Path, source: Dataset) -> Split:
+def read_split(path: Path, dataset: Dataset) -> Split:
     """Read what `write_split` wrote for the same images.
 
     Raises:
@@ -157,15 +157,15 @@ def read_split(path: Path, source: Dataset) -> Split:
             header, *rows = list(csv.reader(file)) or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error}); start a new run") from error
-    columns = header_of(source)
+    columns = header_of(dataset)
     if header != columns or any(len(row) != len(columns) for row in rows):
         raise InputError(f"{path}: not the split of a run, which has the columns {','.join(columns)}; start a new run")
-    for index in range(max(len(rows), len(source))):
+    for index in range(max(len(rows), len(dataset))):
         then = rows[index][:2] if index < len(rows) else None
-        now = [source.names[index], source.label_text(index)] if index < len(source) else None
+        now = [dataset.names[index], dataset.label_text(index)] if index < len(dataset) else None
         if then != now:
             raise InputError(
-                f"{source.where}: image {index} was {then} when the split was written and is {now} now; "
+                f"{dataset.where}: image {index} was {then} when the split was written and is {now} now; "
                 "restore the data, or start a new run"
             )
     names = np.array([row[2] for row in rows])
