@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     names = register()
     recipe = Recipe(**load_recipe(RECIPE), model=names[0], data=str(options.data.resolve()))
-    budget = Budget("epochs", recipe.epochs)
+    budget = Budget("epochs", float(recipe.epochs))
     comparison = plan_comparison(recipe, names, options.seeds, options.comparison, budget)
     for seed in comparison.seeds:
         for name in names:

@@ -1,6 +1,8 @@
 """Runs that take seconds, and whether two ended the same."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -16,6 +18,30 @@ def small_recipe(**changes):
         "lr": 4e-3, "hflip": 0.0, "crop_scale": 0.6, "ema": 0.9, "drop_path": 0.1,
     }  # fmt: skip
     return Recipe(**values | changes)
+
+
+TINY = "fuse(wide(resnet_micro,0.1),wide(vit_micro,0.1),early)"
+"""A model with all that a checkpoint may hold, BatchNorm's statistics included; an epoch of digits takes a second."""
+
+
+def tiny_recipe(**changes):
+    """A run of a second or two, for what does not depend on how much is learned."""
+    return small_recipe(**{"model": TINY} | changes)
+
+
+def interrupt_at(step):
+    """A `progress` that presses Ctrl-C after so many steps."""
+    return after_step(step, lambda: os.kill(os.getpid(), signal.SIGINT))
+
+
+def after_step(step, act):
+    """A `progress` that does something once, after a step counted from 1."""
+
+    def listen(update):
+        if update.step == step and update.record is None:
+            act()
+
+    return listen
 
 
 TIMES = {"seconds", "images_per_s", "peak_memory_mb"}

@@ -1,7 +1,6 @@
 """A run on images with any number of classes, from data to report: digits as even, high (5 to 9) and with a loop."""
 
 import csv
-import importlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from runs import small_recipe
+from runs import interrupt_at, small_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.classifier import Prediction
@@ -163,21 +162,11 @@ def test_the_table_shows_why_a_class_is_not_given(capsys):
     assert line.split(maxsplit=1)[1].strip().split("  ") == ["cat 30.1%", "dog 70.1% < 70.7%"]
 
 
-def test_a_run_that_was_stopped_ends_bit_equal(data, tmp_path, monkeypatch):
-    loop = importlib.import_module("tokenfusion.training.fit")
+def test_a_run_that_was_stopped_ends_bit_equal(data, tmp_path):
     recipe = recipe_of(data, epochs=3, patience=2, balance="loss")
     start(recipe, tmp_path / "whole", QUIET)
-    step, steps = loop.train_step, []
-
-    def stop_after_20(job, state, *batch):
-        steps.append(1)
-        job.wishes.stop = len(steps) == 20
-        return step(job, state, *batch)
-
-    monkeypatch.setattr(loop, "train_step", stop_after_20)
     with pytest.raises(Interrupted):
-        start(recipe, tmp_path / "run", QUIET)
-    monkeypatch.undo()
+        start(recipe, tmp_path / "run", QUIET, progress=interrupt_at(20))
     resume(tmp_path / "run", QUIET)
     (one, _), (other, _) = (load_tensors(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert all(tensor.equal(other[name]) for name, tensor in one.items())

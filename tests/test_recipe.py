@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -75,7 +75,8 @@ def test_bad_values_are_refused_with_the_remedy(changes, said):
 
 def test_every_number_has_a_range_and_keeps_to_it():
     kinds = get_type_hints(Recipe)
-    assert RANGES.keys() == {name for name in FIELDS if kinds[name] in (int, float)}
+    numbers = {name for name in FIELDS if {int, float} & {kinds[name], *get_args(kinds[name])[:-1]}}
+    assert RANGES.keys() == numbers - {"img_size"}
     for name, (low, high) in RANGES.items():
         for value in (low - 1, high + 1, float("nan")):
             if value != high:  # infinity
@@ -95,6 +96,16 @@ def test_bad_files_are_refused(tmp_path, text, said):
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(InputError, match=said):
         load_recipe(tmp_path / "recipe.toml")
+
+
+def test_fields_that_are_gone_pass_at_what_is_done_now_and_are_named_otherwise(tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('on_bad_loss = "stop"\nmax_bad_steps = 10\nlr = 0.5')
+    assert load_recipe(path) == {"lr": 0.5}
+    for line in ('on_bad_loss = "skip"', "max_bad_steps = 3"):
+        path.write_text(line)
+        with pytest.raises(InputError, match=rf"{line.split()[0]}=.* is no longer known.*remove"):
+            load_recipe(path)
 
 
 def test_the_recipes_that_ship_are_recipes():

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tokenfusion.classifier import Classifier
     from tokenfusion.models import create_model, list_models
     from tokenfusion.models.fuse import fuse
+    from tokenfusion.training import train
     from tokenfusion.weights import load_weights, to_official
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "load_weights",
     "record_attention",
     "to_official",
+    "train",
 ]
 
 HOMES = {
@@ -44,6 +46,7 @@ HOMES = {
     "load_weights": "tokenfusion.weights",
     "record_attention": "tokenfusion.analyze.record",
     "to_official": "tokenfusion.weights",
+    "train": "tokenfusion.training",
 }
 
 

@@ -224,7 +224,9 @@ class Classifier:
 
     def to_input(self, batch: Tensor) -> Tensor:
         """Prepared images, uint8 (B, in_chans, h, w), as the model's float input on its device."""
-        return self.preprocess.normalize(batch.to(self.device)).contiguous(memory_format=torch.channels_last)
+        return self.preprocess.normalize(batch.to(self.device, non_blocking=True)).contiguous(
+            memory_format=torch.channels_last
+        )
 
     def predict(
         self,

@@ -77,13 +77,13 @@ def train(
     from tokenfusion import training
     from tokenfusion.analyze.watch import watch_collapse
     from tokenfusion.checkpoint import resume_command
-    from tokenfusion.training.fit import CHECKPOINT
-    from tokenfusion.training.sharded import is_saved
+    from tokenfusion.training.distributed.fsdp import is_saved
+    from tokenfusion.training.setup import CHECKPOINT
 
     if as_json and not dry_run:
         raise InputError("--json prints a plan; give --dry-run with it, or leave it out")
     if dry_run and not resume:
-        from tokenfusion.training.plan import print_plan
+        from tokenfusion.training.tune.dry_run import print_plan
 
         print_plan(settings, as_json, console.print, stderr.print)
         return

@@ -8,7 +8,7 @@ from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter, HelpPanel
 
 from tokenfusion.errors import InputError
-from tokenfusion.recipe import AUTO, AUTO_FIELDS, load_recipe, preset
+from tokenfusion.recipe import AUTO_FIELDS, load_recipe, preset
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -36,7 +36,7 @@ def refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: ArgumentC
 
 
 def read_autos(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Read `auto` where a number is chosen by measuring."""
+    """Refuse a word other than `auto` where a number may be chosen by measuring."""
     if commands not in TRAINING:
         return
     for argument in arguments:
@@ -44,9 +44,6 @@ def read_autos(_app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
             for token in argument.tokens:
                 if token.value != "auto" and not is_number(token.value):
                     raise InputError(f"{argument.name}={token.value} is no number; give one, or auto")
-            argument.tokens = [
-                token.evolve(value=str(AUTO)) if token.value == "auto" else token for token in argument.tokens
-            ]
 
 
 class HelpWithAutos(DefaultFormatter):
@@ -54,7 +51,9 @@ class HelpWithAutos(DefaultFormatter):
 
     def __call__(self, console: "Console", options: "ConsoleOptions", panel: HelpPanel) -> None:
         entries = [
-            entry.copy(metavar=f"{entry.metavar}|auto") if AUTO_OPTIONS.intersection(entry.names) else entry
+            entry.copy(metavar=str(entry.metavar).replace("CHOICE", "auto"), choices=())
+            if AUTO_OPTIONS.intersection(entry.names)
+            else entry
             for entry in panel.entries
         ]
         super().__call__(console, options, panel.copy(entries=entries))

@@ -6,12 +6,13 @@ import os
 import tomllib
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from tokenfusion.errors import InputError
 
-AUTO = -(2**31)
-"""A field that is chosen by measuring; `auto` in TOML and on the command line. Nobody means this number."""
+Auto = Literal["auto"]
+"""In place of a number that is chosen by measuring, or that only training finds."""
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class Recipe:
     freeze: Literal["none", "cnn", "vit", "both"] = "none"
     """Parents of a fusion model whose weights stay as they are; what fuses and the head still learn."""
 
-    epochs: int = 30
+    epochs: int | Auto = 30
     """Passes over the training images; auto goes on until held-out accuracy stops improving, then lets lr fall to 0."""
-    batch_size: int = 0
+    batch_size: int | Auto = 0
     """Images per optimiser step, accumulation included; 0 takes 128, or fewer for 20 steps an epoch, but 8 at least;
     auto the largest that fits into memory."""
     accumulate: int = 1
     """Parts that a batch is computed in, to save memory; BatchNorm sees a part at a time."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """Muon for matrices and kernels, AdamW for the rest: learns faster from random weights; or AdamW for everything."""
-    lr: float = 2e-3
+    lr: float | Auto = 2e-3
     """Peak learning rate; one value suits both optimisers; auto chooses it by a range test."""
     backbone_lr: float = 1.0
     """Learning rate of a fusion model's parents, or of all but the classifier of any other model, in units of lr."""
@@ -49,10 +50,6 @@ class Recipe:
     """Decoupled weight decay of matrices and kernels; none on biases, norms and gates."""
     clip_grad: float = 1.0
     """Largest norm of the gradient; 0 leaves it as it is."""
-    on_bad_loss: Literal["stop", "skip", "rollback"] = "stop"
-    """A loss or gradient not finite stops; or it, and a spike, is skipped or rolled back to the epoch's start."""
-    max_bad_steps: int = 10
-    """Most steps of a run that are skipped or rolled back; at one more it stops."""
     ema: float = 0.0
     """Decay of the exponential moving average of weights that is evaluated and shipped; 0 for none."""
     patience: int = 0
@@ -123,12 +120,12 @@ class Recipe:
     @property
     def autos(self) -> tuple[str, ...]:
         """Names of the fields that are left to be chosen by measuring."""
-        return tuple(name for name in AUTO_FIELDS if getattr(self, name) == AUTO)
+        return tuple(name for name in AUTO_FIELDS if getattr(self, name) == "auto")
 
     def batch_size_for(self, images: int, processes: int = 1) -> int:
         """Images per optimiser step when so many are trained on, by so many processes together."""
         if self.batch_size:
-            return self.batch_size
+            return number(self.batch_size)
         size = 2 ** int(math.log2(min(max(images / 20, 8), 128)))
         parts = self.accumulate * processes
         return size // parts * parts or parts
@@ -143,7 +140,7 @@ class Recipe:
         object.__setattr__(self, "exclude", self.exclude and os.path.abspath(self.exclude))
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
-            if not low <= value <= high and name not in self.autos:
+            if value != "auto" and not low <= value <= high:
                 auto = ", or auto" * (name in AUTO_FIELDS)
                 raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}{auto}")
         if len(runs) not in (0, 2):
@@ -159,7 +156,7 @@ class Recipe:
             raise InputError(f"img_size={self.img_size} has no pixels; the nearest that works is {nearest}")
         if any(side > MAX_SIDE for side in self.img_size):
             raise InputError(f"img_size={self.img_size} is too large; give sides up to {MAX_SIDE}")
-        if "batch_size" not in self.autos and self.batch_size % self.accumulate:
+        if self.batch_size != "auto" and self.batch_size % self.accumulate:
             raise InputError(
                 f"batch_size={self.batch_size} does not divide into accumulate={self.accumulate} equal parts; "
                 f"try batch_size={self.batch_size // self.accumulate * self.accumulate or self.accumulate}"
@@ -168,7 +165,9 @@ class Recipe:
 
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 AUTO_FIELDS = ("epochs", "batch_size", "lr")
-"""Fields that may be AUTO."""
+"""Fields that may be "auto"."""
+NO_LONGER_KNOWN = {"on_bad_loss": "stop", "max_bad_steps": 10}
+"""Fields that recipes had once, and the values that mean what is done now."""
 INFINITY = float("inf")
 MAX_SIDE = 16_384
 """Longest side of a model's input, in pixels."""
@@ -182,7 +181,6 @@ RANGES: dict[str, tuple[float, float]] = {
     "warmup_epochs": (0, 100_000),
     "weight_decay": (0, 100),
     "clip_grad": (0, INFINITY),
-    "max_bad_steps": (0, 1_000_000),
     "ema": (0, 0.999999),
     "patience": (0, 100_000),
     "crop_scale": (0.01, 1),
@@ -207,15 +205,23 @@ LISTS = {int: "whole numbers, such as [128, 96]", str: 'texts, such as ["runs/cn
 """What a field that is a tuple may hold, by the type of its items."""
 
 
+def number(value: Number | Auto) -> Number:
+    """A field that may be "auto", once it is a number."""
+    assert not isinstance(value, str)
+    return value
+
+
 def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
     """Fields with values of their types, or an InputError; whole numbers pass as floats."""
     kinds = get_type_hints(Recipe)
     result = dict(values)
     for name, value in values.items():
         kind = kinds[name]
-        if value == "auto" and name in AUTO_FIELDS:
-            result[name] = kind(AUTO)
-        elif kind is float and type(value) is int:
+        if name in AUTO_FIELDS:
+            if value == "auto":
+                continue
+            kind = get_args(kind)[0]
+        if kind is float and type(value) is int:
             result[name] = float(value)
         elif get_origin(kind) is Literal:
             if repr(value) not in map(repr, get_args(kind)):  # 1.0 and True are equal to 1
@@ -273,6 +279,12 @@ def load_recipe(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"recipe {path}: {reason}; give a readable TOML file") from error
+    for name, harmless in NO_LONGER_KNOWN.items():
+        if (value := values.pop(name, harmless)) != harmless:
+            raise InputError(
+                f"recipe {path}: {name}={value!r} is no longer known: a loss that is not finite stops the run; remove "
+                "the line"
+            )
     for name in values:
         if name not in FIELDS:
             raise InputError(f"recipe {path}: no field is called {name!r}; known fields: {', '.join(FIELDS)}")
@@ -286,5 +298,5 @@ def dump_recipe(recipe: Recipe) -> str:
     """The recipe as TOML, every field stated."""
     import tomli_w
 
-    values = dataclasses.asdict(recipe) | dict.fromkeys(recipe.autos, "auto")
+    values = dataclasses.asdict(recipe)
     return tomli_w.dumps({name: list(v) if isinstance(v, tuple) else v for name, v in values.items()})

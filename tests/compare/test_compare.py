@@ -23,7 +23,7 @@ from tokenfusion.compare import Budget, compare, plan_comparison, summarise
 from tokenfusion.compare.contenders import Contender
 from tokenfusion.compare.statistics import pareto_front
 from tokenfusion.compare.table import comparison_table
-from tokenfusion.compare.timing import epoch_minutes
+from tokenfusion.compare.timing import minutes_of_epochs
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 
@@ -296,7 +296,7 @@ def test_steps_are_timed_once_and_too_few_minutes_are_refused(tmp_path):
         compare(RECIPE, ["vit_micro"], 1, tmp_path, budget=Budget("minutes", 1e-9))
     assert not list((tmp_path / "runs").iterdir())
     kept = json.loads((tmp_path / "timing.json").read_text())["vit_micro"]["minutes"]
-    again = epoch_minutes([Contender("vit_micro", "model")], RECIPE, 1, tmp_path / "timing.json")
+    again = minutes_of_epochs([Contender("vit_micro", "model")], RECIPE, 1, tmp_path / "timing.json")
     assert again == ({"vit_micro": kept}, {})
 
 

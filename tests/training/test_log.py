@@ -10,11 +10,12 @@ import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from runs import small_recipe
+from runs import tiny_recipe
 from serving import serving
-from tokenfusion import InputError, training
+from tokenfusion import InputError
 from tokenfusion.recipe import Recipe
 from tokenfusion.training import loggers, resume, start
+from tokenfusion.training import run as run_module
 from tokenfusion.training.log import Log
 from tokenfusion.training.loggers import require_installed
 
@@ -98,7 +99,7 @@ def flaky(monkeypatch):
     """A service that can be down, in the place of one whose package need not be installed."""
     monkeypatch.setitem(loggers.SERVICES, "wandb", Flaky)
     monkeypatch.setattr(loggers, "require_installed", lambda _: None)
-    monkeypatch.setattr(training, "require_installed", lambda _: None)
+    monkeypatch.setattr(run_module, "require_installed", lambda _: None)
     monkeypatch.setattr(Flaky, "up", True)
     monkeypatch.setattr(Flaky, "sent", [])
     return Flaky
@@ -124,7 +125,7 @@ def test_a_finished_run_sends_by_resume_what_a_service_lacks_and_then_no_more(fl
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(flaky, "send", lambda *_: setattr(flaky, "up", False) or flaky.answer(flaky))
-        start(small_recipe(loggers=("wandb",)), run, QUIET)
+        start(tiny_recipe(loggers=("wandb",)), run, QUIET)
     with pytest.raises(InputError, match="loggers=wandb does not take the run"):
         resume(run, QUIET)
     flaky.up = True
@@ -161,7 +162,7 @@ def test_what_the_environment_says_of_mlflow_wins(tmp_path, monkeypatch):
 
 def test_a_run_whose_service_goes_down_still_ships_its_weights(flaky, tmp_path, monkeypatch):
     monkeypatch.setattr(flaky, "send", lambda *_: setattr(flaky, "up", False) or flaky.answer(flaky))
-    start(small_recipe(loggers=("wandb",)), tmp_path / "run", QUIET)
+    start(tiny_recipe(loggers=("wandb",)), tmp_path / "run", QUIET)
     assert (tmp_path / "run" / "model.safetensors").exists()
     assert json.loads((tmp_path / "run" / "loggers.json").read_text())["wandb"]["epochs"] == 0
 
@@ -189,7 +190,7 @@ def test_an_absent_package_is_noticed_before_any_image_is_read(tmp_path):
     if find_spec("wandb"):
         pytest.skip("wandb is installed, so that it is not absent")
     with pytest.raises(InputError, match="loggers=wandb needs a package"):
-        start(small_recipe(loggers=("wandb",)), tmp_path / "run", QUIET)
+        start(tiny_recipe(loggers=("wandb",)), tmp_path / "run", QUIET)
     assert not (tmp_path / "run" / "split.csv").exists()
 
 

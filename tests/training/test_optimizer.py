@@ -7,8 +7,9 @@ import torch
 
 from runs import small_recipe
 from tokenfusion import create_model
-from tokenfusion.training.mixing import BatchMixing
-from tokenfusion.training.optimizer import learning_rate, make_optimizer, seed_step
+from tokenfusion.training.objective import BatchMixing
+from tokenfusion.training.optimizer import make_optimizer, seed_step
+from tokenfusion.training.schedule import learning_rate
 
 
 def test_learning_rate_rises_linearly_then_falls_along_a_cosine():

@@ -13,14 +13,14 @@ from rich.console import Console
 
 from children import begin
 from killing import Death, die_by
-from runs import small_recipe
+from runs import interrupt_at, tiny_recipe
 from serving import Server, add, picture, png, serving, write_shards
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data import remote
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
 from tokenfusion.recipe import Recipe
-from tokenfusion.training import Interrupted, display, resume, start
+from tokenfusion.training import Interrupted, resume, start
 
 QUIET = Console(quiet=True)
 BAD = "train-4.tar/0905.png"
@@ -41,31 +41,16 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def recipe_for(server: Server, **changes: object) -> Recipe:
-    return small_recipe(
+    return tiny_recipe(
         data=server.url + "/{train-{0..4},val-0}.tar", batch_size=8, save_minutes=99.0, max_skipped=0.02, **changes
     )
 
 
-def interrupt_at(step_to_stop_at: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    show_step = display.Display.show_step
-
-    def stop(self, epoch, step, *numbers):
-        show_step(self, epoch, step, *numbers)
-        if step == step_to_stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(display.Display, "show_step", stop)
-
-
-def test_a_run_that_stops_in_the_middle_of_an_epoch_ends_the_same(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_stops_in_the_middle_of_an_epoch_ends_the_same(server: Server, tmp_path: Path) -> None:
     start(recipe_for(server), tmp_path / "whole", QUIET)
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        interrupt_at(11, patch)  # of 8 steps an epoch
-        with pytest.raises(Interrupted):
-            start(recipe_for(server, workers=2), run, QUIET)
+    with pytest.raises(Interrupted):
+        start(recipe_for(server, workers=2), run, QUIET, progress=interrupt_at(11))  # of 8 steps an epoch
     assert load_tensors(run / "state" / "last.safetensors")[1]["step_in_epoch"] == 3
     server.sent.clear()
     server.failures.update(dict.fromkeys((f"/train-{n}.tar" for n in range(5)), 1))
@@ -109,26 +94,24 @@ def test_a_run_over_shards_that_is_killed_in_the_middle_of_epochs_ends_the_same(
 def test_too_many_unreadable_images_end_the_run(server: Server, tmp_path: Path) -> None:
     said = rf"1 of 65 training images .* max_skipped=0.01 allows .*{BAD}: not an image"
     with pytest.raises(InputError, match=said):
-        start(small_recipe(data=server.url, batch_size=8, epochs=3), tmp_path / "run", QUIET)
+        start(tiny_recipe(data=server.url, batch_size=8, epochs=3), tmp_path / "run", QUIET)
     assert BAD in (tmp_path / "run/skipped.csv").read_text()
     with pytest.raises(InputError, match=said):  # as nothing was mended
         resume(tmp_path / "run", QUIET)
 
 
 def test_a_shard_that_vanishes_or_changes_ends_the_run_which_goes_on_once_it_is_back(
-    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: Server, tmp_path: Path
 ) -> None:
     run, shard = tmp_path / "run", tmp_path / "shards/train-1.tar"
-    with monkeypatch.context() as patch:
-        interrupt_at(9, patch)
-        with pytest.raises(Interrupted):
-            start(recipe_for(server), run, QUIET)
+    with pytest.raises(Interrupted):
+        start(recipe_for(server), run, QUIET, progress=interrupt_at(9))
     content = shard.read_bytes()
     shard.rename(tmp_path / "away.tar")
     with pytest.raises(InputError, match=r"train-1.tar: there is no such file; put it back"):
         resume(run, QUIET)
     shard.write_bytes(content + bytes(512))
-    with pytest.raises(InputError, match=r"the images or the fields of .* are not those that the run began with"):
+    with pytest.raises(InputError, match=r"pixels of the training images are not those that the run began with"):
         resume(run, QUIET)
     shard.write_bytes(content)
     resume(run, QUIET)

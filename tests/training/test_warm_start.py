@@ -1,16 +1,13 @@
 """Two trained runs as the parents of a fused one: it starts as they are, and goes on without them."""
 
-import io
-import os
 import shutil
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
 from rich.console import Console
 
-from runs import small_recipe
+from runs import interrupt_at, small_recipe
 from tokenfusion import Classifier, InputError, Recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.decoded import read_images
@@ -47,10 +44,10 @@ def digits():
 
 def started(recipe, classes=DIGITS):
     """The fused classifier before its first step, and what was printed."""
-    said = io.StringIO()
+    said = []
     classifier = build(recipe, classes)
-    warm_start(classifier, recipe.warm_start_from, Console(file=said, width=1000))
-    return classifier, said.getvalue()
+    warm_start(classifier, recipe.warm_start_from, said.append)
+    return classifier, said[0]
 
 
 @pytest.mark.parametrize("cell", ["layerwise", "layerwise,cls", "late", "late,cross", "early,cross", "early,add"])
@@ -59,12 +56,12 @@ def test_before_the_first_step_it_computes_what_the_transformers_run_does(parent
     expected, labels = collect_logits(Classifier.load(parents[1]), digits)
     assert (expected.argmax(1) == labels).float().mean() > 0.3  # the run has learned something
     torch.testing.assert_close(collect_logits(fused, digits)[0], expected, rtol=0, atol=1e-6)
-    assert said == f"starts from {parents[0]} and {parents[1]}\n"
+    assert said == f"starts from {parents[0]} and {parents[1]}"
 
 
 def test_attention_that_is_not_gated_is_said_to_join_at_once(parents):
     _, said = started(recipe_of(parents, "fuse(resnet_micro,vit_micro,early,joint)"))
-    assert said.endswith("; not gated: pixels join the transformer's attention at once\n")
+    assert said.endswith("; not gated: pixels join the transformer's attention at once")
 
 
 def test_its_cnn_computes_what_the_cnns_run_does(parents, digits):
@@ -115,23 +112,12 @@ def test_for_other_classes_the_head_starts_at_random_and_that_is_said(parents):
     assert not torch.equal(own["head.weight"], theirs["head.weight"])
 
 
-def test_it_resumes_without_its_parents(parents, tmp_path, monkeypatch):
-    from tokenfusion.training import display
-
-    show_step = display.Display.show_step
-
-    def interrupt_at_step_5(self, epoch, step, *numbers):
-        show_step(self, epoch, step, *numbers)
-        if step == 5:
-            os.kill(os.getpid(), signal.SIGINT)
-
+def test_it_resumes_without_its_parents(parents, tmp_path):
     copies = [shutil.copytree(parent, tmp_path / parent.name) for parent in parents]
     recipe = recipe_of(copies, backbone_lr=0.1, freeze="cnn")
     start(recipe, tmp_path / "whole", QUIET)
-    with monkeypatch.context() as patch:
-        patch.setattr(display.Display, "show_step", interrupt_at_step_5)
-        with pytest.raises(Interrupted):
-            start(recipe, tmp_path / "run", QUIET)
+    with pytest.raises(Interrupted):
+        start(recipe, tmp_path / "run", QUIET, progress=interrupt_at(5))
     for copy in copies:
         shutil.rmtree(copy)
     resume(tmp_path / "run", QUIET)

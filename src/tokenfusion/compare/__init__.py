@@ -23,7 +23,7 @@ from tokenfusion.data.exclude import EXCLUDED, keep_list
 from tokenfusion.data.open import resolved
 from tokenfusion.errors import InputError
 from tokenfusion.files import make_folder, write_json, write_text
-from tokenfusion.recipe import Recipe, dump_recipe
+from tokenfusion.recipe import Recipe, dump_recipe, number
 
 __all__ = ["Budget", "compare", "plan_comparison", "split_names", "summarise"]
 
@@ -69,7 +69,7 @@ def compare(
     refuse_recipe(recipe, budget)
     refuse_other_folder(out)
     recipe = replace(recipe, data=resolved(recipe.data), exclude=own_list(recipe.exclude, out))
-    budget = budget or Budget("epochs", recipe.epochs)
+    budget = budget or Budget("epochs", number(recipe.epochs))
     comparison = plan_comparison(recipe, models, seeds, out, budget, controls=controls, jobs=jobs)
     for folder in ("runs", "logs"):
         make_folder(out / folder)

@@ -16,7 +16,7 @@ from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 from tokenfusion.models.cost import Counts, count_model
 from tokenfusion.recipe import Recipe, load_recipe
-from tokenfusion.training import FREE_TO_CHANGE
+from tokenfusion.training.identity import FREE_TO_CHANGE
 
 Unit = Literal["epochs", "minutes", "macs"]
 
@@ -178,10 +178,10 @@ def with_epochs(comparison: Comparison) -> Comparison:
     elif comparison.budget.unit == "macs":
         costs = {name: float(one.macs * comparison.training_images) for name, one in comparison.counts.items()}
     else:
-        from tokenfusion.compare.timing import epoch_minutes
+        from tokenfusion.compare.timing import minutes_of_epochs
 
         kept = comparison.out / "timing.json"
-        costs, failed = epoch_minutes(comparison.trained, comparison.recipe, comparison.threads, kept)
+        costs, failed = minutes_of_epochs(comparison.trained, comparison.recipe, comparison.threads, kept)
         if not costs:
             raise InputError(next(iter(failed.values())))
     planned = replace(comparison, epochs=comparison.budget.epochs(costs), untrainable=failed)

@@ -1,5 +1,6 @@
 """Batches for training and evaluation. What a batch holds depends on the seed, the epoch and the step alone."""
 
+import copy
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.remote import Prefetcher
-from tokenfusion.data.sampler import Key, ShardOrder, Share, choose_order, mix
+from tokenfusion.data.sampler import Key, RandomOrder, ShardOrder, Share, choose_order, mix
 from tokenfusion.errors import InputError
 
 Batch = tuple[Tensor, ...]
@@ -97,6 +98,7 @@ class TrainLoader:
             worker_init_fn=ignore_interrupts,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # otherwise starting an epoch would draw from the caller's
+            pin_memory=torch.cuda.is_available(),  # so that a copy to the GPU does not wait
         )
         self.iterator: Iterator[Loaded] | None = None
 
@@ -122,6 +124,12 @@ class TrainLoader:
         self.order.epoch, self.order.start = epoch, start
         self.iterator = self.loader.begin()
         yield from guarded(self.iterator, self.on_unreadable)
+
+    def names_in(self, epoch: int, step: int) -> list[str]:
+        """Names of the images in one batch, as far as this process loads it."""
+        order = copy.copy(self.order)
+        order.epoch, order.start = epoch, step
+        return [self.images.names[index] for _, index, *_ in next(RandomOrder.__iter__(order))]
 
     def close(self) -> None:
         """End the workers, and what is fetched beside them."""
@@ -156,6 +164,7 @@ def eval_batches(
         pin_memory=pin_memory and torch.cuda.is_available(),
         collate_fn=as_it_is,
         generator=torch.Generator(),
+        pin_memory=torch.cuda.is_available(),
     )
     iterator = loader.begin()
     try:

@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from tokenfusion.data.dataset import printable
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
-from tokenfusion.recipe import AUTO
 from tokenfusion.report.multilabel import multilabel_values
 from tokenfusion.report.page import MAX_MISTAKES, Picture, Thumbnails, percent, picture, pictures_of, write_page
 from tokenfusion.report.pictures import Overlay, overlays_of
@@ -204,12 +203,12 @@ def show_mistakes(
 
 def list_cost(results: Results) -> list[tuple[str, str]]:
     """What the run cost, as names and values."""
-    epochs, model = results.epochs, results.model
+    epochs, planned, model = results.epochs, results.recipe.epochs, results.model
     seconds = sum(epoch["seconds"] for epoch in epochs)
     memory = [epoch["peak_memory_mb"] for epoch in epochs if epoch.get("peak_memory_mb") is not None]
     return [
         ("Training time", f"{duration(seconds)}, {duration(seconds / len(epochs))} per epoch"),
-        ("Epochs", f"{len(epochs)} of {results.recipe.epochs}" if results.recipe.epochs != AUTO else f"{len(epochs)}"),
+        ("Epochs", str(len(epochs)) + f" of {planned}" * (planned != "auto")),
         ("Speed", f"{median(epoch['images_per_s'] for epoch in epochs):,.0f} images/s (median epoch)"),
         ("Peak memory", f"{max(memory):,.0f} MB" if memory else "not measured"),
         ("Parameters", f"{model['parameters']:,}"),

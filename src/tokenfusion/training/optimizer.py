@@ -1,6 +1,5 @@
-"""What moves the weights: the optimiser, and its learning rate and randomness as functions of the step."""
+"""What moves the weights: the optimiser, its groups of parameters, and what a step draws at random."""
 
-from math import ceil, cos, pi, sqrt
 from typing import Any
 
 import torch
@@ -9,10 +8,7 @@ from torch import nn
 
 from tokenfusion.data.sampler import mix
 from tokenfusion.models.token_fusion import TokenFusion
-from tokenfusion.recipe import AUTO, Recipe
-
-DECAY_SHARE = 0.2
-"""Length of the final decay of a run with an open end, in units of the epochs before it (arXiv 2405.18392)."""
+from tokenfusion.recipe import Recipe, number
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
@@ -40,7 +36,8 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         for (scale, decayed), parameters in groups.items()
         if parameters
     ]
-    return Muon(options, lr=recipe.lr, nesterov=True) if muon else torch.optim.AdamW(options, lr=recipe.lr, fused=True)
+    lr = number(recipe.lr)
+    return Muon(options, lr=lr, nesterov=True) if muon else torch.optim.AdamW(options, lr=lr, fused=True)
 
 
 def lr_scales(model: nn.Module, recipe: Recipe) -> dict[str, float]:
@@ -54,37 +51,6 @@ def lr_scales(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     head = {parameter for module in heads for parameter in module.parameters()}
     rates = {True: recipe.head_lr, False: recipe.backbone_lr}
     return {name: rates[parameter in head] for name, parameter in model.named_parameters()}
-
-
-def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: int = 0) -> float:
-    """Linear warm-up from 0 to the peak, for half of the steps at most, then a cosine to 0 at the last step.
-
-    With `epochs` auto the end is not known: the rate stays at its peak until the final decay, which falls by
-    1 - sqrt(share of the decay done) (Hägele et al., arXiv 2405.18392).
-
-    Args:
-        recipe: gives the peak, the warm-up and the number of epochs.
-        step: optimiser steps done before this one.
-        steps_per_epoch: optimiser steps in an epoch.
-        decay_epoch: epochs done when the final decay began; 0 before.
-    """
-    if recipe.epochs == AUTO:
-        warmup = recipe.warmup_epochs * steps_per_epoch
-        rate = recipe.lr * min((step + 1) / (warmup + 1), 1.0)
-        if not decay_epoch:
-            return rate
-        start, end = decay_epoch * steps_per_epoch, last_epoch(decay_epoch) * steps_per_epoch
-        return rate * (1 - sqrt((step - start) / (end - start)))
-    total = recipe.epochs * steps_per_epoch
-    warmup = min(recipe.warmup_epochs * steps_per_epoch, total / 2)
-    if step < warmup:
-        return recipe.lr * (step + 1) / (warmup + 1)
-    return recipe.lr * 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))
-
-
-def last_epoch(decay_epoch: int) -> int:
-    """Epochs that a run with an open end has in all, once its final decay began after `decay_epoch` of them."""
-    return decay_epoch + ceil(DECAY_SHARE * decay_epoch)
 
 
 def seed_step(seed: int, step: int, *rank: int) -> None:

@@ -1,18 +1,19 @@
 """All that a run needs to go on as if it had never stopped, in one file."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
 from tokenfusion.errors import InputError
 from tokenfusion.models.official import with_present_names
-from tokenfusion.training.distributed import World
-from tokenfusion.training.sharded import (
+from tokenfusion.training.distributed.fsdp import (
     copy_into,
     forget_shards,
     last_good,
@@ -24,6 +25,7 @@ from tokenfusion.training.sharded import (
     shard,
     whole,
 )
+from tokenfusion.training.distributed.world import World
 
 Record = dict[str, float | int]
 
@@ -42,12 +44,11 @@ class Progress:
         decay_epoch: epochs done when the final decay of a run with an open end began; 0 before.
         records: a line of `metrics.jsonl` for each epoch done.
         finished: whether the last epoch is done, or training was stopped early.
-        key: fingerprint of the images and the recipe.
+        identity: what the run is trained on and by (`identity.py`).
+        key: the same in one word, of a run that was begun before there was `identity`.
         processes: how many took the last step.
         accumulate: parts that batches are computed in since memory ran out; 0 for as many as the recipe says.
-        recent_losses: of the last good steps, by which a spike is told.
-        skipped_steps, rollbacks, out_of_memory: how often that happened in the epoch under way.
-        bad_steps: skipped or rolled back in the whole run.
+        out_of_memory: how often that happened in the epoch under way.
     """
 
     step: int = 0
@@ -62,14 +63,11 @@ class Progress:
     decay_epoch: int = 0
     records: list[Record] = field(default_factory=list)
     finished: bool = False
+    identity: dict[str, Any] = field(default_factory=dict)
     key: str = ""
     processes: int = 1
     accumulate: int = 0
-    recent_losses: list[float] = field(default_factory=list)
-    skipped_steps: int = 0
-    rollbacks: int = 0
     out_of_memory: int = 0
-    bad_steps: int = 0
 
     @property
     def train_loss(self) -> float:
@@ -95,8 +93,7 @@ class Progress:
     def end_epoch(self, record: Record) -> None:
         self.records.append(record)
         self.epoch += 1
-        self.step_in_epoch = self.correct = self.seen = 0
-        self.skipped_steps = self.rollbacks = self.out_of_memory = 0
+        self.step_in_epoch = self.correct = self.seen = self.out_of_memory = 0
         self.loss_sum = self.seconds = 0.0
 
 
@@ -135,9 +132,12 @@ class TrainState:
         self.world = world
         self.progress = Progress(processes=world.size)
 
-    @property
-    def shipped(self) -> nn.Module:
-        """The model that is evaluated and shipped: the average where there is one, gathered from all processes."""
+    def gather_shipped(self) -> nn.Module:
+        """The model that is evaluated and shipped: the average where there is one.
+
+        Where weights are spread over the processes, all of them are gathered from all processes, which must call this
+        together.
+        """
         own: nn.Module = self.average.module if self.average else self.model
         if self.spare is None:
             return own
@@ -148,12 +148,12 @@ class TrainState:
         if self.average:
             self.average.update(self.model, self.progress.step)
 
-    def remember_best(self, top1: float) -> None:
-        """Note this epoch's held-out accuracy, and keep its weights if it is the best so far."""
-        if top1 > self.progress.best_top1:
-            self.progress.best_top1, self.progress.best_epoch = top1, self.progress.epoch
+    def remember_best(self, score: float, shipped: nn.Module) -> None:
+        """Note this epoch's held-out score, and keep the weights that reached it if it is the best so far."""
+        if score > self.progress.best_top1:
+            self.progress.best_top1, self.progress.best_epoch = score, self.progress.epoch
             if self.best is not None:
-                self.best = {name: tensor.detach().clone() for name, tensor in self.shipped.state_dict().items()}
+                self.best = {name: tensor.detach().clone() for name, tensor in shipped.state_dict().items()}
 
     def change_processes(self) -> str:
         """Take note of how many processes go on; a line that says what it means where these are not as many."""
@@ -198,17 +198,15 @@ class TrainState:
         return tensors
 
     def load(self, path: Path) -> None:
-        """Read what `save` wrote for the same data and recipe, as `progress.key` tells, by however many processes.
+        """Read what `save` wrote for the same data and recipe, by however many processes.
 
         Raises:
-            InputError: the file is damaged, or of other data, another recipe or another version.
+            InputError: the file is damaged, or of another model or version.
         """
+        progress = read_progress(path)
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         sharded = pointer_of(path).exists()
-        tensors, description = ({}, read_pointer(path)[1]) if sharded else load_whole(path)
-        progress = progress_of(description, self.progress.key, path)  # another recipe's tensors do not fit
-        if sharded:
-            tensors = load_shards(path, self.weights(), parameters)
+        tensors = load_shards(path, self.weights(), parameters) if sharded else load_tensors(path)[0]
 
         weights = self.weights()
         names = {*weights, *(name.replace("model.", "best.", 1) for name in weights if name.startswith("model."))}
@@ -239,45 +237,37 @@ class TrainState:
         self.progress = progress
 
 
-def load_whole(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and description of a checkpoint in one file.
+def read_progress(path: Path) -> Progress:
+    """How far a checkpoint's run is, by the checkpoint's description alone.
+
+    Raises:
+        InputError: it is damaged, or of another version.
+    """
+    description = read_pointer(path)[1] if pointer_of(path).exists() else read_header(path)
+    for name in NO_LONGER_COUNTED:
+        description.pop(name, None)
+    try:
+        return Progress(**description)
+    except TypeError as error:
+        raise InputError(
+            f"{path} was written by another version of tokenfusion: {error}; train again with another --out"
+        ) from error
+
+
+NO_LONGER_COUNTED = ("recent_losses", "skipped_steps", "rollbacks", "bad_steps")
+"""Fields of checkpoints that were written when a run could go on after a bad loss."""
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """The description of a checkpoint in one file, whose tensors are not read.
 
     Raises:
         InputError: it is damaged.
     """
     try:
-        return load_tensors(path)
-    except InputError as error:
+        with safe_open(path, "pt") as file:
+            return dict(json.loads((file.metadata() or {})["description"]))
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise InputError(
-            f"{path} is damaged: {error.__cause__}; delete the folder {path.parent}, and --resume starts anew"
+            f"{path} is damaged: {error}; delete the folder {path.parent}, and --resume starts anew"
         ) from error
-
-
-def progress_of(description: dict[str, Any], key: str, path: Path) -> Progress:
-    """What a checkpoint says of itself.
-
-    Raises:
-        InputError: it is of another version, or of a run with another key.
-    """
-    try:
-        progress = Progress(**description)
-    except TypeError as error:
-        raise InputError(
-            f"{path} was written by another version of tokenfusion: {error}; train again with another --out"
-        ) from error
-    if progress.key != key:
-        raise InputError(
-            f"the images or the fields of {path.parent.parent / 'recipe.toml'} are not those that the run began with "
-            "(images are told by their pixels); put them back, or train a new run"
-        )
-    return progress
-
-
-def fingerprint(*parts: Any) -> str:
-    """A short name of some values, equal only where they are."""
-    from hashlib import blake2b
-
-    digest = blake2b(digest_size=16)
-    for part in parts:
-        digest.update(repr(part).encode())
-    return digest.hexdigest()

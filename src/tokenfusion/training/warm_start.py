@@ -1,11 +1,10 @@
 """A fusion model that starts from two trained runs: its CNN from one, its transformer from the other."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from tokenfusion.checkpoint import load_weights_exactly
@@ -20,7 +19,7 @@ from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe, load_recipe
 
 
-def warm_start(classifier: Classifier, runs: Sequence[str], console: Console) -> None:
+def warm_start(classifier: Classifier, runs: Sequence[str], say: Callable[[str], None]) -> None:
     """Copy two trained parents into a fusion model and close its gates: it then computes what the transformer's does.
 
     Only early joint attention is not gated: there the pixels take part from the first step on. The transformer's head
@@ -29,7 +28,7 @@ def warm_start(classifier: Classifier, runs: Sequence[str], console: Console) ->
     Args:
         classifier: of a model `fuse(CNN,VIT,...)`; changed in place.
         runs: two finished run folders, the CNN's first.
-        console: where to say what was taken.
+        say: told what was taken.
 
     Raises:
         InputError: the model is none of two parents; a run is not finished, or of another model, of images of another
@@ -51,7 +50,7 @@ def warm_start(classifier: Classifier, runs: Sequence[str], console: Console) ->
     model.set_gates(0.0)
     head = f"; the head starts at random, since the classes are not those of {runs[1]}" if new_head else ""
     ungated = "; not gated: pixels join the transformer's attention at once" if model.joint else ""
-    console.print(f"starts from {runs[0]} and {runs[1]}{head}{ungated}", highlight=False, soft_wrap=True)
+    say(f"starts from {runs[0]} and {runs[1]}{head}{ungated}")
 
 
 def parent_names(name: str) -> list[str]:

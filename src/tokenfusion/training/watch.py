@@ -33,25 +33,25 @@ class Watch:
     images: Tensor
     every: int
 
-    @classmethod
-    def of(cls, recipe: Recipe, measure: Measure | None, classifier: Classifier, held_out: Images) -> "Watch | None":
-        """What the recipe asks for; None where it asks for nothing."""
-        if not recipe.every or measure is None:
-            return None
-        spread = np.linspace(0, len(held_out) - 1, min(WATCHED, len(held_out))).round().astype(int).tolist()
-        images = torch.stack([classifier.preprocess.resize(held_out[index]) for index in spread])
-        return cls(measure, classifier.to_input(images), recipe.every)
-
     def see(self, model: nn.Module, epoch: int) -> Record:
         """The numbers after an epoch, counted from 1; none between measurements."""
         return {} if epoch % self.every else self.measure(model, self.images)
+
+
+def make_watch(recipe: Recipe, measure: Measure | None, classifier: Classifier, held_out: Images) -> Watch | None:
+    """What the recipe wants measured; None where it wants nothing."""
+    if not recipe.every or measure is None:
+        return None
+    spread = np.linspace(0, len(held_out) - 1, min(WATCHED, len(held_out))).round().astype(int).tolist()
+    images = torch.stack([classifier.preprocess.resize(held_out[index]) for index in spread])
+    return Watch(measure, classifier.to_input(images), recipe.every)
 
 
 def require_measurable(recipe: Recipe, measure: Measure | None, classifier: Classifier) -> None:
     """Refuse before any image is read what could not be measured after the first epochs.
 
     Raises:
-        InputError: the recipe asks for a measurement, and there is none or the model does not allow it.
+        InputError: the recipe wants a measurement, and there is none or the model does not allow it.
     """
     if not recipe.every:
         return

@@ -1,29 +1,27 @@
 """What `auto` chooses: the batch size, the learning rate, and when to stop."""
 
 import json
-import os
 import re
 import shutil
-import signal
 
 import pytest
 import torch
 from rich.console import Console
 
-from runs import small_recipe
+from runs import interrupt_at, tiny_recipe
 from tokenfusion import InputError, Recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.options import AUTO_OPTIONS
-from tokenfusion.recipe import AUTO, dump_recipe, load_recipe
+from tokenfusion.recipe import dump_recipe, load_recipe
 from tokenfusion.report import write_report
-from tokenfusion.training import Interrupted, display, resume, start
-from tokenfusion.training import probe as probe_room
-from tokenfusion.training.auto import LrRange, choose_batch_size, largest_that_fits
-from tokenfusion.training.ending import LATEST_DECAY, MAX_EPOCHS, decide_end, epochs_ahead
-from tokenfusion.training.faults import OutOfMemory
-from tokenfusion.training.optimizer import learning_rate
-from tokenfusion.training.probe import open_probe
+from tokenfusion.training import Interrupted, resume, start
+from tokenfusion.training.recovery import OutOfMemory
+from tokenfusion.training.schedule import LATEST_DECAY, MAX_EPOCHS, decide_end, epochs_ahead, learning_rate
 from tokenfusion.training.state import Progress
+from tokenfusion.training.tune import timing
+from tokenfusion.training.tune.batch_size import choose_batch_size, largest_that_fits
+from tokenfusion.training.tune.rate import LrRange
+from tokenfusion.training.tune.timing import open_probe
 
 QUIET = Console(quiet=True)
 
@@ -33,7 +31,7 @@ def ignore(_text):
 
 
 def test_auto_is_a_word_in_toml_and_on_the_command_line(tmp_path, command):
-    recipe = Recipe(batch_size=AUTO, lr=AUTO, epochs=AUTO, accumulate=3)
+    recipe = Recipe(batch_size="auto", lr="auto", epochs="auto", accumulate=3)
     text = dump_recipe(recipe)
     for line in ('batch_size = "auto"', 'lr = "auto"', 'epochs = "auto"', 'precision = "auto"'):
         assert line in text.splitlines()
@@ -46,7 +44,7 @@ def test_auto_is_a_word_in_toml_and_on_the_command_line(tmp_path, command):
     status, _, errors = command("train", "digits", *words, "--out", tmp_path / "run")
     assert (status, "nothing" in errors) == (2, True)  # the model is what is refused
     written = load_recipe(tmp_path / "run" / "recipe.toml")
-    assert [written[name] for name in ("batch_size", "lr", "epochs")] == [AUTO, AUTO, AUTO]
+    assert [written[name] for name in ("batch_size", "lr", "epochs")] == ["auto", "auto", "auto"]
 
 
 def test_help_says_which_numbers_may_be_auto_and_of_no_other_verb(command):
@@ -84,7 +82,7 @@ def test_a_batch_that_did_not_fit_gives_the_one_before():
 
 
 def test_the_batch_is_measured_for_real_and_leaves_an_epoch_20_steps():
-    recipe, said = small_recipe(batch_size=AUTO, accumulate=3), []
+    recipe, said = tiny_recipe(batch_size="auto", accumulate=3), []
     chosen = choose_batch_size(recipe, 10, 300, said.append, memory_mb=1e9)
     assert chosen.batch_size == 12  # from 6 = 3 parts of 2, and 24 * 20 > 300
     assert "12 is chosen; 24 would leave an epoch fewer than 20 steps" in said[-1]
@@ -97,17 +95,17 @@ def ask_for_too_much(*_):
 
 
 def test_python_s_own_error_means_that_a_batch_does_not_fit(monkeypatch):
-    monkeypatch.setattr(probe_room, "run_steps", ask_for_too_much)
-    with open_probe(small_recipe(), 10, 1) as probe, pytest.raises(OutOfMemory, match="MemoryError"):
-        probe.measure(4)
+    monkeypatch.setattr(timing, "random_steps", ask_for_too_much)
+    with open_probe(tiny_recipe(), 10, 1) as measure, pytest.raises(OutOfMemory, match="MemoryError"):
+        measure(4)
 
 
 def test_a_larger_batch_takes_more_memory():
-    with open_probe(small_recipe(img_size=(32, 32)), 10, steps=2) as probe:
-        small, large = (probe.measure(size).peak_memory_mb for size in (4, 256))
+    with open_probe(tiny_recipe(img_size=(32, 32)), 10, steps=2) as measure:
+        small, large = (measure(size) for size in (4, 256))
     floats = 256 * 3 * 32 * 32 * 4 / 2**20  # the images alone
-    assert large - small > floats
-    assert probe.before_mb < small
+    assert large.peak_memory_mb - small.peak_memory_mb > floats
+    assert 0 < small.grown_mb < small.peak_memory_mb
 
 
 def test_the_rate_chosen_is_a_tenth_of_that_of_the_lowest_loss():
@@ -119,7 +117,7 @@ def test_the_rate_chosen_is_a_tenth_of_that_of_the_lowest_loss():
 def chosen(tmp_path_factory):
     """A run whose rate was chosen."""
     run = tmp_path_factory.mktemp("chosen") / "run"
-    start(small_recipe(lr=AUTO, epochs=1), run, QUIET)
+    start(tiny_recipe(lr="auto", epochs=1), run, QUIET)
     return run
 
 
@@ -145,7 +143,7 @@ def test_the_range_test_is_drawn_in_the_report(chosen):
 def test_the_range_test_changes_nothing_but_the_rate_and_is_the_same_again(chosen, tmp_path):
     """Trained at the number itself, and chosen anew, the same bits come out."""
     rate = load_recipe(chosen / "recipe.toml")["lr"]
-    start(small_recipe(lr=rate, epochs=1), tmp_path / "given", QUIET)
+    start(tiny_recipe(lr=rate, epochs=1), tmp_path / "given", QUIET)
     expected, _ = load_tensors(chosen / "model.safetensors")
     tensors, _ = load_tensors(tmp_path / "given" / "model.safetensors")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
@@ -157,7 +155,7 @@ def test_a_run_that_was_killed_while_choosing_chooses_again_and_one_killed_later
     for name in ("model.json", "model.safetensors", "metrics.jsonl", "lr_range.json"):
         (run / name).unlink()
     shutil.rmtree(run / "state")
-    (run / "recipe.toml").write_text(dump_recipe(small_recipe(lr=AUTO, epochs=1)))
+    (run / "recipe.toml").write_text(dump_recipe(tiny_recipe(lr="auto", epochs=1)))
     resume(run, QUIET)
     assert (run / "lr_range.json").read_bytes() == tested
     (run / "model.safetensors").unlink()
@@ -168,7 +166,7 @@ def test_a_run_that_was_killed_while_choosing_chooses_again_and_one_killed_later
 
 
 def test_an_open_end_warms_up_stays_and_falls_to_0():
-    recipe = small_recipe(lr=1.0, epochs=AUTO, warmup_epochs=2.0)
+    recipe = tiny_recipe(lr=1.0, epochs="auto", warmup_epochs=2.0)
     rates = [learning_rate(recipe, step, 4) for step in range(30)]
     assert rates == pytest.approx([(step + 1) / 9 for step in range(8)] + [1.0] * 22)
     # begun after 10 epochs, the decay takes 2 of 4 steps each: 1 - sqrt(done / 8)
@@ -190,23 +188,24 @@ def ended(recipe, accuracies):
 
 
 def test_an_open_end_decays_when_patience_ends():
-    recipe = small_recipe(epochs=AUTO, warmup_epochs=1.0, patience=3)
+    recipe = tiny_recipe(epochs="auto", warmup_epochs=1.0, patience=3)
     # the best after 4, so that 7 decides; 0.2 * 7 rounds up to 2 epochs of decay, a better accuracy in them or not
     assert ended(recipe, [0.1, 0.2, 0.2, 0.5, 0.4, 0.5, 0.3, 0.9, 0.95, 1.0]) == (7, 9, True)
     assert ended(recipe, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]) == (0, 6, False)
-    assert ended(small_recipe(epochs=AUTO, warmup_epochs=4.0, patience=3), [0.0] * 9) == (7, 9, True)
-    assert ended(small_recipe(epochs=AUTO, warmup_epochs=0.0), [0.0] * 99) == (11, 14, True)  # waits for 10
+    assert ended(tiny_recipe(epochs="auto", warmup_epochs=4.0, patience=3), [0.0] * 9) == (7, 9, True)
+    assert ended(tiny_recipe(epochs="auto", warmup_epochs=0.0), [0.0] * 99) == (11, 14, True)  # waits for 10
 
 
 def test_an_open_end_has_a_ceiling():
-    recipe = small_recipe(epochs=AUTO)
+    recipe = tiny_recipe(epochs="auto")
     assert ended(recipe, [epoch / 1000 for epoch in range(400)]) == (LATEST_DECAY, MAX_EPOCHS, True)
     assert epochs_ahead(recipe, Progress(epoch=100)) == 200
     assert epochs_ahead(recipe, Progress(epoch=11, decay_epoch=10)) == 1
-    assert epochs_ahead(small_recipe(epochs=7), Progress(epoch=3)) == 4
+    assert epochs_ahead(tiny_recipe(epochs=7), Progress(epoch=3)) == 4
 
 
-OPEN = small_recipe(epochs=AUTO, lr=1e-12, warmup_epochs=0.0, patience=2, img_size=(4, 4))  # never better than at first
+# Never better than at first.
+OPEN = tiny_recipe(epochs="auto", lr=1e-12, warmup_epochs=0.0, patience=2, img_size=(4, 4))
 
 
 @pytest.fixture(scope="module")
@@ -226,22 +225,14 @@ def test_a_run_with_an_open_end_ends_and_says_so(open_ended):
     assert [record["epoch"] for record in records_of(open_ended)] == [1, 2, 3, 4]  # 3 decides, 1 more of decay
     _, progress = load_tensors(open_ended / "state" / "last.safetensors")
     assert (progress["decay_epoch"], progress["finished"]) == (3, True)
-    assert load_recipe(open_ended / "recipe.toml")["epochs"] == AUTO
+    assert load_recipe(open_ended / "recipe.toml")["epochs"] == "auto"
     assert ">4<" in write_report(open_ended).read_text()  # and not "4 of -1"
 
 
-def test_a_run_stopped_in_its_final_decay_resumes_exactly(open_ended, tmp_path, monkeypatch):
-    run, show_step = tmp_path / "run", display.Display.show_step
-
-    def interrupt_in_the_decay(self, epoch, step, *numbers):
-        show_step(self, epoch, step, *numbers)
-        if step == 3 * 11 + 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(display.Display, "show_step", interrupt_in_the_decay)
-        with pytest.raises(Interrupted):
-            start(OPEN, run, QUIET)
+def test_a_run_stopped_in_its_final_decay_resumes_exactly(open_ended, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        start(OPEN, run, QUIET, progress=interrupt_at(3 * 11 + 4))
     _, progress = load_tensors(run / "state" / "last.safetensors")
     assert (progress["decay_epoch"], progress["step"]) == (3, 37)
     resume(run, QUIET)

@@ -1,10 +1,11 @@
 """What a person sees of training."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
-from tokenfusion.training.display import Display
+from tokenfusion.training.progress import Display, Update
 
 RECORD = {
     "epoch": 3, "step": 30, "lr": 0.1, "train_loss": 1.25, "train_top1": 0.5, "val_loss": 0.75, "val_top1": 0.625,
@@ -15,10 +16,11 @@ RECORD = {
 def shown(terminal: bool) -> str:
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=140, color_system=None)
-    with Display(console, epochs=5, steps=50) as display:
-        display.show_step(epoch=2, step=25, rate=1234.4, loss=1.25, top1=0.5)
+    update = Update(step=25, steps=50, epoch=3, epochs=5, loss=1.25, score=0.5, images_per_s=1234.4)
+    with Display(console) as display:
+        display(update)
         display.bar.refresh()
-        display.show_epoch(RECORD, seconds_left=65.0)
+        display(replace(update, record=RECORD, seconds_left=65.0))
     return output.getvalue()
 
 

@@ -10,13 +10,13 @@ import torch
 from torch._C._distributed_c10d import HashStore
 
 from group import run_all, said_by, train_or_resume
-from runs import small_recipe
-from tokenfusion import training
+from runs import tiny_recipe
 from tokenfusion.checkpoint import load_tensors
-from tokenfusion.training import heartbeat, state
-from tokenfusion.training.distributed import Place
+from tokenfusion.training import prepare, state
+from tokenfusion.training.distributed import heartbeat
+from tokenfusion.training.distributed.launch import read_launch
 
-RECIPE = small_recipe(epochs=1)
+RECIPE = tiny_recipe(epochs=1)
 
 
 def test_a_process_is_missed_once_its_count_stands_still(monkeypatch):
@@ -47,14 +47,14 @@ def run_short():
 def read_and_harm(rank, harm, run):
     """What befalls process 1 while the data is read; process 0 has read it."""
     heartbeat.BEAT, heartbeat.SILENCE = 0.1, 2.0
-    read = training.read_both
+    read = prepare.decode
 
     def read_or_not(*arguments):
         if rank == 1:
             harm()
         return read(*arguments)
 
-    training.read_both = read_or_not
+    prepare.decode = read_or_not
     train_or_resume(rank, RECIPE, run)
 
 
@@ -80,7 +80,7 @@ def train_and_look(rank, run):
         seen.append((load_tensors(path)[1]["step"], self.progress.step))
 
     state.TrainState.save = save_and_look
-    train_or_resume(rank, small_recipe(epochs=1, save_minutes=0.0), run)
+    train_or_resume(rank, tiny_recipe(epochs=1, save_minutes=0.0), run)
     Path(f"{run}.{rank}.json").write_text(json.dumps(seen))
 
 
@@ -95,7 +95,7 @@ def test_no_process_goes_on_before_the_checkpoint_is_written(tmp_path):
 
 def train_hungry(rank, run):
     """Memory runs out in the backward pass of more than 64 images."""
-    build = training.build
+    build = prepare.build
 
     def refuse(gradient):
         if len(gradient) > 64:
@@ -110,7 +110,7 @@ def train_hungry(rank, run):
         classifier.model.vit.blocks[0].register_forward_hook(watch_gradient)  # behind most gradients
         return classifier
 
-    training.build = build_hungry
+    prepare.build = build_hungry
     train_or_resume(rank, RECIPE, run)
 
 
@@ -122,4 +122,4 @@ def test_memory_that_runs_out_in_the_only_process_of_a_launcher_makes_smaller_pa
 
 def test_the_step_of_slurm_says_who_trains_and_not_the_job():
     job = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_NODELIST": "gpu[001-004]"}
-    assert Place.of(job | {"SLURM_STEP_NODELIST": "gpu[003-004]"}).master == "gpu003"
+    assert read_launch(job | {"SLURM_STEP_NODELIST": "gpu[003-004]"}).master == "gpu003"

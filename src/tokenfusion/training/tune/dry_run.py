@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from time import perf_counter
 
@@ -16,12 +17,12 @@ from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted, duration
 from tokenfusion.hardware import available_mb, default_device, hardware_name, resolve_precision
-from tokenfusion.recipe import AUTO, Recipe
-from tokenfusion.training.auto import Say, choose_batch_size, more_than_there_are
-from tokenfusion.training.distributed import Place
-from tokenfusion.training.ending import MAX_EPOCHS
-from tokenfusion.training.faults import OutOfMemory
-from tokenfusion.training.probe import open_probe
+from tokenfusion.recipe import Recipe
+from tokenfusion.training.distributed.launch import read_launch
+from tokenfusion.training.recovery import OutOfMemory
+from tokenfusion.training.schedule import MAX_EPOCHS
+from tokenfusion.training.tune.batch_size import choose_batch_size, more_than_there_are
+from tokenfusion.training.tune.timing import open_probe
 
 STEPS = 4
 """Training steps that are measured."""
@@ -71,7 +72,7 @@ class Plan:
     checkpoint_mb: float
 
 
-def plan(recipe: Recipe, say: Say) -> Plan:
+def plan(recipe: Recipe, say: Callable[[str], None]) -> Plan:
     """Count the steps of a run, and measure one.
 
     Args:
@@ -81,8 +82,8 @@ def plan(recipe: Recipe, say: Say) -> Plan:
     Raises:
         InputError: the recipe or its data cannot be used, or a step does not fit into memory.
     """
-    place = Place.of(os.environ)
-    processes = place.size if place else 1
+    launch = read_launch(os.environ)
+    processes = launch.size if launch else 1
     source = open_dataset(recipe.data, recipe.exclude)
     split = choose_split(source, recipe.val_fraction, recipe.seed)
     images, classes = len(split.train), len(source.classes)
@@ -95,9 +96,9 @@ def plan(recipe: Recipe, say: Say) -> Plan:
     if "lr" in recipe.autos:
         say("lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top")
     available = available_mb(default_device())
-    with open_probe(recipe, classes, STEPS) as probe:
+    with open_probe(recipe, classes, STEPS) as measure:
         try:
-            cost = probe.measure(batch_size // processes)
+            cost = measure(batch_size // processes)
         except OutOfMemory as error:
             raise InputError(
                 f"a batch of {batch_size // processes} images does not fit into memory ({error}); give a smaller "
@@ -106,7 +107,7 @@ def plan(recipe: Recipe, say: Say) -> Plan:
     loading = loading_rate(recipe, source, split.train, cost.img_size)
     load_seconds = batch_size / processes / loading
     seconds = max(cost.seconds, load_seconds / recipe.workers) if recipe.workers else cost.seconds + load_seconds
-    epochs = MAX_EPOCHS if recipe.epochs == AUTO else recipe.epochs
+    epochs = MAX_EPOCHS if recipe.epochs == "auto" else recipe.epochs
     steps_per_epoch = images // batch_size
     return Plan(
         model=recipe.model,
@@ -149,7 +150,7 @@ def loading_rate(recipe: Recipe, source: Dataset, training: np.ndarray, img_size
     return len(images) / (perf_counter() - start)
 
 
-def print_plan(recipe: Recipe, as_json: bool, write: Say, say: Say) -> None:
+def print_plan(recipe: Recipe, as_json: bool, write: Callable[[str], None], say: Callable[[str], None]) -> None:
     """What `train --dry-run` prints; of several processes the first one measures, and speaks for all.
 
     Args:
@@ -157,8 +158,8 @@ def print_plan(recipe: Recipe, as_json: bool, write: Say, say: Say) -> None:
         as_json: whether to print JSON rather than lines to read.
         write, say: print the plan, and what is said on the way.
     """
-    place = Place.of(os.environ)
-    if place and place.rank:
+    launch = read_launch(os.environ)
+    if launch and launch.rank:
         return
     planned = plan(recipe, say)
     if as_json:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from runs import small_recipe
+from runs import small_recipe, tiny_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.augment import Augment
@@ -14,24 +14,31 @@ from tokenfusion.data.decoded import read_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.open import open_dataset
 from tokenfusion.training import build, start
-from tokenfusion.training.display import Display
-from tokenfusion.training.fit import Job, fit, train_step
+from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.log import Log
-from tokenfusion.training.mixing import BatchMixing
+from tokenfusion.training.loop import fit
+from tokenfusion.training.objective import BatchMixing, CrossEntropy
 from tokenfusion.training.optimizer import make_optimizer
+from tokenfusion.training.setup import Run, Setup
 from tokenfusion.training.state import TrainState
+from tokenfusion.training.step import train_step
 
 QUIET = Console(quiet=True)
 
 
-def job_of(recipe, run):
+def setup_of(recipe, folder):
     source = open_dataset("digits")
     images, _ = read_images(source, range(64), max_pixels=64, cache_bytes=2**20)
     torch.manual_seed(0)
     classifier = Classifier.create(recipe.model, source.classes, img_size=recipe.img_size, precision="fp32")
     loader = TrainLoader(images, Augment((8, 8), 3, 1.0, 0.0, False), batch_size=32, seed=0, workers=0)
     state = TrainState(classifier.model, make_optimizer(classifier.model, recipe), recipe.ema, keep_best=False)
-    return Job(recipe, classifier, loader, BatchMixing(recipe, 10), images, run), state
+    run = Run(folder, QUIET)
+    return Setup(recipe, run, classifier, loader, BatchMixing(recipe, 10), CrossEntropy(0.1), images), state
+
+
+def step(setup, state):
+    return train_step(setup, state, next(setup.batches.epoch(0)), Requests())
 
 
 def freeze_batch_norm(model):
@@ -45,7 +52,7 @@ def test_accumulated_parts_make_the_gradient_of_the_whole_batch(tmp_path):
     results = []
     for accumulate in (1, 4):
         recipe = small_recipe(batch_size=32, accumulate=accumulate, drop_path=0.0, precision="fp32")
-        job, state = job_of(recipe, tmp_path)
+        setup, state = setup_of(recipe, tmp_path)
         freeze_batch_norm(state.model)  # its statistics are those of a part
         gradients = {}
         state.optimizer.register_step_pre_hook(
@@ -53,7 +60,7 @@ def test_accumulated_parts_make_the_gradient_of_the_whole_batch(tmp_path):
                 {key: parameter.grad.clone() for key, parameter in model.named_parameters()}
             )
         )
-        results.append((*train_step(job, state, *next(job.loader.epoch(0))), gradients))
+        results.append((*step(setup, state), gradients))
     (loss, correct, whole), (loss_in_parts, correct_in_parts, parts) = results
     assert loss_in_parts == pytest.approx(loss, rel=1e-5)
     assert correct_in_parts == correct
@@ -63,24 +70,24 @@ def test_accumulated_parts_make_the_gradient_of_the_whole_batch(tmp_path):
 
 def test_a_gradient_is_clipped_to_its_norm(tmp_path):
     recipe = small_recipe(batch_size=32, clip_grad=1e-3)
-    job, state = job_of(recipe, tmp_path)
+    setup, state = setup_of(recipe, tmp_path)
     norms = []
     state.optimizer.register_step_pre_hook(
         lambda *_: norms.append(
             torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
         )
     )
-    train_step(job, state, *next(job.loader.epoch(0)))
+    step(setup, state)
     assert norms[0].item() == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_each_group_learns_at_its_share_of_the_rate(tmp_path):
     rates = {"lr": 0.02, "backbone_lr": 0.25, "head_lr": 3.0}
     recipe = small_recipe(batch_size=32, warmup_epochs=0.0, optimizer="adamw", **rates)
-    job, state = job_of(recipe, tmp_path)
+    setup, state = setup_of(recipe, tmp_path)
     parameters = dict(state.model.named_parameters())
     before = {key: value.detach().clone() for key, value in parameters.items()}
-    train_step(job, state, *next(job.loader.epoch(0)))
+    step(setup, state)
     assert {group["lr"] for group in state.optimizer.param_groups} == {0.02, 0.005, 0.06}
     # the first step of AdamW is as long as the rate wherever there is a gradient
     for name, rate in (("vit.norm.bias", 0.005), ("pixel_source.pixels.norm.bias", 0.02), ("vit.head.bias", 0.06)):
@@ -104,9 +111,8 @@ def test_only_what_is_fused_has_parents_to_freeze():
 
 
 def test_the_average_is_the_weighted_sum_of_the_weights(tmp_path):
-    job, state = job_of(small_recipe(batch_size=32, ema=0.9), tmp_path)
-    batches = list(job.loader.epoch(0))
-    train_step(job, state, *batches[0])
+    setup, state = setup_of(small_recipe(batch_size=32, ema=0.9), tmp_path)
+    step(setup, state)
     state.progress.step = 1_000_000  # past the warm-up of the decay
     before = state.average.module.get_classifier().weight.clone()
     state.update_average()
@@ -116,37 +122,37 @@ def test_the_average_is_the_weighted_sum_of_the_weights(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_step(tmp_path):
     run = tmp_path / "run"
-    with pytest.raises(InputError, match=r"(loss|norm) is (nan|inf) at step \d+ \(epoch \d+, batch \d+\).*lower --lr"):
-        start(small_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=3.0, save_minutes=9.0), run, QUIET)
+    with pytest.raises(InputError, match=r"(loss|norm) is (nan|inf) at step \d+ \(epoch \d+, batch \d+: .*lower --lr"):
+        start(tiny_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=3.0, save_minutes=9.0), run, QUIET)
 
 
 @pytest.fixture
 def broken(tmp_path):
     """A run whose weights are not finite any more; the checkpoint of when they were is the same after the test."""
-    job, state = job_of(small_recipe(batch_size=32), tmp_path)
-    job.checkpoint.parent.mkdir()
-    state.save(job.checkpoint)
-    before = job.checkpoint.read_bytes()
+    setup, state = setup_of(small_recipe(batch_size=32), tmp_path)
+    setup.run.checkpoint.parent.mkdir()
+    state.save(setup.run.checkpoint)
+    before = setup.run.checkpoint.read_bytes()
     state.model.get_classifier().bias.data[0] = torch.nan
-    yield job, state
-    assert job.checkpoint.read_bytes() == before
+    yield setup, state
+    assert setup.run.checkpoint.read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(broken, tmp_path):
-    job, state = broken
+    setup, state = broken
     with pytest.raises(InputError, match=r"the loss is nan at step 1 .*the last good checkpoint is kept as"):
-        fit(job, state, Display(QUIET, epochs=2, steps=4), Log(tmp_path, []))
+        fit(setup, state, lambda _: None, Log(tmp_path, []))
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(broken):
-    job, state = broken
+    setup, state = broken
     with pytest.raises(InputError, match=r"bias is not finite after step 0; the last good .* lower --lr"):
-        state.save(job.checkpoint)
+        state.save(setup.run.checkpoint)
 
 
 def first_loss(run, **changes):
     """The loss of a run of one step."""
-    start(small_recipe(epochs=1, batch_size=1024, **changes), run, QUIET)
+    start(tiny_recipe(epochs=1, batch_size=1024, **changes), run, QUIET)
     return json.loads((run / "metrics.jsonl").read_text())["train_loss"]
 
 
@@ -182,14 +188,14 @@ def test_one_value_per_channel_is_refused_with_the_remedy(tmp_path):
 
 
 def test_without_a_checkpoint_none_is_promised(tmp_path):
-    recipe = small_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=0.0, optimizer="adamw")
+    recipe = tiny_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=0.0, optimizer="adamw")
     with pytest.raises(InputError, match=r"there is no checkpoint yet"):
         start(recipe, tmp_path / "run", QUIET)
 
 
 def test_patience_stops_early_and_ships_the_best_epoch(tmp_path):
     run = tmp_path / "run"
-    start(small_recipe(epochs=50, patience=2, lr=0.02, warmup_epochs=0.0, ema=0.0, batch_size=512), run, QUIET)
+    start(tiny_recipe(epochs=50, patience=2, lr=0.02, warmup_epochs=0.0, ema=0.0, batch_size=512), run, QUIET)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     accuracies = [record["val_top1"] for record in records]
     best = accuracies.index(max(accuracies))
@@ -223,7 +229,7 @@ def test_tensorboard_reads_the_events(trained):
 
 def test_gradient_checkpointing_trains_to_the_same_weights(tmp_path):
     for name, on in (("with", True), ("without", False)):
-        start(small_recipe(epochs=1, grad_checkpointing=on), tmp_path / name, QUIET)
+        start(tiny_recipe(epochs=1, grad_checkpointing=on), tmp_path / name, QUIET)
     with_, _ = load_tensors(tmp_path / "with" / "model.safetensors")
     without, _ = load_tensors(tmp_path / "without" / "model.safetensors")
     for name, tensor in without.items():

@@ -1,4 +1,4 @@
-"""The model that a recipe asks for, before its first step."""
+"""The model that a recipe names, before its first step."""
 
 from collections.abc import Sequence
 

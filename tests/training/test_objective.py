@@ -22,11 +22,20 @@ from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import evaluate
 from tokenfusion.training import start
-from tokenfusion.training.balance import balance_in_words, image_weights, positive_weights
-from tokenfusion.training.fit import Job, train_step
-from tokenfusion.training.losses import BinaryCrossEntropy, CrossEntropy, join_weights, split_weights
-from tokenfusion.training.mixing import BatchMixing
+from tokenfusion.training.distributed.world import Requests
+from tokenfusion.training.objective import (
+    BatchMixing,
+    BinaryCrossEntropy,
+    CrossEntropy,
+    balance_in_words,
+    image_weights,
+    join_weights,
+    positive_weights,
+    split_weights,
+)
+from tokenfusion.training.setup import Run, Setup
 from tokenfusion.training.state import TrainState
+from tokenfusion.training.step import train_step
 
 QUIET = Console(quiet=True)
 NO_CHANGE = Augment((8, 8), 3, 1.0, 0.0, False)
@@ -127,8 +136,8 @@ def step_on(indices: list[int], weights: list[float] | None, **changes) -> dict[
     loader = TrainLoader(images, NO_CHANGE, batch_size=len(indices), seed=0, workers=0)
     optimizer = torch.optim.SGD([{"params": model.parameters(), "lr_scale": 1.0}], lr=1.0)
     state = TrainState(model, optimizer, ema=0.0, keep_best=False)
-    job = Job(recipe, classifier, loader, BatchMixing(recipe, 10), images, Path())
-    train_step(job, state, *next(iter(loader.epoch(0))))
+    setup = Setup(recipe, Run(Path(), QUIET), classifier, loader, BatchMixing(recipe, 10), CrossEntropy(0.1), images)
+    train_step(setup, state, next(iter(loader.epoch(0))), Requests())
     return model.state_dict()
 
 

@@ -16,17 +16,14 @@ from rich.console import Console
 from timm.optim import Muon
 
 from children import begin
-from runs import assert_same, records_of, small_recipe
-from tokenfusion import training
+from runs import after_step, assert_same, interrupt_at, records_of, tiny_recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import is_out_of_memory
-from tokenfusion.training import Interrupted, display, resume, start
-from tokenfusion.training.faults import BadStep, require_good
+from tokenfusion.training import Interrupted, prepare, resume, start, step
 from tokenfusion.training.optimizer import make_optimizer
-from tokenfusion.training.state import Progress, TrainState
+from tokenfusion.training.state import TrainState
 
-fit = sys.modules["tokenfusion.training.fit"]  # the package has a function of that name
 QUIET = Console(quiet=True)
 
 
@@ -40,21 +37,21 @@ def written():
 
 def before_step(monkeypatch, number, act):
     """Do something just before the gradients of a step, counted from 1, are computed."""
-    compute = fit.compute_gradients
+    compute = step.compute_gradients
 
-    def compute_after(job, state, inputs, targets):
+    def compute_after(setup, state, inputs, targets):
         if state.progress.step + 1 == number:
             act(state, inputs, targets)
-        return compute(job, state, inputs, targets)
+        return compute(setup, state, inputs, targets)
 
-    monkeypatch.setattr(fit, "compute_gradients", compute_after)
+    monkeypatch.setattr(step, "compute_gradients", compute_after)
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run that nothing befell."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    start(small_recipe(), run, QUIET)
+    start(tiny_recipe(), run, QUIET)
     return run
 
 
@@ -64,7 +61,7 @@ def straight(tmp_path_factory):
 @pytest.fixture
 def build_hungry(monkeypatch):
     """Let models built from now on, while they train, fail behind the last layer on more than so many images."""
-    build = training.build
+    build = prepare.build
 
     def hunger(most, error=torch.OutOfMemoryError):
         def refuse(model, _inputs, output):
@@ -76,7 +73,7 @@ def build_hungry(monkeypatch):
             classifier.model.register_forward_hook(refuse)
             return classifier
 
-        monkeypatch.setattr(training, "build", build_hungry)
+        monkeypatch.setattr(prepare, "build", build_hungry)
 
     return hunger
 
@@ -86,9 +83,9 @@ def test_a_batch_that_does_not_fit_is_computed_in_twice_as_many_parts(build_hung
     """As if it had been from the start: statistics of BatchNorm, gradients and random draws of the attempt are gone."""
     console, text = written
     changes = {"epochs": 2, "mixup": 0.2, "drop_path": 0.3}
-    start(small_recipe(**changes, accumulate=4), tmp_path / "from the start", QUIET)
+    start(tiny_recipe(**changes, accumulate=4), tmp_path / "from the start", QUIET)
     build_hungry(32, error)
-    start(small_recipe(**changes), tmp_path / "run", console)
+    start(tiny_recipe(**changes), tmp_path / "run", console)
     assert_same(tmp_path / "run", tmp_path / "from the start", but={"out_of_memory"})
     assert text().count("memory ran out") == 2  # 128 images, then 64
     assert "from step 1 on, batches are computed in 4 parts; they are as large as before, but BatchNorm" in text()
@@ -97,14 +94,12 @@ def test_a_batch_that_does_not_fit_is_computed_in_twice_as_many_parts(build_hung
     assert [record["accumulate"] for record in records] == [4, 4]
 
 
-def test_a_resumed_run_keeps_the_parts(build_hungry, tmp_path, written, monkeypatch):
+def test_a_resumed_run_keeps_the_parts(build_hungry, tmp_path, written):
     console, text = written
     build_hungry(64)
-    start(small_recipe(), tmp_path / "whole", QUIET)
-    with monkeypatch.context() as patch:
-        before_step(patch, 5, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted):
-            start(small_recipe(), tmp_path / "run", QUIET)
+    start(tiny_recipe(), tmp_path / "whole", QUIET)
+    with pytest.raises(Interrupted):
+        start(tiny_recipe(), tmp_path / "run", QUIET, progress=interrupt_at(5))
     resume(tmp_path / "run", console)
     assert "memory ran out" not in text()
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -112,7 +107,7 @@ def test_a_resumed_run_keeps_the_parts(build_hungry, tmp_path, written, monkeypa
 
 def test_one_image_at_a_time_that_does_not_fit_is_refused(build_hungry, tmp_path):
     build_hungry(0)
-    recipe = small_recipe(model="vit_micro", batch_size=3)  # in 2 parts, in 3, and no more
+    recipe = tiny_recipe(model="vit_micro", batch_size=3)  # in 2 parts, in 3, and no more
     with pytest.raises(InputError, match=r"memory ran out .* with one image at a time; .*--img-size"):
         start(recipe, tmp_path / "run", QUIET)
 
@@ -130,7 +125,7 @@ def starve(run: Path) -> None:
         most = pages * resource.getpagesize() + 300 * 2**20
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
-    recipe = small_recipe(model="resnet_micro", batch_size=1024, img_size=(32, 32), epochs=1)
+    recipe = tiny_recipe(model="resnet_micro", batch_size=1024, img_size=(32, 32), epochs=1)
     before_step(pytest.MonkeyPatch(), 1, limit)
     start(recipe, run, QUIET)
 
@@ -143,7 +138,7 @@ def test_memory_that_really_runs_out(tmp_path):
     (record,) = records_of(tmp_path / "run")
     assert record["accumulate"] == 2 ** record["out_of_memory"] > 1
     changes = {"model": "resnet_micro", "batch_size": 1024, "img_size": (32, 32), "epochs": 1}
-    start(small_recipe(**changes, accumulate=record["accumulate"]), tmp_path / "from the start", QUIET)
+    start(tiny_recipe(**changes, accumulate=record["accumulate"]), tmp_path / "from the start", QUIET)
     assert_same(tmp_path / "run", tmp_path / "from the start", but={"out_of_memory"})
 
 
@@ -179,16 +174,16 @@ def test_memory_that_runs_out_while_weights_move_ends_the_run_which_then_resumes
         fail_once(patch, owner, name, 15, before)
         said = r"memory ran out \(.*\) while step 15 changed the weights, .* last good .* and go on with `.*--resume"
         with pytest.raises(InputError, match=said):
-            start(small_recipe(), run, QUIET)
+            start(tiny_recipe(), run, QUIET)
     assert load_tensors(run / "state" / "last.safetensors")[1]["step"] == 11  # the end of the epoch before
     resume(run, QUIET)
     assert_same(run, straight)
 
 
 def test_memory_that_runs_out_between_gradients_and_weights_takes_the_step_again(tmp_path, monkeypatch):
-    start(small_recipe(epochs=1, accumulate=2), tmp_path / "from the start", QUIET)
+    start(tiny_recipe(epochs=1, accumulate=2), tmp_path / "from the start", QUIET)
     fail_once(monkeypatch, torch.nn.utils, "clip_grad_norm_", 1)
-    start(small_recipe(epochs=1), tmp_path / "run", QUIET)
+    start(tiny_recipe(epochs=1), tmp_path / "run", QUIET)
     assert_same(tmp_path / "run", tmp_path / "from the start", but={"out_of_memory"})
 
 
@@ -211,15 +206,11 @@ def spoil(_state, inputs, _targets):
     inputs[0, 0, 0, 0] = torch.nan
 
 
-def worsen(_state, _inputs, targets):
-    """Make the loss large, and leave it finite."""
-    targets *= 50
-
-
-def test_by_default_a_bad_loss_stops(tmp_path, monkeypatch):
-    before_step(monkeypatch, 3, spoil)
-    with pytest.raises(InputError, match=r"the loss is nan at step 3 \(epoch 1, batch 3\).*--on-bad-loss skip"):
-        start(small_recipe(), tmp_path / "run", QUIET)
+def test_a_bad_loss_stops_and_names_the_step_and_its_images(tmp_path, monkeypatch):
+    before_step(monkeypatch, 14, spoil)
+    names = r"digits:\d+, digits:\d+, digits:\d+ and 125 more"
+    with pytest.raises(InputError, match=rf"the loss is nan at step 14 \(epoch 2, batch 3: {names}\); .*lower --lr"):
+        start(tiny_recipe(), tmp_path / "run", QUIET)
 
 
 def test_a_gradient_that_is_not_finite_is_bad(tmp_path, monkeypatch):
@@ -228,118 +219,7 @@ def test_a_gradient_that_is_not_finite_is_bad(tmp_path, monkeypatch):
 
     before_step(monkeypatch, 3, spoil_gradients)
     with pytest.raises(InputError, match=r"the gradient's norm is (nan|inf) at step 3"):
-        start(small_recipe(clip_grad=0.0), tmp_path / "run", QUIET)
-
-
-def losses(*values, on_bad_loss="skip"):
-    progress = Progress()
-    for value in values:
-        require_good(value, 1.0, small_recipe(on_bad_loss=on_bad_loss), progress)
-    return progress
-
-
-def test_what_a_spike_is():
-    """Three times the mean of the last 32 good losses, and 1 more, once there are 8."""
-    losses(*[2.0] * 8, 6.9)
-    with pytest.raises(BadStep, match=r"the loss is 7\.1, where 2 is usual"):
-        losses(*[2.0] * 8, 7.1)
-    losses(*[2.0] * 7, 7.1)
-    losses(*[2.0] * 8, 7.1, on_bad_loss="stop")
-    losses(*[1e-6] * 8, 0.9)
-    with pytest.raises(BadStep):
-        losses(*[100.0] * 9, *[2.0] * 32, 7.1)  # the first are forgotten
-
-
-def test_a_bad_step_is_skipped_and_counted(tmp_path, monkeypatch, written):
-    """Nothing of it stays: not in the weights, not in BatchNorm's statistics, not in the epoch's loss."""
-    console, text = written
-    states = {}
-
-    def remember(state, inputs, targets):
-        states[state.progress.step] = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-        if state.progress.step == 12:
-            spoil(state, inputs, targets)
-
-    for number in (13, 14):
-        before_step(monkeypatch, number, remember)
-    start(small_recipe(model="resnet_micro", on_bad_loss="skip"), tmp_path / "run", console)
-    for name, tensor in states[12].items():
-        assert torch.equal(states[13][name], tensor), name
-    records = records_of(tmp_path / "run")
-    assert [record["skipped_steps"] for record in records] == [0, 1]
-    assert [record["step"] for record in records] == [11, 22]
-    assert 0 < records[1]["train_loss"] < records[0]["train_loss"]
-    said = "the loss is nan at step 13 (epoch 2, batch 2): the batch is skipped (1 of at most 10 bad steps)"
-    assert said in text()
-
-
-@pytest.mark.parametrize("on_bad_loss", ["skip", "rollback"])
-def test_a_spike_counts_as_bad(tmp_path, monkeypatch, on_bad_loss):
-    before_step(monkeypatch, 20, worsen)
-    recipe = small_recipe(model="resnet_micro", on_bad_loss=on_bad_loss)
-    start(recipe, tmp_path / "run", QUIET)
-    last = records_of(tmp_path / "run")[-1]
-    assert (last["skipped_steps"], last["rollbacks"]) == ((1, 0) if on_bad_loss == "skip" else (0, 1))
-
-
-def test_a_roll_back_returns_to_the_start_of_the_epoch_and_goes_on_behind_the_bad_batch(tmp_path, monkeypatch, written):
-    console, text = written
-    states: dict[int, dict[str, torch.Tensor]] = {}
-    seen: list[torch.Tensor] = []
-
-    def remember(state, inputs, targets):
-        states[state.progress.step] = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-        seen.append(inputs.clone())
-        if state.progress.step == 15:
-            spoil(state, inputs, targets)
-
-    for number in range(1, 23):
-        before_step(monkeypatch, number, remember)
-    start(small_recipe(on_bad_loss="rollback"), tmp_path / "run", console)
-    assert len(seen) == len(states) == 22
-    assert not any(torch.equal(batch, seen[16]) for batch in seen[:16])  # not the epoch's batches again
-    for name, tensor in states[11].items():
-        assert torch.equal(states[16][name], tensor), name
-    head = "vit.head.weight"
-    assert not torch.equal(states[15][head], states[11][head])
-    assert [record["rollbacks"] for record in records_of(tmp_path / "run")] == [0, 1]
-    assert "the loss is nan at step 16 (epoch 2, batch 5): back to the weights of the epoch's start" in text()
-
-
-def test_too_many_bad_steps_stop(tmp_path, monkeypatch):
-    for number in (3, 5, 7):
-        before_step(monkeypatch, number, spoil)
-    recipe = small_recipe(on_bad_loss="skip", max_bad_steps=2)
-    with pytest.raises(InputError, match=r"the loss is nan at step 7 .* after 2 bad steps, all that max_bad_steps"):
-        start(recipe, tmp_path / "run", QUIET)
-
-
-@pytest.mark.parametrize(
-    ("on_bad_loss", "interrupted_at"), [("skip", 5), ("rollback", 3), ("rollback", 5), ("rollback", 13)]
-)
-def test_an_interrupted_run_with_bad_steps_resumes_bit_equal(tmp_path, monkeypatch, on_bad_loss, interrupted_at, whole):
-    run = tmp_path / "run"
-    for number in (4, 15):
-        before_step(monkeypatch, number, spoil)
-    with monkeypatch.context() as patch:
-        before_step(patch, interrupted_at, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted):
-            start(small_recipe(on_bad_loss=on_bad_loss), run, QUIET)
-    resume(run, QUIET)
-    assert_same(run, whole[on_bad_loss])
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """Runs with bad steps 4 and 15 that were not interrupted."""
-    runs = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for number in (4, 15):
-            before_step(patch, number, spoil)
-        for on_bad_loss in ("skip", "rollback"):
-            runs[on_bad_loss] = tmp_path_factory.mktemp(on_bad_loss) / "run"
-            start(small_recipe(on_bad_loss=on_bad_loss), runs[on_bad_loss], QUIET)
-    return runs
+        start(tiny_recipe(clip_grad=0.0), tmp_path / "run", QUIET)
 
 
 # Data
@@ -358,19 +238,7 @@ def photos(tmp_path):
 
 
 def recipe_of(photos, workers=0):
-    return small_recipe(data=str(photos), batch_size=16, cache_mb=0, workers=workers, save_minutes=99.0)
-
-
-def after_step(monkeypatch, number, act):
-    """Do something once, after a step counted from 1."""
-    show_step = display.Display.show_step
-
-    def show_and_act(self, epoch, step, *numbers):
-        show_step(self, epoch, step, *numbers)
-        if step == number:
-            act()
-
-    monkeypatch.setattr(display.Display, "show_step", show_and_act)
+    return tiny_recipe(data=str(photos), batch_size=16, cache_mb=0, workers=workers, save_minutes=99.0)
 
 
 def turn(path):
@@ -388,16 +256,13 @@ def turn(path):
     ],
     ids=["vanished", "changed"],
 )
-def test_an_image_that_vanishes_or_changes_ends_the_run_until_it_is_restored(
-    photos, tmp_path, monkeypatch, workers, harm, said
-):
+def test_an_image_that_vanishes_or_changes_ends_the_run_until_it_is_restored(photos, tmp_path, workers, harm, said):
     start(recipe_of(photos), tmp_path / "whole", QUIET)
     files = {path: path.read_bytes() for path in photos.rglob("*.png")}
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        after_step(patch, 2, lambda: [harm(path) for path in files])
-        with pytest.raises(InputError, match=rf"{said}; all is saved up to step \d+: then go on with `.*--resume"):
-            start(recipe_of(photos, workers), run, QUIET)
+    harmful = after_step(2, lambda: [harm(path) for path in files])
+    with pytest.raises(InputError, match=rf"{said}; all is saved up to step \d+: then go on with `.*--resume"):
+        start(recipe_of(photos, workers), run, QUIET, progress=harmful)
     _, progress = load_tensors(run / "state" / "last.safetensors")
     assert progress["step"] >= 2
     for path, data in files.items():
@@ -406,14 +271,12 @@ def test_an_image_that_vanishes_or_changes_ends_the_run_until_it_is_restored(
     assert_same(run, tmp_path / "whole")
 
 
-def test_other_pixels_under_the_same_names_are_no_data_to_go_on_with(photos, tmp_path, monkeypatch):
+def test_other_pixels_under_the_same_names_are_no_data_to_go_on_with(photos, tmp_path):
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        after_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(Interrupted):
-            start(recipe_of(photos), run, QUIET)
+    with pytest.raises(Interrupted):
+        start(recipe_of(photos), run, QUIET, progress=interrupt_at(2))
     turn(next(photos.rglob("*.png")))
-    with pytest.raises(InputError, match="not those that the run began with"):
+    with pytest.raises(InputError, match=r"pixels of the .* images are not those that the run began with"):
         resume(run, QUIET)
 
 
@@ -421,12 +284,10 @@ def kill_a_worker():
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
 
 
-def test_a_worker_killed_by_the_system_ends_the_run_which_then_resumes(photos, tmp_path, monkeypatch):
+def test_a_worker_killed_by_the_system_ends_the_run_which_then_resumes(photos, tmp_path):
     start(recipe_of(photos), tmp_path / "whole", QUIET)
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        after_step(patch, 1, kill_a_worker)
-        with pytest.raises(InputError, match=r"a loader process died .*fewer workers.*; all is saved up to step \d+"):
-            start(recipe_of(photos, workers=1), run, QUIET)
+    with pytest.raises(InputError, match=r"a loader process died .*fewer workers.*; all is saved up to step \d+"):
+        start(recipe_of(photos, workers=1), run, QUIET, progress=after_step(1, kill_a_worker))
     resume(run, QUIET)
     assert_same(run, tmp_path / "whole")

@@ -11,11 +11,11 @@ from runs import small_recipe
 from tokenfusion import InputError, Recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.models import list_models
-from tokenfusion.recipe import AUTO, load_recipe
-from tokenfusion.training.ending import MAX_EPOCHS
-from tokenfusion.training.plan import plan, plan_table
+from tokenfusion.recipe import load_recipe
+from tokenfusion.training.schedule import MAX_EPOCHS
+from tokenfusion.training.tune.dry_run import plan, plan_table
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 IMAGENET = sorted((ROOT / "recipes").glob("imagenet_*.toml"))
 
 
@@ -45,7 +45,7 @@ def test_processes_share_the_batch_and_an_open_end_is_a_ceiling(monkeypatch):
         "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    planned = plan(small_recipe(epochs=AUTO, accumulate=2), print)
+    planned = plan(small_recipe(epochs="auto", accumulate=2), print)
     assert (planned.processes, planned.batch_size, planned.epochs) == (4, 128, MAX_EPOCHS)
     lines = dict(plan_table(planned, epochs_auto=True))
     assert lines["batch"] == "128 images a step: 32 in each of 4 processes, in 2 parts"
@@ -54,7 +54,7 @@ def test_processes_share_the_batch_and_an_open_end_is_a_ceiling(monkeypatch):
 
 def test_a_plan_says_what_is_not_as_the_recipe_has_it():
     said = []
-    planned = plan(small_recipe(batch_size=100_000, lr=AUTO), said.append)
+    planned = plan(small_recipe(batch_size=100_000, lr="auto"), said.append)
     assert said == [
         "batch_size=100000 is more than the images there are: a step takes all 1,438",
         "lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top",

@@ -1,0 +1,226 @@
+"""From a recipe to all that the loop needs, a function a stage: data, split, model, weights, decode, loader, objective,
+optimizer. The model comes before the images are decoded, so that one that cannot be built is refused in seconds."""
+
+import copy
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+
+from rich.progress import Progress as ProgressBar
+
+from tokenfusion.classifier import Classifier
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.dataset import Dataset, held_out_name
+from tokenfusion.data.decoded import Images, Skipped, read_images, require_every_class, unread_images, write_skipped
+from tokenfusion.data.exclude import EXCLUDED, keep_list
+from tokenfusion.data.loader import TrainLoader
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.sampler import Share
+from tokenfusion.data.split import Split, choose_split, read_split, write_split
+from tokenfusion.errors import InputError
+from tokenfusion.files import write_text
+from tokenfusion.formatting import counted
+from tokenfusion.recipe import Recipe, dump_recipe
+from tokenfusion.training.distributed.ddp import average_gradients
+from tokenfusion.training.distributed.fsdp import is_saved, shard
+from tokenfusion.training.distributed.sync_norm import globalize_norms
+from tokenfusion.training.model import build
+from tokenfusion.training.objective import (
+    BatchMixing,
+    balance_in_words,
+    image_weights,
+    make_loss,
+    refuse_balance,
+)
+from tokenfusion.training.optimizer import make_optimizer
+from tokenfusion.training.recovery import Unreadable, read_file
+from tokenfusion.training.setup import Run, Setup
+from tokenfusion.training.state import TrainState
+from tokenfusion.training.tune.batch_size import choose_batch_size, more_than_there_are
+from tokenfusion.training.tune.rate import choose_lr
+from tokenfusion.training.warm_start import refuse_seen, warm_start
+from tokenfusion.training.watch import Measure, make_watch, require_measurable
+
+
+def prepare(recipe: Recipe, run: Run, measure: Measure | None) -> Setup:
+    """All stages but the last, which `make_state` is.
+
+    Args:
+        recipe: what to train, on what, and how.
+        run: its folder holds the recipe, and what an earlier call wrote there.
+        measure: what `Recipe.every` is about.
+
+    Raises:
+        InputError: the data or the model cannot be used.
+    """
+    source = data(recipe, run)
+    parts = split(source, recipe, run)
+    classifier = model(source, recipe, run, measure)
+    weights(classifier, source, parts, recipe, run)
+    training, held_out = decode(source, parts, recipe, run)
+    settled, batches = loader(training, classifier, recipe, run)
+    setup = objective(batches, training, held_out, classifier, settled, run, measure)
+    if "lr" in recipe.autos:
+        setup = replace(setup, recipe=choose_lr(setup))
+    if setup.recipe != recipe:
+        write_text(run.folder / "recipe.toml", dump_measured(setup.recipe, recipe))
+    return setup
+
+
+def dump_measured(recipe: Recipe, given: Recipe) -> str:
+    """A recipe as TOML, with a first line that says which of its numbers were chosen by measuring."""
+    measured = ", ".join(name for name in given.autos if name not in recipe.autos)
+    return f"# Chosen by measuring: {measured}.\n{dump_recipe(recipe)}"
+
+
+def data(recipe: Recipe, run: Run) -> Dataset:
+    """The labelled images, without those that are to be left out."""
+    if recipe.exclude and run.world.is_first and not (run.folder / EXCLUDED).exists():
+        keep_list(run.folder, recipe.exclude)
+    source = open_dataset(recipe.data, recipe.exclude, run.folder)
+    run.say(source.excluded)
+    refuse_balance(recipe, source)
+    return source
+
+
+def split(source: Dataset, recipe: Recipe, run: Run) -> Split:
+    """Which images are held out: as the run wrote before, as the data says, or newly chosen and written."""
+    path = run.folder / "split.csv"
+    if path.exists():
+        return read_split(path, source)
+    parts = choose_split(source, recipe.val_fraction, recipe.seed)
+    if held_out_name(source) is None and run.world.is_first:
+        write_split(path, source, parts)
+    return parts
+
+
+def model(source: Dataset, recipe: Recipe, run: Run, measure: Measure | None) -> Classifier:
+    """The model with random weights, BatchNorm over all processes."""
+    classifier = build(recipe, source.classes, source.multi_label)
+    require_measurable(recipe, measure, classifier)
+    if run.world.size > 1:
+        globalize_norms(classifier.model)
+    return classifier
+
+
+def weights(classifier: Classifier, source: Dataset, parts: Split, recipe: Recipe, run: Run) -> None:
+    """The parents' trained weights in the place of random ones, before the first step."""
+    if recipe.warm_start_from and not is_saved(run.checkpoint):
+        refuse_seen(recipe, source, parts)
+        warm_start(classifier, recipe.warm_start_from, run.say)
+
+
+def decode(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tuple[Images, Images]:
+    """Training and held-out images: each is decoded once, and the unreadable ones are set aside in `skipped.csv`.
+
+    Training images in shards are left for later: they may be more than can be looked at before training.
+
+    Raises:
+        InputError: too many are unreadable, or all of a class.
+    """
+    run.say(f"reading {counted(len(parts.train) + len(parts.val), 'image')}")
+    limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
+    images: list[Images] = []
+    skipped: list[Skipped] = []
+    with ProgressBar(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
+        for name, indices in (("train", parts.train), ("val", parts.val)):
+            if name == "train" and source.shards is not None:
+                source.reader.require_room()
+                images.append(unread_images(source, indices, recipe.max_pixels))
+                continue
+            task = bar.add_task(f"reading {name} images", total=len(indices))
+            some, bad = read_images(source, indices, **limits, progress=report_to(bar, task), split=name)
+            images.append(some)
+            skipped += bad
+    training, held_out = images
+    if not training.checked:
+        met_before = read_file(run.folder / "skipped.csv")
+        skipped += [image for image in met_before if image.split == "train"]
+    if skipped and run.world.is_first:
+        write_skipped(run.folder / "skipped.csv", skipped)
+        run.say(f"set aside {counted(len(skipped), 'unreadable image')}, listed in {run.folder / 'skipped.csv'}")
+    require_every_class(training, source.classes)
+    refuse_damage(parts, training, held_out, skipped, recipe)
+    where = "kept in memory" if training.cached else f"over cache_mb={recipe.cache_mb}, so decoded anew each epoch"
+    where = where if training.checked else "in shards, decoded as they are drawn"
+    ignored = f"{source.ignored_in_words()}; " * bool(source.ignored)
+    numbers = f"{len(training):,} training and {counted(len(held_out), 'held-out image')}"
+    run.say(f"{ignored}{numbers} of {counted(len(source.classes), 'class')}, {where}")
+    return training, held_out
+
+
+def report_to(bar: ProgressBar, task: int) -> Callable[[int, int], None]:
+    """A callback that moves a task of a bar to (done, total)."""
+    return lambda done, total: bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
+
+
+def refuse_damage(parts: Split, training: Images, held_out: Images, skipped: list[Skipped], recipe: Recipe) -> None:
+    """Refuse data of which too much cannot be read."""
+    if not skipped:
+        return
+    first = f"the first is {skipped[0].path}: {skipped[0].reason}"
+    unreadable = len(parts.train) - len(training)
+    if unreadable > recipe.max_skipped * len(parts.train):
+        raise InputError(
+            f"{unreadable} of {len(parts.train):,} training images are unreadable, "
+            f"more than max_skipped={recipe.max_skipped:g} allows ({first}); mend them, or leave out with --exclude "
+            f"what `tokenfusion check {shlex.quote(recipe.data)}` finds, or raise --max-skipped"
+        )
+    if not len(held_out):
+        raise InputError(f"none of the {len(parts.val)} held-out images is readable ({first}); mend or replace them")
+
+
+def loader(training: Images, classifier: Classifier, recipe: Recipe, run: Run) -> tuple[Recipe, TrainLoader]:
+    """Augmented batches, this process's share of each, and the recipe with their size; images get their weights."""
+    for line in balance_in_words(training, recipe):
+        run.say(line)
+    training.weights = image_weights(training, recipe)
+    if "batch_size" in recipe.autos:
+        recipe = choose_batch_size(recipe, len(classifier.classes), len(training), run.say)
+    batch_size = recipe.batch_size_for(len(training), run.world.size)
+    batches = TrainLoader(
+        training,
+        Augment.from_recipe(recipe, classifier.preprocess.img_size),
+        batch_size=batch_size,
+        seed=recipe.seed,
+        workers=recipe.workers,
+        balanced=recipe.balance == "sampling",
+        share=Share(run.world.rank, run.world.size, recipe.accumulate, before=bool(recipe.mixup or recipe.cutmix)),
+        on_unreadable=Unreadable(run, training, recipe.max_skipped),
+    )
+    if batch_size > len(training):
+        run.say(more_than_there_are(batch_size, len(training)))
+    each = counted(min(batch_size, len(training)), "image")
+    run.say(f"{counted(batches.steps_per_epoch, 'step')} an epoch, of {each} each")
+    return recipe, batches
+
+
+def objective(
+    batches: TrainLoader,
+    training: Images,
+    held_out: Images,
+    classifier: Classifier,
+    recipe: Recipe,
+    run: Run,
+    measure: Measure | None,
+) -> Setup:
+    """How batches are mixed, what is minimised, and what is measured beside it."""
+    mixing = BatchMixing(recipe, len(classifier.classes))
+    loss = make_loss(training, recipe)
+    watch = make_watch(recipe, measure, classifier, held_out)
+    return Setup(recipe, run, classifier, batches, mixing, loss, held_out, watch)
+
+
+def make_state(setup: Setup) -> TrainState:
+    """The last stage: the optimiser and the average beside the model, before the first step.
+
+    Processes spread the model over themselves, or exchange gradients; all of them come here together.
+    """
+    recipe, network = setup.recipe, setup.classifier.model
+    world = setup.run.world
+    keep_best = recipe.patience > 0 and recipe.epochs != "auto"  # an open end ships what its final decay ends with
+    if recipe.parallel == "fsdp" and world.store is not None:
+        spread = shard(copy.deepcopy(network))
+        return TrainState(spread, make_optimizer(spread, recipe), recipe.ema, keep_best, spread, world, spare=network)
+    called = average_gradients(setup.classifier, world)
+    return TrainState(network, make_optimizer(network, recipe), recipe.ema, keep_best, called, world)

@@ -1,0 +1,276 @@
+"""A run from its first call to its weights: start or resume, prepare, loop, ship."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from tokenfusion.checkpoint import load_description, resume_command
+from tokenfusion.classifier import Classifier
+from tokenfusion.data.exclude import EXCLUDED
+from tokenfusion.data.open import resolved
+from tokenfusion.errors import InputError
+from tokenfusion.evaluate import with_tuned_thresholds
+from tokenfusion.files import write_text
+from tokenfusion.hardware import keep_freed_memory
+from tokenfusion.models import require_known
+from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
+from tokenfusion.training.distributed.fsdp import is_saved
+from tokenfusion.training.distributed.launch import processes, versions
+from tokenfusion.training.distributed.world import READ, World
+from tokenfusion.training.identity import Identity, differences, find_moved_data, first_key, identity_of
+from tokenfusion.training.log import Log, send_rest
+from tokenfusion.training.loggers import require_installed
+from tokenfusion.training.loop import Interrupted, fit
+from tokenfusion.training.prepare import make_state, prepare
+from tokenfusion.training.progress import Display, Listener, Update
+from tokenfusion.training.setup import CHECKPOINT, Run, Setup
+from tokenfusion.training.state import TrainState, read_progress
+from tokenfusion.training.watch import Measure
+
+BEFORE_THE_FIRST_STEP = ("split.csv", "skipped.csv", "lr_range.json", EXCLUDED)
+"""What a run folder may hold beside its recipe when training begins."""
+SAME_COMMAND = "start every process with the same command and the same installation"
+SAME_DATA = "let every process see the same data and the same run folder"
+
+
+def train(recipe: Recipe, out: str | Path, *, progress: Listener | None = None) -> Classifier:
+    """Train a new run, silently, in any thread.
+
+    In the main thread, Ctrl-C and SIGTERM save the run after the step under way and raise `training.Interrupted`;
+    `tokenfusion train --resume OUT` goes on with it.
+
+    Args:
+        recipe: what to train, on what, and how: the options of `tokenfusion train`.
+        out: the run folder to write; it must not hold a run or anything else.
+        progress: called after each step and after each epoch with a `training.Update`: numbers of steps and epochs, the
+            running loss and score, images a second, and after an epoch its `record`, held-out loss and score included.
+            What it raises ends the training.
+
+    Returns:
+        The trained classifier, as `Classifier.load(out)` gives it.
+
+    Raises:
+        InputError: the folder is taken, or the recipe or its data cannot be used.
+
+    Example:
+        classifier = tokenfusion.train(tokenfusion.Recipe("photos/", epochs=10), "runs/photos")
+    """
+    return start(recipe, Path(out), Console(quiet=True), progress=progress)
+
+
+def start(
+    recipe: Recipe, folder: Path, console: Console, measure: Measure | None = None, progress: Listener | None = None
+) -> Classifier:
+    """Train a new run.
+
+    Args:
+        recipe: what to train, on what, and how.
+        folder: to write; it must not hold a run or anything else.
+        console: where to show progress.
+        measure: what `Recipe.every` is about, such as `analyze.watch.watch_collapse`.
+        progress: told of every step and epoch as well.
+
+    Returns:
+        The trained classifier.
+
+    Raises:
+        InputError: the folder is taken, or the recipe or its data cannot be used.
+        Interrupted: Ctrl-C, once the state is saved.
+    """
+    with processes() as world:
+        console.quiet = console.quiet or not world.is_first
+        world.require_same("recipe", versions() | vars(recipe), SAME_COMMAND)
+        with world.together("folder"):
+            require_known(recipe.model)
+            recipe = replace(recipe, data=resolved(recipe.data))  # so that the run can be resumed from anywhere
+            if world.is_first:
+                claim(folder, recipe)
+        return to_its_end(recipe, Run(folder, console, world), measure, progress)
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Make a new run's folder and write the recipe into it.
+
+    Raises:
+        InputError: it is taken, or cannot be written.
+    """
+    if (folder / "model.json").exists():
+        raise InputError(f"{folder} holds a run already; go on with `{resume_command(folder)}`, or give another --out")
+    if folder.exists() and not (folder.is_dir() and is_unused(folder)):
+        raise InputError(f"{folder} exists and is not an empty folder; give another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in BEFORE_THE_FIRST_STEP:  # of a run that was refused
+            (folder / name).unlink(missing_ok=True)
+        write_text(folder / "recipe.toml", dump_recipe(recipe))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written: {error.strerror}; give another --out") from error
+
+
+def is_unused(folder: Path) -> bool:
+    """Whether a folder is empty, or holds no more than a run that was refused before its first step."""
+    ours = {"recipe.toml", *BEFORE_THE_FIRST_STEP}
+    names = {path.name for path in folder.iterdir()} - {f".{name}.tmp" for name in ours}  # left where a write was cut
+    if not names:
+        return True
+    refused = names <= ours and "recipe.toml" in names
+    return refused and load_recipe(folder / "recipe.toml").keys() == set(FIELDS)
+
+
+def resume(folder: Path, console: Console, measure: Measure | None = None, progress: Listener | None = None) -> None:
+    """Go on with a run that was interrupted; of one that is finished, send its `loggers` what they lack.
+
+    Args:
+        folder: that `start` wrote.
+        console, measure, progress: as in `start`.
+
+    Raises:
+        InputError: not a run, of a newer version, damaged, or its data has changed.
+        Interrupted: Ctrl-C, once the state is saved.
+    """
+    with processes() as world:
+        console.quiet = console.quiet or not world.is_first
+        with world.together("folder"):
+            recipe = recipe_of(folder)
+            if world.is_first and recipe.data != load_recipe(folder / "recipe.toml")["data"]:
+                console.print(f"the images were moved along with the run, to {recipe.data}")
+                write_text(folder / "recipe.toml", dump_recipe(recipe))
+        finished = (folder / "model.safetensors").exists()
+        world.require_same("recipe", versions() | vars(recipe) | {"finished": finished}, SAME_COMMAND)
+        run = Run(folder, console, world)
+        if not finished:
+            to_its_end(recipe, run, measure, progress)
+            return
+        run.say(f"{folder} is finished already")
+        if world.is_first:
+            send_rest(folder, asdict(recipe), run.say)
+
+
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of a run that this version can go on with; data that was moved along with the run is found again.
+
+    Raises:
+        InputError: it is no run, or one of a newer version.
+    """
+    path = folder / "recipe.toml"
+    if not path.exists():
+        raise InputError(
+            f"{folder} is not a run (it has no recipe.toml); give the folder that `tokenfusion train --out` wrote"
+        )
+    if (folder / "model.json").exists():
+        load_description(folder)  # refuses a run of a newer version
+    recipe, saved = Recipe(**load_recipe(path)), folder / CHECKPOINT
+    return find_moved_data(recipe, read_progress(saved).identity, folder) if is_saved(saved) else recipe
+
+
+def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, progress: Listener | None) -> Classifier:
+    """Bring a run from whatever is saved of it to its end."""
+    world = run.world
+    keep_freed_memory()
+    require_installed(recipe.loggers)
+    refuse_alone(recipe, world)
+    with world.together("data", READ):
+        setup = prepare(recipe, run, measure)
+        identity = require_same_run(setup)
+    saved = is_saved(run.checkpoint)
+    world.require_same("images", {"a checkpoint": saved} | identity["images"], SAME_DATA)
+    state = begin(setup, identity)
+    world.require_same("checkpoint", {"steps done": state.progress.step}, SAME_DATA)
+    log = Log(run.folder, state.progress.records, asdict(setup.recipe), run.say) if world.is_first else None
+    try:
+        with Display(run.console, setup.loss.train_score) as display:
+            fit(setup, state, told(display, progress), log)
+    except Interrupted:
+        if world.is_first:
+            raise
+        raise SystemExit(130) from None  # the first process says it
+    finally:
+        setup.batches.close()
+        if log:
+            log.close(state.progress.finished)
+    return ship(setup, state)
+
+
+def refuse_alone(recipe: Recipe, world: World) -> None:
+    """Refuse what several processes cannot do together.
+
+    Raises:
+        InputError: `auto`, for which each would measure something else, or matrices in pieces for Muon.
+    """
+    if world.store is not None and recipe.parallel == "fsdp" and recipe.optimizer == "muon":
+        raise InputError(
+            "optimizer=muon orthogonalises whole matrices, and parallel=fsdp spreads them over the processes; "
+            "give --optimizer adamw, or --parallel ddp"
+        )
+    measured = [name for name in recipe.autos if name != "epochs"]  # whose end all processes see alike
+    if world.size > 1 and measured:
+        name = measured[0]
+        raise InputError(
+            f"{name}=auto is chosen by a single process; train without torchrun until the first step and resume with "
+            f"it, or give --{name.replace('_', '-')} a number"
+        )
+
+
+def require_same_run(setup: Setup) -> Identity:
+    """Refuse to go on with images or a recipe that are not those that the run began with.
+
+    Returns:
+        What the run is trained on and by.
+
+    Raises:
+        InputError: naming what differs; or what is saved is damaged.
+    """
+    run, training, held_out = setup.run, setup.batches.images, setup.held_out
+    what = (setup.recipe, setup.classifier.classes, training, held_out)
+    now = identity_of(*what, run.folder)
+    if is_saved(run.checkpoint):
+        began = read_progress(run.checkpoint)
+        if began.identity:
+            changed = differences(began.identity, now)
+        else:
+            changed = [] if began.key == first_key(*what) else ["its images or fields of its recipe"]
+        if changed:
+            raise InputError(
+                f"{run.folder} cannot go on: {', '.join(changed)} are not those that the run began with; put them back "
+                f"(fields stand in {run.folder / 'recipe.toml'}), or train a new run"
+            )
+    return now
+
+
+def begin(setup: Setup, identity: Identity) -> TrainState:
+    """A run's state: what is saved of it, or else its first; all processes make it together."""
+    run, state = setup.run, make_state(setup)
+    run.checkpoint.parent.mkdir(exist_ok=True)
+    if is_saved(run.checkpoint):
+        state.load(run.checkpoint)
+        run.say(state.change_processes())
+    elif run.world.is_first:
+        setup.classifier.save_description(run.folder)
+    state.progress.identity, state.progress.key = identity, ""
+    return state
+
+
+def told(display: Display, progress: Listener | None) -> Listener:
+    """Tell a person, and the program that called."""
+
+    def tell(update: Update) -> None:
+        display(update)
+        if progress:
+            progress(update)
+
+    return tell
+
+
+def ship(setup: Setup, state: TrainState) -> Classifier:
+    """Write the weights that a run ends with."""
+    shipped = replace(setup.classifier, model=state.gather_shipped().eval())
+    if state.best:
+        shipped.model.load_state_dict(state.best)
+    if not state.world.is_first:
+        return shipped
+    if shipped.multi_label:
+        shipped = with_tuned_thresholds(shipped, setup.held_out, setup.recipe.workers)
+        shipped.save_description(setup.run.folder)
+    shipped.save_weights(setup.run.folder)
+    return shipped

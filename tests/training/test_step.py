@@ -1,0 +1,70 @@
+"""A step: what it waits for, and what a bad one says."""
+
+import pytest
+import torch
+from rich.console import Console
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from runs import tiny_recipe
+from tokenfusion.training import start, step
+
+WAITS = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
+"""Operators that bring a number to the host, and so wait for a GPU."""
+
+
+class Operators(TorchDispatchMode):
+    """Notes the tensors that such operators read."""
+
+    def __init__(self):
+        super().__init__()
+        self.read = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.name() in WAITS:
+            self.read.append(args[0].data_ptr())
+        return function(*args, **(kwargs or {}))
+
+
+class Methods(TorchFunctionMode):
+    """Notes the methods that copy a tensor to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") in ("tolist", "numpy", "cpu"):
+            self.called.append(function.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch, optimizer):
+    """Counted on a CPU, where the same calls are made; the optimiser's count of steps lies on the host anyway."""
+    train_step, waits = step.train_step, []
+
+    def counted(setup, state, *arguments):
+        with Operators() as operators, Methods() as methods:
+            result = train_step(setup, state, *arguments)
+        on_host = {moments["step"].data_ptr() for moments in state.optimizer.state.values() if "step" in moments}
+        waits.append((methods.called, [pointer for pointer in operators.read if pointer not in on_host]))
+        return result
+
+    monkeypatch.setattr(step, "train_step", counted)
+    recipe = tiny_recipe(epochs=1, batch_size=512, balance="loss", accumulate=2, drop_path=0.0, optimizer=optimizer)
+    start(recipe, tmp_path / "run", Console(quiet=True))
+    assert waits == [(["tolist"], [])] * 2
+
+
+def test_images_come_from_pinned_memory_where_there_is_a_gpu(monkeypatch):
+    from tokenfusion.data.augment import Augment
+    from tokenfusion.data.decoded import read_images
+    from tokenfusion.data.loader import TrainLoader
+    from tokenfusion.data.open import open_dataset
+
+    images, _ = read_images(open_dataset("digits"), range(8), max_pixels=64, cache_bytes=2**20)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        loader = TrainLoader(images, Augment((8, 8), 3, 1.0, 0.0, False), batch_size=8, seed=0, workers=0)
+        assert loader.loader.pin_memory is there
