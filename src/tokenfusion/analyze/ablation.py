@@ -100,8 +100,8 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
     """Accuracy and loss when the tokens of a source are replaced by their mean, in one layer or in all.
 
     Where: `token_places`. In a block's input the tokens' stream ends there. An operator's tokens are those that it
-    reads, by which it updates others: patches pass it by themselves, and the CNN's map goes on as it was, through its own
-    residual, and may bring the pixels back in the next exchange; what an addition adds becomes the mean update.
+    reads, by which it updates others: patches pass it by themselves, and the CNN's map goes on as it was, through its
+    own residual, and may bring the pixels back in the next exchange; what an addition adds becomes the mean update.
 
     Args:
         model: a fusion, or a transformer that can be walked; run in evaluation mode, and left as it was.
