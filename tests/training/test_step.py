@@ -1,7 +1,6 @@
 """A step: what it waits for, and what a bad one says."""
 
 import pytest
-import torch
 from rich.console import Console
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -55,16 +54,3 @@ def test_a_step_waits_for_the_device_once(tmp_path, monkeypatch, optimizer):
     recipe = tiny_recipe(epochs=1, batch_size=512, balance="loss", accumulate=2, drop_path=0.0, optimizer=optimizer)
     start(recipe, tmp_path / "run", Console(quiet=True))
     assert waits == [(["tolist"], [])] * 2
-
-
-def test_images_come_from_pinned_memory_where_there_is_a_gpu(monkeypatch):
-    from tokenfusion.data.augment import Augment
-    from tokenfusion.data.decoded import read_images
-    from tokenfusion.data.loader import TrainLoader
-    from tokenfusion.data.open import open_dataset
-
-    images, _ = read_images(open_dataset("digits"), range(8), max_pixels=64, cache_bytes=2**20)
-    for there in (False, True):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
-        loader = TrainLoader(images, Augment((8, 8), 3, 1.0, 0.0, False), batch_size=8, seed=0, workers=0)
-        assert loader.loader.pin_memory is there

@@ -98,7 +98,6 @@ class TrainLoader:
             worker_init_fn=ignore_interrupts,
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # otherwise starting an epoch would draw from the caller's
-            pin_memory=torch.cuda.is_available(),  # so that a copy to the GPU does not wait
         )
         self.iterator: Iterator[Loaded] | None = None
 
@@ -164,7 +163,6 @@ def eval_batches(
         pin_memory=pin_memory and torch.cuda.is_available(),
         collate_fn=as_it_is,
         generator=torch.Generator(),
-        pin_memory=torch.cuda.is_available(),
     )
     iterator = loader.begin()
     try:
