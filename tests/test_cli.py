@@ -9,14 +9,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 from tokenfusion import training
 from tokenfusion.cli import app
+from tokenfusion.data.open import open_dataset
 from tokenfusion.recipe import Recipe, load_recipe
 
 QUICK = ("--img-size", 8, "--epochs", 1, "--batch-size", 256)
@@ -114,6 +117,39 @@ def test_evaluation_is_of_the_held_out_images(command, run):
     assert f"{result['top1']:.2%}" in output
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert result["top1"] == pytest.approx(last["val_top1"])  # the shipped weights are those that training judged
+
+
+HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
+"""Kinds of warnings that Python itself keeps from the user of a command."""
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10", "imagenette-160"])
+def test_no_warning_of_a_library_reaches_the_user(command, tmp_path, request, data):
+    """Whether training has more loader processes than cores, or the quick model of check has few images."""
+    if data != "digits":
+        source = open_dataset(request.getfixturevalue("shared") / "data" / data)
+        for label, name in enumerate(source.classes[:3]):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            for index in np.flatnonzero(source.labels == label)[:12]:
+                F.to_pil_image(source.decode(index, 10**8)).save(tmp_path / "data" / name / f"{index}.png")
+        data = tmp_path / "data"
+    workers = ("--workers", (os.cpu_count() or 1) + 1)
+    commands = [
+        ("check", data, "--out", tmp_path / "check"),
+        ("train", data, "--model", "resnet_micro", *QUICK, *workers, "--out", tmp_path / "run"),
+    ]
+    if data == "digits":  # profile reads no image, and compare in processes of its own, which train as above
+        commands.append(("profile", "vit_micro", "--batch-size", 1))
+        commands.append(("compare", data, "--models", "vit_micro", *QUICK, "--seeds", 1, "--out", tmp_path / "several"))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for kind in HIDDEN:
+            warnings.simplefilter("ignore", kind)
+        for words in commands:
+            status, output, errors = command(*words)
+            assert (status, "Warning" in output + errors) == (0, False), errors
+    assert [str(warning.message) for warning in caught] == []
+    assert not any("Warning" in log.read_text() for log in tmp_path.glob("several/logs/*"))
 
 
 def test_data_with_only_a_train_part_is_judged_on_what_was_held_out_of_it(command, tmp_path):
@@ -279,6 +315,11 @@ def test_models_lists_costs(command):
     [
         (["train", "digits"], "--out is missing"),
         (["train", "--out", "x"], "DATA is missing"),
+        (["train", "--dry-run"], "DATA is missing; name a folder"),
+        (["train"], "DATA and --out are missing"),
+        (["compare"], "DATA, --models and --out are missing"),
+        (["predict"], "RUN and PATH are missing; `tokenfusion predict --help`"),
+        (["check"], "DATA is missing"),
         (["train", "no/such", "--out", "x"], "no such file or folder"),
         (
             ["train", "digits", "--model", "tokenfusion_erly_micro", "--out", "x"],

@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,20 +13,12 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 from rich.console import Console
 
+from tokenfusion import options
 from tokenfusion.analyze.cli import AsJson, counting, explain
 from tokenfusion.analyze.cli import app as analyze
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
-from tokenfusion.options import (
-    HelpWithAutos,
-    explain_error,
-    read_autos,
-    refuse_fractions,
-    require_all,
-    shown_default,
-    with_recipe,
-)
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 
@@ -38,14 +31,14 @@ app = App(
     version=__version__,
     help="Train, compare, explain and ship image classifiers that fuse CNN and transformer tokens.\n\n"
     "Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
-    error_formatter=explain_error,
-    default_parameter=Parameter(consume_multiple=True, negative_iterable="", show_default=shown_default),
-    config=(read_autos, refuse_fractions, with_recipe, require_all),
+    error_formatter=options.explain_error,
+    default_parameter=Parameter(consume_multiple=True, negative_iterable="", show_default=options.shown_default),
+    config=(options.refuse_words, options.refuse_fractions, options.with_recipe, options.require_all),
     result_action="return_value",
 )
 
 
-@app.command(help_formatter=HelpWithAutos())
+@app.command(help_formatter=options.HelpWithAutos())
 def train(
     settings: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 - frozen
     *,
@@ -133,16 +126,12 @@ def evaluate(
 
     with counting("reading images") as progress:
         result = evaluate_run(run, data, split, progress)
-    if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-        return
     skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])
-    console.print(f"{counted(result['n'], 'image')} ({result['split']}){skipped}")
-    for image in result["unreadable"][:5]:
-        console.print(f"  skipped {image['path']}: {image['reason']}")
-    for line in evaluation_summary(result):
-        console.print(line)
-    console.print(f"written to {run / 'evaluation.json'}; next: tokenfusion report {shlex.quote(str(run))}")
+    lines = [f"{counted(result['n'], 'image')} ({result['split']}){skipped}"]
+    lines += [f"  skipped {image['path']}: {image['reason']}" for image in result["unreadable"][:5]]
+    lines += evaluation_summary(result)
+    lines.append(f"written to {run / 'evaluation.json'}; next: tokenfusion report {shlex.quote(str(run))}")
+    show(result, as_json, lines=lines)
 
 
 @app.command
@@ -247,12 +236,8 @@ def compare(
     except KeyboardInterrupt:
         stderr.print("\nstopped and saved; the same command goes on")
         sys.exit(130)
-    if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
-    else:
-        print_table(comparison_table(result))
-        for note in (*notes(result), f"written to {out / 'comparison.json'}; open {out / 'report.html'}"):
-            console.print(note)
+    written = f"written to {out / 'comparison.json'}; open {out / 'report.html'}"
+    show(result, as_json, comparison_table(result), [*notes(result), written])
     if any(row["failed"] for row in result["models"]):
         sys.exit(1)
 
@@ -293,14 +278,11 @@ def models(pattern: str = "*", /, *, as_json: AsJson = False) -> None:
     rows = describe_models(pattern)
     if not rows:
         raise InputError(f"no model matches {pattern!r}; `tokenfusion models` lists all of them")
-    if as_json:
-        print(json.dumps(rows, indent=2))
-        return
     table = [["model", "parameters M", "GMACs", "input"]]
     for row in rows:
         height, width = row["img_size"]
         table.append([row["name"], f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3f}", f"{height}×{width}"])
-    print_table(table)
+    show(rows, as_json, table)
 
 
 @app.command
@@ -338,34 +320,18 @@ def profile(
     """
     from rich.progress import track
 
-    from tokenfusion.profile import (
-        NOTES,
-        compare_with_papers,
-        conditions,
-        cost_table,
-        paper_table,
-        profile_models,
-        select_models,
-    )
+    from tokenfusion.profile import profile_models, profile_papers, select_models
 
-    chosen = select_models(patterns)
     if paper and img_size:
         raise InputError("--paper compares at the published image size; leave out --img-size")
+    names = select_models(patterns)
     if paper:
-        result: dict[str, Any] = {"models": compare_with_papers(chosen)}
-        table, notes = paper_table(result["models"]), [f"{sign}: {note}" for sign, note in NOTES.items()]
+        result, table, notes = profile_papers(names)
     else:
         bar = partial(track, console=stderr, disable=not stderr.is_terminal, transient=True)
-        height, width = Recipe(img_size=img_size).img_size or (0, 0)
-        size = (height, width) if img_size else None
-        result = profile_models(chosen, size, batch_size, precision, bar)
-        table, notes = cost_table(result["models"]), [conditions(result)]
-    if as_json:
-        print(json.dumps(result, indent=2))
-        return
-    print_table(table)
-    for note in notes:
-        console.print(note)
+        size = Recipe(img_size=img_size).img_size
+        result, table, notes = profile_models(names, (size[0], size[1]) if size else None, batch_size, precision, bar)
+    show(result, as_json, table, notes)
 
 
 app.command(analyze)
@@ -373,16 +339,23 @@ app.command(explain)
 app.command(check)
 
 
-def print_table(lines: list[list[str]]) -> None:
-    """A line of headings and lines of text, in columns; all but the first are aligned right."""
-    from rich.table import Table
+def show(result: Any, as_json: bool, table: Sequence[Sequence[str]] = (), lines: Sequence[str] = ()) -> None:
+    """Print a result as JSON, or else as a table whose first line has the headings, and lines below it."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    if table:
+        from rich.table import Table
 
-    table = Table(lines[0][0], box=None, pad_edge=False)
-    for heading in lines[0][1:]:
-        table.add_column(heading, justify="right")
-    for line in lines[1:]:
-        table.add_row(*line)
-    console.print(table)
+        first, *headings = table[0]
+        columns = Table(first, box=None, pad_edge=False)
+        for heading in headings:
+            columns.add_column(heading, justify="right")
+        for row in table[1:]:
+            columns.add_row(*row)
+        console.print(columns)
+    for line in lines:
+        console.print(line)
 
 
 def main() -> None:

@@ -27,15 +27,7 @@ REMEDIES = {
 AUTO_OPTIONS = {f"--{name.replace('_', '-')}" for name in AUTO_FIELDS}
 
 
-def refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Refuse a fraction where a whole number belongs; the parser would round it."""
-    for argument in arguments:
-        for token in argument.tokens:
-            if mentions(argument.hint, int) and is_fraction(token.value):
-                raise InputError(f"{argument.name}={token.value} is not a whole number; give one without a fraction")
-
-
-def read_autos(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+def refuse_words(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Refuse a word other than `auto` where a number may be chosen by measuring."""
     if commands not in TRAINING:
         return
@@ -46,51 +38,13 @@ def read_autos(_app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
                     raise InputError(f"{argument.name}={token.value} is no number; give one, or auto")
 
 
-class HelpWithAutos(DefaultFormatter):
-    """Help with `INT|auto` where `auto` is taken in place of a number."""
-
-    def __call__(self, console: "Console", options: "ConsoleOptions", panel: HelpPanel) -> None:
-        entries = [
-            entry.copy(metavar=str(entry.metavar).replace("CHOICE", "auto"), choices=())
-            if AUTO_OPTIONS.intersection(entry.names)
-            else entry
-            for entry in panel.entries
-        ]
-        super().__call__(console, options, panel.copy(entries=entries))
-
-
-def shown_default(value: Any) -> str | None:
-    """A default as one would type it; None of what stands for nothing: (), "" and a flag that is not set."""
-    if value is False or value in (None, "", ()):
-        return None
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def mentions(hint: Any, kind: type) -> bool:
-    """Whether a type is `kind`, or is made of it as `tuple[kind, ...] | None` is."""
-    return hint is kind or any(mentions(part, kind) for part in get_args(hint))
-
-
-def is_fraction(text: str) -> bool:  # of what is no number at all the parser says more
-    return is_number(text) and not float(text).is_integer()
-
-
-def is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def explain_error(error: CycloptsError) -> "Panel | Text":
-    """What the parser says of an error, or more where DATA seems to be a pattern that the shell has expanded."""
-    words = error.unused_tokens if isinstance(error, UnusedCliTokensError) else None
-    if words and all("://" in word or word.endswith((".tar", ".parquet")) for word in words):
-        from rich.text import Text
-
-        return Text(f"error: DATA is one name, but {words[0]} follows; the shell expanded a pattern: put it in quotes")
-    return CycloptsPanel(error)
+def refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse a fraction where a whole number belongs; the parser would round it."""
+    for argument in arguments:
+        for token in argument.tokens:
+            # of what is no number at all the parser says more
+            if mentions(argument.hint, int) and is_number(token.value) and not float(token.value).is_integer():
+                raise InputError(f"{argument.name}={token.value} is not a whole number; give one without a fraction")
 
 
 def with_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -123,6 +77,14 @@ def first_of_several(given: dict[str, list[str]]) -> list[str]:
     return split_names(given.get("models", []))[:1]
 
 
+def fill(
+    app: App, commands: tuple[str, ...], arguments: ArgumentCollection, values: dict[str, Any], source: str
+) -> None:
+    """Set the arguments that have no value yet."""
+    options = {name.replace("_", "-"): value for name, value in values.items()}
+    Dict(data=options, source=source, use_commands_as_keys=False)(app, commands, arguments)
+
+
 def require_all(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Name all that is missing at once; DATA may have come from a recipe file, and a dry run writes nothing."""
     given = {argument.name for argument in arguments if argument.tokens}
@@ -139,9 +101,44 @@ def require_all(_app: App, commands: tuple[str, ...], arguments: ArgumentCollect
         raise InputError(f"{names} missing; {'; '.join(remedies) or help_of_verb}")
 
 
-def fill(
-    app: App, commands: tuple[str, ...], arguments: ArgumentCollection, values: dict[str, Any], source: str
-) -> None:
-    """Set the arguments that have no value yet."""
-    options = {name.replace("_", "-"): value for name, value in values.items()}
-    Dict(data=options, source=source, use_commands_as_keys=False)(app, commands, arguments)
+def explain_error(error: CycloptsError) -> "Panel | Text":
+    """What the parser says of an error, or more where DATA seems to be a pattern that the shell has expanded."""
+    words = error.unused_tokens if isinstance(error, UnusedCliTokensError) else None
+    if words and all("://" in word or word.endswith((".tar", ".parquet")) for word in words):
+        from rich.text import Text
+
+        return Text(f"error: DATA is one name, but {words[0]} follows; the shell expanded a pattern: put it in quotes")
+    return CycloptsPanel(error)
+
+
+class HelpWithAutos(DefaultFormatter):
+    """Help with `INT|auto` where `auto` is taken in place of a number."""
+
+    def __call__(self, console: "Console", options: "ConsoleOptions", panel: HelpPanel) -> None:
+        entries = [
+            entry.copy(metavar=str(entry.metavar).replace("CHOICE", "auto"), choices=())
+            if AUTO_OPTIONS.intersection(entry.names)
+            else entry
+            for entry in panel.entries
+        ]
+        super().__call__(console, options, panel.copy(entries=entries))
+
+
+def shown_default(value: Any) -> str | None:
+    """A default as one would type it; None of what stands for nothing: (), "" and a flag that is not set."""
+    if value is False or value in (None, "", ()):
+        return None
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def mentions(hint: Any, kind: type) -> bool:
+    """Whether a type is `kind`, or is made of it as `tuple[kind, ...] | None` is."""
+    return hint is kind or any(mentions(part, kind) for part in get_args(hint))
+
+
+def is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

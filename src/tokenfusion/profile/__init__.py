@@ -44,7 +44,7 @@ def profile_models(
     batch_size: int = 8,
     precision: Precision = "auto",
     track: Callable[[Iterable[str]], Iterable[str]] = iter,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], Table, list[str]]:
     """Count and measure what models cost in inference.
 
     Args:
@@ -55,7 +55,8 @@ def profile_models(
         track: wraps the names while they are measured, to show progress.
 
     Returns:
-        What it was measured on and with, and under `models` a row for each name: raw numbers, memory in MiB.
+        What it was measured on and with, and under `models` a row for each name: raw numbers, memory in MiB; these
+        as a table; and notes on it.
 
     Raises:
         InputError: an unknown name, an image size that a model cannot take, a batch that does not fit into memory.
@@ -69,21 +70,25 @@ def profile_models(
         measured = measure_model(name, size, batch_size, precision)
         rows.append({"name": name, "img_size": list(size), **asdict(counts), **asdict(measured)})
     device = default_device()
-    return {
+    result = {
         "hardware": hardware_name(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "precision": resolve_precision(precision, device),
         "batch_size": batch_size,
-        "models": rows,
     }
+    measured_on = "inference on {hardware}, {threads} threads, torch {torch}, {precision}, batches of {batch_size}"
+    return result | {"models": rows}, cost_table(rows), [measured_on.format(**result)]
+
+
+def profile_papers(names: Sequence[str]) -> tuple[dict[str, Any], Table, list[str]]:
+    """Count what models cost, beside what is published of them; as `profile_models`, but nothing is timed."""
+    rows = compare_with_papers(names)
+    return {"models": rows}, paper_table(rows), [f"{sign}: {note}" for sign, note in NOTES.items()]
 
 
 def compare_with_papers(names: Sequence[str]) -> list[dict[str, Any]]:
-    """Count what models cost, beside what is published of them; nothing is timed.
-
-    Returns:
-        A row for each name: raw numbers, and under `published` what `published.compare` gives.
+    """A row for each name: raw numbers, and under `published` what `published.compare` gives.
 
     Raises:
         InputError: an unknown name.
@@ -100,30 +105,14 @@ def compare_with_papers(names: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def conditions(result: Mapping[str, Any]) -> str:
-    """What `profile_models` measured on and with, in words."""
-    return (
-        f"inference on {result['hardware']}, {result['threads']} threads, torch {result['torch']}, "
-        f"{result['precision']}, batches of {result['batch_size']}"
-    )
-
-
 def cost_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Rows of `profile_models` as text, under a line of headings."""
     table = [["model", "input", "parameters M", "GMACs", "activations M", "peak memory MiB", "images/s"]]
     for row in rows:
-        memory = row["peak_memory_mb"]
-        table.append(
-            [
-                row["name"],
-                "×".join(map(str, row["img_size"])),
-                f"{row['parameters'] / 1e6:.2f}",
-                giga(row["macs"]),
-                f"{row['activations'] / 1e6:.2f}",
-                "unknown" if memory is None else f"{memory:,.0f}",
-                f"{row['images_per_second']:,.1f}",
-            ]
-        )
+        size, memory = "×".join(map(str, row["img_size"])), row["peak_memory_mb"]
+        counts = f"{row['parameters'] / 1e6:.2f}", giga(row["macs"]), f"{row['activations'] / 1e6:.2f}"
+        took = "unknown" if memory is None else f"{memory:,.0f}", f"{row['images_per_second']:,.1f}"
+        table.append([row["name"], size, *counts, *took])
     return table
 
 
