@@ -458,11 +458,10 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
     assert "\n1 other file ignored ('a/notes.txt'); 12 training and 4 held-out images of 2 classes" in output
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path, workers):
+def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path):
     words = [
         *(sys.executable, "-m", "tokenfusion", "train", "digits"),
-        *("--img-size", "8", "--epochs", "500", "--workers", str(workers), "--out", str(tmp_path / "run")),
+        *("--img-size", "8", "--epochs", "500", "--workers", "2", "--out", str(tmp_path / "run")),
     ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(words, **pipes, text=True, start_new_session=True)

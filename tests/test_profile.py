@@ -129,11 +129,13 @@ def test_paper_mode_as_json(command):
     assert rows["cmt_ti"]["published"]["top1"] == [{"value": 79.2, "printed": "79.2", "source": "paper"}]
 
 
-def test_measured_as_json(command):
+def test_measured_as_json_without_the_memory_of_this_process(command):
+    ballast = torch.ones(2**27)  # 512 MiB, touched
     status, output, errors = command(
         "profile", "tokenfusion_early_micro", "--img-size", 40, 48, "--batch-size", 96, "--precision", "fp32", "--json"
     )
     assert status == 0, errors
+    assert ballast[-1] == 1
     result = json.loads(output)
     assert (result["precision"], result["batch_size"], result["threads"]) == ("fp32", 96, 1)
     assert result["torch"] == torch.__version__
@@ -141,15 +143,8 @@ def test_measured_as_json(command):
     assert row["img_size"] == [40, 48]
     assert row["macs"] == count_macs("tokenfusion_early_micro", img_size=(40, 48))
     assert row["images_per_second"] > 0
-    assert row["peak_memory_mb"] > 4 * (row["parameters"] + 96 * 3 * 40 * 48) / 2**20  # the weights and the images
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
-def test_the_memory_of_this_process_does_not_count():
-    ballast = torch.ones(2**27)  # 512 MiB, touched
-    measured = measure_model("tokenfusion_early_micro", (32, 32), batch_size=1, precision="fp32")
-    assert ballast[-1] == 1
-    assert 4 < measured.peak_memory_mb < 500  # the weights alone are more than 1 MiB
+    if Path("/proc/self/status").exists():  # the weights and the images at least
+        assert 4 * (row["parameters"] + 96 * 3 * 40 * 48) / 2**20 < row["peak_memory_mb"] < 500
 
 
 def test_images_per_second_are_the_images_that_went_through_in_that_time():

@@ -261,28 +261,25 @@ def test_no_command_is_printed_that_train_would_refuse(command, data, tmp_path, 
 
 
 def test_a_run_has_its_own_copy_of_the_list(data, tmp_path):
-    """Resumed and evaluated without the list that was given, or with another of that name."""
+    """Resumed and evaluated without the list that was given, or with another of that name; one killed before it had a
+    copy makes it."""
     given, run = tmp_path / "list.csv", tmp_path / "run"
-    given.write_text("path,reason\nval/a/16.jpg,blurred\n")
-    recipe = small_recipe(data=str(data), img_size=(16, 16), batch_size=8, exclude=str(given))
-    start(recipe, run, Console(quiet=True))
-    assert (run / "excluded.csv").read_text() == given.read_text()
-    (run / "model.safetensors").unlink()
-    for edited in ("path\nval/a/18.jpg\nval/b/17.jpg\n", None):
-        given.write_text(edited) if edited else given.unlink()
+    content = "path,reason\nval/a/16.jpg,blurred\n"
+    given.write_text(content)
+    changes = {"model": "resnet_micro", "epochs": 1, "img_size": (16, 16), "batch_size": 8}
+    start(small_recipe(data=str(data), exclude=str(given), **changes), run, Console(quiet=True))
+    for lost, now in (
+        ([], "path\nval/a/18.jpg\nval/b/17.jpg\n"),
+        ([], None),
+        (["excluded.csv"], content),
+    ):
+        for name in ("model.safetensors", *lost):
+            (run / name).unlink()
+        given.write_text(now) if now else given.unlink()
         resume(run, Console(quiet=True))
-        assert evaluate(run)["n"] == 7
-
-
-def test_a_run_killed_before_it_had_a_copy_makes_one(data, tmp_path):
-    given, run = tmp_path / "list.csv", tmp_path / "run"
-    given.write_text("path,reason\nval/a/16.jpg,blurred\n")
-    recipe = small_recipe(data=str(data), img_size=(16, 16), batch_size=8, exclude=str(given))
-    start(recipe, run, Console(quiet=True))
-    for lost in ("excluded.csv", "model.safetensors"):
-        (run / lost).unlink()
-    resume(run, Console(quiet=True))
-    assert (run / "excluded.csv").read_text() == given.read_text()
+        assert (run / "excluded.csv").read_text() == content
+    given.unlink()
+    assert evaluate(run)["n"] == 7
 
 
 def test_the_folder_of_the_printed_command_is_free(tmp_path, monkeypatch):
@@ -404,7 +401,8 @@ def test_no_side_of_a_picture_is_longer_than_asked_and_none_vanishes(height, wid
     assert shrink(torch.zeros(3, height, width, dtype=torch.uint8), 50).shape[1:] == shrunk
 
 
-def test_small_images_take_no_part_in_the_search_for_near_duplicates(command, tmp_path):
+def test_small_images_take_no_part_in_the_search_for_near_duplicates(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("tokenfusion.check.labels.MAX_JUDGED", 100)
     assert command("check", "digits", "--out", tmp_path / "found")[0] == 0
     result = json.loads((tmp_path / "found" / "check.json").read_text())
     assert result["near_duplicates"] == []

@@ -21,11 +21,13 @@ from tokenfusion.checkpoint import load_tensors
 from tokenfusion.classifier import Classifier
 from tokenfusion.compare import Budget, compare, plan_comparison, summarise
 from tokenfusion.compare.contenders import Contender
+from tokenfusion.compare.results import is_finished
 from tokenfusion.compare.statistics import pareto_front
 from tokenfusion.compare.table import comparison_table
 from tokenfusion.compare.timing import minutes_of_epochs
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
+from tokenfusion.recipe import load_recipe
 
 MODELS = ["resnet_micro", "vit_micro"]
 MEAN = "mean(resnet_micro,vit_micro)"
@@ -65,14 +67,15 @@ def test_all_runs_leave_out_the_same_images(tmp_path):
     names = open_dataset("digits").names
     given.write_text(f"path\n{names[5]}\n")
     recipe = replace(RECIPE, exclude=str(given))
-    compare(recipe, MODELS[:1], 1, out)
+    compare(recipe, MODELS[1:], 1, out)
     given.write_text(f"path\n{names[6]}\n")
     with pytest.raises(InputError, match=r"list.csv differs from .*excluded.csv, by which the comparison began"):
         compare(recipe, MODELS, 1, out)
     given.unlink()
-    compare(recipe, MODELS, 1, out)
-    kept = {(out / "runs" / f"{name}-seed0" / "excluded.csv").read_text() for name in MODELS}
-    assert kept == {f"path\n{names[5]}\n"}
+    assert compare(recipe, MODELS[1:], 1, out)["training_images"] == 1437
+    assert load_recipe(out / "recipe.toml")["exclude"] == str(out / "excluded.csv")  # what every run trains by
+    kept = [path.read_text() for path in (out / "excluded.csv", out / "runs" / f"{MODELS[1]}-seed0" / "excluded.csv")]
+    assert kept == [f"path\n{names[5]}\n"] * 2
 
 
 def read(out: Path):
@@ -187,11 +190,7 @@ def test_a_model_that_fails_leaves_the_others_going(tmp_path, command, unit):
             Image.fromarray(np.full((8, 8), 60 * i, np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
     models = ("--models", "resnet18", "vit_micro", "mean(resnet18,vit_micro)")
     words = ("compare", tmp_path / "data", *models, "--img-size", 8, "--batch-size", 1, "--seeds", 1)
-    amount = 1.0
-    if unit == "minutes":  # what an epoch takes here is known once it was refused
-        _, _, errors = command(*words, "--budget", "minutes=1e-9", "--out", tmp_path / "out")
-        assert "less than one epoch of vit_micro" in errors
-        amount = 1.5 * json.loads((tmp_path / "out" / "timing.json").read_text())["vit_micro"]["minutes"]
+    amount = {"epochs": 1, "minutes": 0.05}[unit]
     status, output, _ = command(*words, "--budget", f"{unit}={amount:g}", "--out", tmp_path / "out")
     assert status == 1
     cnn, vit, mean = read(tmp_path / "out")["models"]
@@ -202,16 +201,23 @@ def test_a_model_that_fails_leaves_the_others_going(tmp_path, command, unit):
     assert "resnet18 seed 0 failed: BatchNorm" in output
 
 
-def test_a_run_without_its_predictions_is_evaluated_anew_and_a_damaged_one_refused(out):
-    before = read(out)
+def test_a_run_that_lacks_its_predictions_or_was_evaluated_on_other_images_is_evaluated_anew(whole, out, command):
     (out / "runs" / "vit_micro-seed1" / "predictions.csv").unlink()
-    (out / "runs" / "resnet_micro-seed0" / "evaluation.json").write_text("{}")
+    assert command("evaluate", out / "runs" / "resnet_micro-seed0", "--split", "train")[0] == 0
     compare(RECIPE, [*MODELS, MEAN], 2, out, jobs=2)
-    assert read(out) == before
-    metrics = out / "runs" / "vit_micro-seed1" / "metrics.jsonl"
+    assert without_times(read(out)) == without_times(read(whole))
+
+
+def test_damaged_results_are_no_finished_run_and_a_damaged_log_is_refused(out):
+    comparison = plan_comparison(RECIPE, MODELS, 2, out, Budget("epochs", 1))
+    vit = comparison.contenders[1]
+    assert is_finished(comparison, vit, 1)
+    (out / "runs" / "vit_micro-seed1" / "evaluation.json").write_text("{}")
+    assert not is_finished(comparison, vit, 1)
+    metrics = out / "runs" / "vit_micro-seed0" / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:20])
-    with pytest.raises(InputError, match=r"vit_micro-seed1/metrics\.jsonl line 1 is not JSON .*, or train again"):
-        compare(RECIPE, [*MODELS, MEAN], 2, out, jobs=2)
+    with pytest.raises(InputError, match=r"vit_micro-seed0/metrics\.jsonl line 1 is not JSON .*, or train again"):
+        summarise(comparison, {})
 
 
 def test_a_model_that_lacks_a_seed_is_compared_by_the_seeds_that_it_has(out):
@@ -244,12 +250,6 @@ def test_runs_on_other_images_are_refused(out):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(InputError, match="vit_micro-seed1 was evaluated on other images"):
         compare(RECIPE, MODELS, 2, out)
-
-
-def test_a_run_that_was_evaluated_on_its_training_images_is_evaluated_anew(whole, out, command):
-    assert command("evaluate", out / "runs" / "vit_micro-seed0", "--split", "train")[0] == 0
-    compare(RECIPE, [*MODELS, MEAN], 2, out, jobs=2)
-    assert without_times(read(out)) == without_times(read(whole))
 
 
 @pytest.mark.parametrize(
