@@ -135,6 +135,7 @@ def test_measured_as_json_without_the_memory_of_this_process(command):
         "profile", "tokenfusion_early_micro", "--img-size", 40, 48, "--batch-size", 96, "--precision", "fp32", "--json"
     )
     assert status == 0, errors
+    assert "Warning" not in errors
     assert ballast[-1] == 1
     result = json.loads(output)
     assert (result["precision"], result["batch_size"], result["threads"]) == ("fp32", 96, 1)

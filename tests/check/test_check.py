@@ -451,7 +451,7 @@ def test_a_flipped_label_of_an_easy_class_is_disputed():
     labels = np.arange(60) % 2
     labels[13] = 0
     judgement = judge_labels(thumbnails, labels, np.arange(100, 160))
-    assert [(d.index, d.suggestion) for d in judgement.disputes] == [(113, 1)]
+    assert [(d.image, d.suggestion) for d in judgement.disputes] == [(113, 1)]
 
 
 def test_what_is_said_of_classes():

@@ -112,6 +112,12 @@ def test_the_json_says_what_the_run_folders_say(whole):
     assert (result["budget"], result["seeds"], result["training_images"]) == ("epochs=1", [0, 1], 1438)
 
 
+def test_no_warning_of_a_library_is_in_a_runs_log(whole):
+    logs = [path.read_text() for path in (whole / "logs").iterdir()]
+    assert len(logs) == 4
+    assert not any("Warning" in log for log in logs)
+
+
 def test_the_mean_is_that_of_the_members_probabilities(whole):
     classifiers = [Classifier.load(whole / "runs" / f"{name}-seed1") for name in MODELS]
     with (whole / "runs" / "mean-resnet_micro-vit_micro-seed1" / "predictions.csv").open(newline="") as file:

@@ -86,7 +86,7 @@ def check_data(
             "model_accuracy": judgement.accuracy,
             "note": judgement.note,
             "disputes": [
-                known(dataset, dispute.index)
+                known(dataset, dispute.image)
                 | {"suggestion": dataset.classes[dispute.suggestion]}
                 | {"score": round(dispute.score, 4), "label_score": round(dispute.label_score, 4)}
                 for dispute in judgement.disputes

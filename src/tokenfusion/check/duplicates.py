@@ -9,6 +9,7 @@ are then aligned and their details compared (`lucas_kanade.py`).
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,8 +35,7 @@ FREQUENCIES = 8
 BLOCK = 512
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Two images that show the same picture."""
 
     first: int

@@ -5,8 +5,7 @@ that has not seen it (5-fold cross-validation). Which labels are disputed follow
 "Confident learning", JAIR 2021): another class is likelier than it is on average for images of that class.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,25 +29,25 @@ RARE = 0.1
 """Share of the median class, below which a class is rare."""
 
 
-@dataclass(frozen=True)
-class Dispute:
+class Dispute(NamedTuple):
     """A label that the model contradicts."""
 
-    index: int
+    image: int
     suggestion: int
+    """The class that is likelier."""
     score: float
-    """Probability of the suggested class."""
+    """Its probability."""
     label_score: float
-    """Probability of the label."""
+    """The label's probability."""
 
 
-@dataclass(frozen=True)
-class Judgement:
+class Judgement(NamedTuple):
     """What the quick model found."""
 
     disputes: list[Dispute]
     """The strongest first."""
     judged: int
+    """How many images."""
     accuracy: float | None
     """Share of the labels that the model guesses right; None where nothing could be judged."""
     note: str = ""
@@ -75,7 +74,7 @@ def judge_labels(thumbnails: Tensor, labels: np.ndarray, indices: np.ndarray) ->
     Args:
         thumbnails: uint8 (N, 3, S, S).
         labels: int64 (N,).
-        indices: int64 (N,): what a Dispute calls each image.
+        indices: int64 (N,), by which a Dispute names each image.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedKFold, cross_val_predict
@@ -92,31 +91,29 @@ def judge_labels(thumbnails: Tensor, labels: np.ndarray, indices: np.ndarray) ->
     given = np.searchsorted(known, labels[chosen])
     scores = cross_val_predict(model, features, given, cv=folds, method="predict_proba")
     disputes = [
-        Dispute(int(indices[chosen[row]]), int(known[other]), score, label_score)
-        for row, other, score, label_score in disputed(scores, given)
+        dispute._replace(image=int(indices[chosen[dispute.image]]), suggestion=int(known[dispute.suggestion]))
+        for dispute in disputed(scores, given)
     ]
     return Judgement(disputes, len(chosen), float((scores.argmax(1) == given).mean()))
 
 
-def disputed(scores: np.ndarray, labels: np.ndarray) -> list[tuple[int, int, float, float]]:
-    """Rows, the class each is likelier of, and the probabilities of it and of the label; the strongest first.
+def disputed(scores: np.ndarray, labels: np.ndarray) -> list[Dispute]:
+    """The labels that probabilities contradict, the strongest first.
 
     Args:
         scores: float (N, K), out-of-fold probabilities.
         labels: int64 (N,), every class among them.
     """
-    classes = scores.shape[1]
-    usual = np.array([scores[labels == label, label].mean() for label in range(classes)])
     rows = np.arange(len(labels))
     own = scores[rows, labels]
+    usual = np.bincount(labels, own) / np.bincount(labels)  # a class's mean probability for its own images
     confident = np.where(scores >= usual, scores, 0.0)
     confident[rows, labels] = 0
     other = confident.argmax(1)
     margin = confident[rows, other] - own
     found = np.flatnonzero((confident[rows, other] > 0) & (margin >= MARGIN))
-    return [
-        (int(i), int(other[i]), float(scores[i, other[i]]), float(own[i])) for i in found[np.argsort(-margin[found])]
-    ]
+    order = found[np.argsort(-margin[found])]
+    return [Dispute(int(i), int(other[i]), float(scores[i, other[i]]), float(own[i])) for i in order]
 
 
 def features_of(thumbnails: Tensor) -> Tensor:
