@@ -144,7 +144,7 @@ def take_pair(train: list[str], val: list[str]) -> tuple[str, str]:
     raise SystemExit("no class has both a training and a held-out image left to plant copies of; give more --images")
 
 
-def check(folder: Path, out: Path) -> tuple[dict[str, Any], float]:
+def run_check(folder: Path, out: Path) -> tuple[dict[str, Any], float]:
     """What check.json holds, and the seconds that the command took, start and all."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "tokenfusion", "check", str(folder), "--out", str(out)], check=True)
@@ -204,7 +204,7 @@ def main() -> None:
         folder, out = Path(scratch) / "data", Path(scratch) / "found"
         written = copy(source, arguments.images, folder)
         flipped = flip(folder, written, source.classes)
-        found, _ = check(folder, out)
+        found, _ = run_check(folder, out)
         disputes = [image["path"] for image in found["labels"]["disputes"]]
         hits = [path in flipped for path in disputes]
         result["labels"] = {
@@ -218,7 +218,7 @@ def main() -> None:
         folder, out = Path(scratch) / "data", Path(scratch) / "found"
         names = [name for name, _ in copy(source, arguments.images, folder)]
         planted = plant(folder, names, planted_of_each)
-        found, seconds = check(folder, out)
+        found, seconds = run_check(folder, out)
         with open(out / "quarantine.csv", newline="") as file:
             excluded = {row["path"] for row in csv.DictReader(file)}
         result |= {"seconds": round(seconds, 1), **judge(found, planted, excluded, arguments.images)}

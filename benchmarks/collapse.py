@@ -44,7 +44,7 @@ def analyse_once(name: str) -> float:
 
 
 @torch.inference_mode()
-def compare(num_images: int) -> dict[str, float]:
+def time_analysis(num_images: int) -> dict[str, float]:
     """Seconds of plain passes and of the analysis over the same images, and their ratio."""
     keep_freed_memory()  # as the command does
     device = default_device()
@@ -85,7 +85,7 @@ def main() -> None:
     if options.peak_of:
         print(analyse_once(options.peak_of))
         return
-    result = environment() | {"images": options.num_images, "unit": "seconds", **compare(options.num_images)}
+    result = environment() | {"images": options.num_images, "unit": "seconds", **time_analysis(options.num_images)}
     result["peak memory, MiB"] = {name: peak_mb(name) for name in MEMORY_OF}
     print(result)
     if options.out:
