@@ -32,15 +32,15 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         InputError: a run cannot be used.
     """
     recipe = Recipe(**load_recipe(runs[0] / "recipe.toml"))
-    source = open_dataset(recipe.data, recipe.exclude, runs[0])
-    part, indices = choose_images(source, runs[0], own=True, split=None)
-    images, skipped = read_readable(source, indices, recipe, part)
+    dataset = open_dataset(recipe.data, recipe.exclude, runs[0])
+    split, indices = choose_images(dataset, runs[0], own=True, split=None)
+    images, skipped = read_readable(dataset, indices, recipe, split)
     several = [collect_logits(Classifier.load(run), images, workers=recipe.workers) for run in runs]
     logits, labels = mean_log_probabilities([logits for logits, _ in several]), several[0][1]
-    result = evaluate_logits(logits, labels, source.classes, skipped=len(skipped))
-    result |= {"data": recipe.data, "split": part, "members": [run.name for run in runs]}
+    result = evaluate_logits(logits, labels, dataset.classes, skipped=len(skipped))
+    result |= {"data": recipe.data, "split": split, "members": [run.name for run in runs]}
     out.mkdir(parents=True, exist_ok=True)
-    write_predictions(out / "predictions.csv", source.classes, images.names, labels, logits)
+    write_predictions(out / "predictions.csv", dataset.classes, images.names, labels, logits)
     write_json(out / "evaluation.json", result)
     return result
 
