@@ -140,7 +140,7 @@ def test_the_class_decides_and_frozen_weights_do_not_matter():
         ("resnet_micro", "rollout", "both", "has no attention that can be seen"),
         ("resnet_micro", "attention", "both", "has no attention that can be seen"),
         ("cmt_micro", "rollout", "both", "convolutions between its stages mix places"),
-        ("tokenfusion_layerwise_micro", "attention", "cnn", "its tokens, which are added"),
+        ("tokenfusion_layerwise_micro", "attention", "cnn", "no attention .* reads its tokens, which are added"),
         ("vit_micro", "gradcm", "both", "did you mean 'gradcam'"),
     ],
 )

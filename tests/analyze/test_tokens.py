@@ -11,16 +11,14 @@ from PIL import Image
 from tokenfusion import InputError, create_model, fuse
 from tokenfusion.analyze.ablation import (
     WHOLE,
-    Target,
     all_logits,
     measure_ablation,
     replaced,
-    targets_of,
     token_means,
     whole_branch,
 )
 from tokenfusion.analyze.intervals import mean_interval, tango_interval
-from tokenfusion.analyze.token_spans import Span, token_places
+from tokenfusion.analyze.token_spans import TokenSpan, token_spans
 from tokenfusion.analyze.tokens import COLOURS, Prepared, measure_tokens, tokens_summary
 from tokenfusion.classifier import Classifier
 from tokenfusion.evaluate import evaluate
@@ -163,7 +161,7 @@ def test_without_the_patches_that_a_model_ignores_nothing_changes():
 @pytest.mark.parametrize("source", ["patch", "pixel"])
 def test_the_mean_is_over_images_and_places(source):
     model, data = create_model("tokenfusion_early_micro", num_classes=10).eval(), batches()
-    target = next(t for t in targets_of(token_places(model, (32, 32))) if t.source == source)
+    target = next(span for span in token_spans(model, (32, 32)) if span.source == source)
     with torch.no_grad():
         means, logits = token_means(model, [target], data)
         images = torch.cat([images for images, _ in data])
@@ -192,13 +190,14 @@ def test_what_is_replaced_where():
         "tokenfusion_layerwise_micro": [f"exchanges.{i}.operator" for i in range(3)],
     }
     for name, expected in layers.items():
-        places = token_places(create_model(name), (32, 32))
-        assert [place.module for place in places] == expected
-        assert all(set(place.spans) == {"patch", "pixel"} for place in places)
-    small, large = token_places(create_model("crossvit_micro"), (48, 32))[0].spans.values()
-    assert (small, large) == (Span(0, 1, 97, (12, 8)), Span(1, 1, 25, (6, 4)))
-    joint = token_places(create_model("tokenfusion_early_micro"), (48, 32))[0].spans
-    assert joint == {"patch": Span(0, 1, 25, (6, 4)), "pixel": Span(0, 25, 49, (6, 4))}
+        spans = token_spans(create_model(name), (32, 32))
+        assert [(span.module, span.source) for span in spans] == [
+            (module, source) for module in expected for source in ("patch", "pixel")
+        ]
+    small, large, *_ = (span[2:] for span in token_spans(create_model("crossvit_micro"), (48, 32)))
+    assert (small, large) == ((0, 1, 97, (12, 8)), (1, 1, 25, (6, 4)))
+    patch, pixel, *_ = (span[2:] for span in token_spans(create_model("tokenfusion_early_micro"), (48, 32)))
+    assert (patch, pixel) == ((0, 1, 25, (6, 4)), (0, 25, 49, (6, 4)))
 
 
 def test_uniform_attention_is_shared_by_number():
@@ -208,10 +207,14 @@ def test_uniform_attention_is_shared_by_number():
             block.attn.qkv.weight[: 2 * model.vit.dim].zero_()
     result = measure_tokens(model, batches(48, 32))
     for layer in result["attention"]:
-        for of in layer["to"].values():
-            assert of["attention"]["mean"] == pytest.approx(of["share_of_tokens"], rel=1e-5)
-        assert {source: of["tokens"] for source, of in layer["to"].items()} == {"cls": 1, "patch": 24, "pixel": 24}
-    assert sum(of["mean"] for of in result["rollout"].values()) == pytest.approx(1)
+        for given in layer["to"].values():
+            assert given["attention"]["mean"] == pytest.approx(given["share_of_tokens"], rel=1e-5)
+        assert {source: given["tokens"] for source, given in layer["to"].items()} == {
+            "cls": 1,
+            "patch": 24,
+            "pixel": 24,
+        }
+    assert sum(share["mean"] for share in result["rollout"].values()) == pytest.approx(1)
     assert "which are 49% of them" in tokens_summary(result)
 
 
@@ -262,8 +265,8 @@ def test_the_model_is_left_as_it_was(name):
             measure(model, broken)
     assert [(module.training, dict(module._forward_pre_hooks)) for module in model.modules()] == before
     assert all(value.equal(weights[key]) for key, value in model.state_dict().items())
-    place = token_places(model, (32, 32))[0].module
-    with pytest.raises(ZeroDivisionError), replaced(model, {Target(place, "patch", Span(0, 0, 1, (1, 1))): 0}):
+    place = token_spans(model, (32, 32))[0].module
+    with pytest.raises(ZeroDivisionError), replaced(model, {TokenSpan(place, "patch", 0, 0, 1, (1, 1)): 0}):
         raise ZeroDivisionError
     assert not model.get_submodule(place)._forward_pre_hooks
 

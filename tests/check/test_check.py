@@ -31,7 +31,7 @@ from tokenfusion.data.open import open_dataset
 from tokenfusion.data.preprocess import cover
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
-from tokenfusion.report.thumbnails import shrink
+from tokenfusion.report.pictures import shrink
 from tokenfusion.training import resume, start
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import combinations
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenfusion.analyze.intervals import mean_interval, tango_interval
 from tokenfusion.analyze.record import evaluating
-from tokenfusion.analyze.token_spans import Span, TokenInput, block_places, token_places
+from tokenfusion.analyze.token_spans import TokenSpan, block_spans, token_spans
 from tokenfusion.layers.tokens import size_of
 from tokenfusion.models.token_fusion import LateFusion, TokenFusion
 
@@ -28,78 +28,11 @@ WHOLE = "whole branch"
 """What the rows are called that are of no single layer."""
 
 
-class Target(NamedTuple):
-    """The tokens of one source in the input of one module."""
-
-    module: str
-    source: str
-    span: Span
-
-
-def targets_of(places: Iterable[TokenInput]) -> list[Target]:
-    """All that can be replaced in some places."""
-    return [Target(place.module, source, span) for place in places for source, span in place.spans.items()]
-
-
-def whole_branch(model: nn.Module, size: tuple[int, int], source: str) -> list[Target]:
-    """Where to replace the tokens of a source so that nothing of them is left, in images (H, W): in all layers.
-
-    Patches that pixels are exchanged with carry those as well from then on, and a gate leads past the operators: they
-    are replaced where they enter, before the first exchange, or before the first block of a late fusion.
-    """
-    mine = [target for target in targets_of(token_places(model, size)) if target.source == source]
-    if source == "pixel" or not isinstance(model, TokenFusion):
-        return mine
-    if isinstance(model, LateFusion):
-        return [target for target in targets_of(block_places(model, size)[:1]) if target.source == source]
-    first, *_ = mine
-    around = first.module.removesuffix(".operator")
-    return mine if around == first.module else [first._replace(module=around)]
-
-
-@contextmanager
-def replaced(model: nn.Module, means: Mapping[Target, Tensor]) -> Iterator[None]:
-    """Tokens replaced by a vector (C,) each while the context lasts; the model is as before afterwards."""
-
-    def replace(span: Span, mean: Tensor, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens = inputs[span.argument].clone()
-        tokens[:, span.start : span.stop] = mean.to(tokens)
-        return (*inputs[: span.argument], tokens, *inputs[span.argument + 1 :])
-
-    with ExitStack() as stack:
-        for target, mean in means.items():
-            hook = partial(replace, target.span, mean)
-            stack.callback(model.get_submodule(target.module).register_forward_pre_hook(hook).remove)
-        yield
-
-
-def token_means(model: nn.Module, targets: Iterable[Target], batches: Batches) -> tuple[dict[Target, Tensor], Tensor]:
-    """The mean token (C,) of each target over images and places, and the model's logits (N, K)."""
-    totals: dict[Target, Tensor] = {}
-
-    def add(target: Target, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        span = target.span
-        total = inputs[span.argument][:, span.start : span.stop].double().mean(1).sum(0)
-        totals[target] = totals.get(target, 0) + total
-
-    with ExitStack() as stack:
-        for target in targets:
-            hook = model.get_submodule(target.module).register_forward_pre_hook(partial(add, target))
-            stack.callback(hook.remove)
-        logits = all_logits(model, batches)
-    return {target: total / len(logits) for target, total in totals.items()}, logits
-
-
-def all_logits(model: nn.Module, batches: Batches) -> Tensor:
-    """Logits (N, K) of all images, in float32 on the CPU."""
-    return torch.cat([model(images).float().cpu() for images, _ in batches])
-
-
 @torch.no_grad()
 def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
     """Accuracy and loss when the tokens of a source are replaced by their mean, in one layer or in all.
 
-    Where: `token_places`. In a block's input the tokens' stream ends there. An operator's tokens are those that it
+    Where: `token_spans`. In a block's input the tokens' stream ends there. An operator's tokens are those that it
     reads, by which it updates others: patches pass it by themselves, and the CNN's map goes on as it was, through its
     own residual, and may bring the pixels back in the next exchange; what an addition adds becomes the mean update.
 
@@ -118,17 +51,16 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
         InputError: the model has no row of blocks over its patches.
     """
     size = size_of(next(iter(batches))[0])
-    targets = targets_of(token_places(model, size))
+    spans = token_spans(model, size)
     labels = torch.cat([labels for _, labels in batches]).cpu()
-    sources = dict.fromkeys(target.source for target in targets)
-    groups = [(target.module, target.source, [target]) for target in targets]
-    groups += [(WHOLE, source, whole_branch(model, size, source)) for source in sources]
+    groups = [(span.module, span.source, [span]) for span in spans]
+    groups += [(WHOLE, source, whole_branch(model, size, source)) for source in dict.fromkeys(s.source for s in spans)]
     with evaluating(model):
-        means, logits = token_means(model, dict.fromkeys(t for _, _, chosen in groups for t in chosen), batches)
+        means, logits = token_means(model, dict.fromkeys(span for _, _, chosen in groups for span in chosen), batches)
         right, loss = scores(logits, labels)
         rows, losses = [], {}
         for layer, source, chosen in groups:
-            with replaced(model, {target: means[target] for target in chosen}):
+            with replaced(model, {span: means[span] for span in chosen}):
                 new_right, new_loss = scores(all_logits(model, batches), labels)
             row = {"layer": layer, "tokens": source, "top1": float(new_right.mean()), "loss": float(new_loss.mean())}
             row |= {"top1_change": tango_interval(new_right - right), "loss_change": mean_interval(new_loss - loss)}
@@ -141,6 +73,60 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
     ]
     known = {"images": len(labels), "top1": float(right.mean()), "loss": float(loss.mean())}
     return known | {"replaced": rows, "compared": compared}
+
+
+def whole_branch(model: nn.Module, size: tuple[int, int], source: str) -> list[TokenSpan]:
+    """Where to replace the tokens of a source so that nothing of them is left, in images (H, W): in all layers.
+
+    Patches that pixels are exchanged with carry those as well from then on, and a gate leads past the operators: they
+    are replaced where they enter, before the first exchange, or before the first block of a late fusion.
+    """
+    mine = [span for span in token_spans(model, size) if span.source == source]
+    if source == "pixel" or not isinstance(model, TokenFusion):
+        return mine
+    if isinstance(model, LateFusion):
+        return [next(span for span in block_spans(model, size) if span.source == source)]
+    around = mine[0].module.removesuffix(".operator")
+    return mine if around == mine[0].module else [mine[0]._replace(module=around)]
+
+
+@contextmanager
+def replaced(model: nn.Module, means: Mapping[TokenSpan, Tensor]) -> Iterator[None]:
+    """Tokens replaced by a vector (C,) each while the context lasts; the model is as before afterwards."""
+
+    def replace(span: TokenSpan, mean: Tensor, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = inputs[span.argument].clone()
+        tokens[:, span.start : span.stop] = mean.to(tokens)
+        return (*inputs[: span.argument], tokens, *inputs[span.argument + 1 :])
+
+    with ExitStack() as stack:
+        for span, mean in means.items():
+            hook = partial(replace, span, mean)
+            stack.callback(model.get_submodule(span.module).register_forward_pre_hook(hook).remove)
+        yield
+
+
+def token_means(
+    model: nn.Module, spans: Iterable[TokenSpan], batches: Batches
+) -> tuple[dict[TokenSpan, Tensor], Tensor]:
+    """The mean token (C,) of each span over images and places, and the model's logits (N, K)."""
+    totals: dict[TokenSpan, Tensor] = {}
+
+    def add(span: TokenSpan, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        total = inputs[span.argument][:, span.start : span.stop].double().mean(1).sum(0)
+        totals[span] = totals.get(span, 0) + total
+
+    with ExitStack() as stack:
+        for span in spans:
+            hook = model.get_submodule(span.module).register_forward_pre_hook(partial(add, span))
+            stack.callback(hook.remove)
+        logits = all_logits(model, batches)
+    return {span: total / len(logits) for span, total in totals.items()}, logits
+
+
+def all_logits(model: nn.Module, batches: Batches) -> Tensor:
+    """Logits (N, K) of all images, in float32 on the CPU."""
+    return torch.cat([model(images).float().cpu() for images, _ in batches])
 
 
 def scores(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.analyze.rollout import attention_rollout
-from tokenfusion.analyze.token_spans import Span, block_places
+from tokenfusion.analyze.token_spans import TokenSpan, block_spans
 from tokenfusion.analyze.tokens import asking, attention_by_token
 from tokenfusion.errors import InputError
 from tokenfusion.layers.tokens import size_of, tokens_to_map
@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
     module: str
     argument: int | None = None
-    span: Span | None = None
+    span: TokenSpan | None = None
     channels: int | None = None
 
 
@@ -67,14 +67,13 @@ def feature_points(model: Any, size: tuple[int, int]) -> dict[str, Point]:
     """
     points = {"cnn": cnn_point(model)} if isinstance(model, TokenFusion) else {}
     with suppress(InputError):
-        block = block_places(model, size)[-1]
-        own = {source: span for source, span in block.spans.items() if source != "pixel"}
-        return points | {BRANCH_OF[source]: Point(block.module, span.argument, span) for source, span in own.items()}
+        last = {span.source: span for span in block_spans(model, size) if span.source != "pixel"}
+        return points | {BRANCH_OF[source]: Point(span.module, span.argument, span) for source, span in last.items()}
     if not getattr(model, "feature_info", None):
         raise InputError(f"a {type(model).__name__} names no feature maps, so that Grad-CAM has nothing to look at")
     with_attention = isinstance(model, PaperModel) and model.attention_layouts()
-    last = model.feature_info[-1]
-    return {"transformer" if with_attention else "cnn": Point(last["module"], channels=last["num_chs"])}
+    feature = model.feature_info[-1]
+    return {"transformer" if with_attention else "cnn": Point(feature["module"], channels=feature["num_chs"])}
 
 
 def grad_cam(model: nn.Module, images: Tensor, classes: Tensor) -> Maps:
@@ -139,12 +138,12 @@ def weighed(features: Tensor, gradient: Tensor) -> Tensor:
 def rollout_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Maps:  # noqa: ARG001 - of every class the same
     """Attention rollout: how much of what the head reads comes from each place, whatever the class."""
     maps = attention_rollout(model, images).maps()
-    return {BRANCH_OF[source]: of for source, of in maps.items() if source in BRANCH_OF}
+    return {BRANCH_OF[source]: found for source, found in maps.items() if source in BRANCH_OF}
 
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Maps:  # noqa: ARG001 - of every class the same
-    """What CLS attends to, mean over heads, in the last layer in which it asks a branch's tokens."""
+    """What CLS attends to, mean over heads, in the last layer in which it attends to a branch's tokens."""
     size, maps = size_of(images), Maps()
     asks = asking(attention_layouts(model, size))
 
@@ -185,14 +184,14 @@ def saliency(model: nn.Module, images: Tensor, classes: Tensor, method: str = "g
         InputError: the method cannot read the model, says nothing of this branch, or gives what is not finite.
     """
     maps = choose(METHODS, method, "method")(model, images, classes)
-    wanted = {name: of for name, of in maps.items() if branch == "both" or name.startswith(branch)}
+    wanted = {name: found for name, found in maps.items() if branch == "both" or name.startswith(branch)}
     if not wanted:
         reason = f"a {type(model).__name__} has no {branch}"
         if isinstance(model, TokenFusion):
-            reason = f"no attention of this {type(model).__name__} asks its tokens, which are added"
+            reason = f"no attention of this {type(model).__name__} reads its tokens, which are added"
         raise InputError(f"--branch {branch} cannot be shown: {reason}; take --branch both")
-    for name, of in wanted.items():
-        if not of.isfinite().all():
+    for name, found in wanted.items():
+        if not found.isfinite().all():
             raise InputError(
                 f"the map of {name} is not finite: weights or activations of this {type(model).__name__} are not; "
                 "take another run, or train with a smaller lr"

@@ -14,45 +14,29 @@ from tokenfusion.models.token_fusion import EarlyFusion, JointEarlyFusion, Token
 Grid = tuple[int, int]
 
 
-class Span(NamedTuple):
-    """Tokens of one source inside an argument.
+class TokenSpan(NamedTuple):
+    """Tokens of one source in the input of a module.
 
     Attributes:
+        module: its dotted name.
+        source: what the tokens are, such as "patch" or "pixel".
         argument: which positional argument of the module holds them, (B, T, C).
         start, stop: from which token to which.
         grid: rows and columns that they fill, row by row.
     """
 
+    module: str
+    source: str
     argument: int
     start: int
     stop: int
     grid: Grid
 
 
-class TokenInput(NamedTuple):
-    """A module that takes tokens.
+def token_spans(model: nn.Module, size: Grid) -> list[TokenSpan]:
+    """Where a model's kinds of tokens meet: the operators of a late or layerwise fusion, else the blocks' inputs.
 
-    Attributes:
-        module: its dotted name.
-        spans: its tokens that have a place in the image, by their source.
-    """
-
-    module: str
-    spans: dict[str, Span]
-
-
-def spans_of(tokens: TokenLayout, argument: int) -> dict[str, Span]:
-    """Where the tokens that have a place are, in an argument laid out like this."""
-    spans, start = {}, 0
-    for group in tokens:
-        if group.grid:
-            spans[group.source] = Span(argument, start, start + group.count, group.grid)
-        start += group.count
-    return spans
-
-
-def block_places(model: nn.Module, size: Grid) -> list[TokenInput]:
-    """The transformer's blocks (CrossViT's stages), in order.
+    An early fusion whose operator is not joint attention has one at the entrance, then blocks.
 
     Args:
         model: a fusion, or a transformer alone.
@@ -61,34 +45,38 @@ def block_places(model: nn.Module, size: Grid) -> list[TokenInput]:
     Raises:
         InputError: the model has no row of blocks over its patches.
     """
+    if not isinstance(model, TokenFusion):
+        return block_spans(model, size)
+    operators = [
+        span
+        for name, grid in model.operator_grids(size).items()
+        for argument, tokens in enumerate((model.vit_layout(size), (TokenGroup("pixel", grid),)))
+        for span in spans_in(name, argument, tokens)
+    ]
+    return operators + block_spans(model, size) if isinstance(model, EarlyFusion | JointEarlyFusion) else operators
+
+
+def block_spans(model: nn.Module, size: Grid) -> list[TokenSpan]:
+    """In the inputs of the transformer's blocks (CrossViT's stages), in order; arguments as in `token_spans`."""
     vit: Any = as_transformer(model.vit if isinstance(model, TokenFusion) else model)
     if hasattr(vit, "branch_layouts"):
-        small, large = vit.branch_layouts(size)
-        spans = spans_of(small, 0) | spans_of(large, 1)
+        layouts = vit.branch_layouts(size)
     else:
-        spans = spans_of(model.block_layout(size) if isinstance(model, TokenFusion) else vit.stream_layout(size), 0)
+        layouts = (model.block_layout(size) if isinstance(model, TokenFusion) else vit.stream_layout(size),)
     names = {module: name for name, module in model.named_modules()}
-    return [TokenInput(names[block], spans) for block in vit.blocks]
+    return [
+        span
+        for block in vit.blocks
+        for argument, tokens in enumerate(layouts)
+        for span in spans_in(names[block], argument, tokens)
+    ]
 
 
-def operator_places(model: TokenFusion, size: Grid) -> list[TokenInput]:
-    """The operators, in order."""
-    own = spans_of(model.vit_layout(size), 0)
-    places = []
-    for name, grid in model.operator_grids(size).items():
-        places.append(TokenInput(name, own | spans_of((TokenGroup("pixel", grid),), 1)))
-    return places
-
-
-def token_places(model: nn.Module, size: Grid) -> list[TokenInput]:
-    """Where a model's kinds of tokens meet: the operators of a late or layerwise fusion, else the blocks' inputs.
-
-    An early fusion whose operator is not joint attention has one at the entrance, then blocks.
-
-    Raises:
-        InputError: as in `block_places`.
-    """
-    if not isinstance(model, TokenFusion):
-        return block_places(model, size)
-    operators = operator_places(model, size)
-    return operators + block_places(model, size) if isinstance(model, EarlyFusion | JointEarlyFusion) else operators
+def spans_in(module: str, argument: int, tokens: TokenLayout) -> list[TokenSpan]:
+    """The tokens that have a place in the image, in an argument laid out like this."""
+    spans, start = [], 0
+    for group in tokens:
+        if group.grid:
+            spans.append(TokenSpan(module, group.source, argument, start, start + group.count, group.grid))
+        start += group.count
+    return spans

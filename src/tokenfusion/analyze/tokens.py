@@ -18,7 +18,7 @@ from tokenfusion.analyze.inputs import open_run_or_model, output_folder
 from tokenfusion.analyze.intervals import mean_interval
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.analyze.rollout import attention_rollout, by_source
-from tokenfusion.analyze.token_spans import token_places
+from tokenfusion.analyze.token_spans import token_spans
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import eval_batches
@@ -132,7 +132,7 @@ def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
     size = next((size_of(images) for images, _ in batches), None)
     if size is None:
         raise InputError("no image is given; which tokens decide is measured on images")
-    token_places(model, size)  # refuses before anything is computed
+    token_spans(model, size)  # refuses before anything is computed
     with evaluating(model):
         attention = measure_attention(model, batches)
         rollout = measure_rollout(model, batches)

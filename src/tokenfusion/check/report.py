@@ -13,7 +13,7 @@ from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.formatting import counted
 from tokenfusion.report.page import percent, write_page
-from tokenfusion.report.thumbnails import SIDE, shrink
+from tokenfusion.report.pictures import SIDE, shrink
 
 MAX_PICTURES = 24
 """Groups of duplicates, and disputes, that are shown as pictures at most."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from tokenfusion.files import write_text
 
 MAX_MISTAKES = 24
@@ -34,7 +36,7 @@ def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "visible": visible}
+    environment.filters |= {"percent": percent, "visible": visible, "name": name_of}
     page = environment.get_template(template).render(values)
     # a name that is not UTF-8 was read as surrogates, which a page cannot hold
     write_text(path, page.encode("utf-8", "replace").decode())
@@ -61,3 +63,8 @@ def percent(share: float | None, decimals: int = 1) -> str:
 def visible(text: object) -> str:
     r"""A name with its newlines and other control characters spelled out, such as \n."""
     return str(text).translate(CONTROL_CHARACTERS)
+
+
+def name_of(text: object) -> Markup:
+    """A name as an element of its own, so that one written from right to left leaves what follows it alone."""
+    return Markup("<bdi>{}</bdi>").format(visible(text))

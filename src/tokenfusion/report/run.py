@@ -1,9 +1,8 @@
 """The report of a run: what it reached, where it errs, what it cost."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,50 +10,14 @@ from numpy.typing import NDArray
 from tokenfusion.data.dataset import printable
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
-from tokenfusion.report.multilabel import multilabel_values
-from tokenfusion.report.page import MAX_MISTAKES, Picture, Thumbnails, percent, picture, pictures_of, write_page
-from tokenfusion.report.pictures import Overlay, overlays_of
-from tokenfusion.report.run_folder import PredictionRow, Results, read_results
+from tokenfusion.report.page import MAX_MISTAKES, Thumbnails, percent, picture, pictures_of, write_page
+from tokenfusion.report.pictures import overlays_of
+from tokenfusion.report.run_folder import LabelSetRow, PredictionRow, Results, read_results
 
 MAX_CONFUSED = 30
 """Classes that the confusion matrix shows at most."""
 MAX_SKIPPED = 200
 """Skipped images that are listed at most."""
-
-
-@dataclass(frozen=True)
-class ClassRow:
-    """A line of the per-class table."""
-
-    name: str
-    n: int
-    right: int
-    recall: float | None
-    low: float
-    high: float
-    precision: float | None
-    f1: float | None
-
-
-@dataclass(frozen=True)
-class Heatmap:
-    """The confusion matrix, or its most confused part."""
-
-    names: list[str]
-    total: int
-    """Classes before the choice."""
-    rows: list[list[tuple[int, float]]]
-    """Count of each cell and its share of the true class's images."""
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A wrong prediction and its picture."""
-
-    prediction: PredictionRow
-    picture: Picture
-    overlays: list[tuple[str, str]]
-    """Where the model looked: what the picture is, and its data: address."""
 
 
 def write_report(run: Path, thumbnails: Thumbnails | None = None) -> Path:
@@ -78,68 +41,99 @@ def write_report(run: Path, thumbnails: Thumbnails | None = None) -> Path:
 
 
 def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any]:
-    """What the template tells."""
+    """What the templates `report.html` and, of multi-label runs, `multilabel.html` name."""
     from tokenfusion.report.plots import plot_curves, plot_lr_range, plot_reliability
 
+    evaluation, multi_label = results.evaluation, results.model["multi_label"]
     values: dict[str, Any] = {
         "results": results,
+        "summary": run_summary(results),
         "curves": plot_curves(results.epochs),
         "lr_range": results.lr_range and plot_lr_range(results.lr_range),
         "cost": list_cost(results),
         "skipped": results.skipped[:MAX_SKIPPED],
         "no_picture": "the image cannot be read any more" if thumbnails else "pictures were not asked for",
     }
-    if results.model["multi_label"]:
-        judged = judged_on(results.recipe.data, results.evaluation) if results.evaluation else ""
-        return values | multilabel_values(results, judged, thumbnails)
-    values["summary"] = run_summary(results)
-    if results.evaluation is not None:
-        scores = [p.score for p in results.predictions]
-        correct = [p.label == p.prediction for p in results.predictions]
-        values |= {
-            "judged_on": judged_on(results.recipe.data, results.evaluation),
-            "classes": list_classes(results.evaluation),
-            "heatmap": draw_heatmap(results.model["classes"], np.array(results.evaluation["confusion"])),
-            "reliability": plot_reliability(reliability(scores, correct)),
-            "wrong": correct.count(False),
-            "mistakes": show_mistakes(results.predictions, thumbnails, overlays_of(results.run)),
-        }
-    return values
+    if evaluation is None:
+        return values
+    values["judged_on"] = judged_on(results.recipe.data, evaluation)
+    if multi_label:
+        wrong = [row for row in results.label_sets if row.labels != row.predictions]
+        return values | {"wrong": len(wrong), "mistakes": worst_by_loss(wrong, thumbnails)}
+    scores = [row.score for row in results.predictions]
+    correct = [row.label == row.prediction for row in results.predictions]
+    return values | {
+        "classes": list_classes(evaluation),
+        "heatmap": draw_heatmap(results.model["classes"], np.array(evaluation["confusion"])),
+        "reliability": plot_reliability(reliability(scores, correct)),
+        "wrong": correct.count(False),
+        "mistakes": show_mistakes(results, thumbnails),
+    }
 
 
 def run_summary(results: Results) -> str:
     """The result in a few sentences."""
-    name, epochs, evaluation = results.model["name"], results.epochs, results.evaluation
-    trained = f"{name} was trained for {counted(len(epochs), 'epoch')} on {results.recipe.data}"
+    epochs, evaluation, multi_label = results.epochs, results.evaluation, results.model["multi_label"]
+    trained = f"{results.model['name']} was trained for {counted(len(epochs), 'epoch')} on {results.recipe.data}"
     if evaluation is None:
-        held_out = percent(epochs[-1]["val_top1"], 2)
-        return (
-            f"{trained}. It has not been evaluated; on the held-out images its last epoch reached {held_out} accuracy."
-        )
-    n, (low, high) = evaluation["n"], evaluation["top1_ci95"]
-    rows = [row for row in list_classes(evaluation) if row.n]
-    right = sum(row.right for row in rows)
+        key, metric = ("val_map", "mAP") if multi_label else ("val_top1", "accuracy")
+        reached = f"{percent(epochs[-1][key], 2)} {metric}"
+        return f"{trained}. It has not been evaluated; on the held-out images its last epoch reached {reached}."
+    judged = f"judged on {counted(evaluation['n'], 'image')}: {judged_on(results.recipe.data, evaluation)}"
+    sentences = [f"{trained}, and {judged}."]
+    sentences += multilabel_sentences(evaluation) if multi_label else one_class_sentences(results, evaluation)
+    if evaluation["skipped"]:
+        sentences.append(f"{counted(evaluation['skipped'], 'image')} could not be read and are not counted.")
+    return " ".join(sentences)
+
+
+def one_class_sentences(results: Results, evaluation: dict[str, Any]) -> list[str]:
+    """How good it is, where it errs most, and how far its confidence is off."""
+    rows = [row for row in list_classes(evaluation) if row["n"]]
+    right = sum(row["right"] for row in rows)
     sentences = [
-        f"{trained}, and judged on {counted(n, 'image')}: {judged_on(results.recipe.data, evaluation)}.",
         f"It named {right} of them correctly: {percent(evaluation['top1'], 2)}.",
-        f"On other images like these, expect between {percent(low)} and {percent(high)} (95% interval).",
+        expectation(*evaluation["top1_ci95"]),
     ]
-    if right < n:
-        worst = min(rows, key=lambda row: row.right / row.n)
+    if right < evaluation["n"]:
+        worst = min(rows, key=lambda row: row["right"] / row["n"])
         truth, taken, count = commonest_confusion(np.array(evaluation["confusion"]))
         names = results.model["classes"]
         sentences += [
-            f"It finds “{worst.name}” least often, {worst.right} of {worst.n} times.",
+            f"It finds “{worst['name']}” least often, {worst['right']} of {worst['n']} times.",
             f"Its commonest mistake is to take “{names[truth]}” for “{names[taken]}”: {counted(count, 'time')}.",
         ]
-    gap = float(np.mean([p.score for p in results.predictions])) - evaluation["top1"]
+    gap = float(np.mean([row.score for row in results.predictions])) - evaluation["top1"]
     sentences.append(
         f"The confidence that it states is off by {evaluation['ece'] * 100:.1f} percentage points on average, "
         f"on the whole too {'high' if gap > 0 else 'low'}."
     )
-    if evaluation["skipped"]:
-        sentences.append(f"{counted(evaluation['skipped'], 'image')} could not be read and are not counted.")
-    return " ".join(sentences)
+    return sentences
+
+
+def multilabel_sentences(evaluation: dict[str, Any]) -> list[str]:
+    """The same of images with any number of classes."""
+    if evaluation["map"] is None:
+        return ["None of these images has any of the classes, so that there is no mAP."]
+    measured = {name: row["ap"] for name, row in evaluation["per_class"].items() if row["ap"] is not None}
+    worst = min(measured, key=lambda name: measured[name])
+    sentences = [
+        f"Its mean average precision (mAP) is {percent(evaluation['map'], 2)}.",
+        expectation(*evaluation["map_ci95"]),
+        f"All classes are right in {percent(evaluation['exact_match'])} of the images.",
+        f"It ranks “{worst}” worst: average precision {percent(measured[worst])}.",
+    ]
+    if evaluation["cross_fitted"]:
+        sentences.append(
+            "The thresholds were tuned on these images; F1 and mistakes are therefore those of thresholds tuned on the "
+            "other half of them."
+        )
+    return sentences
+
+
+def expectation(low: float, high: float) -> str:
+    """What a 95 % interval says."""
+    return f"On other images like these, expect between {percent(low)} and {percent(high)} (95% interval)."
 
 
 def judged_on(trained_on: str, evaluation: dict[str, Any]) -> str:
@@ -158,14 +152,28 @@ def commonest_confusion(confusion: NDArray[np.int64]) -> tuple[int, int, int]:
     return truth, taken, int(mistakes[truth, taken])
 
 
-def list_classes(evaluation: dict[str, Any]) -> list[ClassRow]:
-    """The per-class table, in the order of the classes."""
+def list_classes(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
+    """The per-class table, in the order of the classes: `name`, `right`, the scores, and recall's interval."""
     rows = []
     for i, (name, scores) in enumerate(evaluation["per_class"].items()):
-        right, n = evaluation["confusion"][i][i], scores["n"]
-        low, high = wilson_interval(right, n)
-        rows.append(ClassRow(name, n, right, scores["recall"], low, high, scores["precision"], scores["f1"]))
+        right = evaluation["confusion"][i][i]
+        low, high = wilson_interval(right, scores["n"])
+        rows.append({"name": name, "right": right, "low": low, "high": high} | scores)
     return rows
+
+
+class Heatmap(NamedTuple):
+    """The confusion matrix, or its most confused part.
+
+    Attributes:
+        names: of the classes shown.
+        total: classes before the choice.
+        rows: count of each cell and its share of the true class's images.
+    """
+
+    names: list[str]
+    total: int
+    rows: list[list[tuple[int, float]]]
 
 
 def draw_heatmap(classes: list[str], confusion: NDArray[np.int64], limit: int = MAX_CONFUSED) -> Heatmap:
@@ -189,16 +197,29 @@ def worst_mistakes(predictions: list[PredictionRow]) -> list[PredictionRow]:
     return sorted(wrong, key=lambda p: (-p.score, p.path))[:MAX_MISTAKES]
 
 
-def show_mistakes(
-    predictions: list[PredictionRow], thumbnails: Thumbnails | None, overlays: dict[tuple[str, str], list[Overlay]]
-) -> list[Mistake]:
-    """The worst mistakes with their pictures."""
-    worst = worst_mistakes(predictions)
-    mistakes = []
-    for p, shown in zip(worst, pictures_of([p.path for p in worst], thumbnails), strict=True):
-        drawn = [(of.caption, picture(of.png)[0]) for of in overlays.get((printable(p.path), p.prediction), [])]
-        mistakes.append(Mistake(p, shown, drawn))
-    return mistakes
+def show_mistakes(results: Results, thumbnails: Thumbnails | None) -> list[dict[str, Any]]:
+    """The worst mistakes: `row`, `picture`, and `overlays`, which are captions and data: addresses."""
+    worst, overlays = worst_mistakes(results.predictions), overlays_of(results.run)
+    pictures = pictures_of([row.path for row in worst], thumbnails)
+    return [
+        {"row": row, "picture": shown, "overlays": [(caption, picture(png)[0]) for caption, png in drawn]}
+        for row, shown in zip(worst, pictures, strict=True)
+        for drawn in [overlays.get((printable(row.path), row.prediction), [])]
+    ]
+
+
+def worst_by_loss(wrong: list[LabelSetRow], thumbnails: Thumbnails | None) -> list[dict[str, Any]]:
+    """The images with the largest loss among those with a wrong class: `row`, `picture`, `missed` and `added`."""
+    worst = sorted(wrong, key=lambda row: (-row.loss, row.path))[:MAX_MISTAKES]
+    return [
+        {
+            "row": row,
+            "picture": shown,
+            "missed": [name for name in row.labels if name not in row.predictions],
+            "added": [name for name in row.predictions if name not in row.labels],
+        }
+        for row, shown in zip(worst, pictures_of([row.path for row in worst], thumbnails), strict=True)
+    ]
 
 
 def list_cost(results: Results) -> list[tuple[str, str]]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.data.decoded import Skipped
@@ -15,40 +15,37 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import read_json_lines
 from tokenfusion.recipe import Recipe, load_recipe
 
-EPOCH_KEYS = ("epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1", "seconds", "images_per_s")
-MULTILABEL_EPOCH_KEYS = (
-    *("epoch", "lr", "train_loss", "train_exact_match", "val_loss", "val_map", "seconds", "images_per_s"),
-)
-MULTILABEL_EVALUATION_KEYS = (
-    *("data", "split", "n", "map", "map_ci95", "loss", "f1_macro", "f1_micro", "exact_match", "exact_match_ci95"),
-    *("cross_fitted", "per_class", "skipped"),
-)
-EVALUATION_KEYS = (
-    *("data", "split", "n", "top1", "top5", "top1_ci95", "loss", "ece", "temperature"),
-    *("per_class", "confusion", "skipped"),
+FieldTypes = Mapping[str, type | UnionType]
+"""Fields of a JSON object, and what each is."""
+NUMBER = int | float
+EPOCH_KEYS = ("epoch", "lr", "train_loss", "val_loss", "seconds", "images_per_s")
+EVALUATION_KEYS = ("data", "split", "n", "loss", "per_class", "skipped")
+ONE_CLASS_KEYS = (*EVALUATION_KEYS, "top1", "top5", "top1_ci95", "ece", "temperature", "confusion")
+MULTILABEL_KEYS = (
+    *(*EVALUATION_KEYS, "map", "map_ci95", "f1_macro", "f1_micro"),
+    *("exact_match", "exact_match_ci95", "cross_fitted"),
 )
 
 
-@dataclass(frozen=True)
-class PredictionRow:
-    """One evaluated image."""
+class PredictionRow(NamedTuple):
+    """One evaluated image; `score` is the softmax probability of the prediction."""
 
     path: str
     label: str
     prediction: str
     score: float
-    """Softmax probability of the prediction."""
 
 
-@dataclass(frozen=True)
-class LabelSetRow:
-    """One evaluated image with any number of classes."""
+class LabelSetRow(NamedTuple):
+    """One evaluated image with any number of classes; `loss` is its binary cross-entropy, the mean over all classes."""
 
     path: str
     labels: tuple[str, ...]
     predictions: tuple[str, ...]
     loss: float
-    """Binary cross-entropy, the mean over all classes."""
+
+
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ def read_results(run: Path) -> Results:
     predictions: list[PredictionRow] = []
     label_sets: list[LabelSetRow] = []
     if model["multi_label"]:
-        evaluation, label_sets = read_judged(run, model["classes"], MULTILABEL_EVALUATION_KEYS, read_label_sets)
+        evaluation, label_sets = read_judged(run, model["classes"], MULTILABEL_KEYS, read_label_sets)
     else:
         evaluation, predictions = read_evaluation(run, model["classes"])
     return Results(
@@ -110,10 +107,7 @@ def read_results(run: Path) -> Results:
 
 def read_evaluation(run: Path, classes: list[str]) -> tuple[dict[str, Any] | None, list[PredictionRow]]:
     """evaluation.json and the predictions.csv that belongs to it; None and nothing where there is no evaluation."""
-    return read_judged(run, classes, EVALUATION_KEYS, read_predictions)
-
-
-Row = TypeVar("Row")
+    return read_judged(run, classes, ONE_CLASS_KEYS, read_predictions)
 
 
 def read_judged(
@@ -143,7 +137,8 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     """A dict per line of metrics.jsonl."""
     epochs = read_json_lines(path)
     for epoch in epochs:
-        require(epoch, MULTILABEL_EPOCH_KEYS if "val_map" in epoch else EPOCH_KEYS, path)
+        measured = ("train_exact_match", "val_map") if "val_map" in epoch else ("train_top1", "val_top1")
+        require(epoch, (*EPOCH_KEYS, *measured), path)
     return epochs
 
 
@@ -221,11 +216,6 @@ def require(value: Any, keys: tuple[str, ...], path: Path) -> None:
         raise InputError(
             f"{path} is incomplete: it lacks {', '.join(missing)}; restore it, or train and evaluate again"
         )
-
-
-FieldTypes = Mapping[str, type | UnionType]
-"""Fields of a JSON object, and what each is."""
-NUMBER = int | float
 
 
 def require_fields(value: Any, types: FieldTypes, path: Path) -> None:
