@@ -68,7 +68,7 @@ def train(
         With --dry-run, print JSON.
     """
     from tokenfusion import training
-    from tokenfusion.analyze.watch import watch_collapse
+    from tokenfusion.analyze.collapse import watch_collapse
     from tokenfusion.checkpoint import resume_command
     from tokenfusion.training.distributed.fsdp import is_saved
     from tokenfusion.training.setup import CHECKPOINT

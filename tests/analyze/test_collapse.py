@@ -215,7 +215,7 @@ def test_feature_maps_are_attention_times_values():
         model(pixels)
         value = split_heads(model.blocks[3].attn.qkv(tokens["last"])[..., 24:], 3)
         record = maps[last.block]
-        expected = [(of @ value).square().sum((1, 3)).sqrt()[:, 1:] for of in (record.map, record.mixed)]
+        expected = [(one @ value).square().sum((1, 3)).sqrt()[:, 1:] for one in (record.map, record.mixed)]
     assert first.after is None
     torch.testing.assert_close(last.before.flatten(1), expected[0])
     torch.testing.assert_close(last.after.flatten(1), expected[1])

@@ -29,12 +29,12 @@ def test_overlays_of_named_images(command, run, digit, tmp_path):
     assert set(failed) == {"path", "error"}
     prediction = Classifier.load(run).predict(digit, topk=2)[0]
     assert good["prediction"] == prediction.label
-    assert [(of["branch"], of["class"]) for of in good["overlays"]] == [
+    assert [(drawn["branch"], drawn["class"]) for drawn in good["overlays"]] == [
         (branch, label) for label, _ in prediction.topk for branch in ("cnn", "transformer")
     ]
-    assert {path.name for path in out.iterdir()} == {"explain.json", *(of["file"] for of in good["overlays"])}
-    for of in good["overlays"]:
-        with Image.open(out / of["file"]) as picture:
+    assert {path.name for path in out.iterdir()} == {"explain.json", *(drawn["file"] for drawn in good["overlays"])}
+    for drawn in good["overlays"]:
+        with Image.open(out / drawn["file"]) as picture:
             assert picture.size == (224, 224)  # 8×8 pixels, enlarged
 
 
@@ -61,7 +61,7 @@ def test_names_never_leave_the_folder(run, tmp_path):
     before = {path for path in tmp_path.rglob("*") if "out" not in path.parts}
     names = sorted(map(str, photos.iterdir()))
     found, folder = explain(run, names, Question(topk=10), out=tmp_path / "out")
-    files = [of["file"] for image in found["images"] for of in image["overlays"]]
+    files = [drawn["file"] for image in found["images"] for drawn in image["overlays"]]
     assert len(files) == len(set(files)) == 4 * 10 * 2
     assert all((folder / file).parent == folder and (folder / file).is_file() for file in files)
     assert {path for path in tmp_path.rglob("*") if "out" not in path.parts} == before
@@ -101,7 +101,7 @@ def test_mistakes_are_explained_as_the_evaluation_named_them(command, run):
     found, _ = explain(run, (), Question(branch="cnn"))
     for image in found["images"]:
         assert image["prediction"] == named[image["path"]]
-        assert [of["class"] for of in image["overlays"]] == [image["prediction"]]
+        assert [drawn["class"] for drawn in image["overlays"]] == [image["prediction"]]
     name(dict.fromkeys(named, "x"))
     with pytest.raises(InputError, match="prediction='x' is not known"):
         explain(run)
@@ -184,7 +184,7 @@ def test_questions_without_an_answer(command, run, digit, options, reason):
 
 def test_a_class_that_was_not_predicted(run, digit):
     found, _ = explain(run, [str(digit)], Question(of_class="7", branch="transformer"))
-    (of,) = found["images"][0]["overlays"]
-    assert (of["class"], of["branch"]) == ("7", "transformer")
+    (drawn,) = found["images"][0]["overlays"]
+    assert (drawn["class"], drawn["branch"]) == ("7", "transformer")
     expected = dict(Classifier.load(run).predict(digit, topk=10)[0].topk)["7"]
-    assert of["score"] == pytest.approx(expected, abs=0.01)
+    assert drawn["score"] == pytest.approx(expected, abs=0.01)

@@ -115,8 +115,8 @@ GRIDS = {
 def test_both_branches_of_a_fusion_on_their_own_grids(parts):
     model = fused(*parts)
     maps = grad_cam(model, images(), CLASSES)
-    assert {branch: tuple(of.shape[1:]) for branch, of in maps.items()} == GRIDS[parts]
-    assert all(of.min() >= 0 and of.isfinite().all() for of in maps.values())
+    assert {branch: tuple(found.shape[1:]) for branch, found in maps.items()} == GRIDS[parts]
+    assert all(found.min() >= 0 and found.isfinite().all() for found in maps.values())
     one = saliency(model, images(), CLASSES, branch="cnn")
     assert set(one) == {"cnn"}
     torch.testing.assert_close(one["cnn"], maps["cnn"])

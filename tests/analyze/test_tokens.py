@@ -19,7 +19,7 @@ from tokenfusion.analyze.ablation import (
 )
 from tokenfusion.analyze.intervals import mean_interval, tango_interval
 from tokenfusion.analyze.token_spans import TokenSpan, token_spans
-from tokenfusion.analyze.tokens import COLOURS, Prepared, measure_tokens, tokens_summary
+from tokenfusion.analyze.tokens import COLOURS, PreparedBatches, measure_tokens, tokens_summary
 from tokenfusion.classifier import Classifier
 from tokenfusion.evaluate import evaluate
 from tokenfusion.metrics import wilson_interval
@@ -115,10 +115,12 @@ def test_images_are_let_go_batch_by_batch():
 
 def test_large_maps_come_in_small_batches():
     sizes = [(32, 32), (256, 256), (512, 512)]
-    by_size = [Prepared(Classifier.create("vit_micro", "ab", img_size=size), None).batch_size() for size in sizes]
+    by_size = [
+        PreparedBatches(Classifier.create("vit_micro", "ab", img_size=size), None).batch_size() for size in sizes
+    ]
     assert by_size == [64, 1, 1]  # of 65, 4,097 and 16,385 tokens
     middle = Classifier.create("vit_micro", "ab", img_size=(96, 96))
-    assert Prepared(middle, None).batch_size() == 6  # 577 tokens: 332,929 elements a head
+    assert PreparedBatches(middle, None).batch_size() == 6  # 577 tokens: 332,929 elements a head
 
 
 def test_kinds_of_tokens_have_colours_of_their_own():

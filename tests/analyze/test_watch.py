@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from runs import small_recipe
 from tokenfusion import InputError, create_model
-from tokenfusion.analyze.watch import watch_collapse
+from tokenfusion.analyze.collapse import watch_collapse
 from tokenfusion.report.plots import plot_curves
 from tokenfusion.training import resume, start
 

@@ -29,8 +29,8 @@ def block_cosines(maps: Sequence[Tensor]) -> Tensor:
     Returns:
         (B, H, N, L, L).
     """
-    by_head = (torch.stack([of[:, head] for of in maps]) for head in range(maps[0].shape[1]))  # (L, B, N, M)
-    return torch.stack([cosines(of.movedim(0, 2)) for of in by_head], dim=1)  # a head's maps fit into the cache
+    by_head = (torch.stack([one[:, head] for one in maps]) for head in range(maps[0].shape[1]))  # (L, B, N, M)
+    return torch.stack([cosines(one.movedim(0, 2)) for one in by_head], dim=1)  # a head's maps fit into the cache
 
 
 def head_cosines(maps: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from functools import partial
 from math import log
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -45,148 +46,78 @@ STEP_BYTES = 2**26
 """Maps of all blocks that are held at once, unless a single image has more."""
 SAMPLE = 32
 """How many images the effective rank and the maps before mixing are looked at in, since they cost the most."""
-
-
 PREPARED, PICTURES = 16, 3
 """Images that are prepared at once, and those whose feature maps are drawn."""
 QUANTITIES = ("head_similarity", "similar_heads", "entropy", "distance_px", "token_similarity", "effective_rank")
 
 
-class Means:
-    """Running means of tensors by name."""
+def analyze_collapse(
+    run_or_model: str,
+    data: str | None = None,
+    *,
+    num_images: int = 256,
+    out: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Measure a run or an untrained model on images; write `collapse.json` and figures.
 
-    def __init__(self) -> None:
-        self.totals: dict[Any, Tensor] = {}
-        self.counts: dict[Any, int] = {}
+    Args:
+        run_or_model, data, num_images, progress: as in `open_run_or_model`.
+        out: folder to write to; RUN/collapse, or `collapse` for a model's name, when not given.
 
-    def add(self, key: Any, values: Tensor) -> None:
-        """Count values (B, ...), of an image each."""
-        self.totals[key] = self.totals.get(key, 0) + values.double().sum(0).cpu()
-        self.counts[key] = self.counts.get(key, 0) + len(values)
+    Returns:
+        what `collapse.json` holds (see `measure_collapse`), with `model`, `feature_maps` (the blocks that have some),
+        `summary` and `figures`; and the folder.
 
-    def __getitem__(self, key: Any) -> Tensor:
-        return self.totals[key] / self.counts[key]
-
-    def number(self, key: Any) -> float | None:
-        """A mean as a number; None where nothing was counted, or where it is not defined."""
-        value = float(self[key].mean()) if key in self.totals else float("nan")
-        return value if value == value else None
-
-
-class Collapse:
-    """The quantities of a model, added up over images; `measure_collapse` is the way to use it."""
-
-    def __init__(self) -> None:
-        self.means = Means()
-        self.groups: dict[Group, list[str]] = {}
-        self.mixed: set[str] = set()
-        self.distances: dict[AttentionLayout, Tensor] = {}
-        self.img_size = (0, 0)
-        self.images = 0
-
-    def observe(self, model: nn.Module, batches: Iterable[Tensor], stack: ExitStack) -> None:
-        """Run the model over batches, as many images at a time as `STEP_BYTES` allow."""
-        records = stack.enter_context(record_attention(model, reduce=self.see_block))
-        for name in records:
-            block = model.get_submodule(name.rpartition(".")[0])
-            stack.callback(block.register_forward_hook(partial(self.see_tokens, name)).remove)
-        step = 1
-        for batch in batches:
-            if self.images and size_of(batch) != self.img_size:
-                raise InputError(f"images of {size_of(batch)} follow some of {self.img_size}; give them one size")
-            self.img_size = size_of(batch)
-            while len(batch):
-                images, batch = batch[:step], batch[step:]
-                model(images)
-                step = max(1, STEP_BYTES * len(images) // self.compare_blocks(records))
-                self.images += len(images)
-        if not self.images:
-            raise InputError("no image is given; collapse is measured on images")
-
-    def see_block(self, record: AttentionRecord) -> tuple[Tensor, Tensor]:
-        """Count what one block says alone; gives its map before and after mixing, to compare the blocks by."""
-        name, layout, maps = record.name, record.layout, record.map
-        if layout not in self.distances:
-            self.distances[layout] = pixel_distances(layout, self.img_size).to(maps.device)
-        if record.mixed is not None:
-            self.mixed.add(name)
-        pairs = pairs_of(head_cosines(record.applied))
-        self.means.add((name, "head_similarity"), pairs.mean((1, 2)))
-        self.means.add((name, "similar_heads"), (pairs > HEAD_THRESHOLD).float().mean((1, 2)))
-        self.means.add((name, "entropy"), entropy(maps).mean((1, 2)))
-        self.means.add((name, "distance_px"), mean_distance(maps, self.distances[layout]))
-        return maps, record.applied
-
-    def see_tokens(self, name: str, _block: nn.Module, _inputs: Any, output: Any) -> None:
-        """Count what the tokens (B, N, C) say that a block gives."""
-        if isinstance(output, Tensor) and output.ndim == 3 and output.shape[1] > 1:
-            self.means.add((name, "token_similarity"), token_similarity(output))
-            left = SAMPLE - self.means.counts.get((name, "effective_rank"), 0)
-            if left > 0:
-                self.means.add((name, "effective_rank"), effective_rank(output[:left]))
-
-    def compare_blocks(self, records: Mapping[str, AttentionRecord]) -> int:
-        """Compare the blocks of each group after a forward pass and let their maps go; gives the bytes they took."""
-        maps = {name: record.reduced.pop() for name, record in records.items()}
-        self.groups = {}
-        for name, (before, _) in maps.items():
-            self.groups.setdefault((records[name].layout, before.shape[1]), []).append(name)
-        for group, names in self.groups.items():
-            if len(names) > 1:
-                self.count_pairs(group, "applied", [maps[name][1] for name in names])
-            if len(names) > 1 and self.mixed.intersection(names) and self.images < SAMPLE:
-                left = SAMPLE - self.images
-                self.count_pairs(group, "before_mixing", [maps[name][0][:left] for name in names])
-        return sum(before.nbytes + (after is not before) * after.nbytes for before, after in maps.values())
-
-    def count_pairs(self, group: Group, which: str, maps: Sequence[Tensor]) -> None:
-        similarity = block_cosines(maps)  # (B, H, N, L, L)
-        self.means.add((group, which), similarity.mean(2))
-        self.means.add((group, which, "share"), (similarity > BLOCK_THRESHOLD).float().mean((1, 2)))
-
-    def result(self) -> dict[str, Any]:
-        """What was found, as numbers and lists."""
-        blocks = [self.describe_block(name, *group) for group, names in self.groups.items() for name in names]
-        groups = [self.describe_group(group, names) for group, names in self.groups.items() if len(names) > 1]
-        return {
-            "images": self.images,
-            "sample": min(SAMPLE, self.images),
-            "img_size": list(self.img_size),
-            "thresholds": {"blocks": BLOCK_THRESHOLD, "heads": HEAD_THRESHOLD},
-            "groups": groups,
-            "not_compared": [names[0] for names in self.groups.values() if len(names) == 1],
-            "blocks": blocks,
-        }
-
-    def describe_block(self, name: str, layout: AttentionLayout, heads: int) -> dict[str, Any]:
-        keys = sum(group.count for group in layout.keys)
-        known = {"name": name, "heads": heads, "re_attention": name in self.mixed, "uniform_entropy": log(keys)}
-        return known | {quantity: self.means.number((name, quantity)) for quantity in QUANTITIES}
-
-    def describe_group(self, group: Group, names: list[str]) -> dict[str, Any]:
-        layout, _ = group
-        by_head = self.means[group, "applied"]  # (H, L, L)
-        similarity = by_head.mean(0)
-        similar = similar_blocks(similarity, BLOCK_THRESHOLD)
-        before = self.means[group, "before_mixing"].mean(0).tolist() if self.mixed.intersection(names) else None
-        return {
-            "blocks": names,
-            "queries": layout_text(layout.queries),
-            "keys": layout_text(layout.keys),
-            "similarity": similarity.tolist(),
-            "similarity_before_mixing": before,
-            "similar_share": self.means[group, "applied", "share"].tolist(),
-            "neighbours": {str(k): similarity.diagonal(k).tolist() for k in NEIGHBOURS if k < len(names)},
-            "previous_by_head": by_head.diagonal(1, 1, 2).tolist(),
-            "similar_blocks": [names[i] for i in similar],
-            "share_of_similar_blocks": len(similar) / len(names),
-            "runs": [list(run) for run in repeating_runs(similarity, BLOCK_THRESHOLD)],
-        }
+    Raises:
+        InputError: the model or the data cannot be used, or as in `measure_collapse`.
+    """
+    classifier, images = open_run_or_model(run_or_model, data, num_images, progress)
+    keep_freed_memory()
+    batches = (
+        classifier.to_input(batch) for batch, _ in eval_batches(images, classifier.preprocess, batch_size=PREPARED)
+    )
+    result = {"model": classifier.name} | measure_collapse(classifier.model, batches)
+    folder = output_folder(run_or_model, out, "collapse")
+    pictures = torch.stack([classifier.preprocess.resize(images[i]) for i in range(min(PICTURES, len(images)))])
+    features = feature_maps(classifier.model, classifier.to_input(pictures))
+    result["feature_maps"] = [found.block for found in features]
+    result["summary"] = " ".join([collapse_summary(result), *on_features(result)])
+    result["figures"] = write_figures(result, folder, pictures, features)
+    write_json(folder / "collapse.json", result)
+    return result, folder
 
 
-def layout_text(tokens: TokenLayout) -> str:
-    """A layout as text, such as "cls + patch 14×14"."""
-    return " + ".join(f"{of.source} {of.grid[0]}×{of.grid[1]}" if of.grid else of.source for of in tokens)
+def watch_collapse(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """How far a model's attention has collapsed.
+
+    Args:
+        model: as in `measure_collapse`; it is left as it was.
+        images: (B, in_chans, H, W) as it takes them.
+
+    Returns:
+        by name, the undefined left out: `collapse/neighbour_similarity`, of blocks next to each other;
+        `collapse/similar_blocks`, the share of blocks that are like at least one other; `collapse/head_similarity` and
+        `collapse/entropy`, means over blocks, the entropy in units of uniform attention's; behind the last block
+        `collapse/token_similarity` and `collapse/effective_rank`.
+
+    Raises:
+        InputError: as in `measure_collapse`.
+    """
+    result = measure_collapse(model, [images])
+    groups, blocks = result["groups"], result["blocks"]
+    heads = [block["head_similarity"] for block in blocks if block["head_similarity"] is not None]
+    last = next((block for block in reversed(blocks) if block["token_similarity"] is not None), None)
+    values = {
+        "neighbour_similarity": fmean(value for group in groups for value in group["neighbours"]["1"]),
+        "similar_blocks": sum(len(group["similar_blocks"]) for group in groups)
+        / sum(len(group["blocks"]) for group in groups),
+        "head_similarity": fmean(heads) if heads else None,
+        "entropy": fmean(block["entropy"] / block["uniform_entropy"] for block in blocks),
+        "token_similarity": last["token_similarity"] if last else None,
+        "effective_rank": last["effective_rank"] if last else None,
+    }
+    return {f"collapse/{name}": value for name, value in values.items() if value is not None}
 
 
 @torch.no_grad()
@@ -228,38 +159,139 @@ def measure_collapse(model: nn.Module, batches: Iterable[Tensor]) -> dict[str, A
     return result
 
 
-def analyze_collapse(
-    run_or_model: str,
-    data: str | None = None,
-    *,
-    num_images: int = 256,
-    out: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Any], Path]:
-    """Measure a run or an untrained model on images; write `collapse.json` and figures.
+class Collapse:
+    """The quantities of a model, added up over images; `measure_collapse` is the way to use it."""
 
-    Args:
-        run_or_model, data, num_images, progress: as in `open_run_or_model`.
-        out: folder to write to; RUN/collapse, or `collapse` for a model's name, when not given.
+    def __init__(self) -> None:
+        self.means = Means()
+        self.groups: dict[Group, list[str]] = {}
+        self.mixed: set[str] = set()
+        self.distances: dict[AttentionLayout, Tensor] = {}
+        self.img_size = (0, 0)
+        self.images = 0
 
-    Returns:
-        what `collapse.json` holds (see `measure_collapse`), with `model`, `feature_maps` (the blocks that have some),
-        `summary` and `figures`; and the folder.
+    def observe(self, model: nn.Module, batches: Iterable[Tensor], stack: ExitStack) -> None:
+        """Run the model over batches, as many images at a time as `STEP_BYTES` allow."""
+        records = stack.enter_context(record_attention(model, reduce=self.see_block))
+        for name in records:
+            block = model.get_submodule(name.rpartition(".")[0])
+            stack.callback(block.register_forward_hook(partial(self.see_tokens, name)).remove)
+        step = 1
+        for batch in batches:
+            if self.images and size_of(batch) != self.img_size:
+                raise InputError(f"images of {size_of(batch)} follow some of {self.img_size}; give them one size")
+            self.img_size = size_of(batch)
+            while len(batch):
+                images, batch = batch[:step], batch[step:]
+                model(images)
+                step = max(1, STEP_BYTES * len(images) // self.count_block_pairs(records))
+                self.images += len(images)
+        if not self.images:
+            raise InputError("no image is given; collapse is measured on images")
 
-    Raises:
-        InputError: the model or the data cannot be used, or as in `measure_collapse`.
-    """
-    classifier, images = open_run_or_model(run_or_model, data, num_images, progress)
-    keep_freed_memory()
-    batches = (
-        classifier.to_input(batch) for batch, _ in eval_batches(images, classifier.preprocess, batch_size=PREPARED)
-    )
-    result = {"model": classifier.name} | measure_collapse(classifier.model, batches)
-    folder = output_folder(run_or_model, out, "collapse")
-    pictures = torch.stack([classifier.preprocess.resize(images[i]) for i in range(min(PICTURES, len(images)))])
-    features = feature_maps(classifier.model, classifier.to_input(pictures))
-    result["feature_maps"] = [of.block for of in features]
-    result["summary"] = " ".join([collapse_summary(result), *on_features(result)])
-    result["figures"] = write_figures(result, folder, pictures, features)
-    write_json(folder / "collapse.json", result)
-    return result, folder
+    def see_block(self, record: AttentionRecord) -> tuple[Tensor, Tensor]:
+        """Count what one block says alone; gives its map before and after mixing, to compare the blocks by."""
+        name, layout, maps = record.name, record.layout, record.map
+        if layout not in self.distances:
+            self.distances[layout] = pixel_distances(layout, self.img_size).to(maps.device)
+        if record.mixed is not None:
+            self.mixed.add(name)
+        pairs = pairs_of(head_cosines(record.applied))
+        self.means.add((name, "head_similarity"), pairs.mean((1, 2)))
+        self.means.add((name, "similar_heads"), (pairs > HEAD_THRESHOLD).float().mean((1, 2)))
+        self.means.add((name, "entropy"), entropy(maps).mean((1, 2)))
+        self.means.add((name, "distance_px"), mean_distance(maps, self.distances[layout]))
+        return maps, record.applied
+
+    def see_tokens(self, name: str, _block: nn.Module, _inputs: Any, output: Any) -> None:
+        """Count what the tokens (B, N, C) say that a block gives."""
+        if isinstance(output, Tensor) and output.ndim == 3 and output.shape[1] > 1:
+            self.means.add((name, "token_similarity"), token_similarity(output))
+            left = SAMPLE - self.means.counts.get((name, "effective_rank"), 0)
+            if left > 0:
+                self.means.add((name, "effective_rank"), effective_rank(output[:left]))
+
+    def count_block_pairs(self, records: Mapping[str, AttentionRecord]) -> int:
+        """Compare the blocks of each group after a forward pass and let their maps go; gives the bytes they took."""
+        maps = {name: record.reduced.pop() for name, record in records.items()}
+        self.groups = {}
+        for name, (before, _) in maps.items():
+            self.groups.setdefault((records[name].layout, before.shape[1]), []).append(name)
+        for group, names in self.groups.items():
+            if len(names) > 1:
+                self.count_pairs(group, "applied", [maps[name][1] for name in names])
+            if len(names) > 1 and self.mixed.intersection(names) and self.images < SAMPLE:
+                left = SAMPLE - self.images
+                self.count_pairs(group, "before_mixing", [maps[name][0][:left] for name in names])
+        return sum(before.nbytes + (after is not before) * after.nbytes for before, after in maps.values())
+
+    def count_pairs(self, group: Group, which: str, maps: Sequence[Tensor]) -> None:
+        similarity = block_cosines(maps)  # (B, H, N, L, L)
+        self.means.add((group, which), similarity.mean(2))
+        self.means.add((group, which, "share"), (similarity > BLOCK_THRESHOLD).float().mean((1, 2)))
+
+    def result(self) -> dict[str, Any]:
+        """What was found, as numbers and lists."""
+        blocks = [self.block_entry(name, *group) for group, names in self.groups.items() for name in names]
+        groups = [self.group_entry(group, names) for group, names in self.groups.items() if len(names) > 1]
+        return {
+            "images": self.images,
+            "sample": min(SAMPLE, self.images),
+            "img_size": list(self.img_size),
+            "thresholds": {"blocks": BLOCK_THRESHOLD, "heads": HEAD_THRESHOLD},
+            "groups": groups,
+            "not_compared": [names[0] for names in self.groups.values() if len(names) == 1],
+            "blocks": blocks,
+        }
+
+    def block_entry(self, name: str, layout: AttentionLayout, heads: int) -> dict[str, Any]:
+        keys = sum(group.count for group in layout.keys)
+        known = {"name": name, "heads": heads, "re_attention": name in self.mixed, "uniform_entropy": log(keys)}
+        return known | {quantity: self.means.number((name, quantity)) for quantity in QUANTITIES}
+
+    def group_entry(self, group: Group, names: list[str]) -> dict[str, Any]:
+        layout, _ = group
+        by_head = self.means[group, "applied"]  # (H, L, L)
+        similarity = by_head.mean(0)
+        similar = similar_blocks(similarity, BLOCK_THRESHOLD)
+        before = self.means[group, "before_mixing"].mean(0).tolist() if self.mixed.intersection(names) else None
+        return {
+            "blocks": names,
+            "queries": layout_text(layout.queries),
+            "keys": layout_text(layout.keys),
+            "similarity": similarity.tolist(),
+            "similarity_before_mixing": before,
+            "similar_share": self.means[group, "applied", "share"].tolist(),
+            "neighbours": {str(k): similarity.diagonal(k).tolist() for k in NEIGHBOURS if k < len(names)},
+            "previous_by_head": by_head.diagonal(1, 1, 2).tolist(),
+            "similar_blocks": [names[i] for i in similar],
+            "share_of_similar_blocks": len(similar) / len(names),
+            "runs": [list(run) for run in repeating_runs(similarity, BLOCK_THRESHOLD)],
+        }
+
+
+class Means:
+    """Running means of tensors by name."""
+
+    def __init__(self) -> None:
+        self.totals: dict[Any, Tensor] = {}
+        self.counts: dict[Any, int] = {}
+
+    def add(self, key: Any, values: Tensor) -> None:
+        """Count values (B, ...), of an image each."""
+        self.totals[key] = self.totals.get(key, 0) + values.double().sum(0).cpu()
+        self.counts[key] = self.counts.get(key, 0) + len(values)
+
+    def __getitem__(self, key: Any) -> Tensor:
+        return self.totals[key] / self.counts[key]
+
+    def number(self, key: Any) -> float | None:
+        """A mean as a number; None where nothing was counted, or where it is not defined."""
+        value = float(self[key].mean()) if key in self.totals else float("nan")
+        return value if value == value else None
+
+
+def layout_text(tokens: TokenLayout) -> str:
+    """A layout as text, such as "cls + patch 14×14"."""
+    names = (f"{group.source} {group.grid[0]}×{group.grid[1]}" if group.grid else group.source for group in tokens)
+    return " + ".join(names)

@@ -175,9 +175,9 @@ def draw_features(pictures: Tensor, features: Sequence[FeatureMaps]) -> "Figure"
         line[0].imshow(channels.expand(*channels.shape[:2], 3).numpy())
         line[0].set_title("after mixing" if after else "before mixing" if mixed else "", fontsize=8)
         for axes, feature in zip(line[1:], shown, strict=True):
-            of = feature.after if after else feature.before
-            if of is not None:
-                values = of[picture].numpy()
+            maps = feature.after if after else feature.before
+            if maps is not None:
+                values = maps[picture].numpy()
                 axes.imshow(values, vmin=min(values.min(), 0.95 * values.max()))  # rounding errors stay unseen
                 axes.set_title(feature.block, fontsize=7)
     return figure

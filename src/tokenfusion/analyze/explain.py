@@ -1,31 +1,30 @@
 """What a trained run looks at, drawn over its images: `tokenfusion explain`."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from math import ceil
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torchvision.io import encode_png
 
 from tokenfusion.analyze.faithfulness import Probability, importance, measure_faithfulness
 from tokenfusion.analyze.inputs import open_run_or_model, refuse_multi_label
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.saliency import saliency
-from tokenfusion.classifier import Classifier
+from tokenfusion.classifier import Classifier, batched
 from tokenfusion.data.dataset import printable
-from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_bytes, write_json
 from tokenfusion.hardware import autocast
 from tokenfusion.models.base import choose
 from tokenfusion.predict import expand
+from tokenfusion.report.pictures import decode_named, png_of
 from tokenfusion.report.run import worst_mistakes
 from tokenfusion.report.run_folder import read_evaluation
 
@@ -34,20 +33,10 @@ Branch = Literal["cnn", "transformer", "both"]
 BATCH = 16
 SIDE = 224
 """Pixels that the longer side of an overlay has at least."""
-
-
-class Prepared(NamedTuple):
-    """An image to look at.
-
-    Attributes:
-        path: its name.
-        image: its pixels (in_chans, h, w) as the classifier takes them, or why there are none.
-        prediction: the class that an evaluation took it for; "" where the model is to say.
-    """
-
-    path: str
-    image: Tensor | str
-    prediction: str = ""
+ToExplain = tuple[str, Tensor | str, str]
+"""An image's path; its pixels (in_chans, h, w) or why there are none; the class it was taken for, or ""."""
+Drawn = tuple[str, float, list[tuple[str, str, float, Tensor]]]
+"""Prediction and its probability; branch, class, the class's probability and overlay (3, H, W) of each picture."""
 
 
 @dataclass(frozen=True)
@@ -111,22 +100,21 @@ def explain(
     if question.of_class:
         choose(dict.fromkeys(classifier.classes), question.of_class, "class")
     named = list(expand(images))
-    prepared = (Prepared(*classifier.prepare(path)) for path in named) if named else mistakes_of(run, classifier)
-    total = len(named)
+    prepared = ((*one, "") for one in classifier.prepare_ahead(named)) if named else mistakes_of(run, classifier)
     folder = out or run / "explain" / ("" if named else "mistakes")
     folder.mkdir(parents=True, exist_ok=True)
     entries: list[dict[str, Any]] = []
     for entry in explain_images(classifier, prepared, question, folder):
         entries.append(entry)
-        if progress and total:
-            progress(len(entries), total)
+        if progress and named:
+            progress(len(entries), len(named))
     measured = measure_run(run, faithfulness, question) if faithfulness else None
     result = {"model": classifier.name, "method": question.method, "images": entries, "faithfulness": measured}
     write_json(folder / "explain.json", result)
     return result, folder
 
 
-def mistakes_of(run: Path, classifier: Classifier) -> Iterator[Prepared]:
+def mistakes_of(run: Path, classifier: Classifier) -> Iterator[ToExplain]:
     """The images of the worst mistakes, read from the data that the run was evaluated on.
 
     Raises:
@@ -135,90 +123,71 @@ def mistakes_of(run: Path, classifier: Classifier) -> Iterator[Prepared]:
     evaluation, predictions = read_evaluation(run, list(classifier.classes))
     if evaluation is None:
         raise InputError(f"{run} has not been evaluated; name images, or run `tokenfusion evaluate {run}` first")
-    source = open_dataset(evaluation["data"])
-    places = {name: index for index, name in enumerate(source.names)}
-    for mistake in worst_mistakes(predictions):
-        path, prediction = printable(mistake.path), mistake.prediction
-        choose(dict.fromkeys(classifier.classes), prediction, "prediction")
-        try:
-            image = source.decode(places[path], classifier.max_pixels)
-            yield Prepared(path, classifier.preprocess.resize(image), prediction)
-        except (KeyError, UnreadableImage) as error:
-            yield Prepared(path, f"it cannot be read any more: {error}")
+    worst = worst_mistakes(predictions)
+    for mistake in worst:
+        choose(dict.fromkeys(classifier.classes), mistake.prediction, "prediction")
+    found = decode_named(evaluation["data"], (mistake.path for mistake in worst), classifier.max_pixels)
+    for (path, image), mistake in zip(found, worst, strict=True):
+        if isinstance(image, Tensor):
+            yield path, classifier.preprocess.resize(image), mistake.prediction
+        else:
+            yield path, f"it cannot be read any more: {image}", mistake.prediction
 
 
 def explain_images(
-    classifier: Classifier, prepared: Iterator[Prepared], question: Question, folder: Path
+    classifier: Classifier, images: Iterable[ToExplain], question: Question, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """An entry for each image, in order; its overlays are written as PNG into the folder."""
-    waiting: list[Prepared] = []
-    done = 0
-    for item in prepared:
-        waiting.append(item)
-        if len(waiting) == BATCH:
-            yield from explain_batch(classifier, waiting, question, folder, done)
-            waiting, done = [], done + BATCH
-    yield from explain_batch(classifier, waiting, question, folder, done)
+    number = count()
+    for batch in batched(images, BATCH):
+        readable = [(image, prediction) for _, image, prediction in batch if isinstance(image, Tensor)]
+        drawn = iter(draw_batch(classifier, readable, question) if readable else ())
+        for path, image, _ in batch:
+            prefix = f"{next(number):04d}-{safe(Path(path).stem)}"
+            if isinstance(image, str):
+                yield {"path": printable(path), "error": image}
+                continue
+            prediction, score, overlays = next(drawn)
+            entry: dict[str, Any] = {"path": printable(path), "prediction": prediction, "score": score, "overlays": []}
+            for rank, (branch, name, probability, picture) in enumerate(overlays):
+                file = f"{prefix}-{rank}-{branch}-{safe(name)}.png"
+                write_bytes(folder / file, png_of(picture))
+                entry["overlays"].append({"branch": branch, "class": name, "score": probability, "file": file})
+            yield entry
 
 
-def explain_batch(
-    classifier: Classifier, prepared: Sequence[Prepared], question: Question, folder: Path, first: int
-) -> Iterator[dict[str, Any]]:
-    """The same of a batch whose first image has the number `first`."""
-    readable = [item for item in prepared if isinstance(item.image, Tensor)]
-    drawn = iter(draw_batch(classifier, readable, question) if readable else ())
-    for number, (path, image, _) in enumerate(prepared, start=first):
-        if isinstance(image, str):
-            yield {"path": printable(path), "error": image}
-            continue
-        prediction, score, overlays = next(drawn)
-        entry: dict[str, Any] = {"path": printable(path), "prediction": prediction, "score": score, "overlays": []}
-        for rank, (branch, name, probability, picture) in enumerate(overlays):
-            file = f"{number:04d}-{safe(Path(path).stem)}-{rank}-{branch}-{safe(name)}.png"
-            write_bytes(folder / file, encode_png(picture.contiguous()).numpy().tobytes())
-            entry["overlays"].append({"branch": branch, "class": name, "score": probability, "file": file})
-        yield entry
-
-
-Drawn = tuple[str, float, list[tuple[str, str, float, Tensor]]]
-"""Prediction and its probability; branch, class, the class's probability and overlay (3, H, W) of each picture."""
-
-
-def draw_batch(classifier: Classifier, prepared: Sequence[Prepared], question: Question) -> list[Drawn]:
-    """What there is to draw of images that have pixels."""
-    batch = torch.stack([image for _, image, _ in prepared if isinstance(image, Tensor)])  # (B, in_chans, h, w)
-    images, classes = classifier.to_input(batch), classifier.classes
+def draw_batch(classifier: Classifier, batch: Sequence[tuple[Tensor, str]], question: Question) -> Iterator[Drawn]:
+    """What there is to draw of images (in_chans, h, w), each with the class that an evaluation took it for, or ""."""
+    pictures = torch.stack([image for image, _ in batch])  # (B, in_chans, h, w)
+    images, classes = classifier.to_input(pictures), classifier.classes
     probabilities = probabilities_of(classifier, images).cpu()
     order = probabilities.clone()
-    for row, (_, _, prediction) in zip(order, prepared, strict=True):
+    for row, (_, prediction) in zip(order, batch, strict=True):
         if prediction:
             row[classes.index(prediction)] = 2  # what the evaluation said comes first, were it level with another
     best = order.topk(min(question.topk, len(classes)), dim=1).indices
-    given = question.of_class
-    explained = torch.full_like(best[:, :1], classes.index(given)) if given else best
+    explained = torch.full_like(best[:, :1], classes.index(question.of_class)) if question.of_class else best
     columns = [
         saliency(classifier.model, images, column, question.method, question.branch) for column in explained.unbind(1)
     ]
-    result: list[Drawn] = []
-    for i, (picture, scores) in enumerate(zip(batch.cpu(), probabilities, strict=True)):
+    for i, (picture, scores) in enumerate(zip(pictures.cpu(), probabilities, strict=True)):
         overlays = [
-            (branch, classes[chosen[i]], float(scores[chosen[i]]), overlay(picture, of[i]))
+            (branch, classes[chosen[i]], float(scores[chosen[i]]), overlay(picture, found[i]))
             for maps, chosen in zip(columns, explained.unbind(1), strict=True)
-            for branch, of in maps.items()
+            for branch, found in maps.items()
         ]
-        result.append((classes[best[i, 0]], float(scores[best[i, 0]]), overlays))
-    return result
+        yield classes[best[i, 0]], float(scores[best[i, 0]]), overlays
 
 
-def overlay(picture: Tensor, of: Tensor) -> Tensor:
+def overlay(picture: Tensor, saliency_map: Tensor) -> Tensor:
     """A map (h, w) in colour over an image, uint8 (1 or 3, H, W): uint8 (3, H', W'), enlarged where it is small."""
     import matplotlib
 
     scale = ceil(SIDE / max(picture.shape[1:]))
     large = picture.expand(3, -1, -1).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-    top = of.max()
-    low = torch.minimum(of.min(), 0.95 * top)  # rounding errors stay unseen
-    level = (of - low) / (top - low).clamp_min(torch.finfo(of.dtype).tiny)
+    top = saliency_map.max()
+    low = torch.minimum(saliency_map.min(), 0.95 * top)  # rounding errors stay unseen
+    level = (saliency_map - low) / (top - low).clamp_min(torch.finfo(saliency_map.dtype).tiny)
     smooth = importance(level[None], (large.shape[1], large.shape[2]))[0].clamp(0, 1)
     heat = torch.from_numpy(matplotlib.colormaps["turbo"](smooth.numpy())[..., :3]).permute(2, 0, 1)
     return (large / 2 + 255 * heat / 2).round().to(torch.uint8)

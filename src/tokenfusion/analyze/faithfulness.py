@@ -92,8 +92,8 @@ def measure_faithfulness(batches: Iterable[tuple[Tensor, dict[str, Tensor], Prob
     found: dict[tuple[str, str, str], list[Tensor]] = {}
     for images, maps, probability in batches:
         size = (images.shape[2], images.shape[3])
-        for branch, of in maps.items():
-            orders = {"map": importance(of, size)} | baselines(of, size, generator)
+        for branch, saliency_map in maps.items():
+            orders = {"map": importance(saliency_map, size)} | baselines(saliency_map, size, generator)
             for kind, order in orders.items():
                 for way, under in areas(probability, images, order).items():
                     found.setdefault((branch, way, kind), []).append(under)

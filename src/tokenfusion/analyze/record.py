@@ -132,7 +132,7 @@ def attention_layouts(model: Any, img_size: Size | None = None) -> dict[str, Att
 
 
 def require_all_seen(model: nn.Module, names: Iterable[str]) -> None:
-    """Refuse a model with attention beside what is recorded, such as a pool at the head that asks the tokens."""
+    """Refuse a model with attention beside what is recorded, such as a pool at the head that attends to the tokens."""
     seen = tuple(f"{name}." for name in names)
     for name, module in model.named_modules():
         attends = hasattr(module, "fused_attn") or isinstance(module, nn.MultiheadAttention)

@@ -64,7 +64,7 @@ class Rollout:
             self.state[source] = F.pad(torch.eye(count), (start, 0)).expand(batch, -1, -1)
 
     def follow(self, around: str, layout: AttentionLayout, maps: Tensor) -> None:
-        """A layer with its residual: queries become half themselves, half what they ask.
+        """A layer with its residual: queries become half themselves, half what they attend to.
 
         Args:
             around: name of the module that the attention is a part of; its attentions all see what it was given.
@@ -76,9 +76,9 @@ class Rollout:
         if around != self.around:
             self.around, self.before = around, dict(self.state)
         queries, keys = by_source(layout.queries), by_source(layout.keys)
-        asked = torch.cat([self.before[source] for source in keys], dim=1)
+        read = torch.cat([self.before[source] for source in keys], dim=1)
         own = torch.cat([self.state[source] for source in queries], dim=1)
-        mixed = (own + maps.float().cpu() @ asked) / 2
+        mixed = (own + maps.float().cpu() @ read) / 2
         counts = [sum(group.count for group in groups) for groups in queries.values()]
         self.state |= dict(zip(queries, torch.split(mixed, counts, dim=1), strict=True))
 
@@ -119,10 +119,10 @@ def by_source(tokens: TokenLayout) -> dict[str, list[TokenGroup]]:
 
 def on_finest(maps: list[Tensor]) -> Tensor:
     """The sum of maps (B, h, w) on the finest of their grids; each keeps its total, up to interpolation."""
-    finest = max((of.shape[1:] for of in maps), key=lambda grid: grid.numel())
+    finest = max((one.shape[1:] for one in maps), key=lambda grid: grid.numel())
     resized = [
-        F.interpolate(of[:, None], size=finest, mode="bilinear")[:, 0] * (of.shape[1:].numel() / finest.numel())
-        for of in maps
+        F.interpolate(one[:, None], size=finest, mode="bilinear")[:, 0] * (one.shape[1:].numel() / finest.numel())
+        for one in maps
     ]
     return torch.stack(resized).sum(0)
 
@@ -134,7 +134,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Rollout:
     Raises:
         InputError: no attention that can be seen, or attention between tokens that do not stay the same on the way.
     """
-    pooled = any(group.source == "pooled" for of in attention_layouts(model).values() for group in of.keys)
+    pooled = any(group.source == "pooled" for layout in attention_layouts(model).values() for group in layout.keys)
     if pooled:
         raise InputError(
             f"rollout cannot follow a {type(model).__name__}: its keys stand for cells of patches, and convolutions "

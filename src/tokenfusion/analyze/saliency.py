@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.analyze.rollout import attention_rollout
 from tokenfusion.analyze.token_spans import TokenSpan, block_spans
-from tokenfusion.analyze.tokens import asking, attention_by_token
+from tokenfusion.analyze.tokens import attending, attention_by_token
 from tokenfusion.errors import InputError
 from tokenfusion.layers.tokens import size_of, tokens_to_map
 from tokenfusion.models.base import PaperModel, choose
@@ -145,11 +145,11 @@ def rollout_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Maps:  # 
 def attention_maps(model: nn.Module, images: Tensor, classes: Tensor) -> Maps:  # noqa: ARG001 - of every class the same
     """What CLS attends to, mean over heads, in the last layer in which it attends to a branch's tokens."""
     size, maps = size_of(images), Maps()
-    asks = asking(attention_layouts(model, size))
+    attends = attending(attention_layouts(model, size))
 
     def see(record: AttentionRecord) -> None:
         grids = {group.source: group.grid for group in record.layout.keys}
-        for source, given in attention_by_token(record.map, record.layout, asks).items():
+        for source, given in attention_by_token(record.map, record.layout, attends).items():
             grid = grids[source]
             if grid and source in BRANCH_OF:
                 maps[BRANCH_OF[source]] = given.reshape(-1, *grid)

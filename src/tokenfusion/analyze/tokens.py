@@ -35,7 +35,7 @@ BATCH, MAP_ELEMENTS = 64, 2**21
 COLOURS = {"pixel": "tab:orange", "patch": "tab:blue", "small_patch": "tab:green", "large_patch": "tab:purple"}
 
 
-class Prepared:
+class PreparedBatches:
     """Images and labels in batches as the model takes them, prepared anew in every pass, so that few are in memory."""
 
     def __init__(self, classifier: Classifier, images: Images) -> None:
@@ -61,18 +61,18 @@ def ranges(tokens: TokenLayout) -> dict[str, tuple[int, int]]:
     return found
 
 
-def asking(layouts: Mapping[str, AttentionLayout]) -> str:
+def attending(layouts: Mapping[str, AttentionLayout]) -> str:
     """Whose attention is looked at: that of CLS, or where a model has none, of its patches."""
     queries = {group.source for layout in layouts.values() for group in layout.queries}
     return "cls" if any(source.endswith("cls") for source in queries) else "patch"
 
 
-def attention_by_token(maps: Tensor, layout: AttentionLayout, asks: str) -> dict[str, Tensor]:
-    """What the asking tokens give to each key, by the key's source: from maps (B, H, N, M), (B, tokens) each.
+def attention_by_token(maps: Tensor, layout: AttentionLayout, attends: str) -> dict[str, Tensor]:
+    """What CLS or the patches give to each key, by the key's source: from maps (B, H, N, M), (B, tokens) each.
 
     Nothing where none of them is among the queries.
     """
-    rows = [maps[:, :, start:stop] for name, (start, stop) in ranges(layout.queries).items() if name.endswith(asks)]
+    rows = [maps[:, :, start:stop] for name, (start, stop) in ranges(layout.queries).items() if name.endswith(attends)]
     if not rows:
         return {}
     mean = torch.cat(rows, dim=2).mean((1, 2)).float().cpu()  # (B, M)
@@ -81,11 +81,11 @@ def attention_by_token(maps: Tensor, layout: AttentionLayout, asks: str) -> dict
 
 def measure_attention(model: nn.Module, batches: Batches) -> list[dict[str, Any]]:
     """What share of its attention CLS gives to the tokens of each source, by layer in the order of the computation."""
-    asks = asking(attention_layouts(model))
+    attends = attending(attention_layouts(model))
     seen: dict[str, dict[str, list[Tensor]]] = {}
 
     def see(record: AttentionRecord) -> None:
-        for source, given in attention_by_token(record.map, record.layout, asks).items():
+        for source, given in attention_by_token(record.map, record.layout, attends).items():
             seen.setdefault(record.name, {}).setdefault(source, []).append(given.sum(1))
 
     with record_attention(model, reduce=see) as records:
@@ -99,7 +99,7 @@ def measure_attention(model: nn.Module, batches: Batches) -> list[dict[str, Any]
             | {"attention": mean_interval(torch.cat(values))}
             for source, values in given.items()
         }
-        layers.append({"layer": name, "asks": asks, "to": shares})
+        layers.append({"layer": name, "asks": attends, "to": shares})
     return layers
 
 
@@ -122,9 +122,9 @@ def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
             times.
 
     Returns:
-        `images`; `attention`: of each layer, how many tokens of each source CLS asks, their share, and the share of its
-        attention that they get; `rollout`: the share of each source in what the head reads (`Rollout`); `top1`, `loss`,
-        `replaced` and `compared`, as `measure_ablation` gives them. Means over images, with 95 % intervals.
+        `images`; `attention`: of each layer, how many tokens of each source CLS attends to, their share, and the share
+        of its attention that they get; `rollout`: the share of each source in what the head reads (`Rollout`); `top1`,
+        `loss`, `replaced` and `compared`, as `measure_ablation` gives them. Means over images, with 95 % intervals.
 
     Raises:
         InputError: no image; no attention that can be seen; a model without a row of blocks, such as CMT or a CNN.
@@ -161,7 +161,7 @@ def analyze_tokens(
     """
     classifier, images = open_run_or_model(run_or_model, data, num_images, progress)
     keep_freed_memory()
-    result = {"model": classifier.name} | measure_tokens(classifier.model, Prepared(classifier, images))
+    result = {"model": classifier.name} | measure_tokens(classifier.model, PreparedBatches(classifier, images))
     result["summary"] = tokens_summary(result)
     folder = output_folder(run_or_model, out, "tokens")
     result["figures"] = draw(result, folder)
@@ -180,22 +180,22 @@ def tokens_summary(result: dict[str, Any]) -> str:
     if len(single) > len(whole) and (worst["loss_change"]["ci95"] or [0])[0] > 0:
         sentences.append(f"Of single layers, {worst['layer']} needs its {worst['tokens']} tokens most: {loses(worst)}.")
     sentences.append(on_attention(result["attention"]))
-    shares = [f"{of['mean']:.0%} {source}" for source, of in result["rollout"].items()]
+    shares = [f"{share['mean']:.0%} {source}" for source, share in result["rollout"].items()]
     sentences.append(f"By rollout, what the head reads comes from {', '.join(shares)}.")
     return " ".join(sentences)
 
 
 def on_attention(layers: Sequence[dict[str, Any]]) -> str:
-    """What the kinds of tokens get of the attention, beside their number, over the layers that ask them."""
+    """What the kinds of tokens get of the attention, beside their number, over the layers that attend to them."""
     who = "CLS gives" if layers[0]["asks"] == "cls" else "a patch gives"
-    given = []
+    parts = []
     for source in COLOURS:
-        asked = [layer["to"][source] for layer in layers if source in layer["to"]]
-        if asked:
-            attention = fmean(of["attention"]["mean"] for of in asked)
-            share = fmean(of["share_of_tokens"] for of in asked)
-            given.append(f"{attention:.0%} to the {source} tokens, which are {share:.0%} of them")
-    return f"Of its attention, {who}, over the layers that ask them, {', and '.join(given)}."
+        given = [layer["to"][source] for layer in layers if source in layer["to"]]
+        if given:
+            attention = fmean(one["attention"]["mean"] for one in given)
+            share = fmean(one["share_of_tokens"] for one in given)
+            parts.append(f"{attention:.0%} to the {source} tokens, which are {share:.0%} of them")
+    return f"Of its attention, {who}, over the layers that attend to them, {', and '.join(parts)}."
 
 
 def loses(row: dict[str, Any]) -> str:
@@ -260,8 +260,8 @@ def draw_attention(axes: "Axes", layers: Sequence[dict[str, Any]]) -> None:
         if not at:
             continue
         given = [layers[i]["to"][source] for i in at]
-        axes.plot(at, [of["attention"]["mean"] for of in given], "o-", color=colour, label=f"to {source} tokens")
-        axes.plot(at, [of["share_of_tokens"] for of in given], "--", color=colour, label="their share of the tokens")
+        axes.plot(at, [one["attention"]["mean"] for one in given], "o-", color=colour, label=f"to {source} tokens")
+        axes.plot(at, [one["share_of_tokens"] for one in given], "--", color=colour, label="their share of the tokens")
     who = "CLS" if layers[0]["asks"] == "cls" else "the patches"
     axes.set(title=f"Attention of {who}", ylim=(0, 1.02), xticks=range(len(names)))
     axes.set_xticklabels(names, rotation=45, ha="right", fontsize=7)

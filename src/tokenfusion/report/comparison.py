@@ -69,7 +69,9 @@ def check_comparison(result: Any, path: Path) -> None:
             require_fields(failure, FAILURE, path)
         if row["runs"]:
             require_fields(row, FINISHED, path)
-            check_interval(row, path)
+            interval = row.get("top1_ci95") or row.get("top1_ci95_images")
+            if not isinstance(interval, list) or [isinstance(end, NUMBER) for end in interval] != [True, True]:
+                raise damaged(path, f"the interval of {row['name']} is {interval!r:.60}")
     for test in result["tests"]:
         require_fields(test, TEST, path)
     for control in [*result["missing_controls"], *result["control_notes"]]:
@@ -77,14 +79,6 @@ def check_comparison(result: Any, path: Path) -> None:
     finished = [row["name"] for row in result["models"] if row["runs"]]
     if unknown := [name for name in result["pareto"] if name not in finished]:
         raise damaged(path, f"pareto names {unknown[0]!r}, which has no finished run")
-
-
-def check_interval(row: Mapping[str, Any], path: Path) -> None:
-    """Refuse a model with finished runs that has no interval."""
-    interval: Any = row.get("top1_ci95") or row.get("top1_ci95_images")
-    numbers = isinstance(interval, list) and all(isinstance(end, NUMBER) for end in interval)
-    if not numbers or len(interval) != 2:
-        raise damaged(path, f"the interval of {row['name']} is {interval!r:.60}")
 
 
 def comparison_values(result: Mapping[str, Any], curves: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from tokenfusion.report.comparison_summary import FUSED, Row, interval, rank
-from tokenfusion.report.plots import GRID, HELD_OUT, SERIES, STYLE, TEXT, TRAIN, to_svg
+from tokenfusion.report.plots import GRID, HELD_OUT, SERIES, TEXT, TRAIN, drawing, over_epochs, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,16 +22,12 @@ def plot_cost(result: Mapping[str, Any]) -> Markup:
     Args:
         result: what `comparison.json` holds; at least one run is finished.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
     rows = {row["name"]: row for row in rank(result)}
     unit, name = (1e9, "billions") if max(row["macs"] for row in rows.values()) >= 1e9 else (1e6, "millions")
     costs = [row["macs"] / unit for row in rows.values()]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height_for(len(rows))), layout="constrained")
-        axes = figure.subplots()
+    with drawing(WIDTH, height_for(len(rows))) as (figure, axes):
         front = [rows[name] for name in result["pareto"]]
         axes.plot([r["macs"] / unit for r in front], [100 * r["top1_mean"] for r in front], "--", color=TEXT, lw=1.2)
         for row in rows.values():
@@ -75,13 +71,7 @@ def plot_accuracy(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Markup:
     Args:
         curves: of each model (epoch, accuracy), at least one.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, height_for(len(curves))), layout="constrained")
-        axes = figure.subplots()
+    with drawing(WIDTH, height_for(len(curves))) as (figure, axes):
         ends, looks = [], []
         for i, (name, points) in enumerate(curves.items()):
             colour, dashes = SERIES[i % len(SERIES)], DASHES[i // len(SERIES) % len(DASHES)]
@@ -89,8 +79,8 @@ def plot_accuracy(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Markup:
             axes.plot(at, values, dashes, color=colour, marker="o" if len(at) < 8 else "", markersize=4)
             ends.append((at[-1], values[-1], name))
             looks.append((colour, dashes))
-        axes.set(title="Held-out accuracy (%)", xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set(title="Held-out accuracy (%)")
+        over_epochs(axes)
         label_beside(axes, ends, looks)
         return to_svg(figure, "epochs", "Held-out accuracy of each model at each epoch")
 

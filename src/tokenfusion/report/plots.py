@@ -2,7 +2,8 @@
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,23 +96,24 @@ def plot_lines(
         lines: the keys to draw, with their names in the legend; a missing value or null leaves a gap.
         scale: what the values are multiplied by.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.9), layout="constrained")
-        axes = figure.subplots()
+    with drawing(4.2, 2.9) as (figure, axes):
         at = [epoch["epoch"] for epoch in epochs]
         for (key, label), colour in zip(lines.items(), (TRAIN, HELD_OUT, *SERIES[2:]), strict=False):
             values = [float("nan") if epoch.get(key) is None else epoch[key] * scale for epoch in epochs]
             axes.plot(at, values, color=colour, label=label, marker="o" if len(at) < 8 else "", markersize=4)
         axes.set_title(title)
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        over_epochs(axes)
         if len(lines) > 1:
             axes.legend()
         return to_svg(figure, name, f"{title} at each epoch")
+
+
+def over_epochs(axes: "Axes") -> None:
+    """Whole numbers of epochs along the horizontal axis."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def plot_lr_range(tested: dict[str, Any]) -> Markup:
@@ -120,12 +122,7 @@ def plot_lr_range(tested: dict[str, Any]) -> Markup:
     Args:
         tested: as in lr_range.json.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.9), layout="constrained")
-        axes = figure.subplots()
+    with drawing(4.2, 2.9) as (figure, axes):
         axes.plot(tested["rates"], tested["losses"], color=GRID, label="loss", linewidth=1)
         axes.plot(tested["rates"], tested["smoothed"], color=TRAIN, label="smoothed")
         axes.axvline(tested["chosen"], color=TEXT, linestyle="--", linewidth=1.2, label=f"chosen: {tested['chosen']:g}")
@@ -137,12 +134,9 @@ def plot_lr_range(tested: dict[str, Any]) -> Markup:
 
 def plot_reliability(bins: Bins) -> Markup:
     """Accuracy against confidence, above how many images have that confidence."""
-    import matplotlib
-    from matplotlib.figure import Figure
+    from matplotlib.ticker import PercentFormatter
 
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.8, 4.8), layout="constrained")
-        upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    with drawing(4.8, 4.8, nrows=2, sharex=True, height_ratios=(3, 1)) as (figure, (upper, lower)):
         width = bins.edges[1] - bins.edges[0]
         filled = bins.count > 0
         upper.bar(bins.edges[:-1][filled], bins.accuracy[filled] * 100, width * 0.92, align="edge", color=HELD_OUT)
@@ -151,15 +145,24 @@ def plot_reliability(bins: Bins) -> Markup:
         upper.set(xlim=(0, 1), ylim=(0, 103), title="Accuracy (%) at each confidence")
         lower.bar(bins.edges[:-1][filled], bins.count[filled], width * 0.92, align="edge", color=HELD_OUT)
         lower.set(xlabel="confidence of the prediction", title="Images")
-        percent_ticks(lower)
+        lower.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         return to_svg(figure, "reliability", "Reliability diagram: accuracy against confidence")
 
 
-def percent_ticks(axes: "Axes") -> None:
-    """Write the horizontal axis in percent."""
-    from matplotlib.ticker import PercentFormatter
+@contextmanager
+def drawing(width: float, height: float, **grid: Any) -> Iterator[tuple["Figure", Any]]:
+    """A figure of some inches and its axes, to be drawn and written as SVG inside the context.
 
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    Args:
+        width, height: in inches.
+        grid: as `Figure.subplots` takes it.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(**grid)
 
 
 def to_svg(figure: "Figure", name: str, description: str) -> Markup:
