@@ -68,7 +68,7 @@ def start(
         recipe: what to train, on what, and how.
         folder: to write; it must not hold a run or anything else.
         console: where to show progress.
-        measure: what `Recipe.every` is about, such as `analyze.watch.watch_collapse`.
+        measure: what `Recipe.every` is about, such as `analyze.collapse.watch_collapse`.
         progress: told of every step and epoch as well.
 
     Returns:
