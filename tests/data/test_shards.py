@@ -310,7 +310,7 @@ def test_what_is_announced_is_fetched_beside_the_training(served: Dataset, cache
 
     loader.prefetcher.fetch = note
     next(loader.epoch(0))
-    numbers = {fetched.get(timeout=30) for _ in range(OPEN_SHARDS + 4)}
+    numbers = {fetched.get(timeout=30) for _ in range(9)}
     loader.close()
     assert {shard(served, number).file.key for number in numbers} == {path.name for path in shards_in(cache)}
 
@@ -375,10 +375,10 @@ def test_each_batch_takes_the_next_images_of_each_lane() -> None:
 
 @pytest.fixture
 def served(tmp_path: Path) -> Iterator[Dataset]:
-    """Twelve shards behind a URL."""
-    folder = write_shards(tmp_path / "many", {f"train-{n:02d}.tar": 5 + n % 3 for n in range(12)})
+    """Nine shards behind a URL."""
+    folder = write_shards(tmp_path / "many", {f"train-{n}.tar": 7 + n % 3 for n in range(9)})
     with serving(folder) as server:
-        yield open_dataset(server.url + "/train-{00..11}.tar")
+        yield open_dataset(server.url + "/train-{0..8}.tar")
 
 
 def loaded(source: Dataset, workers: int, start: int = 0, share: Share = Share()) -> list[Batch]:  # noqa: B008
@@ -412,13 +412,13 @@ def shards_in(cache: Path) -> list[Path]:
 
 
 def test_workers_fetch_each_shard_once_between_them(tmp_path: Path, cache: Path) -> None:
-    with serving(write_shards(tmp_path / "many", {f"train-{n:02d}.tar": 6 for n in range(12)})) as server:
-        source = open_dataset(server.url + "/train-{00..11}.tar")
+    with serving(write_shards(tmp_path / "many", {f"train-{n}.tar": 8 for n in range(9)})) as server:
+        source = open_dataset(server.url + "/train-{0..8}.tar")
         expected = loaded(source, 0)
         for path in shards_in(cache):
             path.unlink()
         server.sent.clear()
-        server.failures.update({f"/train-{n:02d}.tar": 1 for n in range(12)})
+        server.failures.update({f"/train-{n}.tar": 1 for n in range(9)})
         images = unread_images(source, np.arange(len(source)), LIMIT)
         loader = TrainLoader(images, AUGMENT, batch_size=8, seed=3, workers=3)
         assert loader.prefetcher is not None
@@ -426,13 +426,13 @@ def test_workers_fetch_each_shard_once_between_them(tmp_path: Path, cache: Path)
         assert all(map(same, loader.epoch(1), expected))
         loader.close()
         assert set(server.sent.values()) == {1}
-        assert len(server.sent) == 12
+        assert len(server.sent) == 9
 
 
 def test_the_disk_stays_bounded_while_workers_load(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = write_shards(tmp_path / "many", {f"train-{n:02d}.tar": 6 for n in range(12)})
+    folder = write_shards(tmp_path / "many", {f"train-{n}.tar": 8 for n in range(9)})
     expected = loaded(open_dataset(folder), 0)
     limit = 5 * max(path.stat().st_size for path in folder.iterdir())
     monkeypatch.setenv("TOKENFUSION_CACHE_GB", repr(limit / 2**30))

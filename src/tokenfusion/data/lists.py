@@ -37,7 +37,7 @@ def open_list(path: Path) -> Dataset:
             if several is None:
                 several = "labels" in row
             paths.append(inside(require(row, "path", where), where))
-            labels.append(read_labels(row, where) if several else (printable(require(row, "label", where)),))
+            labels.append(labels_in(row, where) if several else (printable(require(row, "label", where)),))
             splits.append(known_split(row, where))
             weights.append(read_weight(row, where))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -145,7 +145,7 @@ def require(row: dict[str, Any], name: str, where: str) -> str:
     return str(value)
 
 
-def read_labels(row: dict[str, Any], where: str) -> tuple[str, ...]:
+def labels_in(row: dict[str, Any], where: str) -> tuple[str, ...]:
     """The names in `labels`: `a|b` in a CSV, a list in a JSONL; empty for an image of no class."""
     value = row.get("labels")
     names = (value.split("|") if value else []) if isinstance(value, str) else value

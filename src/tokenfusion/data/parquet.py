@@ -53,11 +53,11 @@ class Rows(Reader):
 
     def __init__(self, tables: list[Table], column: str) -> None:
         self.tables, self.column = tables, column
-        self.groups = [(table, group) for table in tables for group in range(len(table.rows))]
-        self.starts = [0, *accumulate(table.rows[group] for table, group in self.groups)]
-        self.held: OrderedDict[tuple[Table, int], pa.ChunkedArray] = OrderedDict()
-        self.reads: Counter[Table] = Counter()
-        self.unpacked: dict[Table, list[pa.Array]] = {}
+        self.groups = [(file, group) for file, table in enumerate(tables) for group in range(len(table.rows))]
+        self.starts = [0, *accumulate(tables[file].rows[group] for file, group in self.groups)]
+        self.held: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self.reads: Counter[int] = Counter()
+        self.unpacked: dict[int, list[pa.Array]] = {}
         self.lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type["Rows"], tuple[list[Table], str]]:
@@ -67,7 +67,7 @@ class Rows(Reader):
         number = bisect_right(self.starts, index) - 1
         try:
             with self.lock:
-                values = self.row_group(*self.groups[number])
+                values = self.row_group(number)
         except (pa.ArrowException, OSError) as error:
             raise UnreadableImage(f"its row group cannot be read: {error}") from error
         value = values[index - self.starts[number]].as_py()
@@ -75,34 +75,37 @@ class Rows(Reader):
             raise UnreadableImage("the row holds no bytes; image files must be inside the Parquet file")
         return value
 
-    def row_group(self, table: Table, group: int) -> pa.Array | pa.ChunkedArray:
+    def row_group(self, number: int) -> pa.Array | pa.ChunkedArray:
         """The image files of one row group, as binary values."""
-        if (table, group) not in self.held and self.reads[table] == PASSES * len(table.rows):
-            self.reads[table] += 1  # whatever comes of it, it is tried once
-            self.unpack(table)
-        if table in self.unpacked:
-            return self.unpacked[table][group]
-        if (table, group) not in self.held:
-            self.reads[table] += 1
-            self.held[table, group] = read_row_group(table.path, group, self.column)
+        file, group = self.groups[number]
+        table = self.tables[file]
+        if number not in self.held and self.reads[file] == PASSES * len(table.rows):
+            self.reads[file] += 1  # whatever comes of it, it is tried once
+            self.unpack(file)
+        if file in self.unpacked:
+            return self.unpacked[file][group]
+        if number not in self.held:
+            self.reads[file] += 1
+            self.held[number] = read_row_group(table.path, group, self.column)
             while len(self.held) > 2 and sum(values.nbytes for values in self.held.values()) > CACHE_BYTES:
                 self.held.popitem(last=False)
-        self.held.move_to_end((table, group))
-        return self.held[table, group]
+        self.held.move_to_end(number)
+        return self.held[number]
 
-    def unpack(self, table: Table) -> None:
+    def unpack(self, file: int) -> None:
         """Have a file's images in the cache, mapped into memory, if there is room for those of all files."""
+        table = self.tables[file]
         try:
             cache = default_cache()
             if sum(table.size for table in self.tables) > cache.limit:
                 return
             key = look_up(str(table.path), root="").key
-            with cache.open(f"{key}-rows", table.size, lambda path: write_rows(table, self.column, path)) as file:
-                buffer = pa.py_buffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))  # stays when it is evicted
+            with cache.open(f"{key}-rows", table.size, lambda path: write_rows(table, self.column, path)) as images:
+                buffer = pa.py_buffer(mmap.mmap(images.fileno(), 0, access=mmap.ACCESS_READ))  # stays though evicted
         except (InputError, pa.ArrowException, OSError):
             return  # by row groups, whose reading tells what is wrong
         batches = pa.ipc.open_file(buffer, options=pa.ipc.IpcReadOptions(use_threads=False))
-        self.unpacked[table] = [batches.get_batch(group).column(0) for group in range(len(table.rows))]
+        self.unpacked[file] = [batches.get_batch(group).column(0) for group in range(len(table.rows))]
 
 
 def read_row_group(path: Path, group: int, column: str) -> pa.ChunkedArray:
@@ -149,7 +152,7 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str] = ()) -> Da
             with pq.ParquetFile(root / name, memory_map=True) as file:
                 layout = read_layout(root / name, file.schema_arrow)
                 labels += read_labels(root / name, file, layout)
-                tables.append(describe(root / name, file, layout.image))
+                tables.append(read_table(root / name, file, layout.image))
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{root / name}: not readable as Parquet ({error}); replace it or take it away") from error
         layouts.setdefault(layout, name)
@@ -174,7 +177,7 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str] = ()) -> Da
     )
 
 
-def describe(path: Path, file: pq.ParquetFile, column: str) -> Table:
+def read_table(path: Path, file: pq.ParquetFile, column: str) -> Table:
     """What there is to know of a file without reading its images."""
     groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
     chunks = [group.column(index) for group in groups for index in range(group.num_columns)]

@@ -117,7 +117,7 @@ def open_shards(data: str, below: list[str] | None = None) -> Dataset:
     names = [f"{file.name}/{name}" for file, index in zip(files, indexes, strict=True) for name in index.names]
     counts = [len(index.names) for index in indexes]
     numbers = np.repeat(np.arange(len(files)), counts)
-    classes, labels = read_labels(data, names, indexes)
+    classes, labels = name_labels(data, names, indexes)
     return Dataset(
         where=without_secrets(data),
         names=names,
@@ -323,7 +323,7 @@ def unpack(shard: RemoteFile, cache: Cache, path: Path) -> None:
         packed.unlink(missing_ok=True)
 
 
-def read_labels(data: str, names: list[str], indexes: list[Index]) -> tuple[tuple[str, ...], np.ndarray]:
+def name_labels(data: str, names: list[str], indexes: list[Index]) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names and int64 labels (N,), of texts or of integers with names in the shards or in a file beside them."""
     where = without_secrets(data)
     labels = [label for index in indexes for label in index.labels]
