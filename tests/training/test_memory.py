@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-IMAGES = 5_000
+IMAGES = 2_000
 CIFAR10 = 60_000
 
 

@@ -209,26 +209,33 @@ def test_right_is_argmax_or_every_class() -> None:
     assert BinaryCrossEntropy(0.0).count_right(logits, torch.tensor([[1.0, 1, 0], [0, 1, 0]])) == 1
 
 
-@pytest.mark.parametrize("balance", ["sampling", "loss"])
-def test_balance_helps_the_rare_class(balance: str, tmp_path) -> None:
-    # of the nines one in twelve is left: a model that ignores the imbalance finds fewer of them
-    source = open_dataset("digits")
+@pytest.fixture(scope="module")
+def rare(tmp_path_factory):
+    """Fours and nines, of which one in twelve is left, and how many of the nines a model finds that ignores that."""
+    folder, source = tmp_path_factory.mktemp("rare"), open_dataset("digits")
     nines, rows = 0, ["path,label,split"]
     for index, label in enumerate(source.labels.tolist()):
         split = "val" if index % 4 == 0 else "train"
         nines += label == 9
         if label not in (4, 9) or (label == 9 and split == "train" and nines % 12):
             continue
-        Image.fromarray(source.decode(index, 64)[0].numpy()).save(tmp_path / f"{index}.png")
+        Image.fromarray(source.decode(index, 64)[0].numpy()).save(folder / f"{index}.png")
         rows.append(f"{index}.png,{label},{split}")
+    (folder / "x.csv").write_text("\n".join(rows))
+    return folder, recall_of_nines(folder, "none", QUIET)
+
+
+def recall_of_nines(folder: Path, balance: str, console: Console) -> float:
+    changes = {"balance": balance, "model": "vit_micro", "epochs": 6, "batch_size": 32}
+    start(small_recipe(data=str(folder / "x.csv"), **changes), folder / balance, console)
+    return evaluate(folder / balance)["per_class"]["9"]["recall"]
+
+
+@pytest.mark.parametrize("balance", ["sampling", "loss"])
+def test_balance_helps_the_rare_class(balance: str, rare) -> None:
+    folder, ignoring_it = rare
     console = Console(file=io.StringIO(), width=200)
-    (tmp_path / "x.csv").write_text("\n".join(rows))
-    recalls = []
-    for how in ("none", balance):
-        changes = {"data": str(tmp_path / "x.csv"), "balance": how, "model": "vit_micro", "epochs": 6, "batch_size": 32}
-        start(small_recipe(**changes), tmp_path / how, console)
-        recalls.append(evaluate(tmp_path / how)["per_class"]["9"]["recall"])
-    assert recalls[1] > recalls[0]
+    assert recall_of_nines(folder, balance, console) > ignoring_it
     assert console.file.getvalue().count(f"\nbalance={balance}: ") == 1
 
 

@@ -3,10 +3,10 @@ optimizer. The model comes before the images are decoded, so that one that canno
 
 import copy
 import shlex
-from collections.abc import Callable
 from dataclasses import replace
 
 from rich.progress import Progress as ProgressBar
+from rich.progress import TaskID
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.augment import Augment
@@ -129,7 +129,11 @@ def decode(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tuple[Ima
                 images.append(unread_images(source, indices, recipe.max_pixels))
                 continue
             task = bar.add_task(f"reading {name} images", total=len(indices))
-            some, bad = read_images(source, indices, **limits, progress=report_to(bar, task), split=name)
+
+            def advance(done: int, total: int, task: TaskID = task) -> None:
+                bar.update(task, completed=done, total=total)
+
+            some, bad = read_images(source, indices, **limits, progress=advance, split=name)
             images.append(some)
             skipped += bad
     training, held_out = images
@@ -147,11 +151,6 @@ def decode(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tuple[Ima
     numbers = f"{len(training):,} training and {counted(len(held_out), 'held-out image')}"
     run.say(f"{ignored}{numbers} of {counted(len(source.classes), 'class')}, {where}")
     return training, held_out
-
-
-def report_to(bar: ProgressBar, task: int) -> Callable[[int, int], None]:
-    """A callback that moves a task of a bar to (done, total)."""
-    return lambda done, total: bar.update(task, completed=done, total=total)  # type: ignore[arg-type]
 
 
 def refuse_damage(parts: Split, training: Images, held_out: Images, skipped: list[Skipped], recipe: Recipe) -> None:

@@ -177,10 +177,16 @@ def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, progress: List
     world.require_same("images", {"a checkpoint": saved} | identity["images"], SAME_DATA)
     state = begin(setup, identity)
     world.require_same("checkpoint", {"steps done": state.progress.step}, SAME_DATA)
+
+    def tell(update: Update) -> None:
+        display(update)
+        if progress:
+            progress(update)
+
     log = Log(run.folder, state.progress.records, asdict(setup.recipe), run.say) if world.is_first else None
     try:
         with Display(run.console, setup.loss.train_score) as display:
-            fit(setup, state, told(display, progress), log)
+            fit(setup, state, tell, log)
     except Interrupted:
         if world.is_first:
             raise
@@ -249,17 +255,6 @@ def begin(setup: Setup, identity: Identity) -> TrainState:
         setup.classifier.save_description(run.folder)
     state.progress.identity, state.progress.key = identity, ""
     return state
-
-
-def told(display: Display, progress: Listener | None) -> Listener:
-    """Tell a person, and the program that called."""
-
-    def tell(update: Update) -> None:
-        display(update)
-        if progress:
-            progress(update)
-
-    return tell
 
 
 def ship(setup: Setup, state: TrainState) -> Classifier:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
+from torch.distributed.tensor import DTensor
 
 from group import free_port, launch, options, run_all, said_by, train_or_resume
 from killing import deaths, die_by
@@ -26,7 +27,7 @@ from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.sampler import Share
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
-from tokenfusion.training import resume, start, step
+from tokenfusion.training import build, resume, start, step
 from tokenfusion.training import run as run_module
 from tokenfusion.training.distributed import launch as launch_module
 from tokenfusion.training.distributed import world
@@ -294,11 +295,32 @@ def test_torchrun_trains_and_one_process_of_it_ends_bit_equal_to_training_withou
 SHARED = replace(RECIPE, optimizer="adamw", parallel="fsdp", epochs=1)
 
 
+def train_and_count(rank, recipe, run):
+    """Train, and count the tensors that are gathered from all processes."""
+    gathered, full_tensor = [], DTensor.full_tensor
+
+    def gather_and_count(tensor, **options):
+        gathered.append(1)
+        return full_tensor(tensor, **options)
+
+    DTensor.full_tensor = gather_and_count
+    start(recipe, run, QUIET)
+    Path(f"{run}.{rank}.json").write_text(json.dumps(len(gathered)))
+
+
 @pytest.fixture(scope="module")
 def whole_shared(tmp_path_factory):
     run = tmp_path_factory.mktemp("whole shared") / "run"
-    assert run_all(2, train_or_resume, SHARED, run) == [0, 0]
+    assert run_all(2, train_and_count, SHARED, run) == [0, 0]
     return run
+
+
+def test_shared_weights_are_gathered_once_an_epoch_and_once_at_the_end(whole_shared):
+    parameters = len(list(build(SHARED, tuple("0123456789")).model.parameters()))
+    norms, epochs = 11, 1  # a gradient's norm at each step
+    for rank in range(2):
+        gathered = json.loads(Path(f"{whole_shared}.{rank}.json").read_text())
+        assert gathered == norms + (epochs + 1) * parameters
 
 
 def test_shared_weights_learn_as_whole_ones_do(tmp_path):

@@ -94,15 +94,12 @@ def ask_for_too_much(*_):
     return bytearray(2**62)
 
 
-def test_python_s_own_error_means_that_a_batch_does_not_fit(monkeypatch):
-    monkeypatch.setattr(timing, "random_steps", ask_for_too_much)
-    with open_probe(tiny_recipe(), 10, 1) as measure, pytest.raises(OutOfMemory, match="MemoryError"):
-        measure(4)
-
-
-def test_a_larger_batch_takes_more_memory():
+def test_a_larger_batch_takes_more_memory_and_python_s_own_error_means_that_one_does_not_fit(monkeypatch):
     with open_probe(tiny_recipe(img_size=(32, 32)), 10, steps=2) as measure:
         small, large = (measure(size) for size in (4, 256))
+        monkeypatch.setattr(timing, "random_steps", ask_for_too_much)
+        with pytest.raises(OutOfMemory, match="MemoryError"):
+            measure(512)
     floats = 256 * 3 * 32 * 32 * 4 / 2**20  # the images alone
     assert large.peak_memory_mb - small.peak_memory_mb > floats
     assert 0 < small.grown_mb < small.peak_memory_mb

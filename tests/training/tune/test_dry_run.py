@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from runs import small_recipe
+from runs import small_recipe, tiny_recipe
 from tokenfusion import InputError, Recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.models import list_models
@@ -45,7 +45,7 @@ def test_processes_share_the_batch_and_an_open_end_is_a_ceiling(monkeypatch):
         "RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    planned = plan(small_recipe(epochs="auto", accumulate=2), print)
+    planned = plan(tiny_recipe(epochs="auto", accumulate=2), print)
     assert (planned.processes, planned.batch_size, planned.epochs) == (4, 128, MAX_EPOCHS)
     lines = dict(plan_table(planned, epochs_auto=True))
     assert lines["batch"] == "128 images a step: 32 in each of 4 processes, in 2 parts"
@@ -54,7 +54,7 @@ def test_processes_share_the_batch_and_an_open_end_is_a_ceiling(monkeypatch):
 
 def test_a_plan_says_what_is_not_as_the_recipe_has_it():
     said = []
-    planned = plan(small_recipe(batch_size=100_000, lr="auto"), said.append)
+    planned = plan(tiny_recipe(batch_size=100_000, lr="auto"), said.append)
     assert said == [
         "batch_size=100000 is more than the images there are: a step takes all 1,438",
         "lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top",

@@ -2,7 +2,6 @@
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +23,10 @@ def globalize_norms(model: nn.Module) -> None:
 class GlobalBatchNorm(_BatchNorm):
     """A BatchNorm whose statistics while training are those of all processes, each of which has as many values.
 
+    With the mean mᵣ and the variance vᵣ of process r, and averages over the processes:
+    m = mean(mᵣ);  v = mean(vᵣ + (mᵣ - m)²);  y = (x - m) / √(v + eps) · weight + bias.
+    Gradients go back to all processes.
+
     Args:
         norm: the BatchNorm, or timm's BatchNorm with activation, that it takes the place and the tensors of.
     """
@@ -44,12 +47,21 @@ class GlobalBatchNorm(_BatchNorm):
             raise ValueError(f"expected (B, C, ...), got {tuple(input.shape)}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or dist.get_world_size() == 1:
+        """Images (B, C, ...) to normed images."""
+        processes = dist.get_world_size()
+        if not self.training or processes == 1:
             return self.act(self.drop(super().forward(input)))
-        normed, mean, var = GlobalMoments.apply(input, self.weight, self.bias, self.eps)
+        images = input.float()
+        variances, means = torch.var_mean(images, [0, *range(2, images.dim())], correction=0)
+        mean = SumOverProcesses.apply(means) / processes
+        var = SumOverProcesses.apply(variances + (means - mean).square()) / processes
         if self.track_running_stats:
-            self.track(mean, var, dist.get_world_size() * input.numel() // self.num_features)
-        return self.act(self.drop(normed))
+            self.track(mean, var, processes * images.numel() // self.num_features)
+        channel = (-1, *[1] * (images.dim() - 2))
+        normed = (images - mean.view(channel)) * torch.rsqrt(var + self.eps).view(channel)
+        if self.affine:
+            normed = normed * self.weight.view(channel) + self.bias.view(channel)
+        return self.act(self.drop(normed.to(input.dtype)))
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: int) -> None:
@@ -63,50 +75,15 @@ class GlobalBatchNorm(_BatchNorm):
         self.running_var.lerp_(var * (count / (count - 1)), momentum)
 
 
-class GlobalMoments(torch.autograd.Function):
-    """Normalise by the mean and variance of all processes, and send gradients back to all of them.
-
-    With x̂ the normalised input and g the gradient of its affine image, averages being over all processes:
-    ∂L/∂x = weight / σ · (g - mean(g) - x̂ · mean(g x̂)).
-    """
+class SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; the gradient goes back to all of them, and is summed too."""
 
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, images: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Images (B, C, ...) to normed images, and the mean and biased variance (C,)."""
-        own = torch.stack(torch.var_mean(images.float(), values_of(images), correction=0))  # (2, C)
-        everyone = [torch.empty_like(own) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, own)
-        variances, means = torch.stack(everyone, dim=1)
-        mean = means.mean(0)
-        var = variances.mean(0) + (means - mean).square().mean(0)
-        ctx.save_for_backward(images, weight, mean, torch.rsqrt(var + eps))  # type: ignore[arg-type]  # takes None
-        ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(images, mean, var, weight, bias, training=False, eps=eps), mean, var
-
-    @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
-        images, weight, mean, inverse = ctx.saved_tensors  # type: ignore[attr-defined]
-        normed = (images.float() - by_channel(mean, images)) * by_channel(inverse, images)
-        own = torch.stack([grad.float().sum(values_of(grad)), (grad * normed).sum(values_of(grad))])  # (2, C)
+    def forward(_ctx: torch.autograd.function.FunctionCtx, own: Tensor) -> Tensor:
         total = own.clone()
         dist.all_reduce(total)
-        offset, slope = total / (dist.get_world_size() * grad.numel() / grad.shape[1])
-        scale = inverse if weight is None else inverse * weight
-        grad_images = by_channel(scale, grad) * (grad - by_channel(offset, grad) - normed * by_channel(slope, grad))
-        if weight is None:
-            return grad_images.to(images.dtype), None, None, None
-        return grad_images.to(images.dtype), own[1], own[0], None
+        return total
 
-
-def values_of(images: Tensor) -> list[int]:
-    """All dimensions of (B, C, ...) but the channels'."""
-    return [0, *range(2, images.dim())]
-
-
-def by_channel(vector: Tensor, images: Tensor) -> Tensor:
-    """(C,) so that it goes with (B, C, ...)."""
-    return vector.view(-1, *[1] * (images.dim() - 2))
+    @staticmethod
+    def backward(_ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        return SumOverProcesses.forward(_ctx, grad)
