@@ -350,7 +350,7 @@ def test_digits_are_the_built_in_ones_though_a_folder_is_called_so(command, tmp_
 
 
 @pytest.mark.parametrize(
-    "words", [["train", "digits", "--epochs", "many"], ["train", "digits", "--no-such-option", "1"], ["fly"]]
+    "words", [["train", "digits", "--epochs", "many"], ["train", "digits", "--otu", "x"], ["fly"]]
 )
 def test_words_that_do_not_parse_are_refused(command, words):
     status, output, errors = command(*words)

@@ -1,5 +1,6 @@
 """What the command does with its options before a verb sees them: refuse fractions, fill in from recipe and preset."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -87,6 +88,9 @@ def fill(
 
 def require_all(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Name all that is missing at once; DATA may have come from a recipe file, and a dry run writes nothing."""
+    known = {name for argument in arguments for name in (*argument.names, *argument.negatives)}
+    if any(word.startswith("--") and word.partition("=")[0] not in known for word in sys.argv[1:]):
+        return  # a misspelt option may be the one that is missing: the parser names it
     given = {argument.name for argument in arguments if argument.tokens}
     wanted = [argument.name for argument in arguments if argument.required]
     if commands in TRAINING and "--resume" not in given:
