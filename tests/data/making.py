@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tokenfusion.data.preprocess import Preprocess
+from tokenfusion.data.sampler import ShardOrder, Share
 
 Tree = dict[str, np.ndarray]
 LIMIT = 10_000
@@ -68,3 +69,8 @@ def noise(height: int, width: int, seed: int = 0) -> torch.Tensor:
 
 def plain(img_size: tuple[int, int], in_chans: int = 3, crop_pct: float = 1.0) -> Preprocess:
     return Preprocess(img_size, in_chans, (0.5,) * in_chans, (0.25,) * in_chans, crop_pct)
+
+
+def batches_of(order: ShardOrder, share: Share = Share(), epoch: int = 0, start: int = 0) -> list[list[int]]:  # noqa: B008
+    order.share, order.epoch, order.start = share, epoch, start
+    return [[index for _, index in batch] for batch in order]

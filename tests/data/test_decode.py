@@ -1,8 +1,10 @@
 import struct
 import threading
 import zlib
+from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image
 
-from tokenfusion.data.decode import UnreadableImage, decode_image, decode_plain, is_plain, to_rgb
+from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, decode_plain, is_plain, to_rgb
 from tokenfusion.errors import InputError
 
 LIMIT = 10_000
@@ -310,3 +312,25 @@ def test_threads_leave_pillows_limit_as_they_found_it() -> None:
 @pytest.mark.filterwarnings("error")
 def test_no_deprecation_is_warned_of() -> None:
     decode(encode(NOISE, "JPEG"))
+
+
+def test_decoding_ahead_keeps_the_order_and_goes_only_so_far() -> None:
+    begun: list[int] = []
+
+    def decode(number: int) -> int:
+        if number % 3 == 0:
+            raise UnreadableImage(f"{number} is damaged")
+        return -number
+
+    def numbers() -> Iterator[int]:
+        for number in count():  # without end
+            begun.append(number)
+            yield number
+
+    results = decode_ahead(numbers(), decode, waiting=5)
+    for number, (item, result) in zip(range(20), results, strict=False):
+        assert item == number
+        assert str(result) == (f"{number} is damaged" if number % 3 == 0 else str(-number))
+        assert len(begun) <= number + 7
+    results.close()
+    assert list(decode_ahead([], decode)) == []

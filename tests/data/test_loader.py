@@ -8,7 +8,7 @@ import torch
 
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.decoded import Images, read_images
-from tokenfusion.data.loader import Batch, TrainLoader, eval_batches, mix
+from tokenfusion.data.loader import Batch, TrainLoader, eval_batches
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
@@ -167,18 +167,6 @@ def test_a_worker_that_dies_ends_in_a_clear_error(digits: Images) -> None:
     loader.close()
     assert signal.getsignal(signal.SIGCHLD) is handler
     assert "torch" not in str(getattr(handler, "__module__", ""))  # whose handler raises in the middle of any step
-
-
-def test_seeds_are_mixed_not_added() -> None:
-    seeds = {mix(seed, epoch, index) for seed in range(10) for epoch in range(10) for index in range(10)}
-    assert len(seeds) == 1000
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    assert mix(1, 2) != mix(2, 1)
-    assert mix(0, 1) != mix(0, 0, 1)
-    flipped = [bin(mix(0, 0, 0) ^ mix(0, 0, 1 << bit)).count("1") for bit in range(40)]
-    assert min(flipped) >= 20
-    assert max(flipped) <= 44
-    mix(2**63 - 1, 0)
 
 
 def test_more_workers_than_cores_are_no_reason_to_warn(digits: Images) -> None:

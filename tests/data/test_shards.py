@@ -5,13 +5,12 @@ import queue
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from making import LIMIT, pixels_of, write_parquet, write_tar
+from making import LIMIT, batches_of, pixels_of, write_parquet, write_tar
 from PIL import Image
 
 from serving import add, picture, png, serving, write_shard, write_shards
@@ -22,7 +21,7 @@ from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import unread_images
 from tokenfusion.data.loader import Batch, TrainLoader
 from tokenfusion.data.open import open_dataset, resolved
-from tokenfusion.data.sampler import OPEN_SHARDS, ShardOrder, Share, shard_order
+from tokenfusion.data.sampler import ShardOrder, Share
 from tokenfusion.data.shards import Shard, ShardRanges
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
@@ -249,52 +248,6 @@ def test_whole_shards_are_held_out_where_none_is_named(tmp_path: Path) -> None:
         choose_split(open_dataset(f"{tmp_path}/shards/{{0..0}}.tar"), 0.4, seed=0)
 
 
-def batches_of(order: ShardOrder, share: Share = Share(), epoch: int = 0, start: int = 0) -> list[list[int]]:  # noqa: B008
-    order.share, order.epoch, order.start = share, epoch, start
-    return [[index for _, index in batch] for batch in order]
-
-
-SHARDS = np.repeat(np.arange(40), np.arange(40) % 7 + 11)
-"""Forty shards of 11 to 17 images."""
-
-
-@pytest.mark.parametrize("batch_size", [1, 6, 24, 50, len(SHARDS)])
-def test_an_epoch_has_each_image_once_but_for_less_than_a_batch(batch_size: int) -> None:
-    epochs = []
-    for epoch in range(3):
-        drawn = list(chain(*batches_of(ShardOrder(SHARDS, batch_size, 5), epoch=epoch)))
-        assert len(drawn) == len(SHARDS) // batch_size * batch_size
-        assert len(set(drawn)) == len(drawn)
-        epochs.append(drawn)
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert batches_of(ShardOrder(SHARDS, batch_size, 6)) != batches_of(ShardOrder(SHARDS, batch_size, 5))
-    if len(SHARDS) % batch_size > 9:
-        left_out = [set(range(len(SHARDS))) - set(drawn) for drawn in epochs]
-        assert left_out[0] != left_out[1]
-
-
-def test_only_a_few_shards_are_open_at_a_time_and_each_once() -> None:
-    order = ShardOrder(SHARDS, 24, 5)
-    seen = [set(SHARDS[batch]) for batch in batches_of(order)]
-    assert all(OPEN_SHARDS <= len(shards) <= 2 * OPEN_SHARDS for shards in seen)
-    stays = {shard: [step for step, shards in enumerate(seen) if shard in shards] for shard in range(40)}
-    runs = [1 + int((np.diff(steps) > 1).sum()) for steps in stays.values() if steps]
-    assert sum(runs) <= 40 + OPEN_SHARDS - 1  # but for those that two lanes share
-
-
-@pytest.mark.parametrize(("share", "ahead"), [(Share(), 8), (Share(1, 4), 2)])
-def test_shards_are_announced_before_they_are_drawn_from(share: Share, ahead: int) -> None:
-    order = ShardOrder(SHARDS, 24, 5)
-    announced: list[int] = []
-    order.on_coming, order.share = announced.append, share
-    drawn: set[int] = set()
-    for batch in order:
-        drawn |= set(SHARDS[[index for _, index in batch]])
-        assert drawn <= set(announced)
-        assert len(announced) <= len(drawn) + ahead
-    assert sorted(announced) == sorted(drawn)
-
-
 def test_what_is_announced_is_fetched_beside_the_training(served: Dataset, cache: Path) -> None:
     images = unread_images(served, np.arange(len(served)), LIMIT)
     for path in shards_in(cache):
@@ -339,38 +292,6 @@ def test_a_disk_that_fails_ends_training_with_the_name_of_the_shard(workers: int
         source.reader.blobs[number] = replace(one, file=replace(one.file, url="/proc/self/mem", size=0))
     with pytest.raises(InputError, match=r"/proc/self/mem cannot be read: \[Errno 5\].*--resume"):
         loaded(source, workers)
-
-
-@pytest.mark.parametrize("start", [1, 7, 22])
-def test_any_step_can_be_started_from(start: int) -> None:
-    whole = batches_of(ShardOrder(SHARDS, 24, 5), epoch=2)
-    assert batches_of(ShardOrder(SHARDS, 24, 5), epoch=2, start=start) == whole[start:]
-
-
-@pytest.mark.parametrize(("processes", "parts"), [(2, 1), (4, 1), (8, 1), (2, 3), (4, 3)])
-def test_processes_share_the_same_batches_without_overlap(processes: int, parts: int) -> None:
-    alone = batches_of(ShardOrder(SHARDS, 48, 5), Share(parts=parts))
-    shares = [batches_of(ShardOrder(SHARDS, 48, 5), Share(rank, processes, parts)) for rank in range(processes)]
-    for step, batch in enumerate(alone):
-        assert sorted(chain(*(share[step] for share in shares))) == sorted(batch)
-    for share in shares:
-        assert max(len(set(SHARDS[batch])) for batch in share) <= 2 * OPEN_SHARDS // processes
-    fetched = [set(SHARDS[list(chain(*share))]) for share in shares]
-    assert sum(map(len, fetched)) <= 40 + OPEN_SHARDS - 1  # a few lie on the border of two processes
-
-
-def test_more_processes_than_shards_share_them_by_images() -> None:
-    few = np.repeat(np.arange(3), 40)
-    shares = [batches_of(ShardOrder(few, 24, 5), Share(rank, 12)) for rank in range(12)]
-    drawn = [index for share in shares for batch in share for index in batch]
-    assert len(drawn) == len(set(drawn)) == 120
-
-
-def test_each_batch_takes_the_next_images_of_each_lane() -> None:
-    order = shard_order(np.array([0, 1] * 4), 4, 2, torch.Generator().manual_seed(0))
-    shards = (order % 2).tolist()  # of two shards of four images, each lane has one
-    assert shards in ([0, 0, 1, 1] * 2, [1, 1, 0, 0] * 2)
-    assert sorted(order.tolist()) == list(range(8))
 
 
 @pytest.fixture
