@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py --out benchmarks/results/attention.json
 
-The figures behind `Attend` in `src/tokenfusion/layers/attend.py`.
+The figures behind `prefers_products` in `src/tokenfusion/layers/fast.py`.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
     python benchmarks/linear.py --out benchmarks/results/linear.json
 
-The figures behind `Linear` and `WORTHWHILE` in `src/tokenfusion/layers/linear.py`.
+The figures behind `Linear` and `WORTHWHILE` in `src/tokenfusion/layers/fast.py`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from common import environment, time_in_turns, with_backward
 from tokenfusion.files import write_json
-from tokenfusion.layers.linear import OneDNNLinear
+from tokenfusion.layers.fast import OneDNNLinear
 
 SHAPES = [  # rows, inputs, outputs
     (1, 384, 1000),

@@ -2,7 +2,7 @@
 
     python benchmarks/re_attention.py --out benchmarks/results/re_attention.json
 
-The figures behind `ReAttention` and `BatchNormMixing` in `src/tokenfusion/models/deepvit.py`. In training there is a
+The figures behind Re-attention's ways in `src/tokenfusion/layers/fast.py`. In training there is a
 third way, `SecondMoments`, whose batch statistics come from the heads' second moments. All ways share their weights,
 and agree in float64 before anything is timed.
 """
@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from common import environment, time_in_turns
 from tokenfusion.files import write_json
 from tokenfusion.hardware import autocast, default_device, keep_freed_memory
-from tokenfusion.models.deepvit import BatchNormMixing, ReAttention, by_head
+from tokenfusion.layers.fast import by_head, track
+from tokenfusion.models.deepvit import BatchNormMixing, ReAttention
 
 DIM, HEADS, TOKENS = 384, 12, 197
 PRECISIONS = ("fp32", "bf16")
@@ -93,7 +94,7 @@ class SecondMoments(BatchNormMixing):
         weight, bias = self.matrix.weight.flatten(1), self.matrix.bias
         mean, covariance = HeadCovariance.apply(maps)
         mixed_mean, variance = weight @ mean, ((weight @ covariance) * weight).sum(1)
-        self.track(mixed_mean + bias, variance, batch * queries * keys)
+        track(self.norm, mixed_mean + bias, variance, batch * queries * keys)
         ratio = self.scale * self.norm.weight * torch.rsqrt(variance + self.norm.eps)
         shift = self.scale * self.norm.bias - ratio * mixed_mean + 0 * bias
         folded = (ratio[:, None] * weight).expand(batch, heads, heads)

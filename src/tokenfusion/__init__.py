@@ -57,7 +57,12 @@ def __getattr__(name: str) -> Any:
 
 
 class RegisterAfterTimm(importlib.abc.MetaPathFinder):
-    """Imports the models, and so registers them, at the end of the first `import timm`."""
+    """Imports the models, and so registers them, at the end of the first `import timm`.
+
+    Python's import system has no plainer way to keep both promises: that `timm.create_model` knows the names once this
+    package is imported, whichever comes first, and that `tokenfusion --help`, for which importing timm takes seconds
+    too long, answers at once. timm itself looks for no plug-ins.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

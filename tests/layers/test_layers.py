@@ -1,10 +1,15 @@
 """Facts about the shared layers, by hand."""
 
+import pkgutil
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tokenfusion import layers
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import Block, PaddedConv
 from tokenfusion.layers.positions import PositionTable
@@ -96,3 +101,12 @@ def test_trunk_and_patches_agree_on_grids(size):
     assert trunk.reductions == (4, 8)
     with torch.no_grad():
         assert tuple(trunk(torch.randn(1, 3, *size)).shape[-2:]) == grid_of(size, 8)
+
+
+def test_the_layers_load_no_model():
+    """Nor timm, which registers the models as soon as it is imported."""
+    names = [f"tokenfusion.layers.{module.name}" for module in pkgutil.iter_modules(layers.__path__)]
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\nprint(*sorted(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert set(names) <= set(loaded)
+    assert [name for name in loaded if name.startswith(("tokenfusion.models", "timm"))] == []

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from tokenfusion.layers import fast
 from tokenfusion.layers.cross_attention import ClsCrossAttention
-from tokenfusion.models import deepvit
 from tokenfusion.models.crossvit_fusion import Branch, CrossAttentionFusion, Rates
 from tokenfusion.models.deepvit import BatchNormMixing, ReAttention
 
@@ -85,7 +85,7 @@ def test_a_frozen_norm_stays_frozen():
 def test_a_batch_in_parts_gives_what_it_gives_at_once(monkeypatch):
     torch.manual_seed(0)
     attention, tokens = ReAttention(36, 3, random_mixing(3)).eval(), torch.randn(5, 7, 36)
-    monkeypatch.setattr(deepvit, "MAPS_IN_CACHE", 2 * 3 * 7 * 7)
+    monkeypatch.setattr(fast, "MAPS_IN_CACHE", 2 * 3 * 7 * 7)
     sizes = []
     attention.attn_drop.register_forward_hook(lambda _module, inputs, _output: sizes.append(len(inputs[0])))
     with torch.no_grad():

@@ -3,12 +3,11 @@
 Letters: B batch, N query tokens, M key tokens, C channels, H heads, D head width.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.layers.linear import Linear
+from tokenfusion.layers.fast import Linear, prefers_products, softmax
 
 
 def split_heads(tokens: Tensor, heads: int) -> Tensor:
@@ -29,25 +28,17 @@ def check_heads(dim: int, heads: int) -> None:
         raise InputError(f"heads={heads} do not divide the width dim={dim}; try heads={fitting}")
 
 
-def infers(module: nn.Module) -> bool:
-    """Whether a module computes for its output alone: in evaluation, and without gradients."""
-    return not (module.training or torch.is_grad_enabled())
-
-
 def attention_map(queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √D + bias) for (B, H, N, D) and (B, H, M, D): (B, H, N, M)."""
     logits = (queries * queries.shape[-1] ** -0.5) @ keys.contiguous().transpose(-2, -1)
-    logits = logits if bias is None else logits + bias
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return logits.softmax(dim=-1)
-    return torch.softmax(logits, dim=-1, out=logits)  # fresh memory for a second map costs more than the softmax
+    return softmax(logits if bias is None else logits + bias)
 
 
 class Attend(nn.Module):
     """softmax(q kᵀ / √D + bias) v: fused, or explicitly, through the map.
 
-    While `fused_attn` is true the fused kernel is free to be used; it is not for bfloat16 on CPUs, where two plain
-    products are faster. When false, the map always passes through `attn_drop`, where it can be observed.
+    While `fused_attn` is true the fused kernel is free to be used, unless plain products are faster. When false, the
+    map always passes through `attn_drop`, where it can be observed.
 
     Args:
         attn_drop: dropout rate of the map.
@@ -60,7 +51,7 @@ class Attend(nn.Module):
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None = None) -> Tensor:
         """(B, H, N, D), (B, H, M, D), (B, H, M, D), bias (H, N, M) or None, to (B, H, N, D)."""
-        if not self.fused_attn or (queries.dtype == torch.bfloat16 and queries.device.type == "cpu"):
+        if not self.fused_attn or prefers_products(queries):
             return self.attn_drop(attention_map(queries, keys, bias)) @ values
         dropout = self.attn_drop.p if self.training else 0.0
         mask = None if bias is None else bias[None]  # the CPU's fused kernel takes four dimensions only

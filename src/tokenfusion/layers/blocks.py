@@ -5,10 +5,9 @@ Letters: B batch, N tokens, C channels, h w grid.
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath
 from torch import Tensor, nn
 
-from tokenfusion.layers.linear import Linear
+from tokenfusion.layers.fast import Linear
 from tokenfusion.layers.positions import Grid, PositionTable
 from tokenfusion.layers.tokens import map_to_tokens
 
@@ -16,6 +15,21 @@ from tokenfusion.layers.tokens import map_to_tokens
 def layer_norm(dim: int) -> nn.LayerNorm:
     """The papers' LayerNorm: ε is 1e-6, not PyTorch's 1e-5."""
     return nn.LayerNorm(dim, eps=1e-6)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth (Huang et al., arXiv 1603.09382): in training an image's update is left out at a rate."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, update: Tensor) -> Tensor:
+        """(B, ...) to the same, scaled so that the mean stays."""
+        if not self.training:
+            return update
+        kept = update.new_empty(len(update), *[1] * (update.ndim - 1)).bernoulli_(1 - self.rate)
+        return update * (kept.div_(1 - self.rate) if self.rate < 1 else kept)
 
 
 def drop_path(rate: float) -> nn.Module:

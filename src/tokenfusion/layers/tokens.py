@@ -34,8 +34,8 @@ class AttentionLayout(NamedTuple):
     """What the rows and the columns of an attention map are.
 
     Attributes:
-        queries: the tokens that ask.
-        keys: the tokens that are asked.
+        queries: the tokens that attend.
+        keys: the tokens that they attend to.
     """
 
     queries: TokenLayout
@@ -43,7 +43,7 @@ class AttentionLayout(NamedTuple):
 
     @classmethod
     def among(cls, tokens: TokenLayout) -> Self:
-        """Self-attention's: all ask all."""
+        """Self-attention's: all attend to all."""
         return cls(tokens, tokens)
 
 

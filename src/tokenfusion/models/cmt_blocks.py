@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import PaddedConv, drop_path, layer_norm
-from tokenfusion.layers.linear import Linear
+from tokenfusion.layers.fast import Linear
 from tokenfusion.layers.positions import Grid, RelativePositionTable
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, grid_of, map_to_tokens, tokens_to_map
 from tokenfusion.models.base import choose

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tokenfusion.layers.attend import SelfAttention
 from tokenfusion.layers.blocks import drop_path, layer_norm
-from tokenfusion.layers.cross_attention import ClsCrossAttention, absorbs
-from tokenfusion.layers.linear import Linear
+from tokenfusion.layers.cross_attention import ClsCrossAttention
+from tokenfusion.layers.fast import Linear, absorbs
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, map_to_tokens, tokens_to_map
 
@@ -42,11 +42,11 @@ class Rates(NamedTuple):
 
 
 class CrossAttentionWay(nn.Module):
-    """One branch's CLS token asks the other branch's patches (figure 4).
+    """One branch's CLS token attends to the other branch's patches (figure 4).
 
     Args:
-        own: the branch whose CLS token asks.
-        other: the branch that is asked.
+        own: the branch whose CLS token attends.
+        other: the branch that it attends to.
         rates: dropout rates.
         path: rate of stochastic depth.
     """
@@ -76,7 +76,7 @@ class Fusion(nn.Module):
 
 
 class CrossAttentionFusion(Fusion):
-    """Fusion (d), the one kept: each branch's CLS token asks the other branch's patches."""
+    """Fusion (d), the one kept: each branch's CLS token attends to the other branch's patches."""
 
     def __init__(self, small: Branch, large: Branch, rates: Rates, path: float) -> None:
         super().__init__()

@@ -9,11 +9,10 @@ Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
 from collections import OrderedDict
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.layers.attend import SelfAttention, attention_map, check_heads, infers, merge_heads, split_heads
+from tokenfusion.layers.attend import SelfAttention, attention_map, check_heads, merge_heads, split_heads
 from tokenfusion.layers.blocks import (
     Block,
     PaddedConv,
@@ -23,12 +22,116 @@ from tokenfusion.layers.blocks import (
     pad_to_multiple,
     rising_rates,
 )
-from tokenfusion.layers.linear import Linear
+from tokenfusion.layers.fast import Linear, attend_mixed_in_training, by_parts, fold_norm, mix_heads
 from tokenfusion.layers.tokens import grid_of
 from tokenfusion.models.base import at_least, choose, image_size
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
 from tokenfusion.models.transformer import PlainTransformer
+
+
+class ReAttention(nn.Module):
+    """Norm(Θᵀ softmax(Q Kᵀ / √D)) V (section 4.2).
+
+    The map is needed to mix the heads, so that it is always formed. While `fused_attn` is true `layers/fast.py` may mix
+    in other ways to the same numbers. When false, the maps of the whole batch pass through `attn_drop` and `mixing`,
+    where they can be observed.
+
+    Args:
+        dim: width C of a token.
+        heads: number of attention heads H.
+        mixing: what mixes the heads' maps: Norm(Θᵀ ·).
+        attn_drop: dropout rate of the map, before it is mixed.
+        proj_drop: dropout rate of the result.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, mixing: "HeadMixing", attn_drop: float = 0.0, proj_drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.fused_attn = True
+        self.qkv = Linear(dim, 3 * dim)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.mixing = mixing
+        self.proj = Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        queries, keys, values = (split_heads(part, self.heads) for part in self.qkv(tokens).chunk(3, dim=2))
+        if self.fused_attn and not self.training:
+            attended = by_parts(self.attend, queries, keys, values)
+        else:
+            attended = self.attend(queries, keys, values)
+        return self.proj_drop(self.proj(merge_heads(attended)))
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Q, K and V (B, H, N, D) to the same."""
+        maps = self.attn_drop(attention_map(queries, keys))
+        return self.mixing.attend(maps, values) if self.fused_attn else self.mixing(maps) @ values
+
+
+class HeadMixing(nn.Module):
+    """s · Θᵀ A: the map of a head becomes a learned mixture of all heads' maps; no norm.
+
+    Args:
+        heads: number of attention heads H.
+        scale: factor s on the result.
+    """
+
+    def __init__(self, heads: int, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+        self.matrix = nn.Conv2d(heads, heads, 1)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Maps A (B, H, N, N) to mixed maps (B, H, N, N)."""
+        bias = self.matrix.bias
+        assert bias is not None
+        return mix_heads(maps, self.scale * self.matrix.weight.flatten(1), self.scale * bias)
+
+    def attend(self, maps: Tensor, values: Tensor) -> Tensor:
+        """Mixed maps times values: (B, H, N, N) and (B, H, N, D) to (B, H, N, D)."""
+        return self(maps) @ values
+
+
+class BatchNormMixing(HeadMixing):
+    """s · Norm(Θᵀ A), BatchNorm over the heads: as published."""
+
+    def __init__(self, heads: int, scale: float = 1.0) -> None:
+        super().__init__(heads, scale)
+        self.norm = nn.BatchNorm2d(heads)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        if self.norm.training:
+            return self.norm(self.matrix(maps)) * self.scale
+        return mix_heads(maps, *fold_norm(self.matrix, self.norm, self.scale))
+
+    def attend(self, maps: Tensor, values: Tensor) -> Tensor:
+        if self.norm.training and isinstance(self.norm, nn.BatchNorm2d):  # SyncBatchNorm knows the other batches
+            return attend_mixed_in_training(self.matrix, self.norm, self.scale, maps, values)
+        return super().attend(maps, values)
+
+
+class LayerNormMixing(HeadMixing):
+    """Re-attention with LayerNorm over the heads, as other copies in circulation have it."""
+
+    def __init__(self, heads: int, scale: float = 1.0) -> None:
+        super().__init__(heads, scale)
+        self.norm = nn.LayerNorm(heads)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return self.norm(self.matrix(maps).movedim(1, -1)).movedim(-1, 1) * self.scale
+
+
+class RescaledBlock(Block):
+    """A block whose branches read half of the stream and write double: x + 2 branch(norm(x / 2))."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        tokens = tokens + 2 * self.drop_path(self.attn(self.norm1(tokens / 2)))
+        return tokens + 2 * self.drop_path(self.mlp(self.norm2(tokens / 2)))
 
 
 class ConvPatches(nn.Sequential):
@@ -58,198 +161,6 @@ class ConvPatches(nn.Sequential):
 def linear_patches(in_chans: int, dim: int, patch_size: int) -> nn.Module:
     """Patches, each through one linear map (ViT)."""
     return PaddedConv(in_chans, dim, patch_size, stride=patch_size)
-
-
-class HeadMixing(nn.Module):
-    """Re-attention without a norm: the map of a head becomes a learned mixture of all heads' maps.
-
-    Args:
-        heads: number of attention heads H.
-        scale: factor on the result.
-    """
-
-    def __init__(self, heads: int, scale: float = 1.0) -> None:
-        super().__init__()
-        self.scale = scale
-        self.matrix = nn.Conv2d(heads, heads, 1)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps (B, H, N, N) to mixed maps (B, H, N, N)."""
-        bias = self.matrix.bias
-        assert bias is not None
-        return mix_heads(maps, self.scale * self.matrix.weight.flatten(1), self.scale * bias)
-
-    def attend(self, maps: Tensor, values: Tensor) -> Tensor:
-        """Mixed maps times values: (B, H, N, N) and (B, H, N, D) to (B, H, N, D)."""
-        return self(maps) @ values
-
-
-class HeadMoments(torch.autograd.Function):
-    """Mean (H,) and variance (H,) of maps (B, H, N, N), whose mean should be near 0 lest the variance cancel."""
-
-    @staticmethod
-    def forward(ctx: Any, maps: Tensor) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(maps.dtype, torch.float32)
-        count = maps.numel() // maps.shape[1]
-        mean = maps.sum(3).to(wide).sum((0, 2)) / count
-        square = torch.linalg.vector_norm(maps, dim=3).to(wide).square().sum((0, 2)) / count
-        ctx.save_for_backward(maps, mean)
-        return mean, square - mean.square()
-
-    @staticmethod
-    def backward(ctx: Any, mean_gradient: Tensor, variance_gradient: Tensor) -> Tensor:
-        maps, mean = ctx.saved_tensors
-        count = maps.numel() // maps.shape[1]
-        slope = 2 * variance_gradient / count
-        offset = mean_gradient / count - slope * mean
-        return maps.mul(by_head(slope).to(maps.dtype)).add_(by_head(offset).to(maps.dtype))
-
-
-def by_head(vector: Tensor) -> Tensor:
-    """(H,) to (H, 1, 1), to go with maps and with values."""
-    return vector[:, None, None]
-
-
-class BatchNormMixing(HeadMixing):
-    """Re-attention as published: Norm(Θᵀ A) with BatchNorm over the heads.
-
-    With the map A_g of head g, Θ and b the convolution's weight and bias, and μ σ² γ β ε of BatchNorm, head h is
-
-        s · (γ_h (Σ_g Θ_hg A_g + b_h - μ_h) / √(σ²_h + ε) + β_h)  =  Σ_g M_hg A_g + c_h,
-
-    where r_h = s γ_h / √(σ²_h + ε),  M_hg = r_h Θ_hg,  c_h = r_h (b_h - μ_h) + s β_h. In evaluation it is one product.
-
-    In training μ and σ² are the batch's. The rows of a map sum to 1, so that its mean is 1/N, and with
-    Z_h = Σ_g Θ_hg (A_g - 1/N) nothing cancels in
-
-        μ_h = mean Z_h + Σ_g Θ_hg / N + b_h,    σ²_h = mean Z²_h - (mean Z_h)².
-
-    What is left of the norm is a factor and a shift of a head, which values take as well as maps, and they are fewer:
-    (r Z + t) V = r (Z V) + t ΣV, with t_h = s β_h - r_h mean Z_h. Hence no normed map is ever written. b is taken out
-    again by the norm: its gradient is 0.
-
-    The variance is also Θ_hᵀ C Θ_h, with the heads' second moments C_gk = mean A_g A_k - mean A_g mean A_k, before
-    anything is mixed. But C takes a product that summing Z² does not (benchmarks/re_attention.py measures both).
-    """
-
-    def __init__(self, heads: int, scale: float = 1.0) -> None:
-        super().__init__(heads, scale)
-        self.norm = nn.BatchNorm2d(heads)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps (B, H, N, N) to mixed maps (B, H, N, N)."""
-        if self.norm.training:
-            return self.norm(self.matrix(maps)) * self.scale
-        return mix_heads(maps, *self.folded())
-
-    def attend(self, maps: Tensor, values: Tensor) -> Tensor:
-        if not (self.norm.training and isinstance(self.norm, nn.BatchNorm2d)):  # SyncBatchNorm knows the other batches
-            return super().attend(maps, values)
-        batch, heads, queries, keys = maps.shape
-        weight, bias = self.matrix.weight.flatten(1), self.matrix.bias
-        assert bias is not None
-        mixed = torch.bmm(weight.expand(batch, heads, heads), (maps - 1 / keys).flatten(2)).view(maps.shape)
-        mean, variance = HeadMoments.apply(mixed)
-        self.track(mean + weight.sum(1) / keys + bias, variance, batch * queries * keys)
-        ratio = self.scale * self.norm.weight * torch.rsqrt(variance + self.norm.eps)
-        shift = self.scale * self.norm.bias - ratio * mean + 0 * bias
-        attended = by_head(ratio) * (mixed @ values) + by_head(shift) * values.sum(2, keepdim=True)
-        return attended.to(values.dtype)
-
-    @torch.no_grad()
-    def track(self, mean: Tensor, variance: Tensor, count: int) -> None:
-        """Update the running statistics by a batch's, of `count` values a head, as BatchNorm2d does."""
-        norm = self.norm
-        if norm.running_mean is None or norm.running_var is None or norm.num_batches_tracked is None:
-            return
-        norm.num_batches_tracked.add_(1)
-        unbiased = variance * (count / (count - 1))
-        for running, new in ((norm.running_mean, mean), (norm.running_var, unbiased)):
-            momentum = norm.num_batches_tracked.to(running).reciprocal() if norm.momentum is None else norm.momentum
-            running.lerp_(new.to(running), momentum)
-
-    def folded(self) -> tuple[Tensor, Tensor]:
-        """M (H, H) and c (H,), as derived above."""
-        norm, bias, mean, variance = self.norm, self.matrix.bias, self.norm.running_mean, self.norm.running_var
-        assert bias is not None
-        assert mean is not None
-        assert variance is not None
-        ratio = self.scale * norm.weight * torch.rsqrt(variance + norm.eps)
-        shift = ratio * (bias - mean) + self.scale * norm.bias
-        return ratio[:, None] * self.matrix.weight.flatten(1), shift
-
-
-class LayerNormMixing(HeadMixing):
-    """Re-attention with LayerNorm over the heads, as other copies in circulation have it."""
-
-    def __init__(self, heads: int, scale: float = 1.0) -> None:
-        super().__init__(heads, scale)
-        self.norm = nn.LayerNorm(heads)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Maps (B, H, N, N) to mixed maps (B, H, N, N)."""
-        return self.norm(self.matrix(maps).movedim(1, -1)).movedim(-1, 1) * self.scale
-
-
-def mix_heads(maps: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    """Σ_g M_hg A_g + c_h for maps (B, H, N, N), as one matrix product."""
-    batch, heads, queries, keys = maps.shape
-    mixed = torch.baddbmm(shift[None, :, None], matrix.expand(batch, heads, heads), maps.flatten(2))
-    return mixed.view(batch, heads, queries, keys)
-
-
-MAPS_IN_CACHE = 2**19  # elements
-
-
-class ReAttention(nn.Module):
-    """Mixed(softmax(q kᵀ / √D)) v (section 4.2). The map is needed to mix the heads, so that it is always formed.
-
-    While `fused_attn` is true a CPU's inference goes through a batch a few images at a time: their maps then stay in
-    its cache. When false, the maps of the whole batch pass through `attn_drop` together, where they can be observed.
-
-    Args:
-        dim: width C of a token.
-        heads: number of attention heads H.
-        mixing: what mixes the heads' maps.
-        attn_drop: dropout rate of the map, before it is mixed.
-        proj_drop: dropout rate of the result.
-    """
-
-    def __init__(
-        self, dim: int, heads: int, mixing: HeadMixing, attn_drop: float = 0.0, proj_drop: float = 0.0
-    ) -> None:
-        super().__init__()
-        self.heads = heads
-        self.fused_attn = True
-        self.qkv = Linear(dim, 3 * dim)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.mixing = mixing
-        self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        queries, keys, values = (split_heads(part, self.heads) for part in self.qkv(tokens).chunk(3, dim=2))
-        if self.fused_attn and infers(self) and tokens.device.type == "cpu" and not torch.compiler.is_compiling():
-            images = max(1, MAPS_IN_CACHE // (self.heads * tokens.shape[1] ** 2))
-            parts = zip(*(torch.split(part, images) for part in (queries, keys, values)), strict=True)
-            attended = torch.cat([self.attend(*part) for part in parts])
-        else:
-            attended = self.attend(queries, keys, values)
-        return self.proj_drop(self.proj(merge_heads(attended)))
-
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """(B, H, N, D) each, to the same."""
-        return self.mixing.attend(self.attn_drop(attention_map(queries, keys)), values)
-
-
-class RescaledBlock(Block):
-    """A block whose branches read half of the stream and write double: x + 2 branch(norm(x / 2))."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """(B, N, C) to (B, N, C)."""
-        tokens = tokens + 2 * self.drop_path(self.attn(self.norm1(tokens / 2)))
-        return tokens + 2 * self.drop_path(self.mlp(self.norm2(tokens / 2)))
 
 
 MIXINGS = {"none": HeadMixing, "batch_norm": BatchNormMixing, "layer_norm": LayerNormMixing}
