@@ -1,8 +1,7 @@
 """What every model of this package can do, whatever its paper.
 
-Every registered name runs, at a small image size: forward at any size, intermediates, layouts, a step, channels, heads,
-saving and loading. The micro variants and the papers' alternatives alone, being small, run: pruning, checkpointing,
-export, compilation, bfloat16, the explicit attention.
+Every registered name is built and run on the meta device: shapes, names, layouts. The micro variants, the papers'
+alternatives, being small, and an official model a family keep the whole contract.
 """
 
 from collections import Counter
@@ -12,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load, save
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import tokenfusion
@@ -46,6 +46,9 @@ ALTERNATIVES = {  # what the papers compare, as small models of odd widths
 NAMES = tokenfusion.list_models()
 MICRO = [name for name in NAMES if name.endswith("_micro")]
 SMALL = [*MICRO, *ALTERNATIVES]
+OFFICIAL = ["crossvit_9_dagger_224", "deepvit_s", "cmt_ti", "tokenfusion_layerwise_tiny"]
+# of the alternatives, those that have an operation of their own to export
+EXPORTED = [*MICRO, "crossvit-pairwise", "deepvit-layer_norm", "cmt-plain-attention", "cmt-plain-ffn"]
 small = pytest.mark.parametrize("name", SMALL)
 micro = pytest.mark.parametrize("name", MICRO)
 
@@ -58,7 +61,7 @@ def build(name, **kwargs):
     return tokenfusion.create_model(name, **({"num_classes": CLASSES} | kwargs))
 
 
-@pytest.fixture(scope="module", params=[*NAMES, *ALTERNATIVES])
+@pytest.fixture(scope="module", params=[*SMALL, *OFFICIAL])
 def made(request):
     """A model's name, and its image size where that is not its own."""
     return request.param, {} if request.param in SMALL else {"img_size": 48}
@@ -66,7 +69,7 @@ def made(request):
 
 @pytest.fixture(scope="module")
 def model(made):
-    """Every model, built once; a test leaves its weights and its head as they are."""
+    """A model, built once; a test leaves its weights and its head as they are."""
     name, size = made
     return build(name, **size).eval()
 
@@ -171,13 +174,19 @@ def test_a_step_reaches_every_parameter(model):
     assert normed <= reached
 
 
-def test_no_weight_decay_names_parameters(model):
-    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
-
-
 @pytest.mark.parametrize("name", NAMES)
-def test_the_name_is_ours_alone(name):
+def test_every_name_is_ours_and_gives_what_it_says(name):
     assert timm.model_entrypoint(name).__module__.startswith("tokenfusion.")
+    with torch.device("meta"):
+        model = build(name, in_chans=5).eval()
+        logits, features = (forward(torch.empty(2, 5, 37, 61)) for forward in (model, model.forward_features))
+        _, maps = model.forward_intermediates(torch.empty(2, 5, 37, 61))
+    assert logits.shape == (2, CLASSES)
+    assert sum(group.count for group in model.token_layout((37, 61))) == token_count(features)
+    assert model.no_weight_decay() <= dict(model.named_parameters()).keys()
+    assert all(isinstance(model.get_submodule(part), nn.Module) for part in model.attention_layouts())
+    for info, point, feature in zip(model.feature_info, model.feature_points(), maps, strict=True):
+        assert feature.shape == (2, info["num_chs"], *grid_of((37, 61), point.reduction))
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -281,7 +290,7 @@ def test_compiles_for_training_to_the_same_gradient(name):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4, msg=key)
 
 
-@small
+@pytest.mark.parametrize("name", EXPORTED)
 def test_exports_for_any_batch(name):
     model = build(name).eval()
     program = torch.export.export(model, (images(40, 72),), dynamic_shapes=({0: torch.export.Dim("batch")},))

@@ -78,10 +78,13 @@ def learns(model):
     ]
 
 
+WHOLE = [(cnn, "vit") for cnn in (*BOTH_WAYS, *ONE_WAY)]  # with the plainest, and every other with two CNNs
+WHOLE += [(cnn, vit) for cnn in ("resnet_micro", "cmt_micro") for vit in sorted(TRANSFORMERS.keys() - {"vit"})]
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("vit", sorted(TRANSFORMERS.keys() - {"dino", "deit"}))
-@pytest.mark.parametrize("cnn", [*BOTH_WAYS, *ONE_WAY])
-def test_every_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, strategy):
+@pytest.mark.parametrize(("cnn", "vit"), WHOLE)
+def test_a_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, strategy):
     torch.manual_seed(0)
     operator = "cross" if vit in REFUSED.get((strategy, "joint"), ()) else ""
     transformer = TRANSFORMERS[vit]()
@@ -94,6 +97,16 @@ def test_every_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, st
             torch.testing.assert_close(model(images()), alone(images()), rtol=0, atol=1e-6)
     model.set_gates(1.0)
     assert learns(model) == []
+
+
+@pytest.mark.parametrize("cnn", [*BOTH_WAYS, *ONE_WAY])
+def test_every_pair_fits(cnn):
+    with torch.device("meta"):
+        parent = tokenfusion.create_model(cnn, img_size=SIZE)
+        for vit in TRANSFORMERS:
+            model = tokenfusion.fuse(copy.deepcopy(parent), TRANSFORMERS[vit](), img_size=SIZE)
+            assert model(torch.empty(2, 3, SIZE, SIZE)).shape == (2, CLASSES), vit
+            assert all(exchange.write is not None for exchange in model.exchanges[:-1]) == (cnn in BOTH_WAYS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -12,6 +12,7 @@ Letters: B batch, M rows, K inputs, O outputs, N tokens, C channels, H heads, D 
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -200,6 +201,11 @@ def absorbs(module: nn.Module, tokens: Tensor) -> bool:
     Not on the meta device, where costs are counted: those are to be the paper's.
     """
     return infers(module) and not tokens.is_meta
+
+
+def in_full_precision(module: nn.Module, tokens: Tensor) -> AbstractContextManager[Any]:
+    """No autocast where projections are absorbed: too little is left to multiply for half precision to repay casts."""
+    return torch.autocast(tokens.device.type, enabled=False) if absorbs(module, tokens) else nullcontext()
 
 
 def attend_by_one(query: Tensor, tokens: Tensor, keys: nn.Linear, values: nn.Linear, drop: nn.Module) -> Tensor:

@@ -29,11 +29,6 @@ class ConvStem(nn.Sequential):
         super().__init__(layers)
 
 
-def patch_stem(in_chans: int, dim: int, stride: int) -> nn.Module:
-    """The stem without overlap: patches as large as the stride, each through one linear map."""
-    return PaddedConv(in_chans, dim, stride, stride=stride)
-
-
 class PatchEmbedding(nn.Module):
     """The entrance of a stage: a 2×2 convolution of stride 2, then LayerNorm over channels."""
 
@@ -49,7 +44,7 @@ class PatchEmbedding(nn.Module):
 
 
 class LocalPerception(nn.Module):
-    """LPU: a depthwise 3×3 convolution beside the identity (equation 1)."""
+    """LPU(X) = DWConv(X) + X, a depthwise 3×3 convolution (equation 1)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -61,7 +56,7 @@ class LocalPerception(nn.Module):
 
 
 class LightweightAttention(nn.Module):
-    """LMHSA: keys and values from a map pooled by a depthwise k×k convolution of stride k (equations 2 and 3).
+    """LMHSA: softmax(Q K'ᵀ / √D + B) V', with Q of X, K' and V' of DWConv(X), k×k of stride k (equations 2 and 3).
 
     Args:
         dim: width C of a token.
@@ -103,6 +98,71 @@ class LightweightAttention(nn.Module):
         return self.proj_drop(self.proj(merge_heads(self.attend(*heads, bias))))
 
 
+class InvertedResidualFeedForward(nn.Module):
+    """IRFFN(X) = Conv(F(Conv(X))),  F(X) = DWConv(X) + X: 1×1 up, depthwise 3×3, 1×1 down (equation 4)."""
+
+    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.expand = nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.GELU(), nn.BatchNorm2d(hidden))
+        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.norm = nn.Sequential(nn.GELU(), nn.BatchNorm2d(hidden))
+        self.project = nn.Sequential(nn.Conv2d(hidden, dim, 1), nn.BatchNorm2d(dim))
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C, h, w)."""
+        hidden = self.drop(self.expand(features))
+        hidden = self.norm(hidden + self.conv(hidden))
+        return self.drop(self.project(hidden))
+
+
+class Parts(NamedTuple):
+    """What a block is made of, by the names in the tables above, and its dropout rates."""
+
+    local: str
+    attention: str
+    feed_forward: str
+    mlp_ratio: float
+    attn_drop: float
+    proj_drop: float
+
+
+class CMTBlock(nn.Module):
+    """Y = LPU(X),  Z = LMHSA(LN(Y)) + Y,  X' = IRFFN(LN(Z)) + Z (equations 5 to 7).
+
+    Args:
+        dim, heads, pooling: as in `LightweightAttention`.
+        parts: what the block is made of.
+        path: rate of stochastic depth.
+    """
+
+    def __init__(self, dim: int, heads: int, pooling: int, parts: Parts, path: float) -> None:
+        super().__init__()
+        attention = choose(ATTENTIONS, parts.attention, "attention")
+        feed_forward = choose(FEED_FORWARDS, parts.feed_forward, "feed_forward")
+        self.local = choose(LOCAL, parts.local, "local")(dim)
+        self.norm1 = layer_norm(dim)
+        self.attn = attention(dim, heads, pooling, parts.attn_drop, parts.proj_drop)
+        self.norm2 = layer_norm(dim)
+        self.ffn = feed_forward(dim, int(dim * parts.mlp_ratio), parts.proj_drop)
+        self.drop_path = drop_path(path)
+
+    def forward(self, tokens: Tensor, grid: Grid, bias: Tensor | None) -> Tensor:
+        """Tokens (B, N, C) on a grid, and the stage's bias, to (B, N, C)."""
+        tokens = map_to_tokens(self.local(tokens_to_map(tokens, grid)))
+        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), grid, bias))
+        update = self.ffn(tokens_to_map(self.norm2(tokens), grid))
+        return tokens + self.drop_path(map_to_tokens(update))
+
+
+# --- what the paper compares its parts with
+
+
+def patch_stem(in_chans: int, dim: int, stride: int) -> nn.Module:
+    """The stem without overlap: patches as large as the stride, each through one linear map."""
+    return PaddedConv(in_chans, dim, stride, stride=stride)
+
+
 class NoPositions(nn.Module):
     """The place of a table of relative positions, empty."""
 
@@ -132,24 +192,6 @@ class PlainAttention(nn.Module):
         return self.attention(tokens)
 
 
-class InvertedResidualFeedForward(nn.Module):
-    """IRFFN: a 1×1 convolution up, a depthwise 3×3 beside the identity, a 1×1 down (equation 4)."""
-
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.GELU(), nn.BatchNorm2d(hidden))
-        self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.norm = nn.Sequential(nn.GELU(), nn.BatchNorm2d(hidden))
-        self.project = nn.Sequential(nn.Conv2d(hidden, dim, 1), nn.BatchNorm2d(dim))
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, h, w) to (B, C, h, w)."""
-        hidden = self.drop(self.expand(features))
-        hidden = self.norm(hidden + self.conv(hidden))
-        return self.drop(self.project(hidden))
-
-
 def plain_feed_forward(dim: int, hidden: int, drop: float = 0.0) -> nn.Module:
     """A transformer's MLP at every pixel: what IRFFN is compared with."""
     return Mlp(dim, hidden, drop=drop, use_conv=True)
@@ -159,42 +201,3 @@ STEMS = {"conv": ConvStem, "patch": patch_stem}
 LOCAL: dict[str, type[nn.Module]] = {"lpu": LocalPerception, "none": nn.Identity}
 ATTENTIONS: dict[str, Any] = {"lightweight": LightweightAttention, "plain": PlainAttention}
 FEED_FORWARDS = {"inverted_residual": InvertedResidualFeedForward, "plain": plain_feed_forward}
-
-
-class Parts(NamedTuple):
-    """What a block is made of, by the names in the tables above, and its dropout rates."""
-
-    local: str
-    attention: str
-    feed_forward: str
-    mlp_ratio: float
-    attn_drop: float
-    proj_drop: float
-
-
-class CMTBlock(nn.Module):
-    """Local perception, attention, feed-forward (figure 2c).
-
-    Args:
-        dim, heads, pooling: as in `LightweightAttention`.
-        parts: what the block is made of.
-        path: rate of stochastic depth.
-    """
-
-    def __init__(self, dim: int, heads: int, pooling: int, parts: Parts, path: float) -> None:
-        super().__init__()
-        attention = choose(ATTENTIONS, parts.attention, "attention")
-        feed_forward = choose(FEED_FORWARDS, parts.feed_forward, "feed_forward")
-        self.local = choose(LOCAL, parts.local, "local")(dim)
-        self.norm1 = layer_norm(dim)
-        self.attn = attention(dim, heads, pooling, parts.attn_drop, parts.proj_drop)
-        self.norm2 = layer_norm(dim)
-        self.ffn = feed_forward(dim, int(dim * parts.mlp_ratio), parts.proj_drop)
-        self.drop_path = drop_path(path)
-
-    def forward(self, tokens: Tensor, grid: Grid, bias: Tensor | None) -> Tensor:
-        """Tokens (B, N, C) on a grid, and the stage's bias, to (B, N, C)."""
-        tokens = map_to_tokens(self.local(tokens_to_map(tokens, grid)))
-        tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), grid, bias))
-        update = self.ffn(tokens_to_map(self.norm2(tokens), grid))
-        return tokens + self.drop_path(map_to_tokens(update))

@@ -3,7 +3,6 @@
 Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
 """
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from tokenfusion.layers.attend import SelfAttention
 from tokenfusion.layers.blocks import drop_path, layer_norm
 from tokenfusion.layers.cross_attention import ClsCrossAttention
-from tokenfusion.layers.fast import Linear, absorbs
+from tokenfusion.layers.fast import Linear, in_full_precision
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, map_to_tokens, tokens_to_map
 
@@ -42,7 +41,8 @@ class Rates(NamedTuple):
 
 
 class CrossAttentionWay(nn.Module):
-    """One branch's CLS token attends to the other branch's patches (figure 4).
+    """y = f(x_cls) + CA(norm([f(x_cls); x'_patches])),  z = [g(y); x_patches]: a branch's CLS token attends to the
+    other branch's patches (figure 4, equations 4 and 6); f and g project to the other branch's width and back.
 
     Args:
         own: the branch whose CLS token attends.
@@ -85,8 +85,7 @@ class CrossAttentionFusion(Fusion):
 
     def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
         """Tokens (B, 1 + N, C) of either branch to the same, fused."""
-        # where projections are absorbed, too little is left to multiply for half precision to repay its casts
-        with torch.autocast(small.device.type, enabled=False) if absorbs(self, small) else nullcontext():
+        with in_full_precision(self, small):
             return self.small(small, large), self.large(large, small)
 
     @staticmethod
