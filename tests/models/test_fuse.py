@@ -1,6 +1,7 @@
 """Any CNN with any transformer: what fuses learns and starts as its parents, what cannot be fused is refused."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -297,3 +298,37 @@ def test_a_size_costs_one_look_at_the_cnn():
     for _ in range(3):
         assert {size: model.map_grids(size)[-1] for size in expected} == expected
     assert len(passes) == 2  # it was built for the first size
+
+
+CONTEXTS = [("resnet_micro", "crossvit_micro"), ("mambaout_femto", "eva"), ("resnet18", "beit"), ("cmt_micro", "vit")]
+
+
+@pytest.mark.parametrize(("cnn", "vit"), CONTEXTS)
+def test_what_blocks_need_besides_tokens_is_of_one_pass_alone(cnn, vit):
+    """Threads, checkpointing and compilation, which call a pass's parts at other times, change nothing."""
+    torch.manual_seed(0)
+    parent = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {}))
+    model = without_zeros(tokenfusion.fuse(parent, TRANSFORMERS[vit](), "layerwise", "cross", img_size=SIZE)).eval()
+    batches = [images() + shift for shift in (0, 1, 2, 3)]
+    gradients = []
+    for checkpointing in (False, True):
+        model.set_grad_checkpointing(checkpointing)
+        model.zero_grad()
+        sum(model(batch).square().sum() for batch in batches[:2]).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None])
+    assert all(map(torch.equal, *gradients))
+    model.set_grad_checkpointing(False)
+
+    def infer(batch):
+        with torch.no_grad():
+            return model(batch)
+
+    expected = [infer(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert all(map(torch.allclose, pool.map(infer, batches), expected))
+    torch._dynamo.reset()
+    whole = cnn != "cmt_micro"  # whose maps are gathered by hooks
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=whole, backend="eager")(batches[0])
+    torch.testing.assert_close(compiled, expected[0], rtol=1e-4, atol=1e-5)

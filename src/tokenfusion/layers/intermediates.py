@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from threading import get_ident
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenfusion.layers.tokens import grid_of, tokens_to_map
@@ -67,8 +69,11 @@ def gather_outputs(
         What `forward_features` gives, None where it was stopped; and the outputs, in the order of `points`.
     """
     outputs: dict[FeaturePoint, Tensor] = {}
+    thread = None if torch.compiler.is_compiling() else get_ident()
 
     def gather(point: FeaturePoint, output: Any) -> None:
+        if thread is not None and get_ident() != thread:  # another pass through the same modules
+            return
         outputs[point] = output if point.output is None else output[point.output]
         if stop_early and len(outputs) == len(points):
             raise EverythingGathered

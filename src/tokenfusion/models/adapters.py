@@ -1,5 +1,6 @@
 """timm's networks as backbones: CNNs cut into stages; vision transformers with what blocks need besides tokens."""
 
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -39,6 +40,9 @@ class OneWayCNN(CNNBackbone):
         model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
         self.model = model
 
+    def maps(self, images: Tensor) -> list[Tensor]:
+        return self.start(images)[1]
+
     def start(self, images: Tensor) -> tuple[Tensor, Any]:
         maps = self.model.forward_intermediates(  # type: ignore[operator]
             self.rescale(images), indices=self.indices, intermediates_only=True
@@ -66,13 +70,14 @@ def as_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int = MAX_ST
         if hasattr(model, "vit"):
             raise InputError(f"a {name} is fused already; give one of its parents, such as cnn(tokenfusion_late_micro)")
         return own
-    if is_transformer(model):
+    if isinstance(model, TokenBackbone | VisionTransformer | Beit | Eva):
         raise InputError(f"a {name} is a transformer, given in the CNN's place; give a CNN such as resnet18 there")
     if not getattr(model, "feature_info", None):
         raise InputError(f"a {name} has no stages: it names no feature maps; take a CNN such as resnet18")
     staged = split_stages(model, stages)
-    if staged is not None and gives_maps(staged, img_size, in_chans):
-        return staged.train(training)
+    with suppress(InputError):
+        if staged is not None and staged.grids(img_size, in_chans):
+            return staged.train(training)
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"a {name} has no stages of its own and no forward_intermediates; take a CNN such as resnet18")
     one_way = OneWayCNN(model, stages).train(training)
@@ -81,23 +86,6 @@ def as_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int = MAX_ST
     except InputError as error:
         raise InputError(str(error).replace("the CNN", f"a {name}", 1)) from error
     return one_way
-
-
-def is_transformer(model: nn.Module) -> bool:
-    """Whether a model could be the other half of the pair."""
-    try:
-        as_transformer(model)
-    except InputError:
-        return False
-    return True
-
-
-def gives_maps(cnn: CNNBackbone, img_size: Grid, in_chans: int) -> bool:
-    """Whether images of a size give the maps that a CNN names."""
-    try:
-        return bool(cnn.grids(img_size, in_chans))
-    except InputError:
-        return False
 
 
 def split_stages(model: Any, stages: int) -> CNNBackbone | None:

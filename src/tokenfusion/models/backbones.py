@@ -7,18 +7,20 @@ This package's own networks are backbones; `models/adapters.py` makes them of ti
 Letters: B batch, T tokens of a transformer (its prefix, CLS first, then patches row by row), C channels, h w grid.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from tokenfusion.errors import InputError
 from tokenfusion.layers.checkpointing import Checkpointed
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import TokenLayout, grid_of, size_of
 from tokenfusion.models.base import PaperModel
+
+M = TypeVar("M", bound=nn.Module)
 
 
 class CNNBackbone(Checkpointed):
@@ -56,7 +58,7 @@ class CNNBackbone(Checkpointed):
     def maps(self, images: Tensor) -> list[Tensor]:
         """Images (B, in_chans, H, W) to every stage's map."""
         feature_map, context = self.start(images)
-        return [feature_map := self.stage(index, feature_map, context) for index in range(len(self.dims))]
+        return [feature_map := self.stage(index, feature_map, context) for index in range(len(self.stages))]
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the last stage's map (B, dims[-1], h, w)."""
@@ -74,11 +76,8 @@ class CNNBackbone(Checkpointed):
         return self.found[key]
 
     def find_grids(self, img_size: Grid, in_chans: int) -> list[Grid]:
-        training = self.training
-        self.eval()
         try:
-            tensors = {f"cnn.{name}": tensor for name, tensor in meta_tensors(self).items()}
-            maps = functional_call(Maps(self), tensors, torch.empty(2, in_chans, *img_size, device="meta"))
+            maps = on_meta(self).eval().maps(torch.empty(2, in_chans, *img_size, device="meta"))
             if any(m.shape[1] != dim or min(size_of(m)) < 1 for m, dim in zip(maps, self.dims, strict=True)):
                 raise ValueError("they are not of the channels that it names, or vanish")
             return [size_of(m) for m in maps]
@@ -88,25 +87,15 @@ class CNNBackbone(Checkpointed):
                 f"the CNN gives no maps (B, C, h, w) for {in_chans}-channel images of {img_size[0]}×{img_size[1]} "
                 f"pixels: {reason}; give a larger img_size or the in_chans that it was built for, or take another CNN"
             ) from error
-        finally:
-            self.train(training)
 
 
-class Maps(nn.Module):
-    """A CNN's maps as a module's output, for `functional_call`."""
-
-    def __init__(self, cnn: CNNBackbone) -> None:
-        super().__init__()
-        self.cnn = cnn
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return self.cnn.maps(images)
-
-
-def meta_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's parameters and buffers on the meta device, for `functional_call`: it then computes shapes alone."""
-    named = [*module.named_parameters(), *module.named_buffers()]
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in named}
+def on_meta(module: M) -> M:
+    """A copy without weights: on the meta device nothing is computed, and nothing kept."""
+    own: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        own[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, own)
 
 
 class TokenBackbone(PaperModel):

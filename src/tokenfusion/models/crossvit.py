@@ -320,6 +320,9 @@ class CrossViT(TokenBackbone):
     def reduction(self) -> Fraction:
         return self.scale_large.reduction
 
+    def grid(self, size: Grid) -> Grid:
+        return self.scale_large.grid(*size)
+
     def embed(self, images: Tensor) -> tuple[Tensor, SmallBranch]:
         small, small_grid = self.embed_small(self.scale_small.resize(images))
         large, large_grid = self.embed_large(self.scale_large.resize(images))

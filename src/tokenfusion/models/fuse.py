@@ -1,6 +1,5 @@
 """Any CNN fused with any transformer, by their names or as modules already built."""
 
-import copy
 from math import isfinite
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
 from tokenfusion.models.adapters import MAX_STAGES, as_cnn, as_transformer
-from tokenfusion.models.backbones import TokenBackbone
+from tokenfusion.models.backbones import TokenBackbone, on_meta
 from tokenfusion.models.base import choose, image_size
 from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.presets import OPERATOR
@@ -116,17 +115,6 @@ def fuse(
     with torch.device("meta"):  # what is refused is refused to copies without weights
         require_size(assemble(on_meta(cnn), on_meta(vit)), size, in_chans)
     return assemble(cnn, vit)
-
-
-def on_meta(module: nn.Module) -> nn.Module:
-    """A copy without weights: on the meta device nothing is computed, and nothing kept."""
-    own = {
-        id(tensor): nn.Parameter(torch.empty_like(tensor, device="meta"), tensor.requires_grad)
-        if isinstance(tensor, nn.Parameter)
-        else torch.empty_like(tensor, device="meta")
-        for tensor in [*module.parameters(), *module.buffers()]
-    }
-    return copy.deepcopy(module, own)
 
 
 def build_transformer(name: str, img_size: int | tuple[int, int] | None, **arguments: Any) -> nn.Module:
