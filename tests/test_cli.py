@@ -349,9 +349,7 @@ def test_digits_are_the_built_in_ones_though_a_folder_is_called_so(command, tmp_
     assert load_recipe(tmp_path / "digits" / "recipe.toml")["data"] == "digits"
 
 
-@pytest.mark.parametrize(
-    "words", [["train", "digits", "--epochs", "many"], ["train", "digits", "--otu", "x"], ["fly"]]
-)
+@pytest.mark.parametrize("words", [["train", "digits", "--epochs", "many"], ["train", "digits", "--otu", "x"], ["fly"]])
 def test_words_that_do_not_parse_are_refused(command, words):
     status, output, errors = command(*words)
     assert status != 0
