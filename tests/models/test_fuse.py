@@ -14,6 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 import tokenfusion
 from tokenfusion.errors import InputError
 from tokenfusion.models.adapters import OneWayCNN, as_cnn
+from tokenfusion.models.official import with_present_names
 from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.token_fusion import STRATEGIES
 
@@ -332,3 +333,20 @@ def test_what_blocks_need_besides_tokens_is_of_one_pass_alone(cnn, vit):
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=whole, backend="eager")(batches[0])
     torch.testing.assert_close(compiled, expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("old", "present"),
+    [
+        ("model.vit.head.weight", "model.vit.model.head.weight"),
+        ("best.vit.blocks.0.attn.qkv.weight", "best.vit.model.blocks.0.attn.qkv.weight"),
+        ("vit.blocks.0.attn.qkv.weight", "vit.blocks.0.attn.qkv.weight"),  # this package's own is no adapter's
+        ("ema.readout_gate.weight", "ema.readout.gate.weight"),
+        ("exchanges.1.operator.ask_pixels.kv.bias", "exchanges.1.operator.to_pixels.kv.bias"),
+        ("operators.0.ask_tokens.q.weight", "operators.0.to_tokens.q.weight"),
+        ("optimizer.7.exp_avg", "optimizer.7.exp_avg"),
+    ],
+)
+def test_tensors_of_older_runs_are_found_by_their_present_names(old, present):
+    assert with_present_names({old: 1}, {present}) == {present: 1}
+    assert with_present_names({"unknown.vit.x": 1}, {present}) == {"unknown.vit.x": 1}
