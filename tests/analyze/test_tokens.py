@@ -143,9 +143,7 @@ def test_without_the_pixels_that_a_model_ignores_nothing_changes():
     assert pair["tokens"] == ["patch", "pixel"]
     whole = next(row for row in result["replaced"] if (row["layer"], row["tokens"]) == (WHOLE, "patch"))
     assert pair["loss_difference"] == {key: pytest.approx(value) for key, value in whole["loss_change"].items()}
-    *by_layer, everywhere = changes_by(result, "patch")
-    assert by_layer == [0, 0, 0]  # operators read them for the pixels alone
-    assert abs(everywhere) > 1e-6
+    assert min(map(abs, changes_by(result, "patch"))) > 1e-6
 
 
 def test_without_the_patches_that_a_model_ignores_nothing_changes():
@@ -235,7 +233,7 @@ def test_crossvit_compares_its_branches():
 def test_the_patches_of_an_exchange_are_replaced_where_they_enter():
     result = measure_ablation(fused("layerwise", "add"), batches())
     by_layer = {(row["layer"], row["tokens"]): row["loss"] for row in result["replaced"]}
-    assert by_layer[WHOLE, "patch"] != by_layer["exchanges.0.operator", "patch"]  # which they pass by
+    assert by_layer[WHOLE, "patch"] == pytest.approx(by_layer["exchanges.0.operator", "patch"])  # its gate is open
     assert by_layer[WHOLE, "pixel"] != by_layer["exchanges.0.operator", "pixel"]
 
 

@@ -20,6 +20,7 @@ from tokenfusion.analyze.intervals import mean_interval, tango_interval
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.token_spans import TokenSpan, block_spans, token_spans
 from tokenfusion.layers.tokens import size_of
+from tokenfusion.models.operators import Operator
 from tokenfusion.models.token_fusion import LateFusion, TokenFusion
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -33,8 +34,8 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
     """Accuracy and loss when the tokens of a source are replaced by their mean, in one layer or in all.
 
     Where: `token_spans`. In a block's input the tokens' stream ends there. An operator's tokens are those that it
-    reads, by which it updates others: patches pass it by themselves, and the CNN's map goes on as it was, through its
-    own residual, and may bring the pixels back in the next exchange; what an addition adds becomes the mean update.
+    reads: patches pass it by as far as its gate is closed, and the CNN's map goes on as it was, through its own
+    residual, and may bring the pixels back in the next exchange; what an addition adds becomes the mean update.
 
     Args:
         model: a fusion, or a transformer that can be walked; run in evaluation mode, and left as it was.
@@ -92,18 +93,37 @@ def whole_branch(model: nn.Module, size: tuple[int, int], source: str) -> list[T
 
 @contextmanager
 def replaced(model: nn.Module, means: Mapping[TokenSpan, Tensor]) -> Iterator[None]:
-    """Tokens replaced by a vector (C,) each while the context lasts; the model is as before afterwards."""
+    """Tokens replaced by a vector (C,) each while the context lasts; the model is as before afterwards.
 
-    def replace(span: TokenSpan, mean: Tensor, _module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        tokens = inputs[span.argument].clone()
-        tokens[:, span.start : span.stop] = mean.to(tokens)
-        return (*inputs[: span.argument], tokens, *inputs[span.argument + 1 :])
-
+    An operator gives updates of the tokens that pass it by: what replaces a token is put into its update too, so that
+    nothing of the token is left behind an open gate.
+    """
     with ExitStack() as stack:
         for span, mean in means.items():
-            hook = partial(replace, span, mean)
-            stack.callback(model.get_submodule(span.module).register_forward_pre_hook(hook).remove)
+            module = model.get_submodule(span.module)
+            for handle in replace_in(module, span, mean):
+                stack.callback(handle.remove)
         yield
+
+
+def replace_in(module: nn.Module, span: TokenSpan, mean: Tensor) -> Iterator[Any]:
+    """Hook a module so that it meets a vector in the place of some tokens; gives the hooks' handles."""
+    changes: list[Tensor] = []
+
+    def replace(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        tokens = inputs[span.argument].clone()
+        tokens[:, span.start : span.stop] = mean.to(tokens)
+        changes[:] = [tokens - inputs[span.argument]]
+        return (*inputs[: span.argument], tokens, *inputs[span.argument + 1 :])
+
+    def update(_module: nn.Module, _inputs: Any, updates: tuple[Tensor, Tensor | None]) -> tuple[Tensor | None, ...]:
+        change, known = changes.pop(), updates[span.argument]
+        changed = change if known is None else known + change
+        return (changed, updates[1]) if span.argument == 0 else (updates[0], changed)
+
+    yield module.register_forward_pre_hook(replace)
+    if isinstance(module, Operator):
+        yield module.register_forward_hook(update)
 
 
 def token_means(
