@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from tokenfusion.compare.contenders import Contender
-from tokenfusion.compare.results import ANEW
 from tokenfusion.errors import InputError
 from tokenfusion.files import read_json, write_json
 from tokenfusion.recipe import Recipe
@@ -27,7 +26,9 @@ def minutes_of_epochs(
     Returns:
         Minutes by model; of the others, why they cannot be trained.
     """
-    kept: dict[str, dict[str, Any]] = read_json(path, ANEW) if path.exists() else {}
+    kept: dict[str, dict[str, Any]] = (
+        read_json(path, "delete it, and the same command measures anew") if path.exists() else {}
+    )
     failed: dict[str, str] = {}
     for model in models:
         own = replace(recipe, model=model.name, epochs=1, seed=0)
