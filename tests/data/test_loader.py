@@ -169,6 +169,36 @@ def test_a_worker_that_dies_ends_in_a_clear_error(digits: Images) -> None:
     assert "torch" not in str(getattr(handler, "__module__", ""))  # whose handler raises in the middle of any step
 
 
+class Vanishes(Preprocess):
+    """Fails as reading a file that is gone does."""
+
+    def resize(self, _image: torch.Tensor) -> torch.Tensor:
+        raise FileNotFoundError("gone")
+
+
+def test_an_error_of_this_process_is_no_worker_that_died(digits: Images) -> None:
+    with pytest.raises(FileNotFoundError, match="gone"):
+        list(eval_batches(digits, Vanishes((8, 8), 1, (0.5,), (0.5,)), batch_size=4))
+
+
+class Listens(Preprocess):
+    """Gives, in the place of pixels, whether Ctrl-C is ignored, and whether SIGTERM ends this process."""
+
+    def resize(self, _image: torch.Tensor) -> torch.Tensor:
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        ends = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        return torch.tensor([ignored, ends]).reshape(2, 1, 1)
+
+
+def test_workers_leave_ctrl_c_to_the_training_process_while_evaluating_too(digits: Images) -> None:
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        images, _ = next(eval_batches(digits, Listens((8, 8), 1, (0.5,), (0.5,)), batch_size=4, workers=1))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert images.all()
+
+
 def test_more_workers_than_cores_are_no_reason_to_warn(digits: Images) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

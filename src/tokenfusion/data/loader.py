@@ -122,7 +122,7 @@ class TrainLoader:
         """
         self.order.epoch, self.order.start = epoch, start
         self.iterator = self.loader.begin()
-        yield from guarded(self.iterator, self.on_unreadable)
+        yield from guarded(self.iterator, self.loader.num_workers, self.on_unreadable)
 
     def names_in(self, epoch: int, step: int) -> list[str]:
         """Names of the images in one batch, as far as this process loads it."""
@@ -162,11 +162,12 @@ def eval_batches(
         num_workers=workers,
         pin_memory=pin_memory and torch.cuda.is_available(),
         collate_fn=as_it_is,
+        worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),
     )
     iterator = loader.begin()
     try:
-        yield from guarded(iterator)
+        yield from guarded(iterator, workers)
     finally:
         end_workers(iterator)
 
@@ -281,8 +282,8 @@ class WorkerLoader(DataLoader[Batch]):
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def guarded(batches: Iterator[Loaded], on_unreadable: OnUnreadable | None = None) -> Iterator[Batch]:
-    """The batches; what went wrong in a worker is raised here."""
+def guarded(batches: Iterator[Loaded], workers: int, on_unreadable: OnUnreadable | None = None) -> Iterator[Batch]:
+    """The batches; what went wrong in one of the worker processes is raised here."""
     while True:
         try:
             batch = next(batches)
@@ -290,7 +291,7 @@ def guarded(batches: Iterator[Loaded], on_unreadable: OnUnreadable | None = None
             return
         except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as error:
             # not a RuntimeError where it died after it announced a batch and before it handed it over
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            if not workers or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                 raise
             raise InputError(
                 f"a loader process died ({error}); most often memory ran out: "
