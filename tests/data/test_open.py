@@ -144,7 +144,26 @@ def test_a_held_out_label_that_train_lacks(split: str, tmp_path: Path, pets: Tre
         open_dataset(tmp_path)
 
 
-def test_a_kind_that_is_not_known(tmp_path: Path) -> None:
-    (tmp_path / "data.zip").write_bytes(b"PK")
-    with pytest.raises(InputError, match=r"data.zip: not a kind of data"):
-        open_dataset(tmp_path / "data.zip")
+@pytest.mark.parametrize("name", ["data.zip", "a.tar.txt"])
+def test_a_kind_that_is_not_known(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK")
+    with pytest.raises(InputError, match=f"{name}: not a kind of data"):
+        open_dataset(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["a.tar", "c.tar.gz", "d.tgz", "parquet", "csv"])
+def test_names_may_end_in_capital_letters(kind: str, tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
+    path = write_kind(kind, tmp_path, pets, save_tree)
+    path = next(path.iterdir()) if path.is_dir() else path
+    path = path.rename(path.with_name(path.name.upper()))
+    for place in (path, path.parent) if kind == "parquet" else (path,):
+        source = open_dataset(place)
+        assert source.classes == ("cat", "dog")
+        assert np.array_equal(pixels_of(source, 0), next(iter(pets.values())))
+
+
+def test_shards_may_end_in_capital_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENFUSION_CACHE", str(tmp_path / "cache"))
+    folder = write_shards(tmp_path / "data", {"train-0.TAR": 3, "val-0.tar": 2})
+    assert open_dataset(folder).splits == ["train"] * 3 + ["val"] * 2
+    assert len(open_dataset(folder / "train-0.TAR")) == 3

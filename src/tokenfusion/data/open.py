@@ -9,6 +9,9 @@ from tokenfusion.data.exclude import EXCLUDED, leave_out, paths_in, read_list
 from tokenfusion.data.folder import open_folder, read_tree, walk
 from tokenfusion.errors import InputError
 
+TAR_ENDINGS = (".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.lzma", ".tgz", ".tbz2", ".tbz", ".txz")
+"""Of plain and compressed tars, in small letters."""
+
 
 def open_dataset(data: str | Path, exclude: str = "", run: Path | None = None) -> Dataset:
     """Open labelled images of any supported kind; their pixels are read later, when they are decoded.
@@ -52,7 +55,7 @@ def open_below(root: Path) -> Dataset:
     """A folder of class folders, of Parquet files or of shards: what lies in it tells."""
     files, folders = walk(root)
     tree = read_tree(files, folders)
-    tables = [file for file in files if file.endswith(".parquet")]
+    tables = [file for file in files if file.lower().endswith(".parquet")]
     if tables and tree.files:
         raise InputError(
             f"{root}: holds both Parquet files ({quoted(tables[:1])}) and images in class folders "
@@ -61,8 +64,8 @@ def open_below(root: Path) -> Dataset:
     if tables:
         from tokenfusion.data.parquet import open_parquet
 
-        return open_parquet(root, tables, [file for file in files if not file.endswith(".parquet")])
-    if not tree.files and any(file.endswith(".tar") for file in files):
+        return open_parquet(root, tables, [file for file in files if not file.lower().endswith(".parquet")])
+    if not tree.files and any(file.lower().endswith(".tar") for file in files):
         from tokenfusion.data.shards import open_shards
 
         return open_shards(str(root), files)
@@ -85,7 +88,7 @@ def open_file(path: Path) -> Dataset:
 
         if is_webdataset(path):
             return open_shards(str(path))
-    if ".tar" in path.suffixes or name.endswith((".tgz", ".txz", ".tbz2")):
+    if name.endswith(TAR_ENDINGS):
         from tokenfusion.data.tar import open_tar
 
         return open_tar(path)
@@ -97,11 +100,16 @@ def names_shards(data: str) -> bool:
     return "://" in data or ("{" in data and not os.path.exists(data))
 
 
+def is_path(data: str) -> bool:
+    """Whether DATA is a file or folder that exists; `digits` is the built-in data even beside a folder of that name."""
+    return data != "digits" and os.path.exists(data)
+
+
 def resolved(data: str) -> str:
     """DATA named so that it means the same from any folder."""
     if "{" in data and "://" not in data:
         return os.path.abspath(data)
-    return str(Path(data).resolve()) if data != "digits" and os.path.exists(data) else data
+    return str(Path(data).resolve()) if is_path(data) else data
 
 
 def nearest(path: Path) -> str:

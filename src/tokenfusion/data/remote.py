@@ -79,7 +79,7 @@ def find_files(data: str, endings: tuple[str, ...], below: list[str] | None = No
     """
     if "{" in data:
         root, urls = data[: data.index("{")].rpartition("/")[0], expand(data)
-    elif path_of(data).endswith(endings):
+    elif has_ending(data, endings):
         root, urls = data.rpartition("/")[0], [data]
     else:
         root = data.rstrip("/")
@@ -90,9 +90,9 @@ def find_files(data: str, endings: tuple[str, ...], below: list[str] | None = No
         return list(pool.map(lambda url: look_up(url, root), urls))
 
 
-def path_of(url: str) -> str:
-    """A URL without the signature behind it."""
-    return urlsplit(url).path if "://" in url else url
+def has_ending(url: str, endings: tuple[str, ...]) -> bool:
+    """Whether a path, or a URL without the signature behind it, ends so, in small or capital letters."""
+    return (urlsplit(url).path if "://" in url else url).lower().endswith(endings)
 
 
 def expand(pattern: str) -> list[str]:
@@ -111,7 +111,7 @@ def expand(pattern: str) -> list[str]:
 def list_folder(folder: str, endings: tuple[str, ...]) -> list[str]:
     def find() -> list[str]:
         system, path = file_system(folder)
-        files = [name for name in system.find(path, maxdepth=2) if path_of(name).endswith(endings)]
+        files = [name for name in system.find(path, maxdepth=2) if has_ending(name, endings)]
         return sorted(str(system.unstrip_protocol(name)) for name in files if "/." not in name)
 
     return persistently(find, folder)

@@ -22,7 +22,7 @@ from tokenfusion.data.cache import Cache, default_cache
 from tokenfusion.data.dataset import Dataset, number_labels, printable, quoted, split_in_name
 from tokenfusion.data.decode import EXTENSIONS
 from tokenfusion.data.readers import ByteRanges
-from tokenfusion.data.remote import THREADS, RemoteFile, download, find_files, path_of, read_small, without_secrets
+from tokenfusion.data.remote import THREADS, RemoteFile, download, find_files, has_ending, read_small, without_secrets
 from tokenfusion.data.sampler import OPEN_SHARDS
 from tokenfusion.data.tar import refuse_damage
 from tokenfusion.errors import InputError
@@ -110,7 +110,7 @@ def open_shards(data: str, below: list[str] | None = None) -> Dataset:
         below = sorted(
             name
             for name in below
-            if name.endswith(ENDINGS) and name.count("/") < 2 and os.path.basename(name)[0] != "."
+            if has_ending(name, ENDINGS) and name.count("/") < 2 and os.path.basename(name)[0] != "."
         )
     files = find_files(data, ENDINGS, below)
     indexes = list(read_indexes(files, cache))
@@ -137,7 +137,7 @@ def open_shards(data: str, below: list[str] | None = None) -> Dataset:
 
 
 def is_parquet(shard: RemoteFile) -> bool:
-    return path_of(shard.url).endswith(".parquet")
+    return has_ending(shard.url, (".parquet",))
 
 
 def open_shard(shard: RemoteFile, cache: Cache) -> BinaryIO:
@@ -340,7 +340,7 @@ def name_labels(data: str, names: list[str], indexes: list[Index]) -> tuple[tupl
 def names_beside(data: str) -> tuple[str, ...]:
     """Class names in `classes.txt`, a line each, or in `classes.json`, a list, in the folder of the shards."""
     folder = data[: data.index("{")] if "{" in data else data
-    folder = folder.rpartition("/")[0] if "{" in data or path_of(data).endswith(ENDINGS) else folder.rstrip("/")
+    folder = folder.rpartition("/")[0] if "{" in data or has_ending(data, ENDINGS) else folder.rstrip("/")
     readers: dict[str, Callable[[str], Any]] = {"classes.txt": str.splitlines, "classes.json": json.loads}
     for file, parse in readers.items():
         url = f"{folder}/{file}" if folder else file

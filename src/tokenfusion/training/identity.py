@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenfusion.data.decoded import Images
+from tokenfusion.data.open import is_path
 from tokenfusion.recipe import FIELDS, NO_LONGER_KNOWN, Recipe
 
 Identity = dict[str, Any]
@@ -38,14 +39,14 @@ def identity_of(recipe: Recipe, classes: tuple[str, ...], training: Images, held
             f"pixels of the {part} images": fingerprint(pixels_of(some)),
         }
     images["weights of the images"] = fingerprint(None if training.weights is None else training.weights.tolist())
-    from_here = os.path.relpath(recipe.data, folder.resolve()) if os.path.exists(recipe.data) else ""
+    from_here = os.path.relpath(recipe.data, folder.resolve()) if is_path(recipe.data) else ""
     return {"recipe": deciding_fields(recipe), "images": images, "data_from_here": from_here}
 
 
 def find_moved_data(recipe: Recipe, identity: Identity, folder: Path) -> Recipe:
     """A recipe whose images are where they were, or else where they are if they were moved along with the run."""
     moved = os.path.normpath(folder.resolve() / identity.get("data_from_here", ""))
-    is_moved = identity.get("data_from_here") and not os.path.exists(recipe.data) and os.path.exists(moved)
+    is_moved = identity.get("data_from_here") and not os.path.exists(recipe.data) and is_path(moved)
     return replace(recipe, data=moved) if is_moved else recipe
 
 
