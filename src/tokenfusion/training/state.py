@@ -102,10 +102,10 @@ class TrainState:
 
     Args:
         model: what is trained.
-        network: what the loop calls for `model`'s output; not `model` itself where processes exchange gradients.
         optimizer: what moves it.
         ema: decay of the average of weights; 0 for none.
         keep_best: whether to remember the weights of the best epoch.
+        network: what the loop calls for `model`'s output; not `model` itself where processes exchange gradients.
         world: the processes that train it; the first one writes.
         spare: where `model` is spread over the processes, one in one piece to evaluate with, of the same weights; the
             average is then spread like `model`, and every process writes its part.
@@ -162,11 +162,17 @@ class TrainState:
             return ""
         return (
             f"saved by {before} processes, and {self.world.size} go on: the same up to rounding and the draws of "
-            "dropout, not to the bit\n"
+            "dropout, not to the bit"
         )
 
     def save(self, path: Path) -> None:
         """Write everything to one file, or where weights are spread to a file by each process; whole or not at all.
+
+        A checkpoint holds the tensors `model.NAME` (weights and buffers), `ema.NAME` (their average, where there is
+        one), `best.NAME` (those of the best epoch, where it is what ships) and `optimizer.INDEX.NAME` (what the
+        optimiser keeps of each parameter: moments and steps), and as its description `Progress`: counters, the records
+        of the epochs done, and the identity of the run. Random draws follow from the seed and the step: nothing of
+        them is kept.
 
         Raises:
             InputError: it cannot be written, or weights are not finite; what was there before is intact.
@@ -181,6 +187,7 @@ class TrainState:
         if self.best:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
+            # no tensor is Muon's `use_muon` alone, which it tells anew by the weight's shape and group
             values = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
         if self.spare is not None:
