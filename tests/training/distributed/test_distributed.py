@@ -171,6 +171,7 @@ def test_what_two_processes_saved_one_goes_on_with_and_says_what_that_means(whol
         process.join()
     resume(run, Console(file=(lines := io.StringIO()), width=1000))
     assert "saved by 2 processes, and 1 go on" in lines.getvalue()
+    assert "\n\n" not in lines.getvalue()
     (_, records, steps_done), (_, expected, steps) = results(run), results(whole)
     assert steps_done == steps
     assert records[-1]["val_top1"] == pytest.approx(expected[-1]["val_top1"], abs=0.1)
@@ -348,11 +349,12 @@ def test_shared_weights_killed_at_any_moment_go_on_bit_equal(whole_shared, tmp_p
 
 
 @pytest.mark.parametrize("processes", [1, 4])
-def test_another_number_of_processes_reads_shared_weights_to_the_bit(whole_shared, tmp_path, processes):
+def test_another_number_of_processes_reads_shared_weights_to_the_bit(whole_shared, tmp_path, processes, recwarn):
     run = shutil.copytree(whole_shared, tmp_path / "run")
     (run / "model.safetensors").unlink()
     if processes == 1:
         resume(run, QUIET)  # they are whole again
+        assert not [warning for warning in recwarn if "torch.distributed" in str(warning.message)]
     else:
         assert run_all(processes, train_or_resume, SHARED, run) == [0] * processes
     shipped, expected = (load_tensors(path / "model.safetensors")[0] for path in (run, whole_shared))

@@ -6,6 +6,7 @@ folder and describes the run: the folder that is not named is written anew, and 
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,9 @@ def load_shards(path: Path, own: Mapping[str, Tensor], parameters: list[Tensor])
                     else torch.empty(entry.size, dtype=entry.properties.dtype)  # type: ignore[union-attr]
                 )
         tensors = dict(own) | others
-        load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():  # a single process may read what several wrote
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         return {name: tensors[name] for name in others}
     except (OSError, ValueError, LookupError, RuntimeError, CheckpointException) as error:
         raise damaged(path, reason_of(error)) from error
