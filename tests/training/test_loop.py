@@ -1,5 +1,6 @@
 """What the loop does besides resuming: accumulate, stop early, average weights, refuse what is not finite."""
 
+import itertools
 import json
 
 import pytest
@@ -13,7 +14,7 @@ from tokenfusion.data.augment import Augment
 from tokenfusion.data.decoded import read_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.open import open_dataset
-from tokenfusion.training import build, start
+from tokenfusion.training import build, loop, start
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.log import Log
 from tokenfusion.training.loop import fit
@@ -191,6 +192,42 @@ def test_without_a_checkpoint_none_is_promised(tmp_path):
     recipe = tiny_recipe(epochs=9, lr=100.0, clip_grad=0.0, warmup_epochs=0.0, optimizer="adamw")
     with pytest.raises(InputError, match=r"there is no checkpoint yet"):
         start(recipe, tmp_path / "run", QUIET)
+
+
+def test_the_time_that_a_save_takes_is_not_counted_as_training(tmp_path, monkeypatch):
+    setup, state = setup_of(tiny_recipe(batch_size=32, epochs=1, save_minutes=0.0), tmp_path)
+    ticks, save = itertools.count(), state.save
+    monkeypatch.setattr(loop, "perf_counter", lambda: next(ticks))
+    seconds = []
+
+    def slow_save(path):
+        seconds.append(state.progress.seconds)
+        save(path)
+        for _ in range(1000):
+            next(ticks)
+
+    state.save = slow_save
+    setup.run.checkpoint.parent.mkdir()
+    fit(setup, state, lambda _: None, None)
+    assert len(seconds) == 3  # after each step and after the epoch
+    assert state.progress.records[0]["seconds"] < 1000
+
+
+def test_an_open_end_is_at_most_300_epochs_away_until_it_is_decided(tmp_path):
+    setup, state = setup_of(tiny_recipe(batch_size=32, epochs="auto"), tmp_path)
+    state.progress.epoch = 11
+    assert (loop.update(setup, state).epochs, loop.update(setup, state).steps) == (300, 600)
+    state.progress.decay_epoch = 10
+    assert (loop.update(setup, state).epochs, loop.update(setup, state).steps) == (12, 24)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_what_an_optimiser_keeps_beside_tensors_is_known(optimizer, tmp_path):
+    """A checkpoint holds tensors; Muon tells `use_muon` anew."""
+    setup, state = setup_of(tiny_recipe(batch_size=32, optimizer=optimizer), tmp_path)
+    step(setup, state)
+    kept = [item for moments in state.optimizer.state.values() for item in moments.items()]
+    assert {name for name, value in kept if not isinstance(value, torch.Tensor)} <= {"use_muon"}
 
 
 def test_patience_stops_early_and_ships_the_best_epoch(tmp_path):

@@ -14,6 +14,9 @@ import tokenfusion
 from runs import assert_same, interrupt_at, tiny_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
+from tokenfusion.data.decoded import read_images
+from tokenfusion.data.loader import TrainLoader
+from tokenfusion.data.open import open_dataset
 from tokenfusion.training import Interrupted, identity, resume, start
 
 QUIET = Console(quiet=True)
@@ -108,6 +111,8 @@ def test_data_and_run_that_were_moved_together_go_on(stopped, tmp_path):
     place = tmp_path / "elsewhere"
     for name in ("photos", "runs"):
         shutil.copytree(stopped / name, place / name)
+    recipe, header = place / "runs" / "run" / "recipe.toml", "# Chosen by measuring: lr.\n"
+    recipe.write_text(header + recipe.read_text())
     photos = stopped / "photos"
     photos.rename(stopped / "gone")
     try:
@@ -115,7 +120,39 @@ def test_data_and_run_that_were_moved_together_go_on(stopped, tmp_path):
     finally:
         (stopped / "gone").rename(photos)
     assert_same(place / "runs" / "run", stopped / "whole")
-    assert str(place / "photos") in (place / "runs" / "run" / "recipe.toml").read_text()
+    assert str(place / "photos") in recipe.read_text()
+    assert recipe.read_text().startswith(header + "data = ")
+
+
+def test_a_recipe_stays_as_it_is_where_the_images_that_were_moved_are_others(stopped, tmp_path):
+    for name in ("photos", "runs"):
+        shutil.copytree(stopped / name, tmp_path / name)
+    (tmp_path / "photos" / "a" / "00.png").unlink()
+    recipe = tmp_path / "runs" / "run" / "recipe.toml"
+    text = recipe.read_text().replace(str(stopped / "photos"), str(stopped / "gone"))
+    recipe.write_text(text)
+    (recipe.parent / "split.csv").unlink()
+    with pytest.raises(InputError, match="are not those that the run began with"):
+        resume(recipe.parent, QUIET)
+    assert recipe.read_text() == text
+
+
+def test_a_folder_called_digits_is_not_the_built_in_data(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    images, _ = read_images(open_dataset("digits"), range(2), max_pixels=64, cache_bytes=0)
+    run = tmp_path / "runs" / "run"
+    assert identity.identity_of(tiny_recipe(), ("0", "1"), images, images, run)["data_from_here"] == ""
+
+
+def test_batches_end_where_the_log_cannot_be_opened(stopped, tmp_path, monkeypatch):
+    run, closed, close = shutil.copytree(stopped / "runs" / "run", tmp_path / "run"), [], TrainLoader.close
+    shutil.rmtree(run / "events")
+    (run / "events").write_text("a file")
+    monkeypatch.setattr(TrainLoader, "close", lambda loader: closed.append(close(loader)))
+    with pytest.raises(FileExistsError):
+        resume(run, QUIET)
+    assert closed
 
 
 def test_data_that_was_moved_alone_goes_on_where_the_recipe_says(stopped, tmp_path):

@@ -19,7 +19,7 @@ from tokenfusion.training.progress import Listener, Update
 from tokenfusion.training.recovery import saved_when_data_fails
 from tokenfusion.training.schedule import decide_end, epochs_ahead, learning_rate
 from tokenfusion.training.setup import Setup
-from tokenfusion.training.state import Progress, Record, TrainState
+from tokenfusion.training.state import Record, TrainState
 from tokenfusion.training.step import take_step
 
 
@@ -49,7 +49,7 @@ def fit(setup: Setup, state: TrainState, tell: Listener, log: Log | None) -> Non
                 stopped = state.world.stops(requests)
                 if stopped or requests.agreed_save:
                     state.save(checkpoint)
-                    saved = perf_counter()
+                    saved = clock = perf_counter()  # writing is no training
                 if stopped:
                     raise Interrupted
 
@@ -110,7 +110,7 @@ def epoch_record(setup: Setup, state: TrainState, shipped: nn.Module, val_loss: 
 def update(setup: Setup, state: TrainState) -> Update:
     """Where training stands after the step that was just taken."""
     progress = state.progress
-    epochs = epochs_ahead(setup.recipe, Progress())
+    epochs = progress.epoch + epochs_ahead(setup.recipe, progress)
     return Update(
         step=progress.step,
         steps=epochs * setup.batches.steps_per_epoch,

@@ -135,7 +135,6 @@ def resume(folder: Path, console: Console, measure: Measure | None = None, progr
             recipe = recipe_of(folder)
             if world.is_first and recipe.data != load_recipe(folder / "recipe.toml")["data"]:
                 console.print(f"the images were moved along with the run, to {recipe.data}")
-                write_text(folder / "recipe.toml", dump_recipe(recipe))
         finished = (folder / "model.safetensors").exists()
         world.require_same("recipe", versions() | vars(recipe) | {"finished": finished}, SAME_COMMAND)
         run = Run(folder, console, world)
@@ -144,6 +143,7 @@ def resume(folder: Path, console: Console, measure: Measure | None = None, progr
             return
         run.say(f"{folder} is finished already")
         if world.is_first:
+            note_data(folder, recipe)
             send_rest(folder, asdict(recipe), run.say)
 
 
@@ -164,7 +164,15 @@ def recipe_of(folder: Path) -> Recipe:
     return find_moved_data(recipe, read_progress(saved).identity, folder) if is_saved(saved) else recipe
 
 
-def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, progress: Listener | None) -> Classifier:
+def note_data(folder: Path, recipe: Recipe) -> None:
+    """Where a recipe's images were moved, say so in the recipe of the run, below the comments that stand above it."""
+    path = folder / "recipe.toml"
+    if load_recipe(path)["data"] != recipe.data:
+        comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+        write_text(path, "\n".join([*comments, dump_recipe(recipe)]))
+
+
+def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, listener: Listener | None) -> Classifier:
     """Bring a run from whatever is saved of it to its end."""
     world = run.world
     keep_freed_memory()
@@ -175,16 +183,20 @@ def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, progress: List
         identity = require_same_run(setup)
     saved = is_saved(run.checkpoint)
     world.require_same("images", {"a checkpoint": saved} | identity["images"], SAME_DATA)
+    if world.is_first:
+        note_data(run.folder, setup.recipe)
     state = begin(setup, identity)
     world.require_same("checkpoint", {"steps done": state.progress.step}, SAME_DATA)
 
     def tell(update: Update) -> None:
         display(update)
-        if progress:
-            progress(update)
+        if listener:
+            listener(update)
 
-    log = Log(run.folder, state.progress.records, asdict(setup.recipe), run.say) if world.is_first else None
+    log = None
     try:
+        if world.is_first:
+            log = Log(run.folder, state.progress.records, asdict(setup.recipe), run.say)
         with Display(run.console, setup.loss.train_score) as display:
             fit(setup, state, tell, log)
     except Interrupted:
