@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from common import environment, time_in_turns
 from tokenfusion.files import write_json
 from tokenfusion.hardware import autocast, default_device, keep_freed_memory
+from tokenfusion.layers.attend import attention_map
 from tokenfusion.layers.fast import by_head, track
 from tokenfusion.models.deepvit import BatchNormMixing, ReAttention
 
@@ -80,34 +81,33 @@ class HeadCovariance(torch.autograd.Function):
         return torch.baddbmm(offset[None, :, None], slopes, maps.flatten(2)).view(maps.shape)
 
 
-class SecondMoments(BatchNormMixing):
+class SecondMoments(ReAttention):
     """Training's statistics before anything is mixed.
 
     With μ_g the mean of head g's map and C_gk = mean A_g A_k - μ_g μ_k, the mixture Σ_g Θ_hg A_g + b_h has the mean
     Σ_g Θ_hg μ_g + b_h and the variance Σ_gk Θ_hg C_gk Θ_hk = Θ_hᵀ C Θ_h. So the norm's factor can be folded into Θ.
     """
 
-    def attend(self, maps: Tensor, values: Tensor) -> Tensor:
-        if not self.norm.training:
-            return super().attend(maps, values)
-        batch, heads, queries, keys = maps.shape
-        weight, bias = self.matrix.weight.flatten(1), self.matrix.bias
+    def attend_faster(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        mixing: Any = self.mixing
+        if not mixing.norm.training:
+            return super().attend_faster(queries, keys, values)
+        maps = self.attn_drop(attention_map(queries, keys))
+        weight, bias = mixing.matrix.weight.flatten(1), mixing.matrix.bias
         mean, covariance = HeadCovariance.apply(maps)
         mixed_mean, variance = weight @ mean, ((weight @ covariance) * weight).sum(1)
-        track(self.norm, mixed_mean + bias, variance, batch * queries * keys)
-        ratio = self.scale * self.norm.weight * torch.rsqrt(variance + self.norm.eps)
-        shift = self.scale * self.norm.bias - ratio * mixed_mean + 0 * bias
-        folded = (ratio[:, None] * weight).expand(batch, heads, heads)
+        track(mixing.norm, mixed_mean + bias, variance, maps.numel() // self.heads)
+        ratio = mixing.scale * mixing.norm.weight * torch.rsqrt(variance + mixing.norm.eps)
+        shift = mixing.scale * mixing.norm.bias - ratio * mixed_mean + 0 * bias
+        folded = (ratio[:, None] * weight).expand(len(maps), self.heads, self.heads)
         mixed = torch.bmm(folded, maps.flatten(2)).view(maps.shape)
         return (mixed @ values + by_head(shift) * values.sum(2, keepdim=True)).to(values.dtype)
 
 
 def by_second_moments(ours: ReAttention) -> ReAttention:
-    """The same module and weights, its statistics from second moments."""
-    other = copy.copy(ours)
+    """The same weights, and statistics from second moments."""
+    other = SecondMoments(ours.proj.out_features, ours.heads, ours.mixing)
     other._modules = dict(ours._modules)
-    other.mixing = SecondMoments(ours.heads, ours.mixing.scale).to(next(ours.parameters()))
-    other.mixing.matrix, other.mixing.norm = ours.mixing.matrix, ours.mixing.norm
     return other
 
 

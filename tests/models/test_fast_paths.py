@@ -8,6 +8,7 @@ from torch import nn
 
 from tokenfusion.layers import fast
 from tokenfusion.layers.cross_attention import ClsCrossAttention
+from tokenfusion.layers.fast import attend_mixed_in_training
 from tokenfusion.models.crossvit_fusion import Branch, CrossAttentionFusion, Rates
 from tokenfusion.models.deepvit import BatchNormMixing, ReAttention
 
@@ -25,6 +26,10 @@ def random_mixing(heads, scale=1.0, momentum=0.1):
     return mixing
 
 
+def fast_re_attention(mixing, maps, values):
+    return attend_mixed_in_training(mixing.matrix, mixing.norm, mixing.scale, maps, values)
+
+
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("dropped", [0.0, 0.3])
 def test_batch_norm_mixing_trains_as_convolution_and_batch_norm_do(momentum, dropped):
@@ -36,9 +41,9 @@ def test_batch_norm_mixing_trains_as_convolution_and_batch_norm_do(momentum, dro
         values, weights = torch.randn(2, 3, 5, 7, 4, dtype=torch.float64)
         mask = (torch.rand(3, 5, 7, 7) >= dropped) / (1 - dropped)
         results = []
-        for attend in (ours.attend, lambda maps, values: plain_re_attention(plain, maps, values)):
+        for attend, mixing in ((fast_re_attention, ours), (plain_re_attention, plain)):
             inputs = logits.clone().requires_grad_(), values.clone().requires_grad_()
-            output = attend(inputs[0].softmax(-1) * mask, inputs[1])
+            output = attend(mixing, inputs[0].softmax(-1) * mask, inputs[1])
             (output * weights).sum().backward()
             results.append([output.detach(), *(tensor.grad for tensor in inputs)])
         torch.testing.assert_close(results[0], results[1], rtol=1e-9, atol=1e-10)
@@ -58,7 +63,7 @@ def test_batch_statistics_are_no_less_exact_than_batch_norms(spread, dtype):
     exact, errors = None, []
     for attend, kind in (
         (plain_re_attention, torch.float64),
-        (BatchNormMixing.attend, dtype),
+        (fast_re_attention, dtype),
         (plain_re_attention, dtype),
     ):
         module = copy.deepcopy(mixing).to(torch.promote_types(kind, torch.float32)).train()
@@ -73,13 +78,29 @@ def test_batch_statistics_are_no_less_exact_than_batch_norms(spread, dtype):
         assert ours <= max(2 * plains, floor)
 
 
-def test_a_frozen_norm_stays_frozen():
+class ElsewhereToo(nn.modules.batchnorm._BatchNorm):
+    """Stands for a norm whose statistics are not those of this process's batch alone."""
+
+    def _check_input_dim(self, maps):
+        pass
+
+    def forward(self, maps):
+        return super().forward(torch.cat([maps, torch.zeros_like(maps)]))[: len(maps)]
+
+
+@pytest.mark.parametrize("kind", ["own", "frozen", "of other batches too"])
+def test_re_attention_learns_the_same_by_either_way(kind):
     torch.manual_seed(0)
-    mixing = random_mixing(3).train()
-    mixing.norm.eval()
-    maps, values = torch.rand(2, 3, 6, 6).softmax(-1), torch.randn(2, 3, 6, 4)
-    torch.testing.assert_close(mixing.attend(maps, values), plain_re_attention(mixing, maps, values))
-    assert torch.equal(mixing.norm.running_mean, torch.zeros(3))
+    attention, tokens = ReAttention(36, 3, random_mixing(3)).double().train(), torch.randn(2, 6, 36).double()
+    if kind == "frozen":
+        attention.mixing.norm.eval()
+    elif kind != "own":
+        attention.mixing.norm = ElsewhereToo(3).double()
+    explicit = copy.deepcopy(attention)
+    explicit.fused_attn = False
+    torch.testing.assert_close(attention(tokens), explicit(tokens))
+    torch.testing.assert_close(dict(attention.named_buffers()), dict(explicit.named_buffers()))
+    assert (kind == "frozen") == torch.equal(attention.mixing.norm.running_mean, torch.zeros(3).double())
 
 
 def test_a_batch_in_parts_gives_what_it_gives_at_once(monkeypatch):

@@ -55,9 +55,9 @@ class ClsCrossAttention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C), the query first, to (B, 1, C)."""
         query = split_heads(self.q(tokens[:, :1]), self.heads)
-        if absorbs(self, tokens):
-            attended = attend_by_one(query, tokens, self.k, self.v, self.attend.attn_drop)
-        else:
+        if not absorbs(self, tokens):
             keys, values = split_heads(self.k(tokens), self.heads), split_heads(self.v(tokens), self.heads)
             attended = self.attend(query, keys, values)
+        else:
+            attended = attend_by_one(query, tokens, self.k, self.v, self.attend.attn_drop)
         return self.proj_drop(self.proj(merge_heads(attended)))

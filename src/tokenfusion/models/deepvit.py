@@ -33,9 +33,9 @@ from tokenfusion.models.transformer import PlainTransformer
 class ReAttention(nn.Module):
     """Norm(Θᵀ softmax(Q Kᵀ / √D)) V (section 4.2).
 
-    The map is needed to mix the heads, so that it is always formed. While `fused_attn` is true `layers/fast.py` may mix
-    in other ways to the same numbers. When false, the maps of the whole batch pass through `attn_drop` and `mixing`,
-    where they can be observed.
+    The map is needed to mix the heads, so that it is always formed. While `fused_attn` is false, the maps of the whole
+    batch pass through `attn_drop` and `mixing`, where they can be observed. When true, `attend_faster` gives the same
+    numbers.
 
     Args:
         dim: width C of a token.
@@ -60,16 +60,22 @@ class ReAttention(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, C) to (B, N, C)."""
         queries, keys, values = (split_heads(part, self.heads) for part in self.qkv(tokens).chunk(3, dim=2))
-        if self.fused_attn and not self.training:
-            attended = by_parts(self.attend, queries, keys, values)
+        if not self.fused_attn:
+            maps = self.attn_drop(attention_map(queries, keys))  # softmax(Q Kᵀ / √D), (B, H, N, N)
+            mixed = self.mixing(maps)  # Norm(Θᵀ maps)
+            attended = mixed @ values
+        elif self.training:
+            attended = self.attend_faster(queries, keys, values)
         else:
-            attended = self.attend(queries, keys, values)
+            attended = by_parts(self.attend_faster, queries, keys, values)
         return self.proj_drop(self.proj(merge_heads(attended)))
 
-    def attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Q, K and V (B, H, N, D) to the same."""
-        maps = self.attn_drop(attention_map(queries, keys))
-        return self.mixing.attend(maps, values) if self.fused_attn else self.mixing(maps) @ values
+    def attend_faster(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The same by `layers/fast.py`, of Q, K and V (B, H, N, D): (B, H, N, D). Training writes no normed map."""
+        maps, norm = self.attn_drop(attention_map(queries, keys)), getattr(self.mixing, "norm", None)
+        if isinstance(norm, nn.BatchNorm2d) and norm.training:  # SyncBatchNorm is none: it knows the other batches
+            return attend_mixed_in_training(self.mixing.matrix, norm, self.mixing.scale, maps, values)
+        return self.mixing(maps) @ values
 
 
 class HeadMixing(nn.Module):
@@ -91,10 +97,6 @@ class HeadMixing(nn.Module):
         assert bias is not None
         return mix_heads(maps, self.scale * self.matrix.weight.flatten(1), self.scale * bias)
 
-    def attend(self, maps: Tensor, values: Tensor) -> Tensor:
-        """Mixed maps times values: (B, H, N, N) and (B, H, N, D) to (B, H, N, D)."""
-        return self(maps) @ values
-
 
 class BatchNormMixing(HeadMixing):
     """s · Norm(Θᵀ A), BatchNorm over the heads: as published."""
@@ -107,11 +109,6 @@ class BatchNormMixing(HeadMixing):
         if self.norm.training:
             return self.norm(self.matrix(maps)) * self.scale
         return mix_heads(maps, *fold_norm(self.matrix, self.norm, self.scale))
-
-    def attend(self, maps: Tensor, values: Tensor) -> Tensor:
-        if self.norm.training and isinstance(self.norm, nn.BatchNorm2d):  # SyncBatchNorm knows the other batches
-            return attend_mixed_in_training(self.matrix, self.norm, self.scale, maps, values)
-        return super().attend(maps, values)
 
 
 class LayerNormMixing(HeadMixing):
