@@ -13,7 +13,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import tokenfusion
 from tokenfusion.errors import InputError
-from tokenfusion.models.adapters import OneWayCNN, as_cnn
+from tokenfusion.models.adapters import MAX_STAGES, OneWayCNN, as_cnn, split_stages
 from tokenfusion.models.official import with_present_names
 from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.token_fusion import STRATEGIES
@@ -133,11 +133,12 @@ def test_a_walked_cnn_gives_the_intermediates_of_the_whole_one(name):
     model = without_zeros(timm.create_model(name, **SHALLOW.get(name, {}))).eval()
     with torch.no_grad():
         expected = model.forward_intermediates(images(size=(64, 96)), intermediates_only=True)[-4:]
-        walked = as_cnn(model, (64, 96), 3)
+        walked = as_cnn(model, (64, 96), 3, MAX_STAGES)
         feature_map = walked.stem(images(size=(64, 96)))
         for stage, wanted in zip(walked.stages, expected, strict=True):
             feature_map = stage(feature_map)
             torch.testing.assert_close(feature_map, wanted)
+        torch.testing.assert_close(walked(images(size=(64, 96))), expected[-1])
 
 
 def test_a_cnn_that_adds_parameters_of_its_own_between_its_stages_goes_one_way():
@@ -146,10 +147,11 @@ def test_a_cnn_that_adds_parameters_of_its_own_between_its_stages_goes_one_way()
     model = without_zeros(timm.create_model("visformer_tiny", img_size=SIZE)).eval()
     with torch.no_grad():
         expected = model.forward_intermediates(images(), intermediates_only=True)
-        cnn = as_cnn(model, (SIZE, SIZE), 3)
+        cnn = as_cnn(model, (SIZE, SIZE), 3, MAX_STAGES)
         assert isinstance(cnn, OneWayCNN)
         for feature_map, wanted in zip(cnn.maps(images()), expected, strict=True):
             torch.testing.assert_close(feature_map, wanted)
+        torch.testing.assert_close(cnn(images()), expected[-1])
 
 
 def test_images_are_normalised_for_each_parent():
@@ -203,6 +205,33 @@ def test_sizes_channels_and_classes_of_a_fused_pair():
 def test_what_cannot_be_fused_is_refused(arguments, message):
     with pytest.raises(InputError, match=message):
         tokenfusion.fuse(*arguments)
+
+
+@pytest.mark.parametrize("mistake", [TypeError, AttributeError, KeyError])
+def test_a_mistake_in_a_cnn_is_not_taken_for_a_cnn_that_does_not_fit(mistake):
+    cnn = tokenfusion.create_model("resnet18", img_size=SIZE)
+
+    def stumble(*_):
+        raise mistake("of the one who wrote it")
+
+    cnn.layer2.register_forward_pre_hook(stumble)
+    with pytest.raises(mistake, match="of the one who wrote it"):
+        tokenfusion.fuse(cnn, TRANSFORMERS["vit"]())
+
+
+def test_without_further_arguments_none_is_blamed(monkeypatch):
+    def stumble(*_args, **_config):
+        raise TypeError("a mistake in the class")
+
+    monkeypatch.setattr(STRATEGIES["late"], "__init__", stumble)
+    with pytest.raises(TypeError, match="a mistake in the class"):
+        tokenfusion.fuse("resnet_micro", "vit_micro", "late")
+
+
+def test_efficient_stages_without_a_feature_are_not_walked():
+    model = timm.create_model("mobilenetv3_small_050", depth_multiplier=0.2)
+    model.feature_info = [{"module": "", "num_chs": 16, "reduction": 2}]
+    assert split_stages(model, MAX_STAGES) is None
 
 
 def test_a_cnn_without_stages_is_refused():

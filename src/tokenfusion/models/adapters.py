@@ -32,7 +32,7 @@ class OneWayCNN(CNNBackbone):
 
     two_way = False
 
-    def __init__(self, model: nn.Module, stages: int):
+    def __init__(self, model: nn.Module, stages: int) -> None:
         info: Any = model.feature_info
         self.indices = list(range(len(info)))[-stages:]
         last = [info[i] for i in self.indices]
@@ -41,19 +41,25 @@ class OneWayCNN(CNNBackbone):
         self.model = model
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        return self.start(images)[1]
+        return self.take(images, self.indices)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.take(images, self.indices[-1:])[0]
+
+    def take(self, images: Tensor, indices: list[int]) -> list[Tensor]:
+        """The maps of some entries of the model's `feature_info`."""
+        return self.model.forward_intermediates(  # type: ignore[operator]
+            self.rescale(images), indices=indices, intermediates_only=True
+        )
 
     def start(self, images: Tensor) -> tuple[Tensor, Any]:
-        maps = self.model.forward_intermediates(  # type: ignore[operator]
-            self.rescale(images), indices=self.indices, intermediates_only=True
-        )
-        return images, maps
+        return images, self.maps(images)
 
     def stage(self, index: int, feature_map: Tensor, context: Any) -> Tensor:  # noqa: ARG002
         return context[index]
 
 
-def as_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int = MAX_STAGES) -> CNNBackbone:
+def as_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int) -> CNNBackbone:
     """A CNN whose stages can be called one at a time or, failing that, one that gives its maps; its head is dropped.
 
     Args:
@@ -107,6 +113,8 @@ def split_stages(model: Any, stages: int) -> CNNBackbone | None:
             return None
         layers = list(net.values())
         cuts = [i + 1 for i, key in enumerate(net) if key in net.return_layers]
+    if not cuts:
+        return None
     chosen = cuts[-stages:]
     features = list(info)[-len(chosen) :]
     # with no feature before the first stage, the stem is all but that stage's last module
@@ -125,6 +133,8 @@ class ViTBackbone(TokenBackbone):
     Args:
         model: with its head, which becomes the backbone's.
     """
+
+    head_name = "model.head"
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -9,6 +9,7 @@ Letters: B batch, T tokens of a transformer (its prefix, CLS first, then patches
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import Any, TypeVar
 
 import torch
@@ -39,7 +40,9 @@ class CNNBackbone(Checkpointed):
 
     two_way = True
 
-    def __init__(self, stem: nn.Module, stages: Iterable[nn.Module], dims: Sequence[int], reductions: Sequence[int]):
+    def __init__(
+        self, stem: nn.Module, stages: Iterable[nn.Module], dims: Sequence[int], reductions: Sequence[int]
+    ) -> None:
         super().__init__()
         self.stem = stem
         self.stages = nn.ModuleList(stages)
@@ -62,7 +65,10 @@ class CNNBackbone(Checkpointed):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the last stage's map (B, dims[-1], h, w)."""
-        return self.maps(images)[-1]
+        feature_map, context = self.start(images)
+        for index in range(len(self.stages)):
+            feature_map = self.stage(index, feature_map, context)
+        return feature_map
 
     def grids(self, img_size: Grid, in_chans: int) -> list[Grid]:
         """Rows and columns of each stage's map for images (H, W); found once a size, on the meta device.
@@ -81,7 +87,7 @@ class CNNBackbone(Checkpointed):
             if any(m.shape[1] != dim or min(size_of(m)) < 1 for m, dim in zip(maps, self.dims, strict=True)):
                 raise ValueError("they are not of the channels that it names, or vanish")
             return [size_of(m) for m in maps]
-        except (RuntimeError, ValueError, AssertionError, TypeError, AttributeError, LookupError) as error:
+        except (RuntimeError, ValueError, AssertionError) as error:
             reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
             raise InputError(
                 f"the CNN gives no maps (B, C, h, w) for {in_chans}-channel images of {img_size[0]}×{img_size[1]} "
@@ -108,16 +114,18 @@ class TokenBackbone(PaperModel):
         reads: what the head reads: "cls", or "patch" for the mean of the patches.
         reduction: side of a patch in pixels.
         rigid: why no further tokens can pass through the blocks; "" where they can.
+        head_name: what the names of the head's parameters begin with.
     """
 
     embed: Callable[[Tensor], tuple[Tensor, Any]]
     blocks: Sequence[nn.Module] | nn.ModuleList
     dim: int
     heads: int
-    reduction: Any
+    reduction: int | Fraction
     prefix: tuple[str, ...] = ("cls",)
     reads: str = "cls"
     rigid: str = ""
+    head_name: str = "head"
 
     def step(self, block: nn.Module, tokens: Tensor, context: Any) -> Tensor:  # noqa: ARG002
         """Tokens (B, T, C) through one block."""

@@ -317,7 +317,7 @@ class CrossViT(TokenBackbone):
         return self.stages[0].large[0].attn.heads  # type: ignore[index,union-attr]
 
     @property
-    def reduction(self) -> Fraction:
+    def reduction(self) -> Fraction:  # type: ignore[override]
         return self.scale_large.reduction
 
     def grid(self, size: Grid) -> Grid:

@@ -1,5 +1,7 @@
 """Any CNN fused with any transformer, by their names or as modules already built."""
 
+from collections.abc import Callable
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -9,29 +11,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
+from tokenfusion.layers.positions import Grid
 from tokenfusion.models.adapters import MAX_STAGES, as_cnn, as_transformer
 from tokenfusion.models.backbones import TokenBackbone, on_meta
 from tokenfusion.models.base import choose, image_size
-from tokenfusion.models.operators import OPERATORS
+from tokenfusion.models.operators import OPERATORS, Operator
 from tokenfusion.models.presets import OPERATOR
 from tokenfusion.models.registration import default_cfg
 from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, TokenFusion, strategy_class
-
-
-class Rescale(nn.Module):
-    """Images that were normalised for one model as another model wants them: (x·std + mean − mean') / std'."""
-
-    scale: Tensor
-    shift: Tensor
-
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, in_chans, H, W) to the same shape."""
-        return images * self.scale + self.shift
 
 
 def fuse(
@@ -74,60 +61,88 @@ def fuse(
         InputError: an unknown name, strategy or operator; a pair that cannot be fused, with the reason. Modules that
             were given are then as they were.
     """
-    model_cls, chosen = choose(STRATEGIES, strategy, "strategy"), operator or OPERATOR.get(strategy, "")
-    trained = pretrained or not (isinstance(cnn, str) and isinstance(vit, str))
+    choose(STRATEGIES, strategy, "strategy")
+    meet = choose(OPERATORS, operator or OPERATOR[strategy], "operator")
+    by_name = isinstance(cnn, str) and isinstance(vit, str)
+    name = f"fuse({cnn},{vit},{strategy},{operator or OPERATOR[strategy]})" if by_name else ""
+    opened = gate_start(gate, trained=pretrained or not by_name)
+    rates = {"drop_path_rate": drop_path_rate}
+    vit = build_transformer(vit, img_size, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **rates)
+    size = image_size(img_size or native_size(as_transformer(vit)))
+    cnn = build_cnn(cnn, size, in_chans, pretrained)
+    task: dict[str, Any] = {"num_classes": num_classes, "img_size": size, "in_chans": in_chans, "gate": opened}
+    assembled: Callable[..., TokenFusion] = partial(
+        assemble, strategy=strategy, operator=meet, name=name, further=kwargs, **task
+    )
+    with torch.device("meta"):  # what is refused is refused to copies without weights
+        require_size(assembled(on_meta(cnn), on_meta(vit)), size, in_chans)
+    return assembled(cnn, vit)
+
+
+def gate_start(gate: float | None, trained: bool) -> float:
+    """What the gates start with; where not given, closed to protect parents that are trained."""
     opened = (0.0 if trained else 1.0) if gate is None else float(gate)
     if not isfinite(opened):
         raise InputError(f"gate={gate} opens nothing; give 0 (closed) to 1 (open)")
-    meet = choose(OPERATORS, chosen, "operator")
-    name = f"fuse({cnn},{vit},{strategy},{chosen})" if isinstance(cnn, str) and isinstance(vit, str) else ""
-    if isinstance(vit, str):
-        rates = {"drop_path_rate": drop_path_rate}
-        vit = build_transformer(
-            vit, img_size, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **rates
-        )
-    as_transformer(vit)
-    size = image_size(img_size or native_size(vit))
-    if isinstance(cnn, str):
-        from tokenfusion.models import create_model
-
-        cnn = create_model(cnn, in_chans=in_chans, img_size=size, **({"pretrained": True} if pretrained else {}))
-
-    def assemble(cnn: nn.Module, vit: Any) -> TokenFusion:
-        """Take the parents apart and put them together."""
-        if num_classes is not None and num_classes != vit.num_classes:
-            vit.reset_classifier(num_classes)
-        configs = getattr(vit, "default_cfg", None), getattr(cnn, "default_cfg", None)
-        transformer = as_transformer(vit)
-        stages = min(MAX_STAGES, len(transformer.blocks)) if model_cls is LayerwiseFusion else MAX_STAGES
-        backbone = as_cnn(cnn, size, in_chans, stages)
-        config = fused_config(configs[0], size, in_chans, name)
-        if configs[1] and in_chans == 3:
-            backbone.rescale = rescaled(config, configs[1])
-        arguments: dict[str, Any] = {"img_size": size, "in_chans": in_chans, "gate": opened} | kwargs
-        try:
-            model = strategy_class(model_cls, meet)(backbone, transformer, meet, **arguments)
-        except (TypeError, RuntimeError) as error:
-            raise InputError(f"{strategy} fusion cannot be built with {kwargs}: {error}; leave that out") from error
-        model.default_cfg = config | {"classifier": classifier_name(transformer)}  # type: ignore[assignment]
-        return model
-
-    with torch.device("meta"):  # what is refused is refused to copies without weights
-        require_size(assemble(on_meta(cnn), on_meta(vit)), size, in_chans)
-    return assemble(cnn, vit)
+    return opened
 
 
-def build_transformer(name: str, img_size: int | tuple[int, int] | None, **arguments: Any) -> nn.Module:
-    """A transformer by its name, one of timm's plain ones with positions that fit any image size."""
+def assemble(
+    cnn: nn.Module,
+    vit: nn.Module,
+    *,
+    strategy: str,
+    operator: type[Operator],
+    name: str,
+    num_classes: int | None,
+    img_size: Grid,
+    in_chans: int,
+    gate: float,
+    further: dict[str, Any],
+) -> TokenFusion:
+    """Take the parents apart and put them together; arguments as in `fuse`, with `further` ones of the class."""
+    transformer = as_transformer(vit)
+    configs = getattr(vit, "default_cfg", None), getattr(cnn, "default_cfg", None)
+    if num_classes is not None and num_classes != transformer.num_classes:
+        transformer.reset_classifier(num_classes)
+    layerwise = STRATEGIES[strategy] is LayerwiseFusion
+    backbone = as_cnn(cnn, img_size, in_chans, min(MAX_STAGES, len(transformer.blocks)) if layerwise else MAX_STAGES)
+    config = fused_config(configs[0], img_size, in_chans, name)
+    if configs[1] and in_chans == 3:
+        backbone.rescale = rescaled(config, configs[1])
+    arguments: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "gate": gate} | further
+    try:
+        model = strategy_class(STRATEGIES[strategy], operator)(backbone, transformer, operator, **arguments)
+    except (TypeError, RuntimeError) as error:
+        if not further:
+            raise
+        raise InputError(f"{strategy} fusion cannot be built with {further}: {error}; leave that out") from error
+    model.default_cfg = config | {"classifier": classifier_name(transformer)}  # type: ignore[assignment]
+    return model
+
+
+def build_cnn(cnn: str | nn.Module, size: Grid, in_chans: int, pretrained: bool) -> nn.Module:
+    """A CNN by its name, or as it is given."""
+    if isinstance(cnn, nn.Module):
+        return cnn
+    from tokenfusion.models import create_model
+
+    return create_model(cnn, in_chans=in_chans, img_size=size, **({"pretrained": True} if pretrained else {}))
+
+
+def build_transformer(vit: str | nn.Module, img_size: int | Grid | None, **arguments: Any) -> nn.Module:
+    """A transformer by its name, one of timm's plain ones with positions that fit any image size; or as it is given."""
+    if isinstance(vit, nn.Module):
+        return vit
     from tokenfusion.models import create_model
 
     arguments = {key: value for key, value in arguments.items() if value or (key, value) == ("num_classes", 0)}
-    if timm.is_model(name):
+    if timm.is_model(vit):
         with torch.device("meta"):
-            plain = isinstance(timm.create_model(name), VisionTransformer)
+            plain = isinstance(timm.create_model(vit), VisionTransformer)
         if plain:
             arguments |= {"dynamic_img_size": True, "dynamic_img_pad": True}
-    return create_model(name, img_size=img_size, **arguments)
+    return create_model(vit, img_size=img_size, **arguments)
 
 
 def require_size(model: TokenFusion, size: tuple[int, int], in_chans: int) -> None:
@@ -142,12 +157,11 @@ def require_size(model: TokenFusion, size: tuple[int, int], in_chans: int) -> No
         ) from error
 
 
-def native_size(vit: nn.Module) -> tuple[int, int]:
+def native_size(vit: TokenBackbone) -> Grid:
     """Height and width that a transformer was built for."""
-    own = getattr(vit, "img_size", None) or getattr(getattr(vit, "patch_embed", None), "img_size", None)
-    if own is None:
-        raise InputError(f"a {type(vit).__name__} does not say its image size; give img_size")
-    return own
+    if vit.img_size is None:  # timm's may be built without
+        raise InputError("the transformer does not say its image size; give img_size")
+    return vit.img_size
 
 
 def fused_config(config: Any, size: tuple[int, int], in_chans: int, name: str) -> dict[str, Any]:
@@ -172,3 +186,19 @@ def rescaled(own: Any, theirs: Any) -> nn.Module:
         torch.tensor(config[key]) for config in (own, theirs) for key in ("mean", "std")
     )
     return Rescale(std / their_std, (mean - their_mean) / their_std)
+
+
+class Rescale(nn.Module):
+    """Images that were normalised for one model as another model wants them: (x·std + mean − mean') / std'."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, in_chans, H, W) to the same shape."""
+        return images * self.scale + self.shift

@@ -49,7 +49,7 @@ class PlainTransformer(TokenBackbone):
         return self.blocks[0].attn.heads  # type: ignore[return-value,union-attr]
 
     @property
-    def reduction(self) -> int:
+    def reduction(self) -> int:  # type: ignore[override]
         return self.patch_size
 
     def build_head(self, num_classes: int) -> nn.Module:
