@@ -7,6 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 from tokenfusion import InputError, create_model, fuse, record_attention
 from tokenfusion.analyze.rollout import Rollout, attention_rollout, on_finest
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup
+from tokenfusion.models.operators import Operator
+from tokenfusion.models.token_fusion import LateFusion
 from tokenfusion.models.transformer import ViT
 
 CLS, PATCHES, PIXELS = TokenGroup("cls"), TokenGroup("patch", (1, 2)), TokenGroup("pixel", (1, 1))
@@ -132,6 +134,20 @@ def test_maps_of_several_grids_keep_their_total():
     torch.testing.assert_close(
         on_finest([torch.full((1, 1, 2), 0.5), torch.zeros(1, 2, 4)]), torch.full((1, 2, 4), 0.125)
     )
+
+
+class Silent(Operator):
+    """Updates tokens in a way that no attention map tells of."""
+
+    def forward(self, tokens, *_pixels_and_grids):
+        return tokens, None
+
+
+def test_an_operator_that_nothing_is_known_of():
+    vit, cnn = (create_model(name) for name in ("vit_micro", "resnet_micro"))
+    model = LateFusion(cnn.cnn, vit, Silent, img_size=32)
+    with pytest.raises(InputError, match="cannot follow a Silent: it has no attention; take --method gradcam"):
+        attention_rollout(model, images(32, 32))
 
 
 def test_a_model_whose_tokens_do_not_stay():

@@ -190,6 +190,18 @@ def test_a_frozen_transformer_still_learns_a_head():
     assert {"vit.head.weight", "vit.head.bias"} == {name for name in learning if name.startswith("vit.")}
 
 
+def test_freezing_takes_the_place_of_what_was_frozen_before():
+    model = layerwise(gate=1.0).train()
+    model.vit.embed.positions.table.requires_grad_(False)  # fixed on purpose
+    model.freeze("cnn").freeze("vit")
+    fixed = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert {model.part_of(name) for name in fixed} == {"vit"}
+    assert (model.cnn.training, model.vit.training) == (True, False)
+    model.freeze()
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["vit.embed.positions.table"]
+    assert model.vit.training
+
+
 def test_pixel_tokens_are_in_the_attention_layouts():
     late = tokenfusion.create_model("tokenfusion_late_micro")
     (_, joint) = list(late.attention_layouts().items())[-1]

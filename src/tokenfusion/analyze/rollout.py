@@ -143,7 +143,7 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Rollout:
     rollout = Rollout(head_reads_cls(model))
     with evaluating(model), record_attention(model, reduce=rollout.see), ExitStack() as stack:
         if isinstance(model, TokenFusion):
-            rollout.enter(model.vit_layout(size_of(images)), len(images))
+            rollout.enter(model.token_layout(size_of(images)), len(images))
             follow_fusion(rollout, model, size_of(images), stack)
         model(images)
     return rollout
@@ -158,7 +158,18 @@ def head_reads_cls(model: nn.Module) -> bool:
 
 
 def follow_fusion(rollout: Rollout, model: TokenFusion, size: tuple[int, int], stack: ExitStack) -> None:
-    """Hook what no attention map tells of: pixels that enter, tokens that are added, and gates."""
+    """Hook what no attention map tells of: pixels that enter, tokens that are added, and gates.
+
+    Raises:
+        InputError: an operator that neither attends nor adds at the same place.
+    """
+    attentions = attention_layouts(model)
+    for name in model.operator_grids(size):
+        attends = any(attention.startswith(f"{name}.") for attention in attentions)
+        if not (attends or isinstance(operator := model.get_submodule(name), AlignedAddition)):
+            raise InputError(
+                f"rollout cannot follow a {type(operator).__name__}: it has no attention; take --method gradcam"
+            )
     alone: dict[str, Tensor] = {}
 
     def begin(module: nn.Module, _inputs: Any) -> None:
@@ -168,7 +179,7 @@ def follow_fusion(rollout: Rollout, model: TokenFusion, size: tuple[int, int], s
         alone.update(rollout.state)
 
     def add(module: nn.Module, inputs: tuple[Tensor, Tensor, Grids], _output: Any) -> None:
-        (tokens, _, grids), patches = inputs, model.vit_layout(size)[-1:]
+        (tokens, _, grids), patches = inputs, model.token_layout(size)[-1:]
         pixels = (TokenGroup("pixel", grids.pixels),)
         ways = [(AttentionLayout(patches, pixels), grids.pixels, grids.patches)]
         if module.writes:
@@ -186,7 +197,7 @@ def follow_fusion(rollout: Rollout, model: TokenFusion, size: tuple[int, int], s
     def read_out(_module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
         alone.clear()
         alone.update(rollout.state)
-        tokens, pixels = model.vit_layout(size), rollout.state["pixel"].shape[1]
+        tokens, pixels = model.token_layout(size), rollout.state["pixel"].shape[1]
         means = torch.full((len(inputs[0]), sum(group.count for group in tokens), pixels), 1 / pixels)
         rollout.follow("readout", AttentionLayout(tokens, (TokenGroup("pixel", (1, pixels)),)), means)
 

@@ -50,7 +50,7 @@ def token_spans(model: nn.Module, size: Grid) -> list[TokenSpan]:
     operators = [
         span
         for name, grid in model.operator_grids(size).items()
-        for argument, tokens in enumerate((model.vit_layout(size), (TokenGroup("pixel", grid),)))
+        for argument, tokens in enumerate((model.token_layout(size), (TokenGroup("pixel", grid),)))
         for span in spans_in(name, argument, tokens)
     ]
     return operators + block_spans(model, size) if isinstance(model, EarlyFusion | JointEarlyFusion) else operators

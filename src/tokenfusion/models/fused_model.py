@@ -12,7 +12,6 @@ from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
 from tokenfusion.models.base import PaperModel, choose
-from tokenfusion.models.exchange import coarser
 from tokenfusion.models.operators import Operator
 
 PARENTS = ("cnn", "vit")
@@ -23,7 +22,7 @@ class FusedModel(PaperModel):
 
     Attributes:
         joint: whether the transformer's own blocks carry pixel tokens too.
-        frozen: parents that are kept as they are.
+        frozen, fixed: parents that are kept as they are; the parameters that learn no more for it, by name.
     """
 
     cnn: CNNBackbone
@@ -31,6 +30,7 @@ class FusedModel(PaperModel):
     in_chans: int
     joint = False
     frozen: tuple[str, ...] = ()
+    fixed: frozenset[str] = frozenset()
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
@@ -58,14 +58,8 @@ class FusedModel(PaperModel):
         return self.cnn.grids(size, self.in_chans)
 
     def operator_grids(self, size: Grid) -> dict[str, Grid]:
-        """The grid of the pixel tokens that each operator takes, by the operator's name."""
-        names = [name for name, module in self.named_modules() if isinstance(module, Operator)]
-        grids, patches = self.map_grids(size), self.vit.grid(size)
-        if names and not names[0].endswith(".operator"):  # no exchange around them: all take the last map
-            return dict.fromkeys(names, grids[-1])
-        return {
-            name: coarser(grid, patches) for name, grid in zip(names, grids[len(grids) - len(names) :], strict=True)
-        }
+        """The grid of the pixel tokens that each operator takes for images (H, W), by the operator's name, in order."""
+        raise NotImplementedError
 
     def feature_points(self) -> list[FeaturePoint]:
         """Where intermediate features are taken: after each stage of the CNN, then after each block and at the readout
@@ -78,16 +72,13 @@ class FusedModel(PaperModel):
         return [*stages, *blocks, replace(blocks[-1], module="readout", output=None)]
 
     def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
-        return tuple(self.vit_layout(img_size or self.img_size))
-
-    def vit_layout(self, size: Grid) -> TokenLayout:
         """What each of the transformer's tokens that fuse is."""
-        return self.vit.stream_layout(size)
+        return self.vit.stream_layout(img_size or self.img_size)
 
     def block_layout(self, size: Grid) -> TokenLayout:
         """What each token that passes through the transformer's blocks is."""
         pixels = (TokenGroup("pixel", self.map_grids(size)[-1]),) if self.joint else ()
-        return (*self.vit_layout(size), *pixels)
+        return (*self.token_layout(size), *pixels)
 
     def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
         size = img_size or self.img_size
@@ -97,24 +88,33 @@ class FusedModel(PaperModel):
         for name, grid in self.operator_grids(size).items():
             operator, pixels = self.get_submodule(name), (TokenGroup("pixel", grid),)
             assert isinstance(operator, Operator)
-            inside = operator.attention_layouts(self.vit_layout(size), pixels)
+            inside = operator.attention_layouts(self.token_layout(size), pixels)
             layouts |= {f"{name}.{part}": layout for part, layout in inside.items()}
         return layouts
 
     def part_of(self, parameter: str) -> str:
         """Which part a parameter belongs to by its name: "cnn", "vit", "fusion" or "head"."""
         part, _, rest = parameter.partition(".")
-        if part == "vit" and rest.removeprefix("model.").startswith("head"):
+        if part == "vit" and rest.startswith(self.vit.head_name):
             return "head"
         return part if part in PARENTS else "fusion"
 
     def freeze(self, *parents: str) -> Self:
-        """Keep "cnn", "vit" or both as they are: no gradient, and BatchNorm's statistics fixed; heads still learn."""
+        """Keep "cnn", "vit" or both as they are, but for the head: no gradient, and evaluation while the rest trains:
+        BatchNorm's statistics are fixed, and there is no dropout or stochastic depth.
+
+        A call takes the place of the one before: what that froze and this does not name learns again, and with no name
+        everything does. What was without a gradient before the first stays so.
+        """
         for parent in parents:
             choose(dict.fromkeys(PARENTS), parent, "parent")
-        self.frozen = parents
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(self.part_of(name) not in parents)
+        parameters = dict(self.named_parameters())
+        for name in self.fixed:
+            parameters[name].requires_grad_(True)
+        learning = {name for name, parameter in parameters.items() if parameter.requires_grad}
+        self.frozen, self.fixed = parents, frozenset(name for name in learning if self.part_of(name) in parents)
+        for name in self.fixed:
+            parameters[name].requires_grad_(False)
         return self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:

@@ -34,14 +34,14 @@ class Operator(nn.Module):
     Attributes:
         updates: which tokens of the transformer it updates: "cls" (and others before the patches), "patch" or both.
         needs: which of them it cannot do without: "cls", or "" for none.
-        writes: whether it updates the pixel tokens too.
+        writes: whether its update of the pixel tokens goes further than to the head: into the map or the next operator.
 
     Args:
         dim: width C of a token of either kind.
         heads: attention heads.
         mlp_ratio: hidden width of an MLP, in units of `dim`, where there is one.
-        one_way: leave the pixel tokens as they are, since no CNN or operator reads them afterwards, the head their mean
-            alone. (Self-attention changes both kinds at once.)
+        one_way: no CNN or operator reads the pixel tokens afterwards, the head their mean alone: give no dP. (Joint
+            attention gives it all the same, since its block changes both kinds at once.)
     """
 
     updates: ClassVar[tuple[str, ...]] = ("cls", "patch")
@@ -77,8 +77,8 @@ class JointAttention(Operator):
 
 
 class ClsAttention(Operator):
-    """dX = [attention(CLS, [CLS; P]); 0]: CLS alone attends to the pixels, as in CrossViT (arXiv 2103.14899, section
-    3.3), at a cost linear in their number."""
+    """dX = [attention(CLS, [CLS; P]); 0], of normed tokens: CLS alone attends to the pixels, as in CrossViT (arXiv
+    2103.14899, section 3.3), at a cost linear in their number."""
 
     updates = ("cls",)
     needs = "cls"
@@ -98,7 +98,7 @@ class ClsAttention(Operator):
 
 
 class TwoWayAttention(Operator):
-    """dX = attention(X, P),  dP = attention(P, X): each kind attends to the other."""
+    """dX = attention(X, P),  dP = attention(P, X), of normed tokens: each kind attends to the other."""
 
     def __init__(self, dim: int, heads: int, mlp_ratio: float, one_way: bool = False) -> None:
         super().__init__(dim, heads, mlp_ratio, one_way)

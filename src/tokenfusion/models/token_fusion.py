@@ -8,12 +8,13 @@ The equations' symbols, the same in every strategy:
     X    the transformer's tokens, (B, T, C): CLS first, then patches      X <- blocks(X)      its blocks
     M    the CNN's feature map, (B, c, h, w)                               M_s = stage_s(M)    its stages, s = 1 .. S
     P    pixel tokens, (B, P, C): P = tokens(M)                            (dX, dP) = op(X, P) a fusion operator
+         P = tokens(pool(M)) where M is finer than the patches
     a b  gates: 0 leaves either parent as it is alone                      W(P)                tokens back into the map
 
 The head reads X + a mean(P). `models/fused_model.py` has what explains a fused model, `models/fuse.py` builds one.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -67,33 +68,16 @@ class TokenFusion(FusedModel):
         self.initial_gate = gate
         self.readout = ReadOut(vit.dim, gate)
 
-    def read_out(self, tokens: Tensor, pixels: Tensor, context: Any) -> Any:
+    def finish(self, tokens: Tensor, pixels: Tensor, context: Any) -> Any:
         """finish(X + a mean(P)), which the transformer's own head reads."""
         return self.vit.finish(self.readout(tokens, pixels), context)
 
 
-class JointEarlyFusion(TokenFusion):
-    """P = tokens(M_S),  [X; P] <- blocks([X; P]): the transformer's own blocks carry both kinds. Not gated."""
-
-    joint = True
-
-    def __init__(self, cnn: CNNBackbone, vit: TokenBackbone, operator: type[Operator], **config: Any) -> None:
-        super().__init__(cnn, vit, operator, **config)
-        self.pixel_source = PixelSource(cnn.dims[-1], vit.dim, self.map_grids(self.img_size)[-1])
-
-    def forward_features(self, images: Tensor) -> Any:
-        tokens, context = self.vit.embed(images)
-        pixels = self.pixel_source(self.cnn(images))
-        both = self.vit.through(self.vit.blocks, torch.cat([tokens, pixels], dim=1), context)
-        tokens, pixels = torch.split(both, [tokens.shape[1], pixels.shape[1]], dim=1)
-        return self.read_out(tokens, pixels, context)
-
-
 class Exchange(nn.Module):
-    """P = tokens(M),  (dX, dP) = op(X, P),  X <- X + a dX,  P <- P + dP,  M <- M + b W(P).
+    """P = tokens(pool(M)),  (dX, dP) = op(X, P),  X <- X + a dX,  P <- P + dP,  M <- M + b W(P).
 
-    A map finer than the patches is averaged to their grid first: attention among all pixels of an early stage would
-    cost more than both parents together.
+    pool averages a map finer than the patches to their grid: attention among all pixels of an early stage would cost
+    more than both parents together. An operator that writes nothing leaves M as it is.
 
     Args:
         channels: channels of the map.
@@ -124,18 +108,41 @@ class Exchange(nn.Module):
 
 
 class EarlyFusion(TokenFusion):
-    """P = tokens(M_S),  (dX, _) = op(X, P),  X <- blocks(X + a dX): the tokens meet at the entrance."""
+    """P = tokens(pool(M_S)),  (dX, _) = op(X, P),  X <- blocks(X + a dX): the tokens meet at the entrance."""
 
     def __init__(self, cnn: CNNBackbone, vit: TokenBackbone, operator: type[Operator], **config: Any) -> None:
         super().__init__(cnn, vit, operator, **config)
         grid = self.map_grids(self.img_size)[-1]
         self.exchange = Exchange(cnn.dims[-1], self.make_operator(one_way=True), vit.dim, grid, self.initial_gate)
 
+    def operator_grids(self, size: Grid) -> dict[str, Grid]:
+        return {"exchange.operator": coarser(self.map_grids(size)[-1], self.vit.grid(size))}
+
     def forward_features(self, images: Tensor) -> Any:
         tokens, context = self.vit.embed(images)
-        tokens, _, pixels = self.exchange(tokens, self.cnn(images), self.vit.grid(size_of(images)))
+        tokens, _, pixels = self.run(self.exchange, tokens, self.cnn(images), self.vit.grid(size_of(images)))
         tokens = self.vit.through(self.vit.blocks, tokens, context)
-        return self.read_out(tokens, pixels, context)
+        return self.finish(tokens, pixels, context)
+
+
+class JointEarlyFusion(TokenFusion):
+    """P = tokens(M_S),  [X; P] <- blocks([X; P]): the transformer's own blocks carry both kinds. Not gated."""
+
+    joint = True
+
+    def __init__(self, cnn: CNNBackbone, vit: TokenBackbone, operator: type[Operator], **config: Any) -> None:
+        super().__init__(cnn, vit, operator, **config)
+        self.pixel_source = PixelSource(cnn.dims[-1], vit.dim, self.map_grids(self.img_size)[-1])
+
+    def operator_grids(self, size: Grid) -> dict[str, Grid]:  # noqa: ARG002
+        return {}
+
+    def forward_features(self, images: Tensor) -> Any:
+        tokens, context = self.vit.embed(images)
+        pixels = self.pixel_source(self.cnn(images))
+        both = self.vit.through(self.vit.blocks, torch.cat([tokens, pixels], dim=1), context)
+        tokens, pixels = torch.split(both, [tokens.shape[1], pixels.shape[1]], dim=1)
+        return self.finish(tokens, pixels, context)
 
 
 class LateFusion(TokenFusion):
@@ -157,6 +164,9 @@ class LateFusion(TokenFusion):
         self.operators = nn.ModuleList(self.make_operator(one_way=i == fusion_depth - 1) for i in range(fusion_depth))
         self.gate = Gate((vit.dim,), self.initial_gate)
 
+    def operator_grids(self, size: Grid) -> dict[str, Grid]:
+        return {f"operators.{i}": self.map_grids(size)[-1] for i in range(len(self.operators))}
+
     def forward_features(self, images: Tensor) -> Any:
         feature_map = self.cnn(images)
         tokens, context = self.vit.embed(images)
@@ -166,13 +176,14 @@ class LateFusion(TokenFusion):
         for operator in self.operators:
             token_update, pixel_update = self.run(operator, tokens + update, pixels, grids)
             update, pixels = update + token_update, added(pixels, pixel_update)
-        return self.read_out(tokens + self.gate(update), pixels, context)
+        return self.finish(tokens + self.gate(update), pixels, context)
 
 
 class LayerwiseFusion(TokenFusion):
-    """For s = 1 .. S:  M_s = stage_s(M_{s-1}),  P_s = tokens(M_s),  (dX, dP) = op_s(X, P_s),
+    """For s = 1 .. S:  M_s = stage_s(M_{s-1}),  P_s = tokens(pool(M_s)),  (dX, dP) = op_s(X, P_s),
     X <- blocks_s(X + a_s dX),  M_s <- M_s + b_s W(P_s + dP): the two exchange tokens after every stage of the CNN.
 
+    Nothing is written back into the last stage's map, nor into those of a CNN that gives all its maps at once.
     The transformer's blocks are spread over S groups, the first of which follows the first exchange, so that a group
     and the next stage see each other's last.
     """
@@ -198,20 +209,19 @@ class LayerwiseFusion(TokenFusion):
             for i, (channels, grid) in enumerate(zip(cnn.dims, self.map_grids(self.img_size), strict=True))
         )
 
-    @property
-    def groups(self) -> list[Iterable[nn.Module]]:
-        """The transformer's blocks behind each exchange."""
-        return [self.vit.blocks[start:stop] for start, stop in pairwise(self.cuts)]
+    def operator_grids(self, size: Grid) -> dict[str, Grid]:
+        patches = self.vit.grid(size)
+        return {f"exchanges.{i}.operator": coarser(grid, patches) for i, grid in enumerate(self.map_grids(size))}
 
     def forward_features(self, images: Tensor) -> Any:
         grid = self.vit.grid(size_of(images))
         tokens, context = self.vit.embed(images)
         feature_map, maps = self.cnn.start(images)
-        for s, (exchange, blocks) in enumerate(zip(self.exchanges, self.groups, strict=True)):
+        for s, (exchange, (start, stop)) in enumerate(zip(self.exchanges, pairwise(self.cuts), strict=True)):
             feature_map = self.cnn.stage(s, feature_map, maps)
             tokens, feature_map, pixels = self.run(exchange, tokens, feature_map, grid)
-            tokens = self.vit.through(blocks, tokens, context)
-        return self.read_out(tokens, pixels, context)
+            tokens = self.vit.through(self.vit.blocks[start:stop], tokens, context)
+        return self.finish(tokens, pixels, context)
 
 
 def added(tokens: Tensor, update: Tensor | None) -> Tensor:
