@@ -5,7 +5,7 @@ import pytest
 import torch
 from making import batches_of
 
-from tokenfusion.data.sampler import OPEN_SHARDS, ShardOrder, Share, mix, shard_order
+from tokenfusion.data.sampler import OPEN_SHARDS, ShardOrder, Share, derive_seed, shard_order
 
 SHARDS = np.repeat(np.arange(40), np.arange(40) % 7 + 11)
 """Forty shards of 11 to 17 images."""
@@ -81,12 +81,12 @@ def test_each_batch_takes_the_next_images_of_each_lane() -> None:
 
 
 def test_seeds_are_mixed_not_added() -> None:
-    seeds = {mix(seed, epoch, index) for seed in range(10) for epoch in range(10) for index in range(10)}
+    seeds = {derive_seed(seed, epoch, index) for seed in range(10) for epoch in range(10) for index in range(10)}
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert mix(1, 2) != mix(2, 1)
-    assert mix(0, 1) != mix(0, 0, 1)
-    flipped = [bin(mix(0, 0, 0) ^ mix(0, 0, 1 << bit)).count("1") for bit in range(40)]
+    assert derive_seed(1, 2) != derive_seed(2, 1)
+    assert derive_seed(0, 1) != derive_seed(0, 0, 1)
+    flipped = [bin(derive_seed(0, 0, 0) ^ derive_seed(0, 0, 1 << bit)).count("1") for bit in range(40)]
     assert min(flipped) >= 20
     assert max(flipped) <= 44
-    mix(2**63 - 1, 0)
+    derive_seed(2**63 - 1, 0)

@@ -1,4 +1,5 @@
-"""Images that have all been looked at once: the readable ones, kept in memory if they fit, and a list of the others."""
+"""Labelled images and their pixels. They are decoded once before training: the readable ones are kept in memory if they
+fit, the others listed; training images in shards, which may be too many for that, are decoded as they are drawn."""
 
 import zlib
 from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.remote import Prefetcher
-from tokenfusion.data.sampler import Key, RandomOrder, ShardOrder, Share, choose_order, mix
+from tokenfusion.data.sampler import Key, RandomOrder, ShardOrder, Share, choose_order, derive_seed
 from tokenfusion.errors import InputError
 
 Batch = tuple[Tensor, ...]
@@ -115,7 +115,7 @@ class TrainLoader:
         """The batches of one epoch, from step `start` on.
 
         Yields:
-            images uint8 (B, C, h, w) and labels int64 (B,).
+            `Batch`: images uint8 (B, C, h, w); labels; weights (B,) where images have them.
 
         Raises:
             InputError: an image has become unreadable, or a worker process has died.
@@ -150,7 +150,7 @@ def eval_batches(
     """Every image once, in order, or those of some indices; the last batch may be smaller. See TrainLoader.
 
     Yields:
-        images uint8 (B, in_chans, h, w), not yet normalised, and labels int64 (B,).
+        images uint8 (B, in_chans, h, w), not yet normalised, and labels int64 (B,) or bool (B, K).
 
     Raises:
         InputError: an image has become unreadable, or a worker process has died.
@@ -210,7 +210,7 @@ class AugmentedImages(TorchDataset[Batch]):
     def load(self, key: Key, index: int) -> Tensor:
         """An image with the augmentation of a key."""
         image = self.images[index]
-        torch.default_generator.manual_seed(mix(self.seed, *key))
+        torch.default_generator.manual_seed(derive_seed(self.seed, *key))
         return self.augment(image)
 
 

@@ -20,6 +20,161 @@ Key = tuple[int, ...]
 """Epoch, and index of an image; where the image was drawn before in that epoch, how often."""
 
 
+def choose_order(
+    labels: Tensor, shards: np.ndarray | None, batch_size: int, seed: int, balanced: bool
+) -> "RandomOrder":
+    """The order that suits where the images lie.
+
+    Args:
+        labels: of each image (N,) or (N, K).
+        shards: int64 (N,), the shard of each image; None where they can be had in any order at the same cost.
+        batch_size, seed, balanced: as in TrainLoader.
+
+    Raises:
+        InputError: classes are to be drawn evenly from shards.
+    """
+    if shards is None:
+        return BalancedOrder(labels, batch_size, seed) if balanced else RandomOrder(len(labels), batch_size, seed)
+    if balanced:
+        raise InputError(
+            "images in shards come a few shards at a time, so that classes cannot be drawn evenly; balance the loss"
+        )
+    return ShardOrder(shards, batch_size, seed)
+
+
+class RandomOrder(Sampler[list[Key]]):
+    """The keys of each batch of an epoch; `epoch` and `start` are set before it is iterated over."""
+
+    def __init__(self, images: int, batch_size: int, seed: int) -> None:
+        self.images, self.batch_size, self.seed = images, batch_size, seed
+        self.steps = images // batch_size
+        self.epoch = self.start = 0
+        self.share = Share()
+
+    def __len__(self) -> int:
+        return self.steps - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        keys = self.keys(torch.Generator().manual_seed(derive_seed(self.seed, self.epoch)))
+        for step in range(self.start, self.steps):
+            yield self.share.take(keys[step * self.batch_size : (step + 1) * self.batch_size])
+
+    def keys(self, generator: torch.Generator) -> list[Key]:
+        """All the epoch's keys: every image once."""
+        return [(self.epoch, index) for index in torch.randperm(self.images, generator=generator).tolist()]
+
+
+class BalancedOrder(RandomOrder):
+    """As many batches as RandomOrder, in which the classes take turns.
+
+    In an epoch no class is drawn more than once more than another, and no image of a class more than once more than
+    another of that class. What is drawn again is augmented anew.
+
+    Args:
+        labels: int64 (N,).
+        batch_size, seed: as in TrainLoader.
+    """
+
+    def __init__(self, labels: Tensor, batch_size: int, seed: int) -> None:
+        super().__init__(len(labels), batch_size, seed)
+        self.members = [torch.nonzero(labels == label)[:, 0] for label in torch.unique(labels)]
+
+    def keys(self, generator: torch.Generator) -> list[Key]:
+        draws = self.steps * self.batch_size
+        turns = rounds(torch.arange(len(self.members)), draws, generator)
+        keys: list[Key] = [()] * draws
+        for number, members in enumerate(self.members):
+            places = torch.nonzero(turns == number)[:, 0].tolist()
+            for nth, (place, index) in enumerate(
+                zip(places, rounds(members, len(places), generator).tolist(), strict=True)
+            ):
+                again = nth // len(members)
+                keys[place] = (self.epoch, index, again) if again else (self.epoch, index)
+        return keys
+
+
+def rounds(items: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """So many of the items: all of them in random order, again and again, the last time in part."""
+    orders = [items[torch.randperm(len(items), generator=generator)] for _ in range(-(-count // len(items)))]
+    return torch.cat([items[:0], *orders])[:count]
+
+
+class ShardOrder(RandomOrder):
+    """Every image once an epoch, drawn from a few shards at a time; see `shard_order`.
+
+    The number of lanes is a multiple of the number of processes, so that each has lanes of its own; as long as
+    OPEN_SHARDS is one too, the batches are the same for any number of processes.
+
+    Args:
+        shards: int64 (N,), the shard of each image.
+        batch_size, seed: as in TrainLoader.
+    """
+
+    def __init__(self, shards: np.ndarray, batch_size: int, seed: int) -> None:
+        super().__init__(len(shards), batch_size, seed)
+        self.shards = shards
+        self.on_coming: Callable[[int], None] = lambda _: None
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        """The batches; `on_coming` is told of each shard before it is drawn from, of as many as are open at once."""
+        batches = list(super().__iter__())
+        news = first_uses([self.shards[[key[1] for key in batch]] for batch in batches])
+        coming = iter([shard for shards in news for shard in shards])
+        ahead = max(OPEN_SHARDS // self.share.processes, 1)
+        for batch, shards in zip(batches, news, strict=True):
+            for shard in islice(coming, len(shards) + ahead):
+                self.on_coming(shard)
+            ahead = 0
+            yield batch
+
+    def keys(self, generator: torch.Generator) -> list[Key]:
+        lanes = -(-OPEN_SHARDS // self.share.processes) * self.share.processes
+        parts = self.share.parts if self.batch_size % self.share.parts == 0 else 1
+        order = shard_order(self.shards, self.batch_size // parts, lanes, generator)
+        return [(self.epoch, index) for index in order.tolist()]
+
+
+def first_uses(batches: list[np.ndarray]) -> list[list[int]]:
+    """For each batch those of its shards that no batch before it has."""
+    seen: set[int] = set()
+    news = []
+    for shards in batches:
+        news.append([shard for shard in dict.fromkeys(shards.tolist()) if shard not in seen])
+        seen.update(news[-1])
+    return news
+
+
+def shard_order(shards: np.ndarray, batch_size: int, lanes: int, generator: torch.Generator) -> Tensor:
+    """Draw the images of whole batches from several shards at a time.
+
+    Shards come in random order, and the images of each are shuffled. That one long row is cut into lanes of equal
+    length, and every batch takes the next images of each lane: the first lane's first, then the second's. So each
+    image comes once, as many shards are open as there are lanes (where a lane goes on to its next one, both), and a
+    slice of the batches that takes whole lanes needs those lanes' shards alone. What is left over, less than a batch,
+    is other images in every epoch.
+
+    Args:
+        shards: int64 (N,), the shard of each image.
+        batch_size: images per batch.
+        lanes: shards that are drawn from at the same time.
+        generator: decides the order.
+
+    Returns:
+        int64 (N // batch_size * batch_size,), indices of images, a batch behind another.
+    """
+    images = torch.randperm(len(shards), generator=generator).numpy()
+    _, numbers = np.unique(shards, return_inverse=True)
+    places = torch.randperm(int(numbers.max()) + 1, generator=generator).numpy()
+    row = images[np.argsort(places[numbers[images]], kind="stable")]
+
+    steps = len(shards) // batch_size
+    bounds = np.arange(lanes + 1) * batch_size // lanes  # of the lanes in a batch; times steps, in the row
+    pieces = [
+        row[steps * low : steps * high].reshape(steps, -1) for low, high in pairwise(bounds.tolist()) if high > low
+    ]
+    return torch.from_numpy(np.concatenate(pieces, axis=1).reshape(-1))
+
+
 @dataclass(frozen=True)
 class Share:
     """Which images of a batch one of several processes loads: its slice of each part that the batch is computed in.
@@ -68,162 +223,7 @@ class Share:
         return rows.view(self.parts, -1, *rows.shape[1:])[:, 1:].flatten(0, 1)
 
 
-def choose_order(
-    labels: Tensor, shards: np.ndarray | None, batch_size: int, seed: int, balanced: bool
-) -> "RandomOrder":
-    """The order that suits where the images lie.
-
-    Args:
-        labels: of each image (N,) or (N, K).
-        shards: int64 (N,), the shard of each image; None where they can be had in any order at the same cost.
-        batch_size, seed, balanced: as in TrainLoader.
-
-    Raises:
-        InputError: classes are to be drawn evenly from shards.
-    """
-    if shards is None:
-        return BalancedOrder(labels, batch_size, seed) if balanced else RandomOrder(len(labels), batch_size, seed)
-    if balanced:
-        raise InputError(
-            "images in shards come a few shards at a time, so that classes cannot be drawn evenly; balance the loss"
-        )
-    return ShardOrder(shards, batch_size, seed)
-
-
-class RandomOrder(Sampler[list[Key]]):
-    """The keys of each batch of an epoch; `epoch` and `start` are set before it is iterated over."""
-
-    def __init__(self, images: int, batch_size: int, seed: int) -> None:
-        self.images, self.batch_size, self.seed = images, batch_size, seed
-        self.steps = images // batch_size
-        self.epoch = self.start = 0
-        self.share = Share()
-
-    def __len__(self) -> int:
-        return self.steps - self.start
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        keys = self.keys(torch.Generator().manual_seed(mix(self.seed, self.epoch)))
-        for step in range(self.start, self.steps):
-            yield self.share.take(keys[step * self.batch_size : (step + 1) * self.batch_size])
-
-    def keys(self, generator: torch.Generator) -> list[Key]:
-        """All the epoch's keys: every image once."""
-        return [(self.epoch, index) for index in torch.randperm(self.images, generator=generator).tolist()]
-
-
-class BalancedOrder(RandomOrder):
-    """As many batches as RandomOrder, in which the classes take turns.
-
-    In an epoch no class is drawn more than once more than another, and no image of a class more than once more than
-    another of that class. What is drawn again is augmented anew.
-
-    Args:
-        labels: int64 (N,).
-        batch_size, seed: as in TrainLoader.
-    """
-
-    def __init__(self, labels: Tensor, batch_size: int, seed: int) -> None:
-        super().__init__(len(labels), batch_size, seed)
-        self.members = [torch.nonzero(labels == label)[:, 0] for label in torch.unique(labels)]
-
-    def keys(self, generator: torch.Generator) -> list[Key]:
-        draws = self.steps * self.batch_size
-        turns = rounds(torch.arange(len(self.members)), draws, generator)
-        keys: list[Key] = [()] * draws
-        for number, members in enumerate(self.members):
-            places = torch.nonzero(turns == number)[:, 0].tolist()
-            for nth, (place, index) in enumerate(
-                zip(places, rounds(members, len(places), generator).tolist(), strict=True)
-            ):
-                again = nth // len(members)
-                keys[place] = (self.epoch, index, again) if again else (self.epoch, index)
-        return keys
-
-
-def first_uses(batches: list[np.ndarray]) -> list[list[int]]:
-    """For each batch those of its shards that no batch before it has."""
-    seen: set[int] = set()
-    news = []
-    for shards in batches:
-        news.append([shard for shard in dict.fromkeys(shards.tolist()) if shard not in seen])
-        seen.update(news[-1])
-    return news
-
-
-def rounds(items: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """So many of the items: all of them in random order, again and again, the last time in part."""
-    orders = [items[torch.randperm(len(items), generator=generator)] for _ in range(-(-count // len(items)))]
-    return torch.cat([items[:0], *orders])[:count]
-
-
-class ShardOrder(RandomOrder):
-    """Every image once an epoch, drawn from a few shards at a time; see `shard_order`.
-
-    The number of lanes is a multiple of the number of processes, so that each has lanes of its own; as long as
-    OPEN_SHARDS is one too, the batches are the same for any number of processes.
-
-    Args:
-        shards: int64 (N,), the shard of each image.
-        batch_size, seed: as in TrainLoader.
-    """
-
-    def __init__(self, shards: np.ndarray, batch_size: int, seed: int) -> None:
-        super().__init__(len(shards), batch_size, seed)
-        self.shards = shards
-        self.on_coming: Callable[[int], None] = lambda _: None
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        """The batches; `on_coming` is told of each shard before it is drawn from, of as many as are open at once."""
-        batches = list(super().__iter__())
-        news = first_uses([self.shards[[key[1] for key in batch]] for batch in batches])
-        coming = iter([shard for shards in news for shard in shards])
-        ahead = max(OPEN_SHARDS // self.share.processes, 1)
-        for batch, shards in zip(batches, news, strict=True):
-            for shard in islice(coming, len(shards) + ahead):
-                self.on_coming(shard)
-            ahead = 0
-            yield batch
-
-    def keys(self, generator: torch.Generator) -> list[Key]:
-        lanes = -(-OPEN_SHARDS // self.share.processes) * self.share.processes
-        parts = self.share.parts if self.batch_size % self.share.parts == 0 else 1
-        order = shard_order(self.shards, self.batch_size // parts, lanes, generator)
-        return [(self.epoch, index) for index in order.tolist()]
-
-
-def shard_order(shards: np.ndarray, batch_size: int, lanes: int, generator: torch.Generator) -> Tensor:
-    """Draw the images of whole batches from several shards at a time.
-
-    Shards come in random order, and the images of each are shuffled. That one long row is cut into lanes of equal
-    length, and every batch takes the next images of each lane: the first lane's first, then the second's. So each
-    image comes once, as many shards are open as there are lanes (where a lane goes on to its next one, both), and a
-    slice of the batches that takes whole lanes needs those lanes' shards alone. What is left over, less than a batch,
-    is other images in every epoch.
-
-    Args:
-        shards: int64 (N,), the shard of each image.
-        batch_size: images per batch.
-        lanes: shards that are drawn from at the same time.
-        generator: decides the order.
-
-    Returns:
-        int64 (N // batch_size * batch_size,), indices of images, a batch behind another.
-    """
-    images = torch.randperm(len(shards), generator=generator).numpy()
-    _, numbers = np.unique(shards, return_inverse=True)
-    places = torch.randperm(int(numbers.max()) + 1, generator=generator).numpy()
-    row = images[np.argsort(places[numbers[images]], kind="stable")]
-
-    steps = len(shards) // batch_size
-    bounds = np.arange(lanes + 1) * batch_size // lanes  # of the lanes in a batch; times steps, in the row
-    pieces = [
-        row[steps * low : steps * high].reshape(steps, -1) for low, high in pairwise(bounds.tolist()) if high > low
-    ]
-    return torch.from_numpy(np.concatenate(pieces, axis=1).reshape(-1))
-
-
-def mix(*numbers: int) -> int:
+def derive_seed(*numbers: int) -> int:
     """A seed of 63 bits in which every bit of every number counts; neighbouring numbers give unrelated seeds."""
     digest = hashlib.blake2b(struct.pack(f"<{len(numbers)}q", *numbers), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

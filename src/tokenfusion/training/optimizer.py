@@ -6,7 +6,7 @@ import torch
 from timm.optim.muon import Muon
 from torch import nn
 
-from tokenfusion.data.sampler import mix
+from tokenfusion.data.sampler import derive_seed
 from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe, number
 
@@ -58,4 +58,4 @@ def seed_step(seed: int, step: int, *rank: int) -> None:
 
     With a rank, each process draws on its own.
     """
-    torch.manual_seed(mix(seed, step, *rank))
+    torch.manual_seed(derive_seed(seed, step, *rank))
