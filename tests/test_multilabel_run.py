@@ -166,7 +166,7 @@ def test_a_run_that_was_stopped_ends_bit_equal(data, tmp_path):
     recipe = recipe_of(data, epochs=3, patience=2, balance="loss")
     start(recipe, tmp_path / "whole", QUIET)
     with pytest.raises(Interrupted):
-        start(recipe, tmp_path / "run", QUIET, progress=interrupt_at(20))
+        start(recipe, tmp_path / "run", QUIET, listener=interrupt_at(20))
     resume(tmp_path / "run", QUIET)
     (one, _), (other, _) = (load_tensors(tmp_path / name / "model.safetensors") for name in ("whole", "run"))
     assert all(tensor.equal(other[name]) for name, tensor in one.items())

@@ -99,7 +99,7 @@ def test_a_resumed_run_keeps_the_parts(build_hungry, tmp_path, written):
     build_hungry(64)
     start(tiny_recipe(), tmp_path / "whole", QUIET)
     with pytest.raises(Interrupted):
-        start(tiny_recipe(), tmp_path / "run", QUIET, progress=interrupt_at(5))
+        start(tiny_recipe(), tmp_path / "run", QUIET, listener=interrupt_at(5))
     resume(tmp_path / "run", console)
     assert "memory ran out" not in text()
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -262,7 +262,7 @@ def test_an_image_that_vanishes_or_changes_ends_the_run_until_it_is_restored(pho
     run = tmp_path / "run"
     harmful = after_step(2, lambda: [harm(path) for path in files])
     with pytest.raises(InputError, match=rf"{said}; all is saved up to step \d+: then go on with `.*--resume"):
-        start(recipe_of(photos, workers), run, QUIET, progress=harmful)
+        start(recipe_of(photos, workers), run, QUIET, listener=harmful)
     _, progress = load_tensors(run / "state" / "last.safetensors")
     assert progress["step"] >= 2
     for path, data in files.items():
@@ -274,7 +274,7 @@ def test_an_image_that_vanishes_or_changes_ends_the_run_until_it_is_restored(pho
 def test_other_pixels_under_the_same_names_are_no_data_to_go_on_with(photos, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        start(recipe_of(photos), run, QUIET, progress=interrupt_at(2))
+        start(recipe_of(photos), run, QUIET, listener=interrupt_at(2))
     turn(next(photos.rglob("*.png")))
     with pytest.raises(InputError, match=r"pixels of the .* images are not those that the run began with"):
         resume(run, QUIET)
@@ -288,6 +288,6 @@ def test_a_worker_killed_by_the_system_ends_the_run_which_then_resumes(photos, t
     start(recipe_of(photos), tmp_path / "whole", QUIET)
     run = tmp_path / "run"
     with pytest.raises(InputError, match=r"a loader process died .*fewer workers.*; all is saved up to step \d+"):
-        start(recipe_of(photos, workers=1), run, QUIET, progress=after_step(1, kill_a_worker))
+        start(recipe_of(photos, workers=1), run, QUIET, listener=after_step(1, kill_a_worker))
     resume(run, QUIET)
     assert_same(run, tmp_path / "whole")

@@ -83,7 +83,7 @@ def test_every_kind_of_state_is_compared(whole):
 def test_ctrl_c_saves_after_the_step_under_way_and_resumes(whole, tmp_path):
     run, recipe = tmp_path / "run", tiny_recipe(**{**vars(RECIPE), "save_minutes": 99.0})
     with pytest.raises(Interrupted):
-        start(recipe, run, Console(quiet=True), progress=interrupt_at(5))
+        start(recipe, run, Console(quiet=True), listener=interrupt_at(5))
     _, progress = load_tensors(run / "state" / "last.safetensors")
     assert progress["step"] == 5
     resume(run, Console(quiet=True))
@@ -240,7 +240,7 @@ def train_and_harm(run: Path, harm) -> None:
             harm(run)
 
     try:
-        start(tiny_recipe(epochs=2), run, Console(quiet=True), progress=harm_after_an_epoch)
+        start(tiny_recipe(epochs=2), run, Console(quiet=True), listener=harm_after_an_epoch)
     except InputError as error:
         assert "could not be written" in str(error)  # noqa: PT017 - in a child process
         assert "--resume" in str(error)  # noqa: PT017

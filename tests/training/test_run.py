@@ -103,7 +103,7 @@ def stopped(tmp_path_factory):
     recipe = tiny_recipe(data=str(place / "photos"), batch_size=8)
     start(recipe, place / "whole", QUIET)
     with pytest.raises(Interrupted):
-        start(recipe, place / "runs" / "run", QUIET, progress=interrupt_at(3))
+        start(recipe, place / "runs" / "run", QUIET, listener=interrupt_at(3))
     return place
 
 
@@ -171,7 +171,7 @@ def test_a_new_field_with_its_default_orphans_no_run(stopped, tmp_path, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(identity, "FIELDS", known)
         with pytest.raises(Interrupted):
-            resume(run, QUIET, progress=interrupt_at(5))
+            resume(run, QUIET, listener=interrupt_at(5))
     assert "crop_padding" not in load_tensors(run / "state" / "last.safetensors")[1]["identity"]["recipe"]
     with pytest.raises(
         InputError, match=r"hflip=0\.0 \(it was 0\.5\) are not those"

@@ -50,7 +50,7 @@ def test_a_run_that_stops_in_the_middle_of_an_epoch_ends_the_same(server: Server
     start(recipe_for(server), tmp_path / "whole", QUIET)
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        start(recipe_for(server, workers=2), run, QUIET, progress=interrupt_at(11))  # of 8 steps an epoch
+        start(recipe_for(server, workers=2), run, QUIET, listener=interrupt_at(11))  # of 8 steps an epoch
     assert load_tensors(run / "state" / "last.safetensors")[1]["step_in_epoch"] == 3
     server.sent.clear()
     server.failures.update(dict.fromkeys((f"/train-{n}.tar" for n in range(5)), 1))
@@ -105,7 +105,7 @@ def test_a_shard_that_vanishes_or_changes_ends_the_run_which_goes_on_once_it_is_
 ) -> None:
     run, shard = tmp_path / "run", tmp_path / "shards/train-1.tar"
     with pytest.raises(Interrupted):
-        start(recipe_for(server), run, QUIET, progress=interrupt_at(9))
+        start(recipe_for(server), run, QUIET, listener=interrupt_at(9))
     content = shard.read_bytes()
     shard.rename(tmp_path / "away.tar")
     with pytest.raises(InputError, match=r"train-1.tar: there is no such file; put it back"):

@@ -117,7 +117,7 @@ def test_it_resumes_without_its_parents(parents, tmp_path):
     recipe = recipe_of(copies, backbone_lr=0.1, freeze="cnn")
     start(recipe, tmp_path / "whole", QUIET)
     with pytest.raises(Interrupted):
-        start(recipe, tmp_path / "run", QUIET, progress=interrupt_at(5))
+        start(recipe, tmp_path / "run", QUIET, listener=interrupt_at(5))
     for copy in copies:
         shutil.rmtree(copy)
     resume(tmp_path / "run", QUIET)

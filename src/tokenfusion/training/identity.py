@@ -70,22 +70,15 @@ def differences(began: Identity, now: Identity) -> list[str]:
     return changed + [f"the {what}" for what, value in now["images"].items() if began["images"].get(what) != value]
 
 
-def fingerprint(*parts: Any) -> str:
-    """A short name of some values, equal only where they are."""
-    digest = blake2b(digest_size=16)
-    for part in parts:
-        digest.update(repr(part).encode())
-    return digest.hexdigest()
-
-
-def pixels_of(images: Images) -> list[int] | None:
-    """By what pixels are told: their checksums, or of images that are not read before training, their shards' sizes."""
-    if images.checksums is not None:
-        return images.checksums.tolist()
-    return images.dataset.shard_sizes
-
-
 # Runs that began before there was an identity hold a fingerprint of everything, the recipe as Python printed it.
+
+
+def first_key(recipe: Recipe, classes: tuple[str, ...], training: Images, held_out: Images) -> str:
+    """The fingerprint that such a run holds if this is still its recipe, and these are its images."""
+    weights = None if training.weights is None else training.weights.tolist()
+    parts = [(list(some.names), some.labels.tolist(), pixels_of(some)) for some in (training, held_out)]
+    return fingerprint(tuple(classes), *parts, weights, first_recipe(recipe))
+
 
 FIRST_FIELDS = (
     "data model warm_start_from freeze epochs batch_size accumulate optimizer lr backbone_lr head_lr warmup_epochs "
@@ -104,8 +97,16 @@ def first_recipe(recipe: Recipe) -> object:
     return make_dataclass("Recipe", FIRST_FIELDS.split())(**values)
 
 
-def first_key(recipe: Recipe, classes: tuple[str, ...], training: Images, held_out: Images) -> str:
-    """The fingerprint that such a run holds if this is still its recipe, and these are its images."""
-    weights = None if training.weights is None else training.weights.tolist()
-    parts = [(list(some.names), some.labels.tolist(), pixels_of(some)) for some in (training, held_out)]
-    return fingerprint(tuple(classes), *parts, weights, first_recipe(recipe))
+def fingerprint(*parts: Any) -> str:
+    """A short name of some values, equal only where they are."""
+    digest = blake2b(digest_size=16)
+    for part in parts:
+        digest.update(repr(part).encode())
+    return digest.hexdigest()
+
+
+def pixels_of(images: Images) -> list[int] | None:
+    """By what pixels are told: their checksums, or of images that are not read before training, their shards' sizes."""
+    if images.checksums is not None:
+        return images.checksums.tolist()
+    return images.dataset.shard_sizes

@@ -1,4 +1,4 @@
-"""From a recipe to all that the loop needs, a function a stage: data, split, model, weights, decode, loader, objective,
+"""From a recipe to all that the loop needs, a function a stage: data, split, model, weights, images, loader, objective,
 optimizer. The model comes before the images are decoded, so that one that cannot be built is refused in seconds."""
 
 import copy
@@ -33,7 +33,7 @@ from tokenfusion.training.objective import (
     refuse_balance,
 )
 from tokenfusion.training.optimizer import make_optimizer
-from tokenfusion.training.recovery import Unreadable, read_file
+from tokenfusion.training.recovery import Unreadable, read_skipped_file
 from tokenfusion.training.setup import Run, Setup
 from tokenfusion.training.state import TrainState
 from tokenfusion.training.tune.batch_size import choose_batch_size, more_than_there_are
@@ -43,7 +43,7 @@ from tokenfusion.training.watch import Measure, make_watch, require_measurable
 
 
 def prepare(recipe: Recipe, run: Run, measure: Measure | None) -> Setup:
-    """All stages but the last, which `make_state` is.
+    """All stages but the last, `make_state`, which comes once what is saved of the run was compared.
 
     Args:
         recipe: what to train, on what, and how.
@@ -53,13 +53,14 @@ def prepare(recipe: Recipe, run: Run, measure: Measure | None) -> Setup:
     Raises:
         InputError: the data or the model cannot be used.
     """
-    source = data(recipe, run)
-    parts = split(source, recipe, run)
-    classifier = model(source, recipe, run, measure)
-    weights(classifier, source, parts, recipe, run)
-    training, held_out = decode(source, parts, recipe, run)
-    settled, batches = loader(training, classifier, recipe, run)
-    setup = objective(batches, training, held_out, classifier, settled, run, measure)
+    source = open_data(recipe, run)
+    parts = settle_split(source, recipe, run)
+    classifier = build_model(source, recipe, run, measure)
+    begin_weights(classifier, source, parts, recipe, run)
+    training, held_out = decode_images(source, parts, recipe, run)
+    balance(training, recipe, run)
+    settled, batches = make_loader(training, classifier, recipe, run)
+    setup = make_setup(batches, held_out, classifier, settled, run, measure)
     if "lr" in recipe.autos:
         setup = replace(setup, recipe=choose_lr(setup))
     if setup.recipe != recipe:
@@ -73,7 +74,7 @@ def dump_measured(recipe: Recipe, given: Recipe) -> str:
     return f"# Chosen by measuring: {measured}.\n{dump_recipe(recipe)}"
 
 
-def data(recipe: Recipe, run: Run) -> Dataset:
+def open_data(recipe: Recipe, run: Run) -> Dataset:
     """The labelled images, without those that are to be left out."""
     if recipe.exclude and run.world.is_first and not (run.folder / EXCLUDED).exists():
         keep_list(run.folder, recipe.exclude)
@@ -83,7 +84,7 @@ def data(recipe: Recipe, run: Run) -> Dataset:
     return source
 
 
-def split(source: Dataset, recipe: Recipe, run: Run) -> Split:
+def settle_split(source: Dataset, recipe: Recipe, run: Run) -> Split:
     """Which images are held out: as the run wrote before, as the data says, or newly chosen and written."""
     path = run.folder / "split.csv"
     if path.exists():
@@ -94,7 +95,7 @@ def split(source: Dataset, recipe: Recipe, run: Run) -> Split:
     return parts
 
 
-def model(source: Dataset, recipe: Recipe, run: Run, measure: Measure | None) -> Classifier:
+def build_model(source: Dataset, recipe: Recipe, run: Run, measure: Measure | None) -> Classifier:
     """The model with random weights, BatchNorm over all processes."""
     classifier = build(recipe, source.classes, source.multi_label)
     require_measurable(recipe, measure, classifier)
@@ -103,14 +104,14 @@ def model(source: Dataset, recipe: Recipe, run: Run, measure: Measure | None) ->
     return classifier
 
 
-def weights(classifier: Classifier, source: Dataset, parts: Split, recipe: Recipe, run: Run) -> None:
+def begin_weights(classifier: Classifier, source: Dataset, parts: Split, recipe: Recipe, run: Run) -> None:
     """The parents' trained weights in the place of random ones, before the first step."""
     if recipe.warm_start_from and not is_saved(run.checkpoint):
         refuse_seen(recipe, source, parts)
         warm_start(classifier, recipe.warm_start_from, run.say)
 
 
-def decode(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tuple[Images, Images]:
+def decode_images(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tuple[Images, Images]:
     """Training and held-out images: each is decoded once, and the unreadable ones are set aside in `skipped.csv`.
 
     Training images in shards are left for later: they may be more than can be looked at before training.
@@ -138,7 +139,7 @@ def decode(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tuple[Ima
             skipped += bad
     training, held_out = images
     if not training.checked:
-        met_before = read_file(run.folder / "skipped.csv")
+        met_before = read_skipped_file(run.folder / "skipped.csv")
         skipped += [image for image in met_before if image.split == "train"]
     if skipped and run.world.is_first:
         write_skipped(run.folder / "skipped.csv", skipped)
@@ -169,11 +170,15 @@ def refuse_damage(parts: Split, training: Images, held_out: Images, skipped: lis
         raise InputError(f"none of the {len(parts.val)} held-out images is readable ({first}); mend or replace them")
 
 
-def loader(training: Images, classifier: Classifier, recipe: Recipe, run: Run) -> tuple[Recipe, TrainLoader]:
-    """Augmented batches, this process's share of each, and the recipe with their size; images get their weights."""
+def balance(training: Images, recipe: Recipe, run: Run) -> None:
+    """How much each training image's loss counts, by its own weight and the recipe's balance of classes."""
     for line in balance_in_words(training, recipe):
         run.say(line)
     training.weights = image_weights(training, recipe)
+
+
+def make_loader(training: Images, classifier: Classifier, recipe: Recipe, run: Run) -> tuple[Recipe, TrainLoader]:
+    """Augmented batches, this process's share of each, and the recipe with their size."""
     if "batch_size" in recipe.autos:
         recipe = choose_batch_size(recipe, len(classifier.classes), len(training), run.say)
     batch_size = recipe.batch_size_for(len(training), run.world.size)
@@ -195,9 +200,8 @@ def loader(training: Images, classifier: Classifier, recipe: Recipe, run: Run) -
     return recipe, batches
 
 
-def objective(
+def make_setup(
     batches: TrainLoader,
-    training: Images,
     held_out: Images,
     classifier: Classifier,
     recipe: Recipe,
@@ -206,7 +210,7 @@ def objective(
 ) -> Setup:
     """How batches are mixed, what is minimised, and what is measured beside it."""
     mixing = BatchMixing(recipe, len(classifier.classes))
-    loss = make_loss(training, recipe)
+    loss = make_loss(batches.images, recipe)
     watch = make_watch(recipe, measure, classifier, held_out)
     return Setup(recipe, run, classifier, batches, mixing, loss, held_out, watch)
 

@@ -39,7 +39,7 @@ def require_finite(loss: float, gradient: float) -> None:
         raise BadStep(f"the gradient's norm is {gradient}")
 
 
-def compute_in_smaller_parts(reason: str, parts: int, images: int, state: TrainState) -> str:
+def use_smaller_parts(reason: str, parts: int, images: int, state: TrainState) -> str:
     """Remember that batches are computed in twice as many parts from now on.
 
     Args:
@@ -168,7 +168,7 @@ class Unreadable:
                 new.append(Skipped(name, label, "train", reason))
         found = [image for image in [*known.values(), *new] if image.split == "train"]
         if new:
-            write_skipped(self.path, [*read_file(self.path), *new])
+            write_skipped(self.path, [*read_skipped_file(self.path), *new])
         if new and len(found) == len(new):
             self.run.say(
                 f"{new[0].path} cannot be read: {new[0].reason}; the next image of its batch is drawn in its place. "
@@ -184,10 +184,10 @@ class Unreadable:
 
 def read_skipped(folder: Path) -> list[Skipped]:
     """All images that a run's processes have noted."""
-    return [image for path in sorted(folder.glob("skipped*.csv")) for image in read_file(path)]
+    return [image for path in sorted(folder.glob("skipped*.csv")) for image in read_skipped_file(path)]
 
 
-def read_file(path: Path) -> list[Skipped]:
+def read_skipped_file(path: Path) -> list[Skipped]:
     """The images that a file has noted; none where there is no file."""
     if not path.exists():
         return []

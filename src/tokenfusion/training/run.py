@@ -56,11 +56,11 @@ def train(recipe: Recipe, out: str | Path, *, progress: Listener | None = None) 
     Example:
         classifier = tokenfusion.train(tokenfusion.Recipe("photos/", epochs=10), "runs/photos")
     """
-    return start(recipe, Path(out), Console(quiet=True), progress=progress)
+    return start(recipe, Path(out), Console(quiet=True), listener=progress)
 
 
 def start(
-    recipe: Recipe, folder: Path, console: Console, measure: Measure | None = None, progress: Listener | None = None
+    recipe: Recipe, folder: Path, console: Console, measure: Measure | None = None, listener: Listener | None = None
 ) -> Classifier:
     """Train a new run.
 
@@ -69,7 +69,7 @@ def start(
         folder: to write; it must not hold a run or anything else.
         console: where to show progress.
         measure: what `Recipe.every` is about, such as `analyze.collapse.watch_collapse`.
-        progress: told of every step and epoch as well.
+        listener: told of every step and epoch as well.
 
     Returns:
         The trained classifier.
@@ -86,7 +86,7 @@ def start(
             recipe = replace(recipe, data=resolved(recipe.data))  # so that the run can be resumed from anywhere
             if world.is_first:
                 claim(folder, recipe)
-        return to_its_end(recipe, Run(folder, console, world), measure, progress)
+        return to_its_end(recipe, Run(folder, console, world), measure, listener)
 
 
 def claim(folder: Path, recipe: Recipe) -> None:
@@ -118,12 +118,12 @@ def is_unused(folder: Path) -> bool:
     return refused and load_recipe(folder / "recipe.toml").keys() == set(FIELDS)
 
 
-def resume(folder: Path, console: Console, measure: Measure | None = None, progress: Listener | None = None) -> None:
+def resume(folder: Path, console: Console, measure: Measure | None = None, listener: Listener | None = None) -> None:
     """Go on with a run that was interrupted; of one that is finished, send its `loggers` what they lack.
 
     Args:
         folder: that `start` wrote.
-        console, measure, progress: as in `start`.
+        console, measure, listener: as in `start`.
 
     Raises:
         InputError: not a run, of a newer version, damaged, or its data has changed.
@@ -139,7 +139,7 @@ def resume(folder: Path, console: Console, measure: Measure | None = None, progr
         world.require_same("recipe", versions() | vars(recipe) | {"finished": finished}, SAME_COMMAND)
         run = Run(folder, console, world)
         if not finished:
-            to_its_end(recipe, run, measure, progress)
+            to_its_end(recipe, run, measure, listener)
             return
         run.say(f"{folder} is finished already")
         if world.is_first:

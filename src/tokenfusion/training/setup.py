@@ -45,7 +45,8 @@ class Setup:
         classifier: the model, and how its images are prepared.
         batches: training images.
         mixing, loss: what a step minimises.
-        held_out: images that no step sees, unless there are none but steps.
+        held_out: images that are evaluated and never trained on; a probe (`tune/timing.py`), which evaluates nothing,
+            gives its training images.
         watch: what is measured every few epochs.
     """
 

@@ -16,11 +16,11 @@ from tokenfusion.training.optimizer import seed_step
 from tokenfusion.training.recovery import (
     BadStep,
     OutOfMemory,
-    compute_in_smaller_parts,
     moving_weights,
     out_of_memory_named,
     require_finite,
     undo,
+    use_smaller_parts,
 )
 from tokenfusion.training.schedule import learning_rate
 from tokenfusion.training.setup import Setup
@@ -34,7 +34,8 @@ def take_step(setup: Setup, state: TrainState, batch: Batch, requests: Requests)
         The mean loss before the step, and how many predictions are right.
 
     Raises:
-        InputError: the loss or the gradient is not finite, or memory does not suffice for one image.
+        InputError: the loss or the gradient is not finite, memory does not suffice for one image or ran out while the
+            weights moved, or BatchNorm has a single value per channel.
     """
     buffers = [buffer.clone() for buffer in state.model.buffers()]
     while True:
@@ -49,7 +50,7 @@ def take_step(setup: Setup, state: TrainState, batch: Batch, requests: Requests)
             shortage = str(error)
         undo(state, buffers)
         parts = state.progress.accumulate or setup.recipe.accumulate
-        setup.run.say(compute_in_smaller_parts(shortage, parts, len(batch[0]), state))
+        setup.run.say(use_smaller_parts(shortage, parts, len(batch[0]), state))
 
 
 def in_words(error: BadStep, setup: Setup, state: TrainState) -> str:
@@ -77,7 +78,7 @@ def train_step(setup: Setup, state: TrainState, batch: Batch, requests: Requests
     Raises:
         OutOfMemory: the batch does not fit; gradients and buffers are to be put back, weights are as they were.
         BadStep: the loss or the gradient is not finite; the same.
-        InputError: memory ran out while the weights moved.
+        InputError: memory ran out while the weights moved, or BatchNorm has a single value per channel.
     """
     recipe, model, progress, batches = setup.recipe, state.model, state.progress, setup.batches
     seed_step(recipe.seed, progress.step)
@@ -107,6 +108,9 @@ def compute_gradients(setup: Setup, state: TrainState, inputs: Tensor, targets: 
 
     Returns:
         The mean loss of this process's images, and how many of its predictions are right: 0-dimensional, on the device.
+
+    Raises:
+        InputError: BatchNorm has a single value per channel.
     """
     parts = state.progress.accumulate or setup.recipe.accumulate
     loss_sum = torch.zeros((), dtype=torch.float64, device=inputs.device)

@@ -47,14 +47,14 @@ def run_short():
 def read_and_harm(rank, harm, run):
     """What befalls process 1 while the data is read; process 0 has read it."""
     heartbeat.BEAT, heartbeat.SILENCE = 0.1, 2.0
-    read = prepare.decode
+    read = prepare.decode_images
 
     def read_or_not(*arguments):
         if rank == 1:
             harm()
         return read(*arguments)
 
-    prepare.decode = read_or_not
+    prepare.decode_images = read_or_not
     train_or_resume(rank, RECIPE, run)
 
 

@@ -229,7 +229,7 @@ def test_a_run_with_an_open_end_ends_and_says_so(open_ended):
 def test_a_run_stopped_in_its_final_decay_resumes_exactly(open_ended, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        start(OPEN, run, QUIET, progress=interrupt_at(3 * 11 + 4))
+        start(OPEN, run, QUIET, listener=interrupt_at(3 * 11 + 4))
     _, progress = load_tensors(run / "state" / "last.safetensors")
     assert (progress["decay_epoch"], progress["step"]) == (3, 37)
     resume(run, QUIET)
