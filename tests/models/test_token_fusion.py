@@ -190,6 +190,21 @@ def test_a_frozen_transformer_still_learns_a_head():
     assert {"vit.head.weight", "vit.head.bias"} == {name for name in learning if name.startswith("vit.")}
 
 
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_fuses_is_recomputed_with_checkpointing(strategy):
+    model = tokenfusion.fuse("resnet_micro", "vit_micro", strategy, "cross").train()
+    model.set_grad_checkpointing()
+    passes = dict.fromkeys(model.operator_grids((32, 32)), 0)
+
+    def count(name):
+        passes[name] += 1
+
+    for name in passes:
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: count(name))
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert set(passes.values()) == {2}
+
+
 def test_freezing_takes_the_place_of_what_was_frozen_before():
     model = layerwise(gate=1.0).train()
     model.vit.embed.positions.table.requires_grad_(False)  # fixed on purpose
