@@ -154,6 +154,11 @@ def test_a_cnn_that_adds_parameters_of_its_own_between_its_stages_goes_one_way()
         torch.testing.assert_close(cnn(images()), expected[-1])
 
 
+def test_a_cnn_whose_stages_hand_on_several_tensors_goes_one_way():
+    with torch.device("meta"):
+        assert isinstance(as_cnn(timm.create_model("selecsls42"), (SIZE, SIZE), 3, MAX_STAGES), OneWayCNN)
+
+
 def test_images_are_normalised_for_each_parent():
     """resnet18 wants ImageNet's mean and deviation, this ViT wants 0.5 and 0.5."""
     model = tokenfusion.fuse("resnet18", "vit_tiny_patch16_224", "late", img_size=SIZE, num_classes=CLASSES)

@@ -84,6 +84,8 @@ class CNNBackbone(Checkpointed):
     def find_grids(self, img_size: Grid, in_chans: int) -> list[Grid]:
         try:
             maps = on_meta(self).eval().maps(torch.empty(2, in_chans, *img_size, device="meta"))
+            if not all(isinstance(m, Tensor) for m in maps):
+                raise ValueError("a stage of it gives several tensors")
             if any(m.shape[1] != dim or min(size_of(m)) < 1 for m, dim in zip(maps, self.dims, strict=True)):
                 raise ValueError("they are not of the channels that it names, or vanish")
             return [size_of(m) for m in maps]
