@@ -81,7 +81,8 @@ def as_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int) -> CNNB
     if not getattr(model, "feature_info", None):
         raise InputError(f"a {name} has no stages: it names no feature maps; take a CNN such as resnet18")
     staged = split_stages(model, stages)
-    with suppress(InputError):
+    # modules that do not follow each other fail in whatever way theirs is; such a CNN goes one way
+    with suppress(InputError, TypeError, AttributeError, LookupError):
         if staged is not None and staged.grids(img_size, in_chans):
             return staged.train(training)
     if not hasattr(model, "forward_intermediates"):
