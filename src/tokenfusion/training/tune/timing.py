@@ -185,20 +185,16 @@ def epoch_minutes(recipe: Recipe, threads: int) -> float:
     Raises:
         InputError: the model cannot be built or trained so.
     """
-    remedy = "give a smaller --batch-size, or leave it out"
     try:
         return in_fresh_process(own_steps, recipe, threads)
     except BrokenProcessPool as error:
-        raise InputError(
-            f"{recipe.model} was stopped by the system while its steps were timed, most likely for want of memory; "
-            f"{remedy}"
-        ) from error
-    except OutOfMemory as error:
-        raise InputError(f"memory ran out ({error}) while steps of {recipe.model} were timed; {remedy}") from None
-    except BadStep as error:
-        raise InputError(
-            f"{error} while steps of {recipe.model} were timed; give a lower --lr, or leave it out"
-        ) from None
+        reason = "the process was stopped by the system, most likely for want of memory"
+        raise no_steps(recipe, reason, "smaller --batch-size") from error
+
+
+def no_steps(recipe: Recipe, reason: str, remedy: str) -> InputError:
+    """The refusal of a model of which no step can be timed."""
+    return InputError(f"{reason} while steps of {recipe.model} were timed; give a {remedy}, or leave it out")
 
 
 def own_steps(recipe: Recipe, threads: int) -> float:
@@ -211,9 +207,18 @@ def own_steps(recipe: Recipe, threads: int) -> float:
     images = sample_images(source, indices, 4 * batch_size, **limits)
     setup, state = prepare_steps(recipe, images, source.classes, batch_size)
     times: list[float] = []
-    for seconds in time_steps(setup, state, every_epoch(setup.batches)):
-        times.append(seconds)
-        if len(times) >= WARM_UP + STEPS and sum(times) >= SECONDS:
-            break
-    setup.batches.close()
+    try:
+        for seconds in time_steps(setup, state, every_epoch(setup.batches)):
+            times.append(seconds)
+            if len(times) >= WARM_UP + STEPS and sum(times) >= SECONDS:
+                break
+    except BadStep as error:
+        raise no_steps(recipe, str(error), "lower --lr") from None
+    except (OutOfMemory, InputError) as error:
+        shortage = error if isinstance(error, OutOfMemory) else error.__cause__  # while weights moved, of no run
+        if not isinstance(shortage, OutOfMemory):
+            raise
+        raise no_steps(recipe, f"memory ran out ({shortage})", "smaller --batch-size") from None
+    finally:
+        setup.batches.close()
     return statistics.median(times[WARM_UP:]) * (len(indices) // batch_size) / 60

@@ -1,4 +1,4 @@
-"""What a budget in minutes is measured on."""
+"""What a step is timed on, and a model of which none can be taken."""
 
 import shutil
 
@@ -8,16 +8,16 @@ from timm.optim import Muon
 
 from runs import small_recipe
 from serving import serving, write_shards
-from tokenfusion.compare import timing
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
+from tokenfusion.training.tune import timing
 
 
 def test_of_many_shards_only_those_of_the_first_batches_are_fetched(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("TOKENFUSION_CACHE", str(cache))
     monkeypatch.setattr(timing, "SECONDS", 0.0)
-    sizes = {f"train-{i}.tar": timing.BATCHES * 4 for i in range(4)} | {"val-0.tar": 6}
+    sizes = {f"train-{i}.tar": 16 for i in range(4)} | {"val-0.tar": 6}
     with serving(write_shards(tmp_path / "shards", sizes)) as server:
         recipe = small_recipe(data=f"{server.url}/{{train-{{0..3}},val-0}}.tar", batch_size=4)
         assert len(open_dataset(recipe.data)) == 70
@@ -25,7 +25,7 @@ def test_of_many_shards_only_those_of_the_first_batches_are_fetched(tmp_path, mo
             if path.name != "indexes":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         server.sent.clear()
-        assert timing.train_some_steps(recipe, threads=1) > 0
+        assert timing.own_steps(recipe, threads=1) > 0
         assert {path for path in server.sent if path.endswith(".tar")} == {"/train-0.tar"}
 
 
@@ -61,11 +61,11 @@ def test_a_model_whose_steps_cannot_be_taken_is_refused_by_name(fault, said, mon
 
     monkeypatch.setattr(timing, "build", build_faulty)
     with pytest.raises(InputError, match=said):
-        timing.train_some_steps(small_recipe(), threads=1)
+        timing.own_steps(small_recipe(), threads=1)
 
 
 def test_memory_that_runs_out_while_weights_move_names_no_run_to_go_on_with(monkeypatch):
     monkeypatch.setattr(Muon, "step", run_short)
     with pytest.raises(InputError, match=r"memory ran out .* were timed; .*leave it out$") as refused:
-        timing.train_some_steps(small_recipe(), threads=1)
+        timing.own_steps(small_recipe(), threads=1)
     assert "--resume" not in str(refused.value)
