@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
-from tokenfusion import training
 from tokenfusion.cli import app
 from tokenfusion.data.open import open_dataset
 from tokenfusion.recipe import Recipe, load_recipe
+from tokenfusion.training import prepare
 
 QUICK = ("--img-size", 8, "--epochs", 1, "--batch-size", 256)
 
@@ -471,7 +471,7 @@ def test_ctrl_c_before_the_first_step_speaks_of_no_checkpoint(command, tmp_path,
     def press(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "build", press)
+    monkeypatch.setattr(prepare, "build", press)
     status, _, errors = command("train", "digits", "--img-size", 8, "--out", tmp_path / "run")
     assert status == 130
     assert f"stopped before the first checkpoint; go on with `tokenfusion train --resume {tmp_path / 'run'}`" in errors
