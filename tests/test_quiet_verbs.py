@@ -1,17 +1,15 @@
 """No warning of a library reaches the user of a verb that measures, predicts, looks inside or reports."""
 
 import json
-import warnings
 
 import pytest
 from torchvision.transforms.v2 import functional as F
 
+from quiet import no_warning
 from tokenfusion import Classifier
 from tokenfusion.data.open import open_dataset
 from tokenfusion.recipe import Recipe, dump_recipe
 
-HIDDEN = (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning)
-"""Kinds of warnings that Python itself keeps from the user of a command."""
 EPOCH = dict.fromkeys(("lr", "train_loss", "train_top1", "val_loss", "val_top1", "seconds", "images_per_s"), 0.5)
 
 
@@ -48,11 +46,7 @@ def test_no_warning_of_a_library_reaches_the_user(command, run_and_image):
         ("analyze", "collapse", run, "--num-images", 6),
         ("report", run),
     ]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for kind in HIDDEN:
-            warnings.simplefilter("ignore", kind)
+    with no_warning():
         for words in verbs:
             status, _, errors = command(*words)
             assert (status, errors) == (0, ""), words
-    assert [str(warning.message) for warning in caught] == []

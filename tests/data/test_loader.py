@@ -202,17 +202,18 @@ def test_workers_leave_ctrl_c_to_the_training_process_while_evaluating_too(digit
 def test_more_workers_than_cores_are_no_reason_to_warn(digits: Images) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        loader = TrainLoader(digits, LEAVE, batch_size=50, seed=0, workers=3 * (os.cpu_count() or 1), pin_memory=True)
-        next(iter(eval_batches(digits, PREPROCESS, batch_size=50, pin_memory=True)))
+        loader = TrainLoader(digits, LEAVE, batch_size=50, seed=0, workers=3 * (os.cpu_count() or 1))
+        next(iter(eval_batches(digits, PREPROCESS, batch_size=50)))
     assert loader.steps_per_epoch == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a GPU")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_pinned_batches_are_the_same(workers: int, digits: Images) -> None:
-    loader = TrainLoader(digits, AUGMENT, batch_size=16, seed=7, workers=workers, pin_memory=True)
+    loader = TrainLoader(digits, AUGMENT, batch_size=16, seed=7, workers=workers)
     pinned = list(loader.epoch(0))
     loader.close()
     assert all(part.is_pinned() for batch in pinned for part in batch)
     assert all(batch[0].is_contiguous(memory_format=torch.channels_last) for batch in pinned)
-    assert all(map(same, pinned, batches(digits, 0)))
+    dataset = loader.loader.dataset
+    assert all(map(same, pinned, (dataset.__getitems__(keys) for keys in loader.order)))  # none of which is pinned

@@ -290,6 +290,11 @@ def test_a_name_is_one_architecture_whatever_the_gate(strategy):
     assert all(other == shapes[0] for other in shapes)
 
 
+def test_no_name_is_given_to_what_a_name_cannot_say():
+    model = tokenfusion.fuse("resnet_micro", "vit_micro", "late", fusion_depth=1)
+    assert "architecture" not in model.default_cfg
+
+
 @pytest.mark.parametrize(
     ("cnn", "vit", "arguments"),
     [

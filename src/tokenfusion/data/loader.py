@@ -58,8 +58,6 @@ class TrainLoader:
         share: the part of each batch that this process loads.
         on_unreadable: told of images that turn out to be unreadable, by index, with the reasons; the next image of
             the batch is drawn in the place of each.
-        pin_memory: whether batches lie in page-locked memory, from which a copy to a GPU need not be waited for;
-            without CUDA they never do.
 
     Raises:
         InputError: there are no images, or batches do not divide among the processes.
@@ -76,7 +74,6 @@ class TrainLoader:
         balanced: bool = False,
         share: Share = Share(),  # noqa: B008 - frozen
         on_unreadable: OnUnreadable | None = None,
-        pin_memory: bool = False,
     ) -> None:
         if len(images) == 0:
             raise InputError("there is no readable image to train on; look at skipped.csv for the reasons")
@@ -93,7 +90,7 @@ class TrainLoader:
             AugmentedImages(images, augment, seed),
             batch_sampler=self.order,
             num_workers=workers,
-            pin_memory=pin_memory and torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available(),  # a copy to a GPU then need not be waited for
             collate_fn=as_it_is,
             worker_init_fn=ignore_interrupts,
             persistent_workers=workers > 0,
@@ -145,7 +142,6 @@ def eval_batches(
     batch_size: int,
     workers: int = 0,
     indices: Sequence[int] | None = None,
-    pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Every image once, in order, or those of some indices; the last batch may be smaller. See TrainLoader.
 
@@ -160,7 +156,7 @@ def eval_batches(
         batch_size=batch_size,
         sampler=indices,
         num_workers=workers,
-        pin_memory=pin_memory and torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available(),  # a copy to a GPU then need not be waited for
         collate_fn=as_it_is,
         worker_init_fn=ignore_interrupts,
         generator=torch.Generator(),

@@ -1,12 +1,11 @@
 """Faster ways to the same numbers, all in one place; the modules that call them have the papers' equations.
 
-Each names the benchmark that keeps it, and `benchmarks/results` has its figures (two cores of an AMD EPYC, AVX-512):
+Each has a benchmark that keeps it, whose figures are in `benchmarks/results`:
 
-- `Linear`, float32 by oneDNN: 1.6 to 2.2 times PyTorch's from 197 rows on (`benchmarks/linear.py`);
-- `prefers_products`, bfloat16 attention on CPUs: 1.6 to 7.5 times the fused kernel (`benchmarks/attention.py`);
-- `mix_heads`, `fold_norm`, `attend_mixed_in_training` and `by_parts`, Re-attention: 1.7 to 3.5 times the published form
-  in inference, 1.2 to 1.8 in training (`benchmarks/re_attention.py`);
-- `attend_by_one`, CrossViT's single query: 2NC² multiply-adds become 2C² + 2NHC (`benchmarks/papers.py`).
+- `Linear`, float32 by oneDNN: `benchmarks/linear.py`;
+- `prefers_products`, bfloat16 attention on CPUs: `benchmarks/attention.py`;
+- `mix_heads`, `fold_norm`, `attend_mixed_in_training` and `by_parts`, Re-attention: `benchmarks/re_attention.py`;
+- `attend_by_one`, CrossViT's single query, of whose 2NC² multiply-adds 2C² + 2NHC are left: `benchmarks/papers.py`.
 
 Letters: B batch, M rows, K inputs, O outputs, N tokens, C channels, H heads, D head width.
 """

@@ -64,10 +64,17 @@ def fuse(
     choose(STRATEGIES, strategy, "strategy")
     meet = choose(OPERATORS, operator or OPERATOR[strategy], "operator")
     by_name = isinstance(cnn, str) and isinstance(vit, str)
-    name = f"fuse({cnn},{vit},{strategy},{operator or OPERATOR[strategy]})" if by_name else ""
+    # a name says no further arguments: with them it would build another model
+    name = f"fuse({cnn},{vit},{strategy},{operator or OPERATOR[strategy]})" if by_name and not kwargs else ""
     opened = gate_start(gate, trained=pretrained or not by_name)
-    rates = {"drop_path_rate": drop_path_rate}
-    vit = build_transformer(vit, img_size, num_classes=num_classes, in_chans=in_chans, pretrained=pretrained, **rates)
+    vit = build_transformer(
+        vit,
+        img_size,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        pretrained=pretrained,
+        drop_path_rate=drop_path_rate,
+    )
     size = image_size(img_size or native_size(as_transformer(vit)))
     cnn = build_cnn(cnn, size, in_chans, pretrained)
     task: dict[str, Any] = {"num_classes": num_classes, "img_size": size, "in_chans": in_chans, "gate": opened}

@@ -8,10 +8,11 @@ from typing import Any
 
 from tokenfusion.compare.table import comparison_table, gaps, methods
 from tokenfusion.errors import InputError
+from tokenfusion.files import read_json
 from tokenfusion.formatting import counted
 from tokenfusion.report.comparison_summary import fusion_against_others, headline, rank
 from tokenfusion.report.page import write_page
-from tokenfusion.report.run_folder import NUMBER, FieldTypes, damaged, read_epochs, read_json, require_fields
+from tokenfusion.report.run_folder import AGAIN, NUMBER, FieldTypes, damaged, read_epochs, require_fields
 
 RESULT: FieldTypes = (
     dict.fromkeys(("data", "budget", "hardware", "precision"), str)
@@ -45,7 +46,7 @@ def write_comparison(out: Path) -> Path:
     """
     if not (out / "comparison.json").is_file():
         raise InputError(f"{out} is no folder of a comparison (it has no comparison.json); give one")
-    result = read_json(out / "comparison.json")
+    result = read_json(out / "comparison.json", AGAIN)
     check_comparison(result, out / "comparison.json")
     path = out / "report.html"
     write_page(path, "comparison.html", comparison_values(result, read_curves(out, result)))

@@ -12,9 +12,10 @@ from tokenfusion.data.dataset import printable
 from tokenfusion.data.decode import UnreadableImage, decode_ahead
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
+from tokenfusion.files import read_json
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.report.page import Thumbnails
-from tokenfusion.report.run_folder import read_json, require_fields
+from tokenfusion.report.run_folder import AGAIN, require_fields
 
 SIDE = 160
 """Longest side of a picture in pixels."""
@@ -75,7 +76,7 @@ def overlays_of(run: Path) -> dict[tuple[str, str], list[tuple[str, bytes]]]:
     path = run / "explain" / "mistakes" / "explain.json"
     if not path.is_file():
         return {}
-    found = read_json(path)
+    found = read_json(path, AGAIN)
     require_fields(found, {"method": str, "images": list}, path)
     overlays: dict[tuple[str, str], list[tuple[str, bytes]]] = {}
     for image in found["images"]:

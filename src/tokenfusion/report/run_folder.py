@@ -1,7 +1,6 @@
 """Read what a run folder holds, and refuse what does not fit together."""
 
 import csv
-import json
 import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from typing import Any, NamedTuple, TypeVar
 from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.data.decoded import Skipped
 from tokenfusion.errors import InputError
-from tokenfusion.files import read_json_lines
+from tokenfusion.files import read_json, read_json_lines
 from tokenfusion.recipe import Recipe, load_recipe
 
 FieldTypes = Mapping[str, type | UnionType]
 """Fields of a JSON object, and what each is."""
 NUMBER = int | float
+AGAIN = "restore it, or train and evaluate again"
+"""What to do where a file of a run is damaged."""
 EPOCH_KEYS = ("epoch", "lr", "train_loss", "val_loss", "seconds", "images_per_s")
 EVALUATION_KEYS = ("data", "split", "n", "loss", "per_class", "skipped")
 ONE_CLASS_KEYS = (*EVALUATION_KEYS, "top1", "top5", "top1_ci95", "ece", "temperature", "confusion")
@@ -117,7 +118,7 @@ def read_judged(
     path = run / "evaluation.json"
     if not path.is_file():
         return None, []
-    evaluation = read_json(path)
+    evaluation = read_json(path, AGAIN)
     require(evaluation, keys, path)
     again = f"make both anew with `tokenfusion evaluate {shlex.quote(str(run))}`"
     if list(evaluation["per_class"]) != classes or len(evaluation.get("confusion", classes)) != len(classes):
@@ -146,7 +147,7 @@ def read_lr_range(path: Path) -> dict[str, Any] | None:
     """What the range test wrote; None where there was none."""
     if not path.is_file():
         return None
-    tested: dict[str, Any] = read_json(path)
+    tested: dict[str, Any] = read_json(path, AGAIN)
     require(tested, ("chosen", "rule", "rates", "losses", "smoothed"), path)
     return tested
 
@@ -182,14 +183,6 @@ def read_skipped(path: Path) -> list[Skipped]:
     return [Skipped(*(row[name] for name in columns)) for row in read_csv(path, columns)]
 
 
-def read_json(path: Path) -> Any:
-    """A file's JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON ({error}); restore it, or train and evaluate again") from error
-
-
 def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
     """The rows of a CSV file that has at least these columns; names may hold any byte, newlines too."""
     with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -213,9 +206,7 @@ def require(value: Any, keys: tuple[str, ...], path: Path) -> None:
     """Refuse a file that lacks some of its fields."""
     missing = [key for key in keys if not isinstance(value, dict) or key not in value]
     if missing:
-        raise InputError(
-            f"{path} is incomplete: it lacks {', '.join(missing)}; restore it, or train and evaluate again"
-        )
+        raise InputError(f"{path} is incomplete: it lacks {', '.join(missing)}; {AGAIN}")
 
 
 def require_fields(value: Any, types: FieldTypes, path: Path) -> None:

@@ -191,7 +191,6 @@ def make_loader(training: Images, classifier: Classifier, recipe: Recipe, run: R
         balanced=recipe.balance == "sampling",
         share=Share(run.world.rank, run.world.size, recipe.accumulate, before=bool(recipe.mixup or recipe.cutmix)),
         on_unreadable=Unreadable(run, training, recipe.max_skipped),
-        pin_memory=True,
     )
     if batch_size > len(training):
         run.say(more_than_there_are(batch_size, len(training)))

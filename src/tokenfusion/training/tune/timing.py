@@ -65,9 +65,7 @@ def prepare_steps(
     keep_freed_memory()
     classifier = build(recipe, classes, images.labels.ndim == 2)
     augment = Augment.from_recipe(recipe, classifier.preprocess.img_size)
-    batches = TrainLoader(
-        images, augment, batch_size=batch_size, seed=recipe.seed, workers=recipe.workers, pin_memory=True
-    )
+    batches = TrainLoader(images, augment, batch_size=batch_size, seed=recipe.seed, workers=recipe.workers)
     mixing, loss = BatchMixing(recipe, len(classes)), make_loss(images, recipe)
     setup = Setup(recipe, Run(Path(), Console(quiet=True)), classifier, batches, mixing, loss, held_out=images)
     optimizer = make_optimizer(classifier.model, recipe)
