@@ -144,8 +144,8 @@ class Classifier:
         preprocess = Preprocess(
             img_size=img_size or tuple(config["input_size"][1:]),
             in_chans=in_chans,
-            mean=mean if in_chans == 3 else (sum(mean) / 3,),
-            std=std if in_chans == 3 else (sum(std) / 3,),
+            mean=mean if in_chans == 3 else (sum(mean) / len(mean),),
+            std=std if in_chans == 3 else (sum(std) / len(std),),
             crop_pct=crop_pct,
         )
         device = device or default_device()

@@ -285,14 +285,15 @@ def test_early_fusion_with_a_gate_starts_as_its_transformer_too():
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_name_is_one_architecture_whatever_the_gate(strategy):
     models = [tokenfusion.fuse("resnet_micro", "vit_micro", strategy, gate=gate) for gate in (0.0, 1.0, None)]
-    models.append(tokenfusion.create_model(models[0].default_cfg["architecture"]))
+    models.append(tokenfusion.create_model(models[0]._model_args["expression"]))
     shapes = [{name: value.shape for name, value in model.state_dict().items()} for model in models]
     assert all(other == shapes[0] for other in shapes)
 
 
-def test_no_name_is_given_to_what_a_name_cannot_say():
+def test_what_a_name_cannot_say_is_kept_beside_it():
     model = tokenfusion.fuse("resnet_micro", "vit_micro", "late", fusion_depth=1)
-    assert "architecture" not in model.default_cfg
+    same = timm.create_model(model.default_cfg["architecture"], **model._model_args)
+    assert same.state_dict().keys() == model.state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -389,3 +390,13 @@ def test_what_blocks_need_besides_tokens_is_of_one_pass_alone(cnn, vit):
 def test_tensors_of_older_runs_are_found_by_their_present_names(old, present):
     assert with_present_names({old: 1}, {present}) == {present: 1}
     assert with_present_names({"unknown.vit.x": 1}, {present}) == {"unknown.vit.x": 1}
+
+
+def test_a_compiled_pair_says_nothing(recwarn):
+    """Dynamo warned of the thread's number, which it cannot trace."""
+    model = tokenfusion.fuse("cmt_micro", "vit_micro", "late").eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(torch.zeros(1, 3, 32, 32))
+        torch.testing.assert_close(compiled, model(torch.zeros(1, 3, 32, 32)))
+    assert not [str(warning.message) for warning in recwarn if "get_ident" in str(warning.message)]

@@ -54,6 +54,12 @@ class EverythingGathered(Exception):  # noqa: N818 - not an error
     """Ends a forward pass that has given all that it is run for."""
 
 
+@torch.compiler.disable
+def runs_in(thread: int) -> bool:
+    """Whether this is that thread; Dynamo cannot trace the question."""
+    return get_ident() == thread
+
+
 def gather_outputs(
     model: nn.Module, points: Sequence[FeaturePoint], images: Tensor, *, stop_early: bool = False
 ) -> tuple[Any, list[Tensor]]:
@@ -72,7 +78,7 @@ def gather_outputs(
     thread = None if torch.compiler.is_compiling() else get_ident()
 
     def gather(point: FeaturePoint, output: Any) -> None:
-        if thread is not None and get_ident() != thread:  # another pass through the same modules
+        if thread is not None and not runs_in(thread):  # another pass through the same modules
             return
         outputs[point] = output if point.output is None else output[point.output]
         if stop_early and len(outputs) == len(points):

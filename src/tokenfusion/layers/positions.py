@@ -59,6 +59,12 @@ class PositionTable(nn.Module):
             return None
         return self._resize(table, old, self.grid)
 
+    @torch.no_grad()
+    def move_to(self, grid: Grid) -> None:
+        """Make the table one that is learned on another grid."""
+        self.table = nn.Parameter(self(grid).clone(), self.table.requires_grad)
+        self.grid = grid
+
     def _resize(self, table: Tensor, old: Grid, new: Grid) -> Tensor:
         if old == new:
             return table
@@ -93,6 +99,12 @@ class RelativePositionTable(nn.Module):
         if queries is None or keys is None:
             return None
         return self._resize(table, (queries, keys), (self.query_grid, self.key_grid))
+
+    @torch.no_grad()
+    def move_to(self, query_grid: Grid, key_grid: Grid) -> None:
+        """Make the table one that is learned on other grids."""
+        self.table = nn.Parameter(self(query_grid, key_grid).clone(), self.table.requires_grad)
+        self.query_grid, self.key_grid = query_grid, key_grid
 
     @staticmethod
     def _resize(table: Tensor, old: tuple[Grid, Grid], new: tuple[Grid, Grid]) -> Tensor:

@@ -70,7 +70,7 @@ def map_to_tokens(feature_map: Tensor) -> Tensor:
 
 def tokens_to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """(B, h·w, C), row by row, to (B, C, h, w)."""
-    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)
+    return tokens.transpose(1, 2).reshape(*tokens.shape[::2], *grid)
 
 
 class PixelTokens(nn.Module):

@@ -1,5 +1,6 @@
 """timm's networks as backbones: CNNs cut into stages; vision transformers with what blocks need besides tokens."""
 
+import re
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any
@@ -51,6 +52,11 @@ class OneWayCNN(CNNBackbone):
         return self.model.forward_intermediates(  # type: ignore[operator]
             self.rescale(images), indices=indices, intermediates_only=True
         )
+
+    def layers(self) -> list[str]:
+        info: Any = self.model.feature_info
+        names = [re.escape(name) for entry in info if (name := entry["module"])]
+        return [rf"model\.(?!({'|'.join(names)})\.)", *(rf"model\.{name}\." for name in names)]
 
     def start(self, images: Tensor) -> tuple[Tensor, Any]:
         return images, self.maps(images)
@@ -181,6 +187,14 @@ class ViTBackbone(TokenBackbone):
             FeaturePoint(f"model.blocks.{i}", self.dim, self.reduction, len(self.prefix), "model.norm")
             for i in range(len(self.blocks))
         ]
+
+    def layers(self) -> list[str]:
+        entrance = r"model\.(?!blocks\.|norm\.|fc_norm\.|head)"
+        return [entrance, *(rf"model\.blocks\.{i}\." for i in range(len(self.blocks)))]
+
+    def resize_parts(self, size: Grid) -> None:
+        self.model.set_input_size(img_size=size)
+        super().resize_parts(size)
 
     def no_weight_decay(self) -> set[str]:
         return {f"model.{name}" for name in getattr(self.model, "no_weight_decay", set)()}

@@ -7,10 +7,9 @@ This package's own networks are backbones; `models/adapters.py` makes them of ti
 Letters: B batch, T tokens of a transformer (its prefix, CLS first, then patches row by row), C channels, h w grid.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.layers.checkpointing import Checkpointed
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import TokenLayout, grid_of, size_of
-from tokenfusion.models.base import PaperModel
-
-M = TypeVar("M", bound=nn.Module)
+from tokenfusion.models.base import PaperModel, on_meta
 
 
 class CNNBackbone(Checkpointed):
@@ -70,6 +67,10 @@ class CNNBackbone(Checkpointed):
             feature_map = self.stage(index, feature_map, context)
         return feature_map
 
+    def layers(self) -> list[str]:
+        """Patterns that parameters' names begin with, layer by layer from the images on."""
+        return [r"stem\.", *(rf"stages\.{i}\." for i in range(len(self.stages)))]
+
     def grids(self, img_size: Grid, in_chans: int) -> list[Grid]:
         """Rows and columns of each stage's map for images (H, W); found once a size, on the meta device.
 
@@ -95,15 +96,6 @@ class CNNBackbone(Checkpointed):
                 f"the CNN gives no maps (B, C, h, w) for {in_chans}-channel images of {img_size[0]}×{img_size[1]} "
                 f"pixels: {reason}; give a larger img_size or the in_chans that it was built for, or take another CNN"
             ) from error
-
-
-def on_meta(module: M) -> M:
-    """A copy without weights: on the meta device nothing is computed, and nothing kept."""
-    own: dict[int, Any] = {}
-    for tensor in [*module.parameters(), *module.buffers()]:
-        empty = torch.empty_like(tensor, device="meta")
-        own[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(module, own)
 
 
 class TokenBackbone(PaperModel):

@@ -1,20 +1,25 @@
 """What every paper's model answers, in timm's words."""
 
+import copy
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
 from tokenfusion.layers.checkpointing import Checkpointed
 from tokenfusion.layers.intermediates import FeaturePoint, gather_outputs
-from tokenfusion.layers.positions import Grid
+from tokenfusion.layers.positions import Grid, PositionTable, RelativePositionTable
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, map_to_tokens, size_of
 from tokenfusion.models.official import OfficialNames
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
+DECAY_LAYERS = 12
 OUTPUT_FORMATS = {"NCHW": lambda feature_map: feature_map, "NLC": map_to_tokens}
 
 
@@ -22,10 +27,16 @@ class PaperModel(Checkpointed):
     """An image classifier with timm's interface.
 
     A paper's model sets the attributes below and writes `forward_features`, `forward_head`, `feature_points`,
-    `token_layout`, `attention_layouts`, `no_weight_decay` and `build_head`.
+    `token_layout`, `attention_layouts`, `layers`, `no_weight_decay` and `build_head`.
+
+    Attributes:
+        global_pool: "" where `forward` gives what `forward_features` does; else the paper's pooling takes place.
     """
 
+    global_pool: str | None = None
+
     official_names: ClassVar[OfficialNames]
+    in_chans: int
     num_classes: int
     num_features: int
     head_hidden_size: int
@@ -34,7 +45,8 @@ class PaperModel(Checkpointed):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(images))
+        features = self.forward_features(images)
+        return features if self.global_pool == "" else self.forward_head(features)
 
     def forward_features(self, images: Tensor) -> Any:
         """Images to what the head reads."""
@@ -59,6 +71,18 @@ class PaperModel(Checkpointed):
     def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
         """What each attention module's queries and keys are, by the module's dotted name, in order."""
         raise NotImplementedError
+
+    def layers(self) -> list[str]:
+        """Patterns that parameters' names begin with, layer by layer from the images on; the head's match none."""
+        raise NotImplementedError
+
+    def layers_behind(self, name: str) -> int:
+        """How many layers a parameter, by its name, has between it and the head, whose own have 0."""
+        return layers_behind(self.layers(), name)
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:  # noqa: ARG002 - timm's signature
+        """From a parameter's name to its layer, in order, the head's the last: for timm's layer-wise learning rates."""
+        return lambda name: -self.layers_behind(name)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that weight decay leaves alone."""
@@ -138,6 +162,52 @@ class PaperModel(Checkpointed):
             assert isinstance(layers, nn.ModuleList | nn.Sequential)
             del layers[end + 1 :]
 
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
+        """Make the model one for images of another size: position tables are resized to it.
+
+        Logits of such images stay as they were; training then learns positions on their own grid.
+
+        Args:
+            img_size: height and width in pixels.
+
+        Raises:
+            InputError: no size, or one that the model cannot take; it is then as it was.
+        """
+        size = image_size(img_size)
+        grids = self.table_grids(size)
+        self.resize_parts(size)
+        for name, asked in grids.items():
+            self.get_submodule(name).move_to(*asked)  # type: ignore[operator]
+        described: Any = self
+        described._traits = getattr(self, "_traits", {}) | {"img_size": size}  # where timm looks when it saves a model
+        if config := getattr(self, "pretrained_cfg", None):
+            pool_size = self.token_layout()[-1].grid if config.get("pool_size") else None
+            config = config | {"input_size": (self.in_chans, *size), "pool_size": pool_size}
+            described.pretrained_cfg = described.default_cfg = config
+
+    def resize_parts(self, size: Grid) -> None:
+        """Make what has a size of its own, but for position tables, one for images (H, W)."""
+        self.img_size = size
+
+    def table_grids(self, size: Grid) -> dict[str, tuple[Grid, ...]]:
+        """The grids that each position table, by its name, is asked for by images of a size.
+
+        Raises:
+            InputError: the model cannot take such images.
+        """
+        grids: dict[str, tuple[Grid, ...]] = {}
+        twin = on_meta(self).eval()
+        twin.resize_parts(size)
+        for name, module in twin.named_modules():
+            if isinstance(module, PositionTable | RelativePositionTable):
+                module.register_forward_pre_hook(lambda _, asked, name=name: grids.update({name: asked}))
+        try:
+            twin(torch.empty(2, self.in_chans, *size, device="meta"))
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise InputError(f"the model cannot take images of {size[0]}×{size[1]} pixels: {reason}") from error
+        return grids
+
     def get_classifier(self) -> nn.Module:
         """The module that makes logits."""
         return self.head
@@ -145,14 +215,41 @@ class PaperModel(Checkpointed):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a new one for `num_classes` classes; 0 leaves features.
 
+        Args:
+            num_classes: outputs.
+            global_pool: "" to leave out the pooling too, with 0 classes; from then on `forward` gives what
+                `forward_features` does. None for the paper's own.
+
         Raises:
             InputError: another pooling, since each paper here has its own; no number of classes.
         """
-        if global_pool:
-            raise InputError(f"global_pool={global_pool!r} cannot be chosen: the paper fixes the pooling; leave it out")
+        if global_pool or (global_pool == "" and num_classes):
+            why = "the paper fixes it" if global_pool else "the head reads what is pooled; give num_classes=0"
+            raise InputError(f"global_pool={global_pool!r} cannot be chosen: {why}, or leave it out")
+        self.global_pool = global_pool
         anchor = next(self.parameters())
         self.head = self.build_head(num_classes).to(anchor.device, anchor.dtype).train(self.training)
         self.num_classes = num_classes
+
+
+def layers_behind(layers: Sequence[str], name: str) -> int:
+    """How many layers a parameter has behind it, by the patterns of all; 0 where none is its own.
+
+    Of deeper models neighbours count as one, so that no more than 12 do: rates that decay from layer to layer are told
+    for so many (ConvNeXt, arXiv 2201.03545, appendix A).
+    """
+    place = next((i for i, pattern in enumerate(layers) if re.match(pattern, name)), None)
+    groups = min(len(layers), DECAY_LAYERS)
+    return 0 if place is None else groups - place * groups // len(layers)
+
+
+def on_meta(module: M) -> M:
+    """A copy without weights: on the meta device nothing is computed, and nothing kept."""
+    own: dict[int, Any] = {}
+    for tensor in [*module.parameters(), *module.buffers()]:
+        empty = torch.empty_like(tensor, device="meta")
+        own[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    return copy.deepcopy(module, own)
 
 
 def linear_head(dim: int, num_classes: int) -> nn.Module:

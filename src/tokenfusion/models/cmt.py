@@ -137,7 +137,7 @@ class CMT(PaperModel):
         rates = iter(rising_rates(drop_path_rate, sum(depths)))
         self.dims = tuple(dims)
         self.reductions = tuple(stem_stride * 2**i for i in range(1, len(dims) + 1))
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = head_dim
         self.stem = choose(STEMS, stem, "stem")(in_chans, stem_dim, stem_stride)
         grids = [grid_of(self.img_size, reduction) for reduction in self.reductions]
@@ -198,6 +198,14 @@ class CMT(PaperModel):
             self.head_conv, self.head_norm = nn.Identity(), nn.Identity()
         return take
 
+    def layers(self) -> list[str]:
+        rows = [r"stem\."]
+        for i, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            blocks = ["embed|positions|blocks.0", *(f"blocks.{j}" for j in range(1, len(stage.blocks)))]
+            rows += [rf"stages\.{i}\.({block})\." for block in blocks]
+        return rows
+
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("positions.table")}
 
@@ -232,12 +240,18 @@ MICRO: dict[str, tuple[type[CMT], dict[str, Any]]] = {
     ),
 }
 VARIANTS = OFFICIAL | MICRO
-CONFIG: dict[str, Any] = {"crop_pct": 0.9, "interpolation": "bicubic", "first_conv": "stem.conv1"}
+CONFIG: dict[str, Any] = {"first_conv": "stem.conv1", "pool_size": (4, 4)}
+OFFICIAL_CONFIG: dict[str, Any] = {"crop_pct": 0.9, "interpolation": "bicubic"}
 register_variants(
     __name__,
     OFFICIAL,
-    configs=dict.fromkeys(OFFICIAL, CONFIG),
+    configs={
+        name: CONFIG | OFFICIAL_CONFIG | {"pool_size": (arguments["img_size"] // 32,) * 2}
+        for name, (_, arguments) in OFFICIAL.items()
+    },
     out_indices=(0, 1, 2, 3),
     read_pretrained=read_pretrained,
 )
-register_variants(__name__, MICRO, out_indices=(0, 1, 2), read_pretrained=read_pretrained)
+register_variants(
+    __name__, MICRO, configs=dict.fromkeys(MICRO, CONFIG), out_indices=(0, 1, 2), read_pretrained=read_pretrained
+)

@@ -8,6 +8,7 @@ A control is written as a model expression, a function's name with its arguments
 import difflib
 from bisect import bisect_left
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from typing import Any
 
@@ -15,13 +16,13 @@ import torch
 from torch import nn
 
 from tokenfusion.errors import InputError
-from tokenfusion.models import create_model, default_config
 from tokenfusion.models.base import image_size
 from tokenfusion.models.cost import count_costs, count_macs, native_size
-from tokenfusion.models.expressions import parse
-from tokenfusion.models.parents import ResNet
+from tokenfusion.models.create import create_model, default_config
+from tokenfusion.models.expressions import BUILDERS, parse
+from tokenfusion.models.parents import FIRST_CONV, ResNet
 from tokenfusion.models.presets import VARIANTS
-from tokenfusion.models.registration import default_cfg
+from tokenfusion.models.registration import default_cfg, describe_built
 from tokenfusion.models.transformer import ViT
 from tokenfusion.models.widths import widen
 
@@ -30,39 +31,13 @@ ROLES = ("cnn", "vit", "wide_cnn", "wide_vit")
 REFUSALS = (AssertionError, RuntimeError, ValueError)  # of models; ours are InputErrors, timm's are any of these
 
 
-def build_expression(
-    name: str,
-    *,
-    num_classes: int | None = None,
-    in_chans: int = 3,
-    img_size: int | tuple[int, int] | None = None,
-    pretrained: bool = False,
-    **kwargs: Any,
-) -> nn.Module:
-    """Build `wide(NAME,FACTOR)`, `cnn(PRESET)` or `vit(PRESET)` from random weights.
-
-    Args:
-        name: the expression.
-        num_classes, in_chans, img_size, **kwargs: as in `create_model`.
-        pretrained: refused when true, as these models have no weights.
+def build_wide(name: str, factor: str, *, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """The model `name` with its widths times `factor`, from random weights; `arguments` are those of `create_model`.
 
     Raises:
-        InputError: an expression that `parse` refuses or another function, an impossible factor, no such model or
-            preset, a family whose widths are not known.
+        InputError: an impossible factor, no such model, a family whose widths are not known, or pretrained weights.
     """
-    function, arguments = parse(name)
-    if pretrained:
-        raise InputError(f"{name} has no pretrained weights; leave pretrained out")
-    kwargs |= {"num_classes": num_classes, "in_chans": in_chans, "img_size": img_size}
-    if function == "wide":
-        return build_wide(arguments[0], arguments[1], kwargs)
-    if function in SIDES:
-        return build_side(function, arguments[0], {key: value for key, value in kwargs.items() if value is not None})
-    raise InputError(f"{name} is not built here; give one of wide, {', '.join(SIDES)}")
-
-
-def build_wide(name: str, factor: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model `name` with its widths times `factor`; `arguments` are those of `create_model`."""
+    refuse_weights(f"wide({name},{factor})", pretrained)
     if name.startswith("wide("):
         raise InputError(f"wide({name},{factor}) is wide twice; give one factor")
     try:
@@ -94,8 +69,13 @@ SIDES: dict[str, tuple[type[nn.Module], dict[str, str]]] = {  # class, and its a
 }
 
 
-def build_side(side: str, preset: str, arguments: dict[str, Any]) -> nn.Module:
-    """The CNN or the transformer of a preset alone; `arguments` are those of its class."""
+def build_side(side: str, preset: str, *, pretrained: bool = False, **arguments: Any) -> nn.Module:
+    """The CNN or the transformer of a preset alone, from random weights; `arguments` are those of `create_model`.
+
+    Raises:
+        InputError: no such preset, or pretrained weights.
+    """
+    refuse_weights(f"{side}({preset})", pretrained)
     if preset not in VARIANTS:
         near = difflib.get_close_matches(preset, VARIANTS, n=1, cutoff=0.0)[0]
         raise InputError(f"{preset!r} in {side}({preset}) is no fusion preset; did you mean {near}?")
@@ -104,11 +84,20 @@ def build_side(side: str, preset: str, arguments: dict[str, Any]) -> nn.Module:
     own = {ours: config[theirs] for ours, theirs in names.items()}
     own |= {key: config[key] for key in ("img_size", "num_classes") if key in config}
     try:
-        model: Any = model_cls(**own | arguments)
+        model: Any = model_cls(**own | {key: value for key, value in arguments.items() if value is not None})
     except TypeError as error:
         raise InputError(f"{side}({preset}) cannot be built with {arguments}: {error}; leave that out") from error
-    model.default_cfg = default_cfg(config) | {"architecture": f"{side}({preset})"}
-    return model
+    model.pretrained_cfg = default_cfg(config) | {"first_conv": FIRST_CONV[side]}
+    return describe_built(model)
+
+
+def refuse_weights(expression: str, pretrained: bool) -> None:
+    """Refuse pretrained weights, of which these models have none."""
+    if pretrained:
+        raise InputError(f"{expression} has no pretrained weights; leave pretrained out")
+
+
+BUILDERS.update({"wide": build_wide, **{side: partial(build_side, side) for side in SIDES}})
 
 
 @dataclass(frozen=True)

@@ -60,5 +60,9 @@ class ConvTrunk(CNNBackbone):
         )
         super().__init__(ConvNorm(in_chans, stem, strides[0]), stages, dims, tuple(accumulate(strides, mul))[1:])
 
+    def layers(self) -> list[str]:
+        rows = [(i, j) for i, stage in enumerate(self.stages) for j in range(len(stage))]  # type: ignore[arg-type]
+        return [r"stem\.", *(rf"stages\.{i}\.{j}\." for i, j in rows)]
+
     def find_grids(self, img_size: Grid, in_chans: int) -> list[Grid]:  # noqa: ARG002
         return [grid_of(img_size, reduction) for reduction in self.reductions]

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from tokenfusion.errors import InputError
-from tokenfusion.models import create_model, default_config, list_models
+from tokenfusion.models.create import create_model, default_config, list_models
 
 Size = tuple[int, int]
 

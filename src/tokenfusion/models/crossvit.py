@@ -232,7 +232,7 @@ class CrossViT(TokenBackbone):
         fusion_cls, patches = choose(FUSIONS, fusion, "fusion"), choose(STEMS, stem, "stem")
         paths = rising_rates(drop_path_rate, STAGES * max(depths))
 
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.embed_dim = dims
         self.num_features = self.head_hidden_size = sum(dims)
         self.img_size = image_size(img_size)
@@ -338,6 +338,16 @@ class CrossViT(TokenBackbone):
     def stream_layout(self, img_size: Grid | None = None) -> TokenLayout:
         return self.branch_layouts(img_size)[1]
 
+    def layers(self) -> list[str]:
+        rows = ["embed_"]
+        for i, stage in enumerate(self.stages):
+            assert isinstance(stage, Stage)
+            depth = max(len(stage.small), len(stage.large))
+            blocks = [rf"(small|large)\.{j}" for j in range(depth)]
+            blocks[-1] += "|fusion"
+            rows += [rf"stages\.{i}\.({block})\." for block in blocks]
+        return rows
+
     def no_weight_decay(self) -> set[str]:
         return {f"embed_{branch}.{name}" for branch in ("small", "large") for name in ("cls_token", "positions.table")}
 
@@ -371,19 +381,26 @@ VARIANTS = OFFICIAL | {
 
 
 def config(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """What timm knows of a variant; its weights are timm's copy of the official ones."""
+    """What timm knows of a variant; an official one's weights are timm's copy."""
     conv = ".0" if "stem" in arguments else ""
-    at_408 = arguments["img_size"] == 408
-    return {
-        "hf_hub_id": f"timm/{name.replace('_224', '_240').replace('_384', '_408')}.in1k",
-        "crop_pct": 1.0 if at_408 else 0.875,
-        "interpolation": "bicubic",
+    layers = {
         "first_conv": (f"embed_small.patches{conv}", f"embed_large.patches{conv}"),
         "classifier": ("head.small", "head.large"),
-        "license": "apache-2.0",
     }
+    at_408 = arguments["img_size"] == 408
+    return (
+        layers
+        if name not in OFFICIAL
+        else layers
+        | {
+            "hf_hub_id": f"timm/{name.replace('_224', '_240').replace('_384', '_408')}.in1k",
+            "crop_pct": 1.0 if at_408 else 0.875,
+            "interpolation": "bicubic",
+            "license": "apache-2.0",
+        }
+    )
 
 
-CONFIGS = {name: config(name, arguments) for name, (_, arguments) in OFFICIAL.items()}
+CONFIGS = {name: config(name, arguments) for name, (_, arguments) in VARIANTS.items()}
 LAST_STAGES = STAGES - 1, 2 * STAGES - 1
 register_variants(__name__, VARIANTS, configs=CONFIGS, out_indices=LAST_STAGES, read_pretrained=read_pretrained)

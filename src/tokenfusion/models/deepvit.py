@@ -241,7 +241,7 @@ class DeepViT(PlainTransformer):
                 return SelfAttention(dim, heads, **drops)
             return ReAttention(dim, heads, mixing(heads, scale), **drops)
 
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.img_size, self.patch_size = image_size(img_size), patch_size
         patches = choose(STEMS, stem, "stem")(in_chans, dim, patch_size)
@@ -274,12 +274,14 @@ OFFICIAL_CONFIG: dict[str, Any] = {
     "interpolation": "bicubic",
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
-    "first_conv": "embed.patches",
 }
-CONFIGS = {
-    name: OFFICIAL_CONFIG
-    | ({"first_conv": "embed.patches.conv1"} if "stem" in arguments else {})
-    | ({"crop_pct": 1.0} if arguments["img_size"] > 224 else {})
-    for name, (_, arguments) in OFFICIAL.items()
-}
+
+
+def config(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """What timm knows of a variant."""
+    official = OFFICIAL_CONFIG | ({"crop_pct": 1.0} if arguments["img_size"] > 224 else {}) if name in OFFICIAL else {}
+    return official | {"first_conv": "embed.patches.conv1" if "stem" in arguments else "embed.patches"}
+
+
+CONFIGS = {name: config(name, arguments) for name, (_, arguments) in VARIANTS.items()}
 register_variants(__name__, VARIANTS, configs=CONFIGS, out_indices=(-3, -2, -1), read_pretrained=read_pretrained)

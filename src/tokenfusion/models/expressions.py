@@ -1,6 +1,10 @@
 """Models written as a function and its arguments, such as `wide(resnet18,1.5)` or `fuse(resnet18,vit_micro,late)`."""
 
 import difflib
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
 
 from tokenfusion.errors import InputError
 
@@ -10,6 +14,25 @@ FUNCTIONS = {  # name: least and most arguments, and how it is written
     "cnn": (1, 1, "cnn(PRESET)"),
     "vit": (1, 1, "vit(PRESET)"),
 }
+
+Build = Callable[..., nn.Module]
+BUILDERS: dict[str, Build] = {}
+"""What builds a function's model from its arguments, which are texts, and those of `create_model`: `fuse.py` and
+`controls.py` each bring their own."""
+
+
+def build_expression(expression: str, **arguments: Any) -> nn.Module:
+    """Build what a model expression says.
+
+    Args:
+        expression: as `parse` takes it.
+        **arguments: those of `create_model`.
+
+    Raises:
+        InputError: an expression that `parse` refuses, or that cannot be built.
+    """
+    function, parts = parse(expression)
+    return BUILDERS[function](*parts, **arguments)
 
 
 def parse(expression: str) -> tuple[str, list[str]]:

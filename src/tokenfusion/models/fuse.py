@@ -1,6 +1,6 @@
 """Any CNN fused with any transformer, by their names or as modules already built."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from tokenfusion.errors import InputError
 from tokenfusion.layers.positions import Grid
 from tokenfusion.models.adapters import MAX_STAGES, as_cnn, as_transformer
-from tokenfusion.models.backbones import TokenBackbone, on_meta
-from tokenfusion.models.base import choose, image_size
+from tokenfusion.models.backbones import TokenBackbone
+from tokenfusion.models.base import choose, image_size, on_meta
+from tokenfusion.models.create import create_model
+from tokenfusion.models.expressions import BUILDERS
 from tokenfusion.models.operators import OPERATORS, Operator
 from tokenfusion.models.presets import OPERATOR
-from tokenfusion.models.registration import default_cfg
+from tokenfusion.models.registration import default_cfg, keep_expression
 from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, TokenFusion, strategy_class
 
 
@@ -64,8 +66,7 @@ def fuse(
     choose(STRATEGIES, strategy, "strategy")
     meet = choose(OPERATORS, operator or OPERATOR[strategy], "operator")
     by_name = isinstance(cnn, str) and isinstance(vit, str)
-    # a name says no further arguments: with them it would build another model
-    name = f"fuse({cnn},{vit},{strategy},{operator or OPERATOR[strategy]})" if by_name and not kwargs else ""
+    name = f"fuse({cnn},{vit},{strategy},{operator or OPERATOR[strategy]})" if by_name else ""
     opened = gate_start(gate, trained=pretrained or not by_name)
     vit = build_transformer(
         vit,
@@ -78,12 +79,12 @@ def fuse(
     size = image_size(img_size or native_size(as_transformer(vit)))
     cnn = build_cnn(cnn, size, in_chans, pretrained)
     task: dict[str, Any] = {"num_classes": num_classes, "img_size": size, "in_chans": in_chans, "gate": opened}
-    assembled: Callable[..., TokenFusion] = partial(
-        assemble, strategy=strategy, operator=meet, name=name, further=kwargs, **task
-    )
+    assembled: Callable[..., TokenFusion] = partial(assemble, strategy=strategy, operator=meet, further=kwargs, **task)
     with torch.device("meta"):  # what is refused is refused to copies without weights
         require_size(assembled(on_meta(cnn), on_meta(vit)), size, in_chans)
-    return assembled(cnn, vit)
+    model = assembled(cnn, vit)
+    keep_expression(model, name, kwargs)
+    return model
 
 
 def gate_start(gate: float | None, trained: bool) -> float:
@@ -100,7 +101,6 @@ def assemble(
     *,
     strategy: str,
     operator: type[Operator],
-    name: str,
     num_classes: int | None,
     img_size: Grid,
     in_chans: int,
@@ -109,12 +109,13 @@ def assemble(
 ) -> TokenFusion:
     """Take the parents apart and put them together; arguments as in `fuse`, with `further` ones of the class."""
     transformer = as_transformer(vit)
-    configs = getattr(vit, "default_cfg", None), getattr(cnn, "default_cfg", None)
+    configs = [getattr(parent, "default_cfg", None) or {} for parent in (vit, cnn)]
+    first_convs = [*first(cnn, configs[1]), *first(vit, configs[0])]
     if num_classes is not None and num_classes != transformer.num_classes:
         transformer.reset_classifier(num_classes)
     layerwise = STRATEGIES[strategy] is LayerwiseFusion
     backbone = as_cnn(cnn, img_size, in_chans, min(MAX_STAGES, len(transformer.blocks)) if layerwise else MAX_STAGES)
-    config = fused_config(configs[0], img_size, in_chans, name)
+    config = fused_config(configs[0], img_size, in_chans)
     if configs[1] and in_chans == 3:
         backbone.rescale = rescaled(config, configs[1])
     arguments: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "gate": gate} | further
@@ -124,7 +125,15 @@ def assemble(
         if not further:
             raise
         raise InputError(f"{strategy} fusion cannot be built with {further}: {error}; leave that out") from error
-    model.default_cfg = config | {"classifier": classifier_name(transformer)}  # type: ignore[assignment]
+    heads: Any = model.get_classifier()  # DeiT has two
+    head = [layer for part in (heads if isinstance(heads, tuple) else (heads,)) for layer in part.modules()]
+    names = {module: name for name, module in model.named_modules()}
+    model.pretrained_cfg = config | {  # type: ignore[assignment]
+        "num_classes": model.num_classes,
+        "first_conv": tuple(names[conv] for conv in first_convs if conv in names),
+        "classifier": tuple(names[layer] for layer in head if isinstance(layer, nn.Linear)),
+    }
+    model.default_cfg = model.pretrained_cfg
     return model
 
 
@@ -132,8 +141,6 @@ def build_cnn(cnn: str | nn.Module, size: Grid, in_chans: int, pretrained: bool)
     """A CNN by its name, or as it is given."""
     if isinstance(cnn, nn.Module):
         return cnn
-    from tokenfusion.models import create_model
-
     return create_model(cnn, in_chans=in_chans, img_size=size, **({"pretrained": True} if pretrained else {}))
 
 
@@ -141,8 +148,6 @@ def build_transformer(vit: str | nn.Module, img_size: int | Grid | None, **argum
     """A transformer by its name, one of timm's plain ones with positions that fit any image size; or as it is given."""
     if isinstance(vit, nn.Module):
         return vit
-    from tokenfusion.models import create_model
-
     arguments = {key: value for key, value in arguments.items() if value or (key, value) == ("num_classes", 0)}
     if timm.is_model(vit):
         with torch.device("meta"):
@@ -171,18 +176,16 @@ def native_size(vit: TokenBackbone) -> Grid:
     return vit.img_size
 
 
-def fused_config(config: Any, size: tuple[int, int], in_chans: int, name: str) -> dict[str, Any]:
-    """What timm's tools want to know of a fused model, as of its transformer; with its name, where it has one."""
-    base = default_cfg({"img_size": size[0]})
-    if config:
-        base |= {key: config[key] for key in ("mean", "std", "interpolation") if config.get(key)}
-    return base | {"input_size": (in_chans, *size)} | ({"architecture": name} if name else {})
+def fused_config(config: Mapping[str, Any], size: Grid, in_chans: int) -> dict[str, Any]:
+    """What timm's tools want to know of a fused model, as of its transformer."""
+    kept = {key: config[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode") if config.get(key)}
+    return default_cfg({"img_size": size[0]}) | kept | {"input_size": (in_chans, *size)}
 
 
-def classifier_name(vit: TokenBackbone) -> str:
-    """The dotted name of the head that a fused model has from its transformer."""
-    head = vit.get_classifier()
-    return next((f"vit.{name}" for name, module in vit.named_modules() if module is head), "vit.head")
+def first(parent: nn.Module, config: Mapping[str, Any]) -> list[nn.Module]:
+    """The layers of a parent that read images, by its config."""
+    names = config.get("first_conv") or ()
+    return [parent.get_submodule(name) for name in ((names,) if isinstance(names, str) else names)]
 
 
 def rescaled(own: Any, theirs: Any) -> nn.Module:
@@ -209,3 +212,6 @@ class Rescale(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) to the same shape."""
         return images * self.scale + self.shift
+
+
+BUILDERS["fuse"] = fuse

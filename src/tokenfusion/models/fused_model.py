@@ -11,7 +11,7 @@ from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
-from tokenfusion.models.base import PaperModel, choose
+from tokenfusion.models.base import PaperModel, choose, layers_behind
 from tokenfusion.models.operators import Operator
 
 PARENTS = ("cnn", "vit")
@@ -52,6 +52,19 @@ class FusedModel(PaperModel):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         self.vit.reset_classifier(num_classes, global_pool)
+
+    @property
+    def global_pool(self) -> str | None:  # type: ignore[override]
+        return self.vit.global_pool
+
+    def resize_parts(self, size: Grid) -> None:
+        super().resize_parts(size)
+        self.vit.resize_parts(size)
+
+    def layers_behind(self, name: str) -> int:
+        """Of either parent, its own layers count from the head on; what fuses is as near to it as the head itself."""
+        part, _, rest = name.partition(".")
+        return layers_behind(self.get_submodule(part).layers(), rest) if part in PARENTS else 0  # type: ignore[operator]
 
     def map_grids(self, size: Grid) -> list[Grid]:
         """Rows and columns of the CNN's maps for images (H, W)."""

@@ -51,7 +51,7 @@ class ResNet(PaperModel):
     ) -> None:
         super().__init__()
         at_least(1, in_chans=in_chans, stem=stem, strides=strides, dims=dims)
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.img_size = image_size(img_size)
         self.cnn = ConvTrunk(in_chans, stem, strides, dims, depths)
@@ -78,6 +78,9 @@ class ResNet(PaperModel):
         shapes = zip(self.cnn.dims, self.cnn.reductions, strict=True)
         return [FeaturePoint(f"cnn.stages.{i}", dim, reduction) for i, (dim, reduction) in enumerate(shapes)]
 
+    def layers(self) -> list[str]:
+        return [rf"cnn\.{layer}" for layer in self.cnn.layers()]
+
     def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
         return (TokenGroup("pixel", grid_of(img_size or self.img_size, self.cnn.reductions[-1])),)
 
@@ -96,5 +99,8 @@ CNNS: dict[str, tuple[type[ResNet], dict[str, Any]]] = {
     ),
 }
 VARIANTS = TRANSFORMERS | CNNS
-register_variants(__name__, TRANSFORMERS, out_indices=(-3, -2, -1))
-register_variants(__name__, CNNS, out_indices=(0, 1, 2))
+FIRST_CONV = {"cnn": "cnn.stem.conv", "vit": "embed.patches"}
+VIT_CONFIG = {"first_conv": FIRST_CONV["vit"]}
+CNN_CONFIG = {"first_conv": FIRST_CONV["cnn"], "pool_size": (4, 4)}
+register_variants(__name__, TRANSFORMERS, configs=dict.fromkeys(TRANSFORMERS, VIT_CONFIG), out_indices=(-3, -2, -1))
+register_variants(__name__, CNNS, configs=dict.fromkeys(CNNS, CNN_CONFIG), out_indices=(0, 1, 2))

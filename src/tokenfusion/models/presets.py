@@ -89,4 +89,5 @@ VARIANTS = {
     for strategy in STRATEGIES
     for size, config in SIZES.items()
 }
-register_variants(__name__, VARIANTS)
+CONFIG = {"first_conv": ("cnn.stem.conv", "vit.embed.patches"), "classifier": "vit.head"}
+register_variants(__name__, VARIANTS, configs=dict.fromkeys(VARIANTS, CONFIG))

@@ -8,6 +8,11 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from tokenfusion.models.base import PaperModel
+
+EXPRESSION = "tokenfusion_expression"
+"""The name under which timm finds what is built of a model expression."""
+
 Filter = Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]]
 
 
@@ -56,6 +61,35 @@ def default_cfg(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def describe_built(model: nn.Module) -> nn.Module:
+    """Make a model's `pretrained_cfg` say what it is: its own size, channels and classes; gives the model back."""
+    built: Any = model
+    config = dict(built.pretrained_cfg)
+    mean, std, in_chans = config["mean"], config["std"], built.in_chans
+    config |= {"input_size": (in_chans, *built.img_size), "num_classes": built.num_classes}
+    if in_chans != len(mean):  # grays are of the colours' mean
+        config |= {"mean": (sum(mean) / len(mean),) * in_chans, "std": (sum(std) / len(std),) * in_chans}
+    if config.get("pool_size"):
+        config["pool_size"] = built.token_layout()[-1].grid
+    built.pretrained_cfg = built.default_cfg = config
+    return model
+
+
+def keep_expression(model: nn.Module, expression: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Note what a model was built of where timm looks for it when it saves one; gives the model back.
+
+    Args:
+        model: has a `pretrained_cfg`.
+        expression: what `create_model` builds it of again; "" of a model that was made of modules.
+        arguments: further ones of the model's class.
+    """
+    built: Any = model
+    built.pretrained_cfg = built.default_cfg = built.pretrained_cfg | {"architecture": EXPRESSION}
+    shape = {key: value for key, value in arguments.items() if key not in ("pretrained", "gate") and "_rate" not in key}
+    built._model_args = ({"expression": expression} if expression else {}) | shape
+    return model
+
+
 def entry_point(
     module: str,
     name: str,
@@ -68,9 +102,15 @@ def entry_point(
 
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         arguments = {**config, **kwargs}
-        return build_model_with_cfg(
+        global_pool = arguments.pop("global_pool", None)
+        model = build_model_with_cfg(
             model_cls, name, pretrained, pretrained_filter_fn=read_pretrained, feature_cfg=dict(features), **arguments
         )
+        if not isinstance(model, PaperModel):  # timm's wrapper, which gives features only
+            return model
+        if global_pool is not None:
+            model.reset_classifier(model.num_classes, global_pool)
+        return describe_built(model)
 
     build.__name__ = build.__qualname__ = name
     build.__module__ = module

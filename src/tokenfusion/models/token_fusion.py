@@ -74,10 +74,11 @@ class TokenFusion(FusedModel):
 
 
 class Exchange(nn.Module):
-    """P = tokens(pool(M)),  (dX, dP) = op(X, P),  X <- X + a dX,  P <- P + dP,  M <- M + b W(P).
+    """P = tokens(pool(M)),  (dX, dP) = op(X, P);  gives dX, P + dP and b W(P + dP).
 
     pool averages a map finer than the patches to their grid: attention among all pixels of an early stage would cost
-    more than both parents together. An operator that writes nothing leaves M as it is.
+    more than both parents together. An operator that writes nothing gives no update of M. The gate a is applied by the
+    strategy, whose equation it stands in.
 
     Args:
         channels: channels of the map.
@@ -94,17 +95,14 @@ class Exchange(nn.Module):
         self.gate = Gate((dim,), gate)
         self.write = WriteBack(dim, channels, gate) if operator.writes else None
 
-    def forward(self, tokens: Tensor, feature_map: Tensor, patches: Grid) -> tuple[Tensor, Tensor, Tensor]:
-        """X (B, T, C), its patches on a grid, and M (B, channels, h, w), to the new X, M and P."""
+    def forward(self, tokens: Tensor, feature_map: Tensor, patches: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+        """X (B, T, C), its patches on a grid, and M (B, channels, h, w), to dX, the new P, and M's update or None."""
         size = size_of(feature_map)
         grids = Grids(patches, coarser(size, patches))
         pixels = self.source(F.adaptive_avg_pool2d(feature_map, grids.pixels))
         token_update, pixel_update = self.operator(tokens, pixels, grids)
-        tokens = tokens + self.gate(token_update)
         pixels = added(pixels, pixel_update)
-        if self.write is not None:
-            feature_map = feature_map + self.write(pixels, grids.pixels, size)
-        return tokens, feature_map, pixels
+        return token_update, pixels, self.write(pixels, grids.pixels, size) if self.write is not None else None
 
 
 class EarlyFusion(TokenFusion):
@@ -120,8 +118,8 @@ class EarlyFusion(TokenFusion):
 
     def forward_features(self, images: Tensor) -> Any:
         tokens, context = self.vit.embed(images)
-        tokens, _, pixels = self.run(self.exchange, tokens, self.cnn(images), self.vit.grid(size_of(images)))
-        tokens = self.vit.through(self.vit.blocks, tokens, context)
+        update, pixels, _ = self.run(self.exchange, tokens, self.cnn(images), self.vit.grid(size_of(images)))
+        tokens = self.vit.through(self.vit.blocks, tokens + self.exchange.gate(update), context)
         return self.finish(tokens, pixels, context)
 
 
@@ -171,11 +169,11 @@ class LateFusion(TokenFusion):
         feature_map = self.cnn(images)
         tokens, context = self.vit.embed(images)
         tokens = self.vit.through(self.vit.blocks, tokens, context)
-        pixels, update = self.pixel_source(feature_map), torch.zeros_like(tokens)
+        pixels, update = self.pixel_source(feature_map), None
         grids = Grids(self.vit.grid(size_of(images)), size_of(feature_map))
         for operator in self.operators:
-            token_update, pixel_update = self.run(operator, tokens + update, pixels, grids)
-            update, pixels = update + token_update, added(pixels, pixel_update)
+            token_update, pixel_update = self.run(operator, added(tokens, update), pixels, grids)
+            update, pixels = added(token_update, update), added(pixels, pixel_update)
         return self.finish(tokens + self.gate(update), pixels, context)
 
 
@@ -219,8 +217,9 @@ class LayerwiseFusion(TokenFusion):
         feature_map, maps = self.cnn.start(images)
         for s, (exchange, (start, stop)) in enumerate(zip(self.exchanges, pairwise(self.cuts), strict=True)):
             feature_map = self.cnn.stage(s, feature_map, maps)
-            tokens, feature_map, pixels = self.run(exchange, tokens, feature_map, grid)
-            tokens = self.vit.through(self.vit.blocks[start:stop], tokens, context)
+            update, pixels, map_update = self.run(exchange, tokens, feature_map, grid)
+            tokens = self.vit.through(self.vit.blocks[start:stop], tokens + exchange.gate(update), context)  # type: ignore[operator]
+            feature_map = added(feature_map, map_update)
         return self.finish(tokens, pixels, context)
 
 

@@ -69,6 +69,9 @@ class PlainTransformer(TokenBackbone):
         layout = AttentionLayout.among(self.token_layout(img_size))
         return {f"blocks.{i}.attn": layout for i in range(len(self.blocks))}
 
+    def layers(self) -> list[str]:
+        return [r"embed\.", *(rf"blocks\.{i}\." for i in range(len(self.blocks)))]
+
     def no_weight_decay(self) -> set[str]:
         return {"embed.cls_token", "embed.positions.table"}
 
@@ -106,7 +109,7 @@ class ViT(PlainTransformer):
         super().__init__()
         at_least(1, dim=dim, depth=depth, patch_size=patch_size, in_chans=in_chans)
         check_heads(dim, heads)
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = dim
         self.img_size, self.patch_size = image_size(img_size), patch_size
         patches = PaddedConv(in_chans, dim, patch_size, stride=patch_size)
