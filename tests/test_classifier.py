@@ -40,11 +40,11 @@ def test_a_single_image_needs_no_list(classifier):
     assert prediction.label in classifier.classes
 
 
-def test_scores_are_the_softmax_of_the_model(classifier):
+def test_scores_are_the_calibrated_softmax_of_the_model(classifier):
     pixels = picture(8, 8)
     (prediction,) = classifier.predict(pixels, topk=99)
     batch = classifier.preprocess.resize(torch.from_numpy(pixels).permute(2, 0, 1))[None]
-    expected = classifier.logits(batch).softmax(1)[0]
+    expected = (classifier.logits(batch) / classifier.temperature).softmax(1)[0]
     assert [label for label, _ in prediction.topk] == [classifier.classes[i] for i in expected.argsort(descending=True)]
     assert prediction.score == pytest.approx(expected.max().item())
     assert sum(score for _, score in prediction.topk) == pytest.approx(1, abs=1e-5)

@@ -15,7 +15,10 @@ from torchmetrics.functional.classification import multiclass_calibration_error
 from tokenfusion.errors import InputError
 from tokenfusion.metrics import TEMPERATURE_BOUNDS, evaluate_logits, fit_temperature, reliability, wilson_interval
 
-KEYS = ["n", "top1", "top5", "top1_ci95", "loss", "ece", "temperature", "per_class", "confusion", "skipped"]
+KEYS = [
+    *("n", "top1", "top5", "top1_ci95", "loss", "ece", "ece_ci95", "ece_raw", "risk_coverage"),
+    *("temperature", "per_class", "confusion", "skipped"),
+]
 
 
 def noisy(n: int, k: int, seed: int = 0, scale: float = 1.5) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
@@ -46,6 +49,11 @@ def test_by_hand() -> None:
     assert found["loss"] == pytest.approx(-math.log(9 / 128) / 4)
     # three images at confidence 0.75, two of them right; one at 0.5, wrong
     assert found["ece"] == pytest.approx((3 * abs(2 / 3 - 0.75) + 1 * abs(0 - 0.5)) / 4)
+    assert found["ece_raw"] == found["ece"]
+    # two of the three surest are right, and the mistake is taken to come first: wrong are 1/1, 1/2, 1/3, then 2/4
+    assert found["risk_coverage"]["coverage"] == [0.25, 0.5, 0.75, 1.0]
+    assert found["risk_coverage"]["risk"] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 2], abs=1e-6)
+    assert found["risk_coverage"]["area"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 2) / 4)
     # a temperature T turns 3:1 into 3^(1/T):1; two right and one wrong are likeliest at 2:1
     assert found["temperature"] == pytest.approx(ln3 / math.log(2), rel=1e-3)
 

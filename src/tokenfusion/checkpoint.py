@@ -1,6 +1,7 @@
 """Tensors and descriptions on disk: safetensors and JSON, versioned, written whole or not at all, never pickled."""
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from tokenfusion.files import write_atomic
 from tokenfusion.hardware import Precision
 from tokenfusion.models.official import with_present_names
 
-FORMAT = 2  # of the run folder; a reader refuses a newer one, and takes 1, which knew one class an image only
+FORMAT = 3  # of the run folder; a reader refuses a newer one, and takes 1 (one class an image) and 2 (raw scores)
 DESCRIPTION: dict[str, type] = {
     "name": str,
     "classes": list,
@@ -28,6 +29,8 @@ DESCRIPTION: dict[str, type] = {
     "hardware": str,
     "multi_label": bool,
     "thresholds": list,
+    "temperature": float,
+    "surest_errors": list,
 }
 """Fields of `model.json` and their types."""
 
@@ -128,6 +131,8 @@ def load_description(run: Path) -> dict[str, Any]:
         )
     if version < 2:
         description |= {"multi_label": False, "thresholds": []}
+    if version < 3:
+        description |= {"temperature": 1.0, "surest_errors": []}
     fault = fault_of(description)
     if fault:
         raise InputError(f"{path} {fault}; it is damaged, train again with another --out")
@@ -148,6 +153,8 @@ def fault_of(description: dict[str, Any]) -> str:
     thresholds, wanted = description["thresholds"], len(classes) if description["multi_label"] else 0
     if len(thresholds) != wanted or not all(isinstance(t, float | int) and 0 <= t <= 1 for t in thresholds):
         return f"has thresholds={thresholds!r}, which are not {wanted} scores from 0 to 1"
+    if not 0 < description["temperature"] < math.inf:
+        return f"has temperature={description['temperature']!r}, which is not a number above 0"
     if precision not in get_args(Precision):
         return f"has precision={precision!r}, which is not one of {', '.join(get_args(Precision))}"
     return ""

@@ -1,12 +1,12 @@
 """Classifier: a model, its preprocessing and its class names; what every verb after training starts from."""
 
+import math
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from math import isfinite
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import timm
@@ -33,52 +33,13 @@ from tokenfusion.models import create_model, default_config
 from tokenfusion.models.cost import count_macs, count_parameters
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
+from tokenfusion_runtime.abstain import SurestErrors
+from tokenfusion_runtime.prediction import Answers, Prediction, cuts_for
 
 ImageLike = str | Path | np.ndarray | Image.Image
 Prepared = tuple[str, Tensor | str]
 """An image's path, "" where it has none, and its pixels (in_chans, h, w) as a model is given them, or why not."""
 Item = TypeVar("Item")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the model says of one image, or why it could not be read.
-
-    Attributes:
-        path: the file, or "" for an image given as an array.
-        topk: (class name, softmax or, of multi-label models, sigmoid probability) of the best classes, best first.
-        error: why there is no prediction; "" where there is one.
-        labels: of multi-label models, (class name, probability) of all that reach their thresholds, best first.
-        thresholds: of multi-label models, the threshold of each class by its name.
-    """
-
-    path: str
-    topk: tuple[tuple[str, float], ...] = ()
-    error: str = ""
-    labels: tuple[tuple[str, float], ...] | None = None
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def label(self) -> str:
-        return self.topk[0][0] if self.topk else ""
-
-    @property
-    def score(self) -> float:
-        return self.topk[0][1] if self.topk else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        if self.error:
-            return {"path": self.path, "error": self.error}
-        if self.labels is not None:
-            return {"path": self.path, "labels": self.rows(self.labels), "topk": self.rows(self.topk)}
-        return {"path": self.path, "label": self.label, "score": self.score, "topk": self.rows(self.topk)}
-
-    def rows(self, scores: Iterable[tuple[str, float]]) -> list[dict[str, Any]]:
-        """Classes as JSON has them: label, score and, of multi-label models, threshold."""
-        return [
-            {"label": label, "score": score} | ({"threshold": self.thresholds[label]} if self.thresholds else {})
-            for label, score in scores
-        ]
 
 
 @dataclass(frozen=True)
@@ -94,6 +55,8 @@ class Classifier:
         precision: arithmetic of inference.
         max_pixels: largest image, in pixels, that is decoded at all.
         thresholds: of a multi-label model, the score from which an image has each class; empty of any other model.
+        temperature: what logits are divided by, so that scores are shares of right answers.
+        surest_errors: where the errors on held-out images lie, by which `abstain` goes; empty where unknown.
     """
 
     name: str
@@ -104,6 +67,8 @@ class Classifier:
     precision: Precision = "auto"
     max_pixels: int = Recipe.max_pixels
     thresholds: tuple[float, ...] = ()
+    temperature: float = 1.0
+    surest_errors: tuple[SurestErrors, ...] = ()
 
     @property
     def multi_label(self) -> bool:
@@ -180,7 +145,12 @@ class Classifier:
             max_pixels=description["max_pixels"],
             device=device,
         )
-        classifier = replace(classifier, thresholds=tuple(description["thresholds"]))
+        classifier = replace(
+            classifier,
+            thresholds=tuple(description["thresholds"]),
+            temperature=description["temperature"],
+            surest_errors=tuple(map(SurestErrors.from_dict, description["surest_errors"])),
+        )
         tensors, _ = load_tensors(weights)
         load_weights_exactly(classifier.model, tensors, weights)
         classifier.model.eval()
@@ -198,6 +168,8 @@ class Classifier:
             "max_pixels": self.max_pixels,
             "multi_label": self.multi_label,
             "thresholds": list(self.thresholds),
+            "temperature": self.temperature,
+            "surest_errors": [asdict(errors) for errors in self.surest_errors],
             "parameters": count_parameters(self.model),
             "macs": count_macs(self.name, num_classes=len(self.classes), in_chans=in_chans, img_size=img_size),
             "versions": {
@@ -228,12 +200,18 @@ class Classifier:
             memory_format=torch.channels_last
         )
 
+    def uncalibrated(self) -> Self:
+        """The same classifier, whose scores are those of the logits as they are; it decides alike."""
+        logits = np.array([logit(threshold) for threshold in self.thresholds]) * self.temperature
+        return replace(self, temperature=1.0, surest_errors=(), thresholds=tuple(map(sigmoid, logits.tolist())))
+
     def predict(
         self,
         images: ImageLike | Sequence[ImageLike],
         *,
         topk: int = 5,
         batch_size: int = 64,
+        abstain: float | None = None,
     ) -> list[Prediction]:
         """Classify images, one prediction each, in order; an unreadable file gives a prediction with `error`.
 
@@ -241,24 +219,31 @@ class Classifier:
             images: paths, arrays (H, W) or (H, W, 3) uint8, or PIL images; one or a sequence.
             topk: how many classes to name.
             batch_size: images in the model at once.
+            abstain: the largest share of wrong answers; where the model is too unsure for that, it names no class
+                (`Prediction.abstains`), or of a multi-label model says neither yes nor no (`Prediction.unsure`). See
+                `SurestErrors.cut` for what is guaranteed.
         """
         several = [images] if isinstance(images, str | Path | np.ndarray | Image.Image) else images
-        return list(self.iter_predictions(several, topk=topk, batch_size=batch_size))
+        return list(self.iter_predictions(several, topk=topk, batch_size=batch_size, abstain=abstain))
 
     def iter_predictions(
-        self, images: Iterable[ImageLike], *, topk: int = 5, batch_size: int = 64
+        self, images: Iterable[ImageLike], *, topk: int = 5, batch_size: int = 64, abstain: float | None = None
     ) -> Iterator[Prediction]:
         """As `predict`, batch by batch, for inputs without end; few images wait in memory.
 
         Raises:
-            InputError: `topk` names no class, or `batch_size` no image.
+            InputError: `topk` names no class, `batch_size` no image, or `abstain` cannot be kept.
         """
-        if topk < 1:
-            raise InputError(f"topk={topk} names no class; give 1 or more")
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} lets no image into the model; give 1 or more")
+        answers = self.answers(topk, abstain)
         batches = batched(self.prepare_ahead(images), batch_size)
-        return (prediction for batch in batches for prediction in self.predict_prepared(batch, topk))
+        return (prediction for batch in batches for prediction in self.predict_prepared(batch, answers))
+
+    def answers(self, topk: int = 5, abstain: float | None = None) -> Answers:
+        """How its probabilities become predictions; see `predict`."""
+        cuts = () if abstain is None else cuts_for(abstain, self.surest_errors)
+        return Answers(self.classes, self.thresholds, topk, cuts)
 
     def prepare_ahead(self, images: Iterable[ImageLike]) -> Iterator[Prepared]:
         """What `prepare` gives of each image, in order; files are decoded by a few threads, a few ahead.
@@ -280,31 +265,27 @@ class Classifier:
         except UnreadableImage as error:
             return path, str(error)
 
-    def predict_prepared(self, prepared: Sequence[Prepared], topk: int) -> Iterator[Prediction]:
+    def predict_prepared(self, prepared: Sequence[Prepared], answers: Answers) -> Iterator[Prediction]:
         """Predictions of what `prepare` gave, one each, in order."""
         readable = [image for _, image in prepared if isinstance(image, Tensor)]
-        if readable:
-            named = len(self.classes) if self.multi_label else min(topk, len(self.classes))
-            thresholds = dict(zip(self.classes, self.thresholds, strict=True)) if self.multi_label else {}
-            best = self.scores(self.logits(torch.stack(readable))).topk(named)
-            ranked = iter(zip(best.values.tolist(), best.indices.tolist(), strict=True))
+        rows = iter(self.scores(self.logits(torch.stack(readable))).numpy() if readable else ())
         for path, image in prepared:
-            if isinstance(image, str):
-                yield Prediction(path, error=image)
-                continue
-            scores, indices = next(ranked)
-            row = tuple((self.classes[index], score) for score, index in zip(scores, indices, strict=True))
-            if not all(map(isfinite, scores)):
-                yield Prediction(path, error="the model's scores are not finite")
-            elif self.multi_label:
-                reached = tuple((label, score) for label, score in row if score >= thresholds[label])
-                yield Prediction(path, row[:topk], labels=reached, thresholds=thresholds)
-            else:
-                yield Prediction(path, row)
+            yield Prediction(path, error=image) if isinstance(image, str) else answers.of(path, next(rows))
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Probabilities (B, K): of one class an image by softmax, of any number of them by sigmoid."""
+        """Calibrated probabilities (B, K): of one class an image by softmax, of any number of them by sigmoid."""
+        logits = logits / self.temperature
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+
+def logit(share: float) -> float:
+    """The inverse of `sigmoid`, for 0 to 1."""
+    return math.log(share) - math.log1p(-share) if 0 < share < 1 else math.copysign(math.inf, share - 0.5)
+
+
+def sigmoid(value: float) -> float:
+    """1 / (1 + exp(-value))."""
+    return (1 + math.tanh(value / 2)) / 2
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -142,8 +142,10 @@ def predict(
     *,
     topk: int = 5,
     output: Annotated[Literal["table", "json", "csv"], Parameter(name="--format")] = "table",
+    raw: Annotated[bool, Parameter(negative="")] = False,
+    abstain: float | None = None,
 ) -> None:
-    """Classify images.
+    """Classify images. A score says how often such an answer is right: it is calibrated on held-out images.
 
     Exits with 1 if any image could not be read; the others are classified all the same.
 
@@ -159,6 +161,10 @@ def predict(
         How many classes to name.
     output
         A table to read, a JSON object per image and line, or CSV: path, label, score, label_2, score_2 ..., error.
+    raw
+        Give the model's scores as they are, without the temperature that calibrates them.
+    abstain
+        Largest share of wrong answers, such as 0.02: where the model is too unsure, the label is null.
     """
     from tokenfusion.classifier import Classifier
     from tokenfusion.predict import expand, print_predictions
@@ -168,9 +174,12 @@ def predict(
     for path in paths:
         if path.startswith("--") and not os.path.lexists(path):
             raise InputError(f"{path} is no option of predict, and no file; `tokenfusion predict --help` lists them")
+    if raw and abstain is not None:
+        raise InputError("--abstain goes by calibrated scores; leave out --raw")
     classifier = Classifier.load(run)
+    classifier = classifier.uncalibrated() if raw else classifier
     topk = min(topk, len(classifier.classes))
-    predictions = classifier.iter_predictions(expand(paths), topk=topk)
+    predictions = classifier.iter_predictions(expand(paths), topk=topk, abstain=abstain)
     failed = print_predictions(predictions, output, console, topk=topk, multi_label=classifier.multi_label)
     if failed:
         stderr.print(f"{failed} of the images could not be read")

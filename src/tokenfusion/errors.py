@@ -1,8 +1,5 @@
-"""The one error that a user's mistake raises."""
+"""The one error that a user's mistake raises; the runtime package, which raises it too, has it."""
 
+from tokenfusion_runtime.errors import InputError
 
-class InputError(ValueError):
-    """Something the user gave cannot be used; the message says the value, the reason and the remedy.
-
-    The command prints it without a traceback and exits with 2.
-    """
+__all__ = ["InputError"]

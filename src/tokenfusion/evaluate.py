@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, surest_errors
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decoded import Images, Skipped, read_images
@@ -18,7 +19,7 @@ from tokenfusion.data.open import open_dataset, resolved
 from tokenfusion.data.split import read_split, stratified
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv, write_json
-from tokenfusion.metrics import evaluate_logits
+from tokenfusion.metrics import evaluate_logits, require_finite
 from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, sigmoid_scores, tune_thresholds
 from tokenfusion.recipe import Recipe, load_recipe
 
@@ -36,8 +37,8 @@ def evaluate(
 
     Returns:
         What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split` and the `unreadable` images;
-        of multi-label runs see `multilabel.evaluate_multilabel`, with `cross_fitted` too: the thresholds were tuned on
-        the run's held-out images, so that these are judged by thresholds tuned on the other half of them.
+        of multi-label runs see `multilabel.evaluate_multilabel`. `cross_fitted`: whether these are the held-out images
+        that temperature and thresholds were fitted on, so that each half of them is judged by those of the other half.
 
     Raises:
         InputError: the run or the data cannot be used, or the data has classes that the model does not know.
@@ -50,17 +51,22 @@ def evaluate(
     images, skipped = read_readable(source, indices, recipe, name, progress)
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = as_outputs(labels, to_output, len(classifier.classes))
+    cross_fit = own and name == ("val" if (run / "split.csv").exists() else held_out_name(source))
     if classifier.multi_label:
-        cross_fit = own and name == ("val" if (run / "split.csv").exists() else held_out_name(source))
         chosen = choose_classes(classifier, logits, labels, cross_fit)
         result = evaluate_multilabel(logits, labels, chosen, classifier.classes, classifier.thresholds, len(skipped))
-        result |= {"multi_label": True, "cross_fitted": cross_fit}
+        result |= {"multi_label": True}
         write_label_sets(run / "predictions.csv", classifier.classes, images.names, labels, chosen, logits)
     else:
-        result = evaluate_logits(logits, labels, classifier.classes, len(skipped))
-        write_predictions(run / "predictions.csv", classifier.classes, images.names, labels, logits)
+        require_finite(logits)
+        temperatures = torch.full((len(labels),), classifier.temperature)
+        if cross_fit and classifier.surest_errors:  # where an older version fitted none, there is none to be fair about
+            temperatures = cross_fitted_temperatures(logits, labels)
+        result = evaluate_logits(logits, labels, classifier.classes, len(skipped), temperatures)
+        scores = (logits / temperatures[:, None]).softmax(1)
+        write_predictions(run / "predictions.csv", classifier.classes, images.names, labels, scores)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
-    result |= {"data": data, "split": name, "unreadable": unreadable}
+    result |= {"cross_fitted": cross_fit, "data": data, "split": name, "unreadable": unreadable}
     write_json(run / "evaluation.json", result)
     return result
 
@@ -171,7 +177,7 @@ def choose_classes(classifier: Classifier, logits: Tensor, labels: Tensor, cross
         logits, labels: (N, K).
         cross_fit: whether to judge each half of the images by thresholds tuned on the other half instead.
     """
-    scores = sigmoid_scores(logits)
+    scores = sigmoid_scores(logits / classifier.temperature)
     if not cross_fit:
         return scores >= np.array(classifier.thresholds)
     fold = np.zeros(len(scores), dtype=np.int64)
@@ -179,12 +185,12 @@ def choose_classes(classifier: Classifier, logits: Tensor, labels: Tensor, cross
     return cross_fitted(scores, labels.numpy(), fold)
 
 
-def write_predictions(path: Path, classes: Sequence[str], names: Sequence[str], labels: Tensor, logits: Tensor) -> None:
-    """Write `path,label,prediction,score` for every image."""
-    scores, predictions = (values.tolist() for values in logits.softmax(1).max(1))
+def write_predictions(path: Path, classes: Sequence[str], names: Sequence[str], labels: Tensor, scores: Tensor) -> None:
+    """Write `path,label,prediction,score` for every image, given probabilities (N, K)."""
+    best, predictions = (values.tolist() for values in scores.max(1))
     rows = (
         (name, classes[label], classes[prediction], f"{score:.6f}")
-        for name, label, prediction, score in zip(names, labels.tolist(), predictions, scores, strict=True)
+        for name, label, prediction, score in zip(names, labels.tolist(), predictions, best, strict=True)
     )
     write_csv(path, ("path", "label", "prediction", "score"), rows)
 
@@ -207,7 +213,9 @@ def evaluation_summary(result: dict[str, Any]) -> list[str]:
         low, high = result["top1_ci95"]
         top5 = f", top-5 {result['top5']:.2%}" * (len(result["per_class"]) > 5)
         top1 = f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}){top5}"
-        return [top1, f"loss {result['loss']:.4f}, calibration error {result['ece']:.4f}"]
+        low, high = result["ece_ci95"]
+        ece = f"calibration error {result['ece']:.2%} (95 % interval {low:.2%} to {high:.2%})"
+        return [top1, f"loss {result['loss']:.4f}, {ece}, of raw scores {result['ece_raw']:.2%}"]
     if result["map"] is None:
         lines = ["none of the images has any of the classes, so that there is no mAP"]
     else:
@@ -221,7 +229,14 @@ def evaluation_summary(result: dict[str, Any]) -> list[str]:
     return lines
 
 
-def with_tuned_thresholds(classifier: Classifier, images: Images, workers: int = 0) -> Classifier:
-    """A multi-label classifier whose thresholds give the largest F1 on these images."""
+def calibrated(classifier: Classifier, images: Images, workers: int = 0) -> Classifier:
+    """A classifier with the temperature that held-out images choose, where its errors on them lie and, where it is
+    multi-label, thresholds that give the largest F1 on them."""
     logits, labels = collect_logits(classifier, images, workers=workers)
-    return replace(classifier, thresholds=tuple(tune_thresholds(sigmoid_scores(logits), labels.numpy()).tolist()))
+    require_finite(logits)
+    classifier = replace(classifier, temperature=choose_temperature(logits, labels))
+    scores = classifier.scores(logits.double())
+    if classifier.multi_label:
+        thresholds = tune_thresholds(scores.numpy(), labels.numpy())
+        classifier = replace(classifier, thresholds=tuple(thresholds.tolist()))
+    return replace(classifier, surest_errors=surest_errors(scores, labels, classifier.thresholds))

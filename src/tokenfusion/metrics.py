@@ -6,7 +6,7 @@ confidences of exactly 1 into a bin of their own.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
 from typing import Any
@@ -69,6 +69,24 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Bi
     return Bins(edges, count, *(total / np.maximum(count, 1) for total in totals))
 
 
+def bootstrap_ece(confidence: ArrayLike, correct: ArrayLike, resamples: int = 200, seed: int = 0) -> list[float]:
+    """The 95 % interval of the expected calibration error over images drawn anew with replacement: [low, high].
+
+    Resampling adds to the gaps as sampling did, so that the percentiles are mirrored at the error that was found.
+
+    Args:
+        confidence, correct: as in `reliability`.
+
+    Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.4: the basic interval.
+    """
+    random, found = np.random.default_rng(seed), reliability(confidence, correct).ece
+    confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct)
+    drawn = (random.integers(0, len(correct), len(correct)) for _ in range(resamples))
+    errors = [reliability(confidence[rows], correct[rows]).ece for rows in drawn]
+    low, high = np.quantile(errors, [0.025, 0.975])
+    return [max(2 * found - float(high), 0.0), max(2 * found - float(low), 0.0)]
+
+
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     """The 95 % interval of a mean by Student's t; None of fewer than two values."""
     from scipy.stats import t
@@ -125,16 +143,18 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017, section 4.2.
     """
+    return minimise_over_temperatures(lambda temperature: negative_log_likelihood(logits, labels, temperature))
+
+
+def minimise_over_temperatures(loss: Callable[[float], float]) -> float:
+    """The temperature within TEMPERATURE_BOUNDS at which a loss with one minimum is least; 1 where none beats 1."""
     from scipy.optimize import minimize_scalar
 
     low, high = (math.log(bound) for bound in TEMPERATURE_BOUNDS)
     search = minimize_scalar(
-        lambda log: negative_log_likelihood(logits, labels, math.exp(log)),
-        bounds=(low, high),
-        method="bounded",
-        options={"xatol": 1e-4},
+        lambda log: loss(math.exp(log)), bounds=(low, high), method="bounded", options={"xatol": 1e-4}
     )
-    return math.exp(search.x) if search.fun < negative_log_likelihood(logits, labels) else 1.0
+    return math.exp(search.x) if search.fun < loss(1.0) else 1.0
 
 
 def rank_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
@@ -152,6 +172,35 @@ def rank_of_truth(logits: Tensor, labels: Tensor) -> Tensor:
     truth = logits.gather(1, labels[:, None])
     earlier = torch.arange(logits.shape[1]) < labels[:, None]
     return ((logits > truth) | ((logits == truth) & earlier)).sum(1)
+
+
+def column(temperatures: Tensor | float) -> Tensor | float:
+    """Temperatures (N,) as a column (N, 1), to divide logits (N, K) by; a number as it is."""
+    return temperatures[:, None] if isinstance(temperatures, Tensor) else temperatures
+
+
+def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> dict[str, Any]:
+    """How many of the answers are wrong if only the surest images are answered.
+
+    Args:
+        confidence, correct: as in `reliability`, N of each, at least one.
+
+    Returns:
+        `coverage` and `risk`: the share that is answered and the share of these that is wrong, at 100 numbers of images
+        or all there are; of equally sure images the wrong are taken to come first. `area`: the mean risk over all
+        coverages.
+
+    Source: El-Yaniv and Wiener, On the Foundations of Noise-free Selective Classification, 2010.
+    """
+    wrong = 1 - np.asarray(correct, dtype=np.float64)
+    order = np.lexsort((-wrong, -np.asarray(confidence)))
+    risk = wrong[order].cumsum() / np.arange(1, len(order) + 1)
+    shown = np.unique(np.linspace(1, len(order), min(len(order), 100)).round().astype(int))
+    return {
+        "coverage": (shown / len(order)).round(6).tolist(),
+        "risk": risk[shown - 1].round(6).tolist(),
+        "area": float(risk.mean()),
+    }
 
 
 def class_scores(right: int, images: int, predicted: int) -> dict[str, Any]:
@@ -177,7 +226,9 @@ def require_finite(logits: Tensor) -> None:
         )
 
 
-def evaluate_logits(logits: Tensor, labels: Tensor, classes: Sequence[str], skipped: int = 0) -> dict[str, Any]:
+def evaluate_logits(
+    logits: Tensor, labels: Tensor, classes: Sequence[str], skipped: int = 0, temperatures: Tensor | float = 1.0
+) -> dict[str, Any]:
     """Judge a classifier by its logits on labelled images.
 
     Args:
@@ -185,12 +236,15 @@ def evaluate_logits(logits: Tensor, labels: Tensor, classes: Sequence[str], skip
         labels: (N,) integers, the true classes.
         classes: K different names, at least 2.
         skipped: images that could not be read; passed on, and counted in nothing else.
+        temperatures: (N,), or one: what the logits are divided by for the scores that a user sees.
 
     Returns:
         Values that JSON can hold, never NaN; shares are in [0, 1].
         `n`: images. `top1`, `top5` (top-K where K < 5): accuracy. `top1_ci95`: [low, high], Wilson.
-        `loss`: cross-entropy, natural logarithm. `ece`: expected calibration error in 15 bins, before temperature.
-        `temperature`: see fit_temperature. `per_class`: {name: {precision, recall, f1, n}}, see class_scores.
+        `loss`: cross-entropy of the logits, natural logarithm. `ece`, `ece_ci95`: expected calibration error of the
+        scores in 15 bins, [low, high] by bootstrap. `ece_raw`: the same without temperature. `temperature`: which would
+        suit these very images best, see fit_temperature. `risk_coverage`: see there.
+        `per_class`: {name: {precision, recall, f1, n}}, see class_scores.
         `confusion`: K lists of K counts, rows truth. `skipped`.
 
     Raises:
@@ -213,14 +267,18 @@ def evaluate_logits(logits: Tensor, labels: Tensor, classes: Sequence[str], skip
     confusion = multiclass_confusion_matrix(logits.argmax(1), labels, num_classes=len(classes))
     counts = (table.tolist() for table in (confusion.diag(), confusion.sum(1), confusion.sum(0)))
     rank = rank_of_truth(logits, labels)
-    correct, confidence = rank == 0, logits.softmax(1).amax(1)
+    correct = (rank == 0).numpy()
+    raw, confidence = ((logits / t).softmax(1).amax(1).numpy() for t in (1.0, column(temperatures)))
     return {
         "n": len(labels),
-        "top1": correct.double().mean().item(),
+        "top1": float(correct.mean()),
         "top5": (rank < 5).double().mean().item(),
         "top1_ci95": list(wilson_interval(int(correct.sum()), len(labels))),
         "loss": negative_log_likelihood(logits, labels),
-        "ece": reliability(confidence.numpy(), correct.numpy()).ece,
+        "ece": reliability(confidence, correct).ece,
+        "ece_ci95": bootstrap_ece(confidence, correct),
+        "ece_raw": reliability(raw, correct).ece,
+        "risk_coverage": risk_coverage(confidence, correct),
         "temperature": fit_temperature(logits, labels),
         "per_class": {name: class_scores(*row) for name, *row in zip(classes, *counts, strict=True)},
         "confusion": confusion.tolist(),

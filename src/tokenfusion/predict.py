@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from rich.console import Console
 from rich.table import Table
 
-from tokenfusion.classifier import Prediction
 from tokenfusion.data.decode import is_image
+from tokenfusion_runtime.prediction import Prediction
 
 
 def expand(paths: Sequence[str]) -> Iterator[str]:
@@ -84,7 +84,7 @@ def csv_cells(prediction: Prediction) -> list[str]:
     """What stands in these columns; nothing of an image that could not be read."""
     cells = [cell for label, score in prediction.topk for cell in (label, f"{score:.6f}")]
     if prediction.labels is None:
-        return cells
+        return ["", *cells[1:]] if prediction.abstains else cells
     reached, scores = zip(*prediction.labels, strict=True) if prediction.labels else ((), ())
     return ["|".join(reached), "|".join(f"{score:.6f}" for score in scores), *cells]
 
@@ -103,7 +103,12 @@ def table_cells(prediction: Prediction, columns: int) -> list[str]:
     if prediction.error:
         return [prediction.path, *[""] * (columns - 2), f"error: {prediction.error}"]
     if prediction.labels is None:
-        return [prediction.path, prediction.label, f"{prediction.score:.1%}", scores_text(prediction.topk[1:])]
+        return [
+            prediction.path,
+            prediction.label or "unsure",
+            f"{prediction.score:.1%}",
+            scores_text(prediction.topk[not prediction.abstains :]),
+        ]
     others = [(label, score) for label, score in prediction.topk if (label, score) not in prediction.labels]
     below = (f"{label} {score:.1%} < {prediction.thresholds[label]:.1%}" for label, score in others)
     return [prediction.path, scores_text(prediction.labels), ", ".join(below)]

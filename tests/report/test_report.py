@@ -322,8 +322,8 @@ def damage(name: str, text: str | None) -> Callable[[Path], object]:
         (damage("metrics.jsonl", '{"epoch": 1'), r"metrics\.jsonl line 1 is not JSON"),
         (damage("metrics.jsonl", '{"epoch": 1}\n'), r"metrics\.jsonl is incomplete: it lacks lr, train_loss"),
         (
-            damage("model.json", '{"format": 3}'),
-            r"format 3, newer than the 2 that this version reads; update tokenfusion",
+            damage("model.json", '{"format": 99}'),
+            r"format 99, newer than the 3 that this version reads; update tokenfusion",
         ),
         (damage("model.json", "[]"), r"model\.json names no format"),
         (damage("recipe.toml", "flux = 3"), r"no field is called 'flux'"),

@@ -216,7 +216,7 @@ def measure_run(run: Path, num_images: int, question: Question) -> dict[str, Any
 def probabilities_of(classifier: Classifier, images: Tensor) -> Tensor:
     """Probabilities (B, K) of input images, in the arithmetic that the classifier predicts in."""
     with evaluating(classifier.model), autocast(classifier.device, classifier.precision):
-        return classifier.model(images).float().softmax(1)
+        return (classifier.model(images).float() / classifier.temperature).softmax(1)
 
 
 def probability_of(classifier: Classifier, classes: Tensor, images: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     result = evaluate_logits(logits, labels, dataset.classes, skipped=len(skipped))
     result |= {"data": recipe.data, "split": split, "members": [run.name for run in runs]}
     out.mkdir(parents=True, exist_ok=True)
-    write_predictions(out / "predictions.csv", dataset.classes, images.names, labels, logits)
+    write_predictions(out / "predictions.csv", dataset.classes, images.names, labels, logits.softmax(1))
     write_json(out / "evaluation.json", result)
     return result
 

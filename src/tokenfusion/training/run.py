@@ -10,7 +10,7 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import EXCLUDED
 from tokenfusion.data.open import resolved
 from tokenfusion.errors import InputError
-from tokenfusion.evaluate import with_tuned_thresholds
+from tokenfusion.evaluate import calibrated
 from tokenfusion.files import write_text
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models import require_known
@@ -276,8 +276,7 @@ def ship(setup: Setup, state: TrainState) -> Classifier:
         shipped.model.load_state_dict(state.best)
     if not state.world.is_first:
         return shipped
-    if shipped.multi_label:
-        shipped = with_tuned_thresholds(shipped, setup.held_out, setup.recipe.workers)
-        shipped.save_description(setup.run.folder)
+    shipped = calibrated(shipped, setup.held_out, setup.recipe.workers)
+    shipped.save_description(setup.run.folder)
     shipped.save_weights(setup.run.folder)
     return shipped

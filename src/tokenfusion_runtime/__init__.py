@@ -1,0 +1,1 @@
+"""Predictions of an exported classifier: numpy, Pillow and one engine, without torch."""
