@@ -38,7 +38,7 @@ DESCRIPTION: dict[str, type] = {
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any] | None = None) -> None:
     """Write tensors, with a JSON description in the file's header, whole or not at all."""
     contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    metadata = {"description": json.dumps(description or {})}
+    metadata = {"format": "pt", "description": json.dumps(description or {})}  # transformers asks for the format
 
     def write(temporary: Path) -> None:
         try:

@@ -29,6 +29,7 @@ from tokenfusion.data.readers import read_file
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.hardware import Precision, autocast, default_device, hardware_name
+from tokenfusion.hub import fetch, is_reference
 from tokenfusion.models import create_model, default_config
 from tokenfusion.models.cost import count_macs, count_parameters
 from tokenfusion.recipe import Recipe
@@ -123,13 +124,14 @@ class Classifier:
         """Load a trained run.
 
         Args:
-            run: the folder that `tokenfusion train --out` wrote.
+            run: the folder that `tokenfusion train --out` wrote, or `hf://ORG/NAME@REVISION` of a hub, of which tensors
+                and JSON of one commit are fetched.
             device: where to put the model; the first GPU where there is one, else the CPU, when not given.
 
         Raises:
-            InputError: not a run, not finished, of a newer version, or damaged.
+            InputError: not a run, not finished, of a newer version, or damaged; or the hub does not give it.
         """
-        run = Path(run)
+        run = fetch(run) if is_reference(run) else Path(run)
         description = load_description(run)
         weights = run / "model.safetensors"
         if not weights.exists():

@@ -154,7 +154,7 @@ def predict(
     Parameters
     ----------
     run
-        Folder that `train` wrote.
+        Folder that `train` wrote, or hf://ORG/NAME@REVISION of a hub.
     paths
         Files, folders, globs, or - for a list on standard input, a path a line.
     topk
@@ -249,6 +249,38 @@ def compare(
     show(result, as_json, comparison_table(result), [*notes(result), written])
     if any(row["failed"] for row in result["models"]):
         sys.exit(1)
+
+
+@app.command
+def push(
+    run: Path,
+    repo: Annotated[str, Parameter(name="ORG/NAME")],
+    /,
+    *,
+    send: Annotated[bool, Parameter(negative="")] = False,
+    public: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write a run as a folder for a hub, RUN/hub, and say what would be sent; with --send, send it.
+
+    Example: tokenfusion push runs/photos my-org/photos
+
+    Parameters
+    ----------
+    run
+        Folder that `train` wrote; `evaluate` adds what the model card says of accuracy.
+    repo
+        Where to: an organisation or a user, and a name.
+    send
+        Send it, which needs a login (`hf auth login`).
+    public
+        Let anyone read it.
+    """
+    from tokenfusion.publish import listing
+    from tokenfusion.publish import push as push_run
+
+    files, address = push_run(run, repo, really=send, public=public)
+    for line in listing(files, address, repo, public):
+        console.print(line)
 
 
 @app.command

@@ -1,6 +1,6 @@
 """Any CNN fused with any transformer, by their names or as modules already built."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -192,10 +192,10 @@ def rescaled(own: Any, theirs: Any) -> nn.Module:
     """The change from one model's normalisation to another's; none where they are the same."""
     if all(tuple(own[key]) == tuple(theirs[key]) for key in ("mean", "std")):
         return nn.Identity()
-    mean, std, their_mean, their_std = (
-        torch.tensor(config[key]) for config in (own, theirs) for key in ("mean", "std")
-    )
-    return Rescale(std / their_std, (mean - their_mean) / their_std)
+    stds = list(zip(own["std"], theirs["std"], strict=True))
+    scale = [std / their_std for std, their_std in stds]
+    shifts = zip(own["mean"], theirs["mean"], stds, strict=True)
+    return Rescale(scale, [(mean - their_mean) / their_std for mean, their_mean, (_, their_std) in shifts])
 
 
 class Rescale(nn.Module):
@@ -204,10 +204,17 @@ class Rescale(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, scale: Tensor, shift: Tensor) -> None:
+    def __init__(self, scale: Sequence[float], shift: Sequence[float]) -> None:
         super().__init__()
-        self.register_buffer("scale", scale.view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("shift", shift.view(1, -1, 1, 1), persistent=False)
+        self.values = {"scale": tuple(scale), "shift": tuple(shift)}
+        self.init_non_persistent_buffers()
+
+    def init_non_persistent_buffers(self) -> None:
+        """Make what is in no file of weights anew; timm's name, which loaders call after a model was built on meta."""
+        for name, values in self.values.items():
+            old = getattr(self, name, None)
+            device = None if old is None else old.device
+            self.register_buffer(name, torch.tensor(values, device=device).view(1, -1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, in_chans, H, W) to the same shape."""

@@ -100,8 +100,11 @@ def entry_point(
 ) -> Any:
     """The function that timm calls to build the variant `name`."""
 
+    # classes and size are in the config that timm gives, which may be a saved folder's own
+    fixed = {key: value for key, value in config.items() if key not in ("num_classes", "img_size")}
+
     def build(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        arguments = {**config, **kwargs}
+        arguments = {**fixed, **kwargs}
         global_pool = arguments.pop("global_pool", None)
         model = build_model_with_cfg(
             model_cls, name, pretrained, pretrained_filter_fn=read_pretrained, feature_cfg=dict(features), **arguments
