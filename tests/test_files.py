@@ -11,7 +11,7 @@ import torch
 
 from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_atomic, write_csv, write_json
+from tokenfusion.files import lock_folder, refuse_inside, write_atomic, write_csv, write_json
 
 
 def test_a_write_that_fails_leaves_the_old_bytes_and_no_rubbish(tmp_path):
@@ -109,3 +109,38 @@ def test_weights_that_do_not_fit_leave_the_model_as_it_was(tmp_path):
         with pytest.raises(InputError, match=said):
             load_weights_exactly(model, tensors, tmp_path)
         assert torch.equal(model.weight, before)
+
+
+def test_a_folder_has_one_writer_at_a_time_and_is_left_without_a_trace(tmp_path):
+    with lock_folder(tmp_path):
+        with pytest.raises(InputError, match="another process is writing there; wait"), lock_folder(tmp_path):
+            pass
+        assert (tmp_path / ".lock").exists()
+    assert list(tmp_path.iterdir()) == []
+    with lock_folder(tmp_path):
+        pass
+
+
+def die_with_the_lock(path: Path) -> None:
+    with lock_folder(path):
+        signal.raise_signal(signal.SIGKILL)
+
+
+def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
+    process = multiprocessing.get_context("forkserver").Process(target=die_with_the_lock, args=(tmp_path,))
+    process.start()
+    process.join()
+    assert (tmp_path / ".lock").exists()
+    with lock_folder(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("inside", ["photos", "photos/run", "photos/a/../b", "elsewhere/to-photos/run"])
+def test_a_folder_inside_the_images_is_refused(tmp_path, inside):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "to-photos").symlink_to(tmp_path / "photos")
+    with pytest.raises(InputError, match=r"lies inside the images .* --out "):
+        refuse_inside(tmp_path / inside, str(tmp_path / "photos"))
+    refuse_inside(tmp_path / "photos-run", str(tmp_path / "photos"))
+    refuse_inside(tmp_path / "digits" / "run", "digits")

@@ -1,11 +1,13 @@
 """Files that are written whole or not at all."""
 
 import csv
+import errno
+import fcntl
 import io
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,65 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}; give another --out") from error
+
+
+@contextmanager
+def lock_folder(folder: Path, wait: Callable[[], object] | None = None) -> Iterator[int]:
+    """Have a folder to ourselves while we write to it; two writers would leave a mixture of both.
+
+    The lock ends with the last process that has it open, however that ends. A file system without locks lets all in.
+
+    Args:
+        folder: exists; its file `.lock` is the lock, and is removed at the end.
+        wait: called once before the lock is waited for; without it, a folder that is taken is refused.
+
+    Yields:
+        the lock's descriptor, for processes that are to hold it as well.
+
+    Raises:
+        InputError: another process writes to the folder, or nobody can.
+    """
+    path = folder / ".lock"
+    while True:
+        try:
+            file = path.open("w")
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror}; give another folder") from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if wait is None:
+                file.close()
+                raise InputError(
+                    f"{folder}: another process is writing there; wait for its end, or name another folder"
+                ) from error
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise
+        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+            break
+        file.close()  # whoever held it has removed it meanwhile
+    try:
+        yield file.fileno()
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+def refuse_inside(folder: Path, data: str) -> None:
+    """Refuse to write into a folder of images: what is written would be taken for data the next time.
+
+    Raises:
+        InputError: the folder is DATA or lies in it.
+    """
+    images, written = Path(data).resolve(), folder.resolve()
+    if images.is_dir() and written.is_relative_to(images):
+        raise InputError(
+            f"{folder} lies inside the images in {images}, and would be taken for some of them; "
+            f"give a folder outside, such as --out {images.parent / (images.name + '-' + written.name)}"
+        )
 
 
 def read_json(path: Path, remedy: str) -> Any:

@@ -17,6 +17,7 @@ from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.decoded import read_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.open import open_dataset
+from tokenfusion.files import lock_folder
 from tokenfusion.training import Interrupted, identity, resume, start
 
 QUIET = Console(quiet=True)
@@ -80,6 +81,34 @@ def test_ctrl_c_in_the_main_thread_saves_the_run(whole, tmp_path):
 def test_a_folder_that_holds_a_run_is_refused(whole):
     with pytest.raises(InputError, match="holds a run already; go on with"):
         tokenfusion.train(tiny_recipe(), whole[0])
+
+
+def test_two_trainings_into_one_folder_leave_it_to_the_first(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    with lock_folder(run), pytest.raises(InputError, match="another process is writing there"):
+        tokenfusion.train(tiny_recipe(), run)  # neither has written anything
+    said = []
+
+    def train_as_well(_update):
+        for second in (lambda: resume(run, QUIET), lambda: tokenfusion.train(tiny_recipe(seed=1), run)):
+            with pytest.raises(InputError) as refused:
+                second()
+            said.append(str(refused.value))
+        raise KeyError("enough")
+
+    with pytest.raises(KeyError):
+        tokenfusion.train(tiny_recipe(), run, progress=train_as_well)
+    assert "another process is writing there" in said[0]
+    assert "holds a run already" in said[1]
+
+
+def test_a_run_inside_its_images_is_refused_before_anything_is_written(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+    with pytest.raises(InputError, match="lies inside the images"):
+        tokenfusion.train(tiny_recipe(data=str(tmp_path / "photos")), tmp_path / "photos" / "run")
+    assert sorted(path.name for path in tmp_path.glob("photos/*")) == ["a", "b"]
 
 
 def test_the_example_trains(tmp_path, capsys):

@@ -15,14 +15,14 @@ from rich.console import Console
 
 from tokenfusion.compare.contenders import Contender, split_names
 from tokenfusion.compare.ensemble import evaluate_mean
-from tokenfusion.compare.jobs import lock_folder, run_all
+from tokenfusion.compare.jobs import run_all
 from tokenfusion.compare.plan import Budget, Comparison, plan_comparison, with_epochs
 from tokenfusion.compare.progress import ComparisonProgress
 from tokenfusion.compare.results import Failures, is_finished, summarise
 from tokenfusion.data.exclude import EXCLUDED, keep_list
 from tokenfusion.data.open import resolved
 from tokenfusion.errors import InputError
-from tokenfusion.files import make_folder, write_json, write_text
+from tokenfusion.files import lock_folder, make_folder, refuse_inside, write_json, write_text
 from tokenfusion.recipe import Recipe, dump_recipe, number
 
 __all__ = ["Budget", "compare", "plan_comparison", "split_names", "summarise"]
@@ -68,13 +68,14 @@ def compare(
         raise InputError(f"seeds={seeds} and jobs={jobs} must be 1 or more")
     refuse_recipe(recipe, budget)
     refuse_other_folder(out)
+    refuse_inside(out, recipe.data)
     recipe = replace(recipe, data=resolved(recipe.data), exclude=own_list(recipe.exclude, out))
     budget = budget or Budget("epochs", number(recipe.epochs))
     comparison = plan_comparison(recipe, models, seeds, out, budget, controls=controls, jobs=jobs)
     for folder in ("runs", "logs"):
         make_folder(out / folder)
     console = console or Console(quiet=True)
-    with lock_folder(out, console) as lock:
+    with lock_folder(out, lambda: console.print(f"{out}: a run is still going there; waiting for its end")) as lock:
         comparison = with_epochs(comparison)
         write_text(out / "recipe.toml", dump_recipe(comparison.recipe))
         return train_and_average(comparison, lock, console, after_run or (lambda _: None))
@@ -97,10 +98,9 @@ def refuse_recipe(recipe: Recipe, budget: Budget | None) -> None:
 
 def refuse_other_folder(out: Path) -> None:
     """Refuse a folder that holds other things than a comparison."""
-    ours = out.is_dir() and (
-        (out / ".lock").is_file() or {path.name for path in out.iterdir()} <= {"runs", "logs", EXCLUDED}
-    )
-    if out.exists() and not ours:
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    ours = {"runs", "logs"} <= names or names <= {"runs", "logs", ".lock", EXCLUDED}
+    if out.exists() and not (out.is_dir() and ours):
         raise InputError(f"{out} exists and is no folder of a comparison; give another --out")
 
 

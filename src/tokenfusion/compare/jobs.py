@@ -1,6 +1,5 @@
 """Runs in processes of their own, several at once, that outlive neither a Ctrl-C nor each other's crash."""
 
-import fcntl
 import json
 import os
 import signal
@@ -8,11 +7,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-
-from rich.console import Console
 
 from tokenfusion.compare.contenders import slug
 from tokenfusion.compare.plan import Comparison
@@ -43,7 +39,7 @@ def run_all(
     Args:
         comparison: how many run at the same time, and what each trains by.
         runs: name and seed, in the order in which they start.
-        lock: descriptor that they hold open, see `lock_folder`.
+        lock: descriptor that they hold open, see `files.lock_folder`.
         ended: called with the name and seed of a run that has ended, and why it failed, "" where it did not.
         tick: called several times a second.
     """
@@ -110,19 +106,3 @@ def stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         for process in processes:
             process.kill()
         raise
-
-
-@contextmanager
-def lock_folder(folder: Path, console: Console) -> Iterator[int]:
-    """Have a folder to ourselves; wait for a comparison, or a run that outlived a killed one, that is at work there.
-
-    Yields:
-        a descriptor; the folder is held until every process that has it open has ended.
-    """
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            console.print(f"{folder}: a run is still going there; waiting for its end")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield file.fileno()

@@ -1,5 +1,6 @@
 """A run from its first call to its weights: start or resume, prepare, loop, ship."""
 
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tokenfusion.data.exclude import EXCLUDED
 from tokenfusion.data.open import resolved
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import calibrated
-from tokenfusion.files import write_text
+from tokenfusion.files import lock_folder, make_folder, refuse_inside, write_text
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models import require_known
 from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
@@ -78,29 +79,41 @@ def start(
         InputError: the folder is taken, or the recipe or its data cannot be used.
         Interrupted: Ctrl-C, once the state is saved.
     """
-    with processes() as world:
+    with processes() as world, ExitStack() as held:
         console.quiet = console.quiet or not world.is_first
         world.require_same("recipe", versions() | vars(recipe), SAME_COMMAND)
         with world.together("folder"):
             require_known(recipe.model)
             recipe = replace(recipe, data=resolved(recipe.data))  # so that the run can be resumed from anywhere
             if world.is_first:
+                require_unused(folder)
+                refuse_inside(folder, recipe.data)
+                make_folder(folder)
+                held.enter_context(lock_folder(folder))
                 claim(folder, recipe)
         return to_its_end(recipe, Run(folder, console, world), measure, listener)
 
 
-def claim(folder: Path, recipe: Recipe) -> None:
-    """Make a new run's folder and write the recipe into it.
+def require_unused(folder: Path) -> None:
+    """Refuse a folder that holds a run, or anything else.
 
     Raises:
-        InputError: it is taken, or cannot be written.
+        InputError: it does.
     """
     if (folder / "model.json").exists():
         raise InputError(f"{folder} holds a run already; go on with `{resume_command(folder)}`, or give another --out")
     if folder.exists() and not (folder.is_dir() and is_unused(folder)):
         raise InputError(f"{folder} exists and is not an empty folder; give another --out")
+
+
+def claim(folder: Path, recipe: Recipe) -> None:
+    """Write the recipe into a new run's folder, which is locked.
+
+    Raises:
+        InputError: it was taken meanwhile, or cannot be written.
+    """
+    require_unused(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for name in BEFORE_THE_FIRST_STEP:  # of a run that was refused
             (folder / name).unlink(missing_ok=True)
         write_text(folder / "recipe.toml", dump_recipe(recipe))
@@ -111,7 +124,8 @@ def claim(folder: Path, recipe: Recipe) -> None:
 def is_unused(folder: Path) -> bool:
     """Whether a folder is empty, or holds no more than a run that was refused before its first step."""
     ours = {"recipe.toml", *BEFORE_THE_FIRST_STEP}
-    names = {path.name for path in folder.iterdir()} - {f".{name}.tmp" for name in ours}  # left where a write was cut
+    left = {".lock", *(f".{name}.tmp" for name in ours)}  # where a process was killed
+    names = {path.name for path in folder.iterdir()} - left
     if not names:
         return True
     refused = names <= ours and "recipe.toml" in names
@@ -129,13 +143,15 @@ def resume(folder: Path, console: Console, measure: Measure | None = None, liste
         InputError: not a run, of a newer version, damaged, or its data has changed.
         Interrupted: Ctrl-C, once the state is saved.
     """
-    with processes() as world:
+    with processes() as world, ExitStack() as held:
         console.quiet = console.quiet or not world.is_first
         with world.together("folder"):
             recipe = recipe_of(folder)
+            finished = (folder / "model.safetensors").exists()
+            if world.is_first and not finished:
+                held.enter_context(lock_folder(folder))
             if world.is_first and recipe.data != load_recipe(folder / "recipe.toml")["data"]:
                 console.print(f"the images were moved along with the run, to {recipe.data}")
-        finished = (folder / "model.safetensors").exists()
         world.require_same("recipe", versions() | vars(recipe) | {"finished": finished}, SAME_COMMAND)
         run = Run(folder, console, world)
         if not finished:
