@@ -2,8 +2,8 @@
 
 Own words: written from what is known of each code's operations, their order and their layouts, with its names of
 modules, so that `weights.to_official` gives the state dict. Nothing here is made faster or slower than it is there:
-products of attention are explicit, reshapes copy where the public code's do, every norm and activation is a module of its
-own. `tests/models/test_yardsticks.py` holds that each computes what ours does with equal weights, gradients included.
+products of attention are explicit, reshapes copy where the public code's do, every norm and activation is a module of
+its own. `tests/models/test_yardsticks.py` holds that each computes what ours does with equal weights, gradients too.
 
 `yardstick_of(model)` gives the yardstick of one of this package's models, with its weights. Letters: B batch, N tokens,
 C channels, H heads, D head width.
