@@ -185,7 +185,8 @@ def test_the_card_says_what_was_measured(command, run):
     card, result = (run / "hub" / "README.md").read_text(), json.loads((run / "evaluation.json").read_text())
     low, high = result["top1_ci95"]
     assert f"| accuracy | {result['top1']:.2%} | {low:.2%} to {high:.2%} |" in card
-    assert f"differ by {result['ece']:.2%} on average" in card
+    assert f"differ by {result['ece']:.2%} on average (95 % interval" in card
+    assert f"divide logits by {json.loads((run / 'model.json').read_text())['temperature']:.4g}." in card
     for name, scores in result["per_class"].items():
         assert f"| {name} | {scores['n']} | {scores['precision']:.2%} |" in card
     assert "| epochs | 4 |" in card
@@ -212,6 +213,7 @@ def test_the_card_of_many_labels_and_classes():
     description = {
         "name": "vit_micro", "classes": [f"c{i}" for i in range(60)], "multi_label": True, "hardware": "CPU",
         "parameters": 1, "macs": 1, "preprocess": {"img_size": [8, 8], "in_chans": 1}, "versions": {"tokenfusion": "1"},
+        "temperature": 1.0,
     }  # fmt: skip
     measured = {
         "multi_label": True, "map": None, "map_ci95": None, "f1_macro": 0.5, "f1_micro": None, "loss": 1.0, "n": 9,

@@ -61,6 +61,11 @@ def introduction(description: Mapping[str, Any]) -> str:
 
 def usage(repo: str, description: Mapping[str, Any]) -> str:
     size, channels = description["preprocess"]["img_size"], description["preprocess"]["in_chans"]
+    temperature = description["temperature"]
+    scaled = (
+        f" Scores of the first are calibrated; for those of timm and transformers divide logits by {temperature:.4g}."
+    )
+    raw = scaled if temperature != 1 else ""
     return f"""## Use
 
 ```python
@@ -75,7 +80,7 @@ from transformers import AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("{repo}")
 ```
 
-Images of {size[0]}×{size[1]} pixels and {channels} channel{"s" * (channels > 1)}, normalised as `config.json` says."""
+Images of {size[0]}×{size[1]} pixels and {channels} channel{"s" * (channels > 1)}, normalised as `config.json` says.{raw}"""
 
 
 def training(description: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
@@ -131,9 +136,9 @@ def per_class(evaluation: Mapping[str, Any]) -> str:
 def calibration(evaluation: Mapping[str, Any]) -> str:
     if "ece" not in evaluation:
         return "Calibration was not measured."
-    text = f"Calibration: scores and accuracy differ by {share(evaluation['ece'])} on average"
-    temperature = evaluation.get("temperature")
-    return text + (f"; a temperature of {temperature:.3g} fits these images best." if temperature else ".")
+    interval = f" (95 % interval {between(evaluation['ece_ci95'])})" if "ece_ci95" in evaluation else ""
+    raw = f"; raw scores by {share(evaluation['ece_raw'])}" if "ece_raw" in evaluation else ""
+    return f"Calibration: scores and accuracy differ by {share(evaluation['ece'])} on average{interval}{raw}."
 
 
 def limits(description: Mapping[str, Any], evaluation: Mapping[str, Any] | None) -> str:
