@@ -62,10 +62,7 @@ def introduction(description: Mapping[str, Any]) -> str:
 def usage(repo: str, description: Mapping[str, Any]) -> str:
     size, channels = description["preprocess"]["img_size"], description["preprocess"]["in_chans"]
     temperature = description["temperature"]
-    scaled = (
-        f" Scores of the first are calibrated; for those of timm and transformers divide logits by {temperature:.4g}."
-    )
-    raw = scaled if temperature != 1 else ""
+    raw = f" `Classifier` calibrates its scores; for those of timm and transformers divide logits by {temperature:.4g}."
     return f"""## Use
 
 ```python
@@ -80,7 +77,7 @@ from transformers import AutoModelForImageClassification
 model = AutoModelForImageClassification.from_pretrained("{repo}")
 ```
 
-Images of {size[0]}×{size[1]} pixels and {channels} channel{"s" * (channels > 1)}, normalised as `config.json` says.{raw}"""
+Images of {size[0]}×{size[1]} pixels, {channels} channel(s), normalised as `config.json` says.{raw}"""
 
 
 def training(description: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
