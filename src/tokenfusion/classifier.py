@@ -4,9 +4,10 @@ import math
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self, TypeVar, cast
 
 import numpy as np
 import timm
@@ -23,7 +24,7 @@ from tokenfusion.checkpoint import (
     resume_command,
     save_tensors,
 )
-from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, to_rgb
+from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, refuse_large, to_rgb
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.readers import read_file
 from tokenfusion.errors import InputError
@@ -37,7 +38,7 @@ from tokenfusion.version import __version__
 from tokenfusion_runtime.abstain import SurestErrors
 from tokenfusion_runtime.prediction import Answers, Prediction, cuts_for
 
-ImageLike = str | Path | np.ndarray | Image.Image
+ImageLike = str | Path | bytes | BytesIO | np.ndarray | Image.Image
 Prepared = tuple[str, Tensor | str]
 """An image's path, "" where it has none, and its pixels (in_chans, h, w) as a model is given them, or why not."""
 Item = TypeVar("Item")
@@ -218,14 +219,16 @@ class Classifier:
         """Classify images, one prediction each, in order; an unreadable file gives a prediction with `error`.
 
         Args:
-            images: paths, arrays (H, W) or (H, W, 3) uint8, or PIL images; one or a sequence.
+            images: paths, an image file's bytes or BytesIO, arrays (H, W), (H, W, 3) RGB or (H, W, 4) RGBA of uint8
+                (OpenCV gives BGR: turn it by `[..., ::-1]`), or PIL images; one or a sequence.
             topk: how many classes to name.
             batch_size: images in the model at once.
             abstain: the largest share of wrong answers; where the model is too unsure for that, it names no class
                 (`Prediction.abstains`), or of a multi-label model says neither yes nor no (`Prediction.unsure`). See
                 `SurestErrors.cut` for what is guaranteed.
         """
-        several = [images] if isinstance(images, str | Path | np.ndarray | Image.Image) else images
+        one = isinstance(images, ImageLike | Tensor) or not isinstance(images, Iterable)
+        several = cast(Iterable[ImageLike], [images] if one else images)
         return list(self.iter_predictions(several, topk=topk, batch_size=batch_size, abstain=abstain))
 
     def iter_predictions(
@@ -298,17 +301,37 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 
 def decode(image: ImageLike, max_pixels: int) -> Tensor:
-    """Any way to give an image, as uint8 (3, H, W); files and arrays go through the decoder that training uses."""
+    """Any way to give an image, as uint8 (3, H, W); files and arrays go through the decoder that training uses.
+
+    Raises:
+        UnreadableImage: it is damaged or too large.
+        InputError: it is none of these ways.
+    """
     if isinstance(image, str | Path):
         return decode_image(read_file(image), max_pixels=max_pixels)
+    if isinstance(image, bytes | BytesIO):
+        return decode_image(image if isinstance(image, bytes) else image.getvalue(), max_pixels=max_pixels)
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (1, 3, 4)):
+        if (
+            not image.size
+            or image.dtype != np.uint8
+            or image.ndim not in (2, 3)
+            or (image.ndim == 3 and image.shape[2] not in (1, 3, 4))
+        ):
             raise InputError(
                 f"an array of shape {image.shape} and type {image.dtype} is not an image; "
                 "give uint8 (H, W), (H, W, 3) or (H, W, 4)"
             )
         image = Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
-    return transforms.pil_to_tensor(to_rgb(image))
+    if not isinstance(image, Image.Image):
+        raise InputError(
+            f"{type(image).__name__} is not an image; give a path, bytes, a uint8 array (H, W, 3) of RGB or a PIL image"
+        )
+    refuse_large(image.height, image.width, max_pixels)
+    try:
+        return transforms.pil_to_tensor(to_rgb(image))
+    except (OSError, ValueError, SyntaxError) as error:  # its file is read only now
+        raise UnreadableImage(f"damaged image: {error}") from error
 
 
 def as_placed(model: nn.Module, device: torch.device) -> nn.Module:

@@ -4,8 +4,10 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +23,10 @@ from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
+
+for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # what was closed, as by `>&-`, is nowhere
+    if getattr(sys, name) is None:
+        setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 # a pipe or a file gets whole lines, however long
 console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
@@ -402,15 +408,16 @@ def show(result: Any, as_json: bool, table: Sequence[Sequence[str]] = (), lines:
 def main() -> None:
     """Run the command; a user's mistake is a message and exit status 2, not a traceback."""
     try:
-        app(sys.argv[1:])
+        app(options.data_first(sys.argv[1:]))
+        sys.stdout.flush()
     except InputError as error:
         stderr.print(f"error: {error}")
         sys.exit(2)
     except OSError as error:
-        if isinstance(error, BrokenPipeError):  # the reader, such as `head`, has enough
+        with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to flush
-            sys.exit(1)
-        stderr.print(f"error: {error}")
+        if not isinstance(error, BrokenPipeError):  # the reader, such as `head`, has enough
+            stderr.print(f"error: {error}")
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
         from tokenfusion.hardware import is_out_of_memory
@@ -423,6 +430,7 @@ def main() -> None:
         )
         sys.exit(2)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is said once
         stderr.print("\nstopped")
         sys.exit(130)
 

@@ -1,6 +1,7 @@
 """What the command does with its options before a verb sees them: refuse fractions, fill in from recipe and preset."""
 
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -26,6 +27,26 @@ REMEDIES = {
 }
 """What to do where an argument is missing."""
 AUTO_OPTIONS = {f"--{name.replace('_', '-')}" for name in AUTO_FIELDS}
+
+
+SEVERAL: dict[str, Callable[[str], bool]] = {
+    "--img-size": lambda word: is_number(word),
+    "--loggers": lambda word: word in ("wandb", "mlflow"),
+}
+"""Options of several values, and which words are values of them."""
+
+
+def data_first(words: Sequence[str]) -> list[str]:
+    """The command's words; where `--img-size 32 photos` would take DATA for a value, DATA stands before the option."""
+    ordered = list(words)
+    for option, is_value in SEVERAL.items():
+        if option in ordered:
+            start = end = ordered.index(option) + 1
+            while end < len(ordered) and is_value(ordered[end]):
+                end += 1
+            if start < end < len(ordered) and not ordered[end].startswith("-"):
+                ordered.insert(start - 1, ordered.pop(end))
+    return ordered
 
 
 def refuse_words(_app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:

@@ -5,7 +5,9 @@ single wrong byte in a PNG's data ends the process with a segmentation fault in 
 """
 
 import os
+import struct
 import threading
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,6 +34,8 @@ EXTENSIONS = frozenset(
 Image.init()
 WANTED = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"]
 FORMATS = [name for name in WANTED if name in Image.OPEN]
+MAX_SIDE = 2**16
+"""Longest side that is decoded: of a line of pixels, resizing would make a picture that fits into no memory."""
 THREADS = min(4, os.cpu_count() or 1)
 """Threads that decode at the same time."""
 RGB = 3  # torchvision's ImageReadMode.RGB, as its operator takes it
@@ -73,6 +77,7 @@ def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
             refuse_large(image.height, image.width, max_pixels)
             if image.format == "PNG":  # whose checksums decoding alone does not look at; verifying uses an image up
                 Image.open(BytesIO(data), formats=["PNG"]).verify()
+                refuse_missing_rows(data, image)
             pixels = decode_plain(data) if is_plain(image) else None
             return F.pil_to_tensor(to_rgb(image)) if pixels is None else pixels
     except UnreadableImage:
@@ -84,12 +89,42 @@ def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
 
 
 def refuse_large(height: int, width: int, max_pixels: int) -> None:
-    """Refuse an image of too many pixels, UnreadableImage."""
+    """Refuse an image of no pixels or too many, UnreadableImage."""
+    if not 0 < min(width, height) <= max(width, height) <= MAX_SIDE:
+        raise UnreadableImage(f"{width}×{height} has a side that is not 1 to {MAX_SIDE} pixels; cut it into parts")
     if width * height > max_pixels:
         raise UnreadableImage(
             f"{width}×{height} are {width * height} pixels, more than max_pixels={max_pixels}; "
             "shrink it or raise the limit"
         )
+
+
+def refuse_missing_rows(data: bytes, image: Image.Image) -> None:
+    """Refuse a PNG whose compressed rows end too early: Pillow leaves the rest black without a word.
+
+    Counting the bytes costs a second decompression, so that only images that end in a row of zeros are counted.
+    """
+    image.load()
+    last = np.asarray(image.crop((0, max(image.height - 2, 0), image.width, image.height)))  # one of each interlacing
+    if all(row.any() for row in last):
+        return
+    width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    wanted = 0
+    for left, top, across, down in passes if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        wanted += rows * (1 + (columns * bits + 7) // 8) if columns > 0 else 0
+    stream, found, place = zlib.decompressobj(), 0, 8
+    while place + 8 <= len(data) and found < wanted and not stream.eof:
+        size, kind = struct.unpack(">I4s", data[place : place + 8])
+        part = data[place + 8 : place + 8 + size] if kind == b"IDAT" else b""
+        while part and found < wanted and not stream.eof:
+            found += len(stream.decompress(part, 2**20))
+            part = stream.unconsumed_tail
+        place += 12 + size
+    if found + len(stream.flush()) < wanted:
+        raise UnreadableImage(f"damaged image: its rows end after {found:,} of {wanted:,} bytes")
 
 
 def is_plain(image: Image.Image) -> bool:
@@ -118,6 +153,8 @@ def orientation(image: Image.Image) -> int:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any of Pillow's modes as 8-bit RGB: upright, opaque on white, 16 bits scaled."""
+    if image.mode in ("La", "RGBa"):  # colours that were multiplied by their opacity
+        image = image.convert(image.mode.upper())
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
     if image.mode in ("I", "F") and not sixteen_bits:
         raise UnreadableImage(f"values of mode {image.mode} have no defined white; convert it to 8 or 16 bits")

@@ -18,6 +18,8 @@ from tokenfusion.errors import InputError
 
 COLUMNS = "path,label[,split][,weight], or labels (a|b) in place of label"
 KNOWN = ("path", "label", "labels", "split", "weight")
+LONGEST_LINE = 2**20
+"""Most characters of a line of a JSONL."""
 SEVERAL = '"a|b" in a CSV or ["a", "b"] in a JSONL, and "" or [] for an image of no class'
 
 
@@ -84,7 +86,9 @@ def read_csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with open(path, encoding="utf-8-sig", newline="\n") as file:
-        for line, text in enumerate(file, start=1):
+        for line, text in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
+            if len(text) == LONGEST_LINE:
+                raise InputError(f"{path}, line {line}: more than {LONGEST_LINE:,} characters; give an object a line")
             if not text.strip():
                 continue
             try:

@@ -153,7 +153,7 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str] = ()) -> Da
                 layout = read_layout(root / name, file.schema_arrow)
                 labels += read_labels(root / name, file, layout)
                 tables.append(read_table(root / name, file, layout.image))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             raise InputError(f"{root / name}: not readable as Parquet ({error}); replace it or take it away") from error
         layouts.setdefault(layout, name)
         count = sum(tables[-1].rows)

@@ -21,6 +21,10 @@ MEMORY_LIMIT = 4 * 2**30
 """Most bytes of image files that are kept in memory from a compressed tar."""
 
 
+LARGEST_FILE = 2**28
+"""Most bytes of one image file in it."""
+
+
 @dataclass
 class Members:
     """What a tar holds: image files by name, each with its offset and size in bytes, and what else lies in it."""
@@ -67,6 +71,10 @@ def read_compressed(path: Path) -> tuple[Members, Blob]:
             raise InputError(
                 f"{path}: its images are more than {MEMORY_LIMIT / 2**30:g} GiB, the most that is kept in memory; "
                 "decompress it to a plain .tar, which is read in place"
+            )
+        if member.size > LARGEST_FILE:
+            raise InputError(
+                f"{path}: {member.name} has {member.size:,} bytes, more than {LARGEST_FILE:,}; leave it out"
             )
         file = tar.extractfile(member)
         assert file is not None

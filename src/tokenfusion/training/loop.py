@@ -124,21 +124,27 @@ def update(setup: Setup, state: TrainState) -> Update:
 
 @contextmanager
 def stop_on_signals(requests: Requests, together: bool) -> Iterator[None]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop after the step under way; a second one stops at once.
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request to stop after the step under way; one that comes a second
+    later, or after that, stops at once.
 
     Where several processes train together they stop together, as each hears of it from the others as well. In another
     thread than the main one, which alone hears of signals, nothing changes.
     """
 
+    asked = 0.0
+
     def request(_signal: int, _frame: FrameType | None) -> None:
-        if requests.stop and not together:
+        nonlocal asked
+        if requests.stop and not together and perf_counter() - asked > 1:  # quicker, it is the same wish
             raise KeyboardInterrupt
+        if not requests.stop:
+            asked = perf_counter()
         requests.stop = True
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:

@@ -260,6 +260,12 @@ def require_same_run(setup: Setup) -> Identity:
     now = identity_of(*what, run.folder)
     if is_saved(run.checkpoint):
         began = read_progress(run.checkpoint)
+        steps = setup.batches.steps_per_epoch
+        if began.step_in_epoch > steps or began.step > (began.epoch + 1) * steps:
+            raise InputError(
+                f"{run.checkpoint} is damaged: {began.step} steps are more than {began.epoch + 1} epochs of {steps}; "
+                f"delete the folder {run.checkpoint.parent}, and --resume starts anew"
+            )
         if began.identity:
             changed = differences(began.identity, now)
         else:

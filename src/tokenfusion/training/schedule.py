@@ -3,6 +3,7 @@ or after the final decay of an open end."""
 
 from math import ceil, cos, pi, sqrt
 
+from tokenfusion.formatting import counted
 from tokenfusion.recipe import Recipe, number
 from tokenfusion.training.state import Progress
 
@@ -62,7 +63,12 @@ def decide_end(recipe: Recipe, progress: Progress) -> str:
     """
     waited = progress.epoch - progress.best_epoch
     if recipe.epochs != "auto":
-        progress.finished = progress.epoch == recipe.epochs or 0 < recipe.patience <= waited
+        progress.finished = progress.epoch >= recipe.epochs or 0 < recipe.patience <= waited
+        if progress.finished and progress.epoch < recipe.epochs:
+            return (
+                f"stopped early after epoch {progress.epoch} of {recipe.epochs}: no better score for "
+                f"{counted(waited, 'epoch')} (patience={recipe.patience}); those of epoch {progress.best_epoch} ship"
+            )
         return ""
     if progress.decay_epoch:
         progress.finished = progress.epoch == last_epoch(progress.decay_epoch)

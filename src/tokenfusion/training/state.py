@@ -1,7 +1,8 @@
 """All that a run needs to go on as if it had never stopped, in one file."""
 
 import json
-from dataclasses import asdict, dataclass, field
+import math
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,13 @@ class TrainState:
             self.best = part("best.")
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in part("optimizer.").items():
-            index, moment = name.split(".")
+            index, _, moment = name.partition(".")
+            shape = parameters[int(index)].shape if index.isdecimal() and int(index) < len(parameters) else None
+            if not moment.isidentifier() or (tensor.ndim and tensor.shape != shape) or not tensor.isfinite().all():
+                raise InputError(
+                    f"{path} is damaged: optimizer.{name} fits no weight; delete the folder {path.parent}, and "
+                    "--resume starts anew"
+                )
             laid_out = tensor
             if tensor.ndim:  # laid out as its parameter: the fused step adds in the order of memory
                 laid_out = torch.empty_like(parameters[int(index)], requires_grad=False)
@@ -254,11 +261,39 @@ def read_progress(path: Path) -> Progress:
     for name in NO_LONGER_COUNTED:
         description.pop(name, None)
     try:
-        return Progress(**description)
+        progress = Progress(**description)
     except TypeError as error:
         raise InputError(
             f"{path} was written by another version of tokenfusion: {error}; train again with another --out"
         ) from error
+    if fault := fault_of(progress):
+        raise InputError(f"{path} is damaged: {fault}; delete the folder {path.parent}, and --resume starts anew")
+    return progress
+
+
+def fault_of(progress: Progress) -> str:
+    """What cannot be true of a run's progress: a type, a range, or what does not go together; "" where nothing is."""
+    fresh = Progress()
+    for one in fields(Progress):
+        value, kind = getattr(progress, one.name), type(getattr(fresh, one.name))
+        right = type(value) is kind or (kind is float and type(value) is int)
+        if not right or (kind is float and not math.isfinite(value)):
+            return f"{one.name} is {str(value)[:40]}, not of type {kind.__name__}"
+        if kind in (int, float) and value < (-1 if one.name == "best_top1" else 0) and one.name != "loss_sum":
+            return f"{one.name} is {value}, below 0"
+    if progress.processes < 1 or progress.correct > progress.seen or progress.step_in_epoch > progress.step:
+        return "its counts of processes, images or steps contradict each other"
+    if len(progress.records) != progress.epoch or max(progress.best_epoch, progress.decay_epoch) > progress.epoch:
+        return f"it has {len(progress.records)} records of {progress.epoch} epochs"
+    numbers = [value for record in progress.records if isinstance(record, dict) for value in record.values()]
+    if not all(isinstance(r, dict) for r in progress.records) or not all(type(n) in (int, float) for n in numbers):
+        return "its records are not numbers by name"
+    identity = progress.identity
+    if identity and not all(isinstance(identity.get(part), dict) for part in ("recipe", "images")):
+        return "it does not say what the run is trained on and by"
+    if not isinstance(identity.get("data_from_here", ""), str):
+        return "it does not say where the images lay"
+    return ""
 
 
 NO_LONGER_COUNTED = ("recent_losses", "skipped_steps", "rollbacks", "bad_steps")
@@ -274,7 +309,7 @@ def read_header(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, "pt") as file:
             return dict(json.loads((file.metadata() or {})["description"]))
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+    except (OSError, SafetensorError, ValueError, TypeError, RecursionError, KeyError) as error:
         raise InputError(
             f"{path} is damaged: {error}; delete the folder {path.parent}, and --resume starts anew"
         ) from error

@@ -84,7 +84,7 @@ def read_pointer(path: Path) -> tuple[Path, dict[str, Any]]:
     try:
         saved = json.loads(pointer.read_text())
         folder, description = path.with_name(saved["folder"]), dict(saved["description"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise damaged(path, reason_of(error)) from error
     if folder not in slots_of(path):
         known = " or ".join(slot.name for slot in slots_of(path))
