@@ -26,14 +26,6 @@ PAIRS = {"crossvit_9_dagger_224": "crossvit_9_dagger_240", "crossvit_small_224":
 ALONE = ("crossvit_9_dagger_224", "deepvit_16", "deepvit_s", "cmt_s")
 PRECISIONS = ("fp32", "bf16")
 INFERENCE_BATCHES, TRAINING_BATCH, ALONE_BATCH = (1, 8), 16, 8
-# Images per second of the official code, in fp32 and bf16: inference at batch 8, training step at batch 16. Taken once
-# on another machine of 2 cores with bfloat16 products, so that they give the scale and no ratio.
-OFFICIAL_ON_ANOTHER_MACHINE = {
-    "crossvit_9_dagger_224": {"inference": [20.7, 68.9], "training step": [7.5, 19.2]},
-    "deepvit_16": {"inference": [9.8, 24.0], "training step": [3.1, 11.2]},
-    "deepvit_s": {"inference": [10.8, 31.7], "training step": [3.7, 9.3]},
-    "cmt_s": {"inference": [14.8, 32.0], "training step": [5.2, 9.0]},
-}
 
 
 def infer(model: nn.Module, precision: Any, images: Tensor) -> None:
@@ -123,7 +115,6 @@ def main() -> None:
         "pairs' unit": "ms per call, median",
         "alone's unit": "images per second",
     }
-    result["official code on another machine, for scale: images per second"] = OFFICIAL_ON_ANOTHER_MACHINE
     pairs = load_pairs()
     result["pairs"] = [
         row for batch in INFERENCE_BATCHES for row in measure_pairs(pairs, batch, "inference", options.repetitions)

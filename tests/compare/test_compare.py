@@ -108,7 +108,7 @@ def test_the_json_says_what_the_run_folders_say(whole):
     differences = [a["top1"] - b["top1"] for a, b in zip(vit["runs"], cnn["runs"], strict=True)]
     assert [test["name"] for test in result["tests"]] == [*MODELS[1:], MEAN]
     assert result["tests"][0]["difference_mean"] == pytest.approx(fmean(differences))
-    assert result["tests"][0]["method"] == "paired t over 2 seeds"
+    assert result["tests"][0]["method"].startswith("t over 2 and 2 seeds (Welch), images ")
     assert (result["budget"], result["seeds"], result["training_images"]) == ("epochs=1", [0, 1], 1438)
 
 

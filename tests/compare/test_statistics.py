@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front
+from tokenfusion.compare.statistics import crossed_t, holm, mcnemar, paired_t, pareto_front
 from tokenfusion.metrics import t_interval
 
 
@@ -42,6 +42,36 @@ def test_mcnemar_is_a_sign_test_of_the_images_that_one_alone_gets_right():
     assert result["p"] == pytest.approx(14 / 64)
     assert mcnemar(theirs, ours)["p"] == pytest.approx(14 / 64)
     assert mcnemar(ours, ours)["p"] == 1
+
+
+def test_seeds_of_two_models_are_not_paired_and_images_are_random_too():
+    # two seeds of either, 0.02 apart: each mean has the variance 0.0002 / 2, so that Welch's degrees of freedom are 2
+    values, reference = [0.51, 0.53], [0.50, 0.48]
+    seeds = crossed_t(values, reference)
+    error = math.sqrt(2 * 0.0002 / 2)
+    assert seeds["difference_mean"] == pytest.approx(0.03)
+    assert seeds["ci95"] == pytest.approx([0.03 - 4.302653 * error, 0.03 + 4.302653 * error], abs=1e-6)
+    assert seeds["method"] == "t over 2 and 2 seeds (Welch), images as given: their predictions were not kept"
+    per_image = [0.5, -0.5, 0.12, 0.0] * 25  # of 100 images: mean 0.03
+    both = crossed_t(values, reference, per_image)
+    assert both["difference_mean"] == seeds["difference_mean"]
+    wide = [end["ci95"][1] - end["ci95"][0] for end in (both, seeds)]
+    assert wide[0] > 3.92 * math.sqrt(0.0002 + 0.1286 / 100)  # with infinitely many degrees of freedom
+    # more images narrow it to what seeds leave
+    many = crossed_t(values, reference, per_image * 10_000)
+    assert many["ci95"] == pytest.approx(seeds["ci95"], abs=1e-3)
+    assert both["p"] > seeds["p"]
+
+
+def test_models_that_are_alike_to_the_last_image_do_not_differ():
+    assert crossed_t([0.5, 0.5], [0.5, 0.5], [0.0, 0.0])["p"] == 1
+    assert crossed_t([0.6, 0.6], [0.5, 0.5])["p"] is None
+
+
+def test_holms_correction():
+    # sorted: 0.01 times 3, 0.02 times 2, 0.03 times 1 but no less than the one before
+    assert [p and round(p, 9) for p in holm([0.03, None, 0.01, 0.02])] == [0.04, None, 0.03, 0.04]
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
 
 
 def test_the_pareto_front_leaves_out_what_is_beaten():

@@ -46,7 +46,7 @@ def model(name: str, top1: list[float], role: str = "model", macs: int = 40_000_
 def comparison(*models: dict[str, Any], seeds: int = 3, **changes: Any) -> dict[str, Any]:
     """What `comparison.json` holds of these."""
     tests = [
-        {"name": row["name"], "difference_mean": 0.01, "ci95": None, "p": 0.0421, "method": "a test"} for row in models
+        {"name": row["name"], "difference_mean": 0.01, "ci95": None, "p": 0.005, "method": "a test"} for row in models
     ]
     points = {row["name"]: (row["macs"], row["top1_mean"]) for row in models if row["runs"]}
     result = {"data": "photos", "training_images": 1438, "recipe": {"lr": 0.002}, "budget": "epochs=2"}
@@ -83,8 +83,8 @@ CLEAR = [
 def test_a_clear_winner_by_hand() -> None:
     assert headline(comparison(*CLEAR)) == (
         f"Of the 3 models with finished runs, {FUSED} is ahead: it names 90.00% ± 0.20% of 500 images correctly. "
-        f"The next is {CNN}, 2.00 percentage points below; their 95% intervals do not overlap (p 0.042, a test). "
-        "Intervals that overlap with its own: none."
+        f"The next is {CNN}, 2.00 percentage points below: more than chance (p 0.010, a test). "
+        "Not told apart from it: none. Fewer than 5 seeds: a hint, no claim rests on it."
     )
     assert fusion_against_others(comparison(*CLEAR)) == [
         f"{FUSED}, 90.00%, is better than all of the 2 models compared with it. "
@@ -92,15 +92,28 @@ def test_a_clear_winner_by_hand() -> None:
     ]
 
 
-def test_intervals_that_overlap_are_said_to() -> None:
+def test_two_models_are_told_apart_by_their_test_corrected_for_how_many_there_are() -> None:
     close = model(CNN, [0.893, 0.895, 0.897])  # 0.5 % below: 89.997 % at most, where 89.503 % is the winner's least
     assert overlap(CLEAR[0], close)
-    said = headline(comparison(CLEAR[0], close, CLEAR[2]))
-    assert "their 95% intervals overlap: either may be the better" in said
-    assert said.endswith(f"Intervals that overlap with its own: {CNN}.")
-    [fused] = fusion_against_others(comparison(CLEAR[0], close, CLEAR[2]))
-    assert "is better than 1 of the 2 models compared with it" in fused
-    assert f"Intervals overlap with {CNN} (+0.50)." in fused
+    result = comparison(CLEAR[0], close, CLEAR[2])
+    assert "Not told apart from it: none." in headline(result)  # the test is sharper than the intervals
+    result["tests"][0]["p"] = 0.0421  # below 0.05 alone, and with another test of p 0.005 as well: Holm's second step
+    assert "more than chance (p 0.042, a test)" in headline(result)
+    result["tests"][1]["p"] = 0.06  # and now it is the first of two: twice 0.0421
+    said = headline(result)
+    assert "0.50 percentage points below: no difference can be told (p 0.084, a test)." in said
+    assert f"Not told apart from it: {CNN} and {VIT}." in said
+    [fused] = fusion_against_others(result)
+    assert "is better than none of the 2 models compared with it" in fused
+    assert f"Not told apart from {CNN} (+0.50)" in fused
+    assert "either may be the better" not in said
+
+
+def test_models_without_a_test_are_told_apart_by_their_intervals() -> None:
+    close, first = model(CNN, [0.893, 0.895, 0.897]), model("cmt_micro", [0.798, 0.800, 0.802])
+    said = headline(comparison(first, CLEAR[0], close))
+    assert f"The next is {CNN}, 0.50 percentage points below; their 95% intervals overlap, without a test." in said
+    assert f"Not told apart from it: {CNN}." in said
 
 
 def test_intervals_that_touch_overlap() -> None:
@@ -135,6 +148,7 @@ def test_controls_are_compared_with_their_own_model_only() -> None:
 def test_what_one_and_two_seeds_do_not_tell() -> None:
     one = comparison(model(FUSED, [0.9]), model(CNN, [0.85]), seeds=1)
     assert "they do not tell what another seed gives" in headline(one)
+    one["tests"][0]["p"] = None
     assert "their 95% intervals overlap" in headline(one)  # of images: 0.8 to 1.0 and 0.75 to 0.95
     # t is 12.706 at one degree of freedom, over the square root of two: 8.98 standard deviations
     low, high = t_interval([0.9, 0.91]) or (0, 0)

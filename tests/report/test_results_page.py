@@ -36,7 +36,7 @@ RESULT = {
         | {"top1_sd": 0.001, "runs": [{"n": 500, "seed": 0}], "images_per_s": 9.0, "minutes": 2.0, "peak_memory_mb": 99}
         for row in MODELS
     ],
-    "tests": [{"name": "resnet_micro", "difference_mean": -0.02, "ci95": None, "p": 0.2, "method": "paired t"}],
+    "tests": [{"name": "resnet_micro", "difference_mean": -0.02, "ci95": None, "p": 0.02, "method": "paired t"}],
 }
 
 
@@ -74,7 +74,7 @@ def test_a_block_is_of_its_file(results_page: ModuleType) -> None:
     assert "tokenfusion_late_micro is ahead: it names 90.00% ± 0.10% of 500 images correctly." in text
     assert "It is better than resnet_micro (+2.00)." in text
     assert (
-        "| resnet_micro | 88.00% ± 0.10% | 87.50% to 88.50% | -2.00 (1 seed) | 0.200 | 0.45 | 0.039 | 9 | 2.00 | 99 |"
+        "| resnet_micro | 88.00% ± 0.10% | 87.50% to 88.50% | -2.00 (1 seed) | – | 0.020 | 0.45 | 0.039 | 9 | 2.00 | 99 |"
         in text
     )
     assert "on AMD EPYC, 1 thread a run, bf16" in text
@@ -108,6 +108,8 @@ def depth_row(depth: int, re_attends: bool, top1: float, similar: int, neighbour
         "top1_ci95": [top1 - 0.01, top1 + 0.01],
         "share_of_similar_blocks": similar / depth,
         "neighbours": {str(k): [neighbours] * (depth - k) for k in (1, 2, 3)},
+        "neighbours_before_mixing": {"1": [0.99] * (depth - 1)} if re_attends else None,
+        "head_similarity": [0.4] * depth,
         "share_of_uniform_entropy": [0.5, 0.7],
         "parameters": 2_340_000,
         "macs": 45_600_000,
@@ -150,11 +152,12 @@ def test_the_depth_block_says_whether_the_finding_repeats(results_page: ModuleTy
         "**Attention collapses with depth: it repeats.** 3 of 12 and 16 of 32 blocks of plain ViTs are similar" in text
     )
     assert "the similarity of neighbours is 0.85 on average. Their attention has 60% of the entropy" in text
-    assert "**Re-attention keeps blocks apart: it repeats, at depth 32 only.** With it 4 of 12 and 0 of 32" in text
+    assert "**Re-attention keeps blocks apart: not judged here.**" in text  # centred maps beside positive ones
+    assert "is 0.85 for plain attention, 0.99 for Re-attention's maps before mixing and 0.20 for those after" in text
     assert "**Deeper ViTs are better with Re-attention: it repeats at depth 32.**" in text
     assert "From depth 12 to 32, top-1 with plain attention may gain or lose (+1.0 points, -1.0 to +3.0)." in text
     assert "At depth 12, Re-attention loses (-2.0 points, -3.0 to -1.0)." in text
-    assert "| depth 32, Re-attention | 54.00% | 53.00% to 55.00% | 0% | 0.20 | 2.34 | 0.046 |" in text
+    assert "| depth 32, Re-attention | 54.00% | 53.00% to 55.00% | 0% | 0.20 | 0.99 | 2.34 | 0.046 |" in text
     assert "depth 24" not in text
     assert "over the images of one seed" in text
     for figure in ("accuracy", "collapse"):
@@ -168,7 +171,6 @@ def test_the_depth_block_says_what_does_not_repeat(results_page: ModuleType) -> 
     (results_page.RESULTS / "depth.json").write_text(json.dumps(DEPTH | {"rows": level, "differences": none}))
     text = results_page.blocks()["depth"]()
     assert "**Attention collapses with depth: it does not repeat" in text
-    assert "**Re-attention keeps blocks apart: it does not repeat.**" in text
     assert "**Deeper ViTs are better with Re-attention: it does not repeat at this scale.**" in text
 
 

@@ -14,7 +14,7 @@ import torch
 from tokenfusion.compare.contenders import Contender
 from tokenfusion.compare.ensemble import is_up_to_date
 from tokenfusion.compare.plan import Comparison
-from tokenfusion.compare.statistics import mcnemar, paired_t, pareto_front
+from tokenfusion.compare.statistics import crossed_t, mcnemar, paired_t, pareto_front
 from tokenfusion.errors import InputError
 from tokenfusion.files import read_json, read_json_lines
 from tokenfusion.hardware import default_device, hardware_name, resolve_precision
@@ -135,19 +135,24 @@ def model_row(comparison: Comparison, contender: Contender, runs: Runs, failures
 
 
 def test_against_first(comparison: Comparison, name: str, runs: Mapping[str, Runs]) -> dict[str, Any]:
-    """A contender against the first one, over the seeds that both have."""
+    """A contender against the first one.
+
+    Where all seeds hold out the same images, seeds and images are both random (`crossed_t`). Where each seed holds out
+    its own, the seeds that both have are paired.
+    """
     first = comparison.contenders[0].name
     seeds = sorted(runs[name].keys() & runs[first].keys())
     if not seeds:
         return {"name": name, "difference_mean": None, "ci95": None, "p": None, "method": "no seed that both have"}
-    if len(seeds) > 1:
-        values, reference = ([runs[one][seed]["top1"] for seed in seeds] for one in (name, first))
-        return {"name": name, **paired_t(values, reference)}
-    right, reference_right = (
-        [row["label"] == row["prediction"] for row in predictions(comparison.run(one, seeds[0]))]
-        for one in (name, first)
-    )
-    return {"name": name, **mcnemar(right, reference_right)}
+    lines = [[predictions(comparison.run(one, seed)) for seed in seeds] for one in (name, first)]
+    right, reference = ([[row["label"] == row["prediction"] for row in run] for run in runs_of] for runs_of in lines)
+    if len(seeds) == 1:
+        return {"name": name, **mcnemar(right[0], reference[0])}
+    values, of_first = ([runs[one][seed]["top1"] for seed in seeds] for one in (name, first))
+    if any([row["path"] for row in run] != [row["path"] for row in lines[0][0]] for run in lines[0]):
+        return {"name": name, **paired_t(values, of_first)}
+    shares = [[fmean(of_image) for of_image in zip(*one, strict=True)] for one in (right, reference)]
+    return {"name": name, **crossed_t(values, of_first, [a - b for a, b in zip(*shares, strict=True)])}
 
 
 def refuse_different_images(comparison: Comparison, runs: Mapping[str, Runs]) -> None:

@@ -1,34 +1,57 @@
 """A comparison as text: its table, and what must be said under it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from tokenfusion.compare.statistics import holm
 from tokenfusion.formatting import counted
 
 
 def comparison_table(result: Mapping[str, Any]) -> list[list[str]]:
     """What `comparison.json` holds as text, under a line of headings."""
-    headings = ["top-1", "95 % interval", "difference", "p", "parameters M", "GMACs", "images/s", "minutes", "MiB"]
+    headings = [
+        "top-1",
+        "95 % interval",
+        "difference",
+        "95 % interval of it",
+        "p",
+        "parameters M",
+        "GMACs",
+        "images/s",
+        "minutes",
+        "MiB",
+    ]
     table = [["model", *headings]]
-    tests = {test["name"]: test for test in result["tests"]}
+    tests = corrected_tests(result)
     seeds_of_first = {run["seed"] for run in result["models"][0]["runs"]}
     for row in result["models"]:
         cost = [f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3g}"]
         if not row["runs"]:
-            table.append([row["name"], "failed" if row["failed"] else "to do", "", "", "", *cost, "", "", ""])
+            table.append([row["name"], "failed" if row["failed"] else "to do", "", "", "", "", *cost, "", "", ""])
             continue
         top1 = f"{row['top1_mean']:.2%}" + (f" ± {row['top1_sd']:.2%}" if row["top1_sd"] is not None else "")
         low, high = row["top1_ci95"] or row["top1_ci95_images"]
         test = tests.get(row["name"], {"difference_mean": None})
         if test["difference_mean"] is None:
-            compared = ["", ""]
+            compared = ["", "", ""]
         else:
             shared = len(seeds_of_first & {run["seed"] for run in row["runs"]})
             fewer = f" ({counted(shared, 'seed')})" if shared < len(result["seeds"]) else ""
-            compared = [f"{100 * test['difference_mean']:+.2f}{fewer}", p_text(test["p"])]
+            compared = [f"{100 * test['difference_mean']:+.2f}{fewer}", interval_text(test["ci95"]), p_text(test["p"])]
         took = [f"{row['images_per_s']:,.0f}", f"{row['minutes']:.2f}", f"{row['peak_memory_mb']:,.0f}"]
         table.append([row["name"], top1, f"{low:.2%} to {high:.2%}", *compared, *cost, *took])
     return table
+
+
+def corrected_tests(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The tests against the first model, by the other's name, `p` being Holm's for as many as there are."""
+    corrected = holm([test["p"] for test in result["tests"]])
+    return {test["name"]: test | {"p": p} for test, p in zip(result["tests"], corrected, strict=True)}
+
+
+def interval_text(interval: Sequence[float] | None) -> str:
+    """The interval of a difference, in percentage points."""
+    return f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}" if interval else "–"
 
 
 def p_text(p: float | None) -> str:
@@ -50,8 +73,8 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     tests = ", ".join(dict.fromkeys(done))
     lines = [f"budget {result['budget']} a run; 95 % interval: {interval}"]
     if tests:
-        many = f", each alone: not corrected for there being {len(done)}" * (len(done) > 1)
-        lines.append(f"difference: percentage points above {first}, over the seeds that both have; p: {tests}{many}")
+        many = f"; p is Holm's for {len(done)} tests, the intervals are each alone" * (len(done) > 1)
+        lines.append(f"difference: percentage points above {first}, over the seeds that both have: {tests}{many}")
     front = ", ".join(result["pareto"])
     return [*lines, f"no other is better for as many multiply-adds: {front}"] if front else lines
 

@@ -3,13 +3,15 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenfusion.compare.table import p_text
+from tokenfusion.compare.table import corrected_tests, p_text
 from tokenfusion.formatting import counted
 from tokenfusion.report.page import percent
 
 FUSED = ("tokenfusion_", "fuse(")
 """How names of fused models begin."""
 
+SIGNIFICANT, CLAIM_SEEDS = 0.05, 5
+"""Below which p, and from how many seeds on, a difference is called one."""
 Row = Mapping[str, Any]
 """One of `models` of `comparison.json`."""
 
@@ -24,6 +26,20 @@ def overlap(one: Row, other: Row) -> bool:
     """Whether two models' intervals have a point in common."""
     (low, high), (other_low, other_high) = interval(one), interval(other)
     return low <= other_high and other_low <= high
+
+
+def tested(result: Mapping[str, Any], one: Row, other: Row) -> dict[str, Any] | None:
+    """The test of two models, if there is one with a p, which is Holm's: all tests are against the first model."""
+    first = result["models"][0]["name"]
+    names = [row["name"] for row in (one, other)]
+    test = corrected_tests(result).get(names[1] if names[0] == first else names[0]) if first in names else None
+    return test if test and test["p"] is not None else None
+
+
+def told_apart(result: Mapping[str, Any], one: Row, other: Row) -> bool:
+    """Whether two models differ by more than chance: by their test, or where there is none, by intervals apart."""
+    test = tested(result, one, other)
+    return test["p"] < SIGNIFICANT if test else not overlap(one, other)
 
 
 def rank(result: Mapping[str, Any]) -> list[Row]:
@@ -54,8 +70,8 @@ def headline(result: Mapping[str, Any]) -> str:
     elif first not in (best, nearest):
         sentences.append(f"{first['name']}, which was named first, is {distance(result, first, best)}.")
     if len(others) > 1:
-        close = [row["name"] for row in others if overlap(best, row)]
-        sentences.append(f"Intervals that overlap with its own: {listed(close) or 'none'}.")
+        close = [row["name"] for row in others if not told_apart(result, best, row)]
+        sentences.append(f"Not told apart from it: {listed(close) or 'none'}.")
     return " ".join([*sentences, *cautions(result)])
 
 
@@ -63,13 +79,11 @@ def distance(result: Mapping[str, Any], row: Row, best: Row) -> str:
     """How far a model is below the best, and whether that is more than chance."""
     gap = best["top1_mean"] - row["top1_mean"]
     far = f"{100 * gap:.2f} percentage points below" if gap else "level with it"
-    apart = "overlap: either may be the better" if overlap(row, best) else "do not overlap"
-    first = result["models"][0]["name"]
-    tests = {test["name"]: test for test in result["tests"]}
-    test = tests.get(row["name"] if best["name"] == first else best["name"], {"p": None})
-    if first not in (row["name"], best["name"]) or test["p"] is None:
-        return f"{far}; their 95% intervals {apart}"
-    return f"{far}; their 95% intervals {apart} (p {p_text(test['p'])}, {test['method']})"
+    test = tested(result, row, best)
+    if test is None:
+        return f"{far}; their 95% intervals {'overlap' if overlap(row, best) else 'do not overlap'}, without a test"
+    found = "more than chance" if told_apart(result, row, best) else "no difference can be told"
+    return f"{far}: {found} (p {p_text(test['p'])}, {test['method']})"
 
 
 def cautions(result: Mapping[str, Any]) -> list[str]:
@@ -90,6 +104,8 @@ def cautions(result: Mapping[str, Any]) -> list[str]:
             f"Intervals are of different kinds: of {listed(single)}, with one finished run, over images alone, which "
             "does not tell what another seed gives; of the others over seeds."
         )
+    if 1 < max((len(row["runs"]) for row in ranked), default=0) < CLAIM_SEEDS:
+        sentences.append(f"Fewer than {CLAIM_SEEDS} seeds: a hint, no claim rests on it.")
     if double:
         whose = "" if len(double) == len(ranked) else f" ({listed(double)})"
         sentences.append(
@@ -101,7 +117,7 @@ def cautions(result: Mapping[str, Any]) -> list[str]:
 def fusion_against_others(result: Mapping[str, Any]) -> list[str]:
     """Of each fused model, best first, whether it is better than its controls and than models that fuse nothing.
 
-    Better and worse are those whose intervals do not overlap with the fused model's; gains are in percentage points.
+    Better and worse are those told apart from it (`told_apart`); gains are in percentage points.
 
     Args:
         result: what `comparison.json` holds.
@@ -112,11 +128,11 @@ def fusion_against_others(result: Mapping[str, Any]) -> list[str]:
         rivals = [row for row in ranked if is_rival(row, fused["name"])]
         if not rivals:
             continue
-        unclear = [row for row in rivals if overlap(row, fused)]
-        clear = [row for row in rivals if not overlap(row, fused)]
+        unclear = [row for row in rivals if not told_apart(result, row, fused)]
+        clear = [row for row in rivals if told_apart(result, row, fused)]
         groups = {
             "It is better than": [row for row in clear if row["top1_mean"] < fused["top1_mean"]],
-            "Intervals overlap with": unclear,
+            "Not told apart from": unclear,
             "It is worse than": [row for row in clear if row["top1_mean"] > fused["top1_mean"]],
         }
         better = len(groups["It is better than"])
