@@ -73,10 +73,8 @@ def test_a_block_is_of_its_file(results_page: ModuleType) -> None:
     text = results_page.blocks()["cifar10_comparison"]()
     assert "tokenfusion_late_micro is ahead: it names 90.00% ± 0.10% of 500 images correctly." in text
     assert "It is better than resnet_micro (+2.00)." in text
-    assert (
-        "| resnet_micro | 88.00% ± 0.10% | 87.50% to 88.50% | -2.00 (1 seed) | – | 0.020 | 0.45 | 0.039 | 9 | 2.00 | 99 |"
-        in text
-    )
+    row = "| resnet_micro | 88.00% ± 0.10% | 87.50% to 88.50% | -2.00 (1 seed) | – | 0.020 | 0.45 | 0.039 "
+    assert f"{row}| 9 | 2.00 | 99 |" in text
     assert "on AMD EPYC, 1 thread a run, bf16" in text
     assert "](cifar10_comparison.svg)" in text
     assert "resnet_micro" in (results_page.PAGE.parent / "cifar10_comparison.svg").read_text()
