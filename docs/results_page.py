@@ -54,6 +54,8 @@ def comparison(name: str) -> str:
     heading, *rows = comparison_table(result)
     hardware = f"{result['hardware']}, {counted(result['threads'], 'thread')} a run, {result['precision']}"
     notes = [*methods(result), f"minutes and images/s: of training, on {hardware}", *gaps(result)]
+    if not any(row.get("sides") for row in result["models"]):
+        notes.append("what each side of a fused model is worth was not measured, and the runs were not kept")
     return "\n\n".join(
         [
             headline(result),

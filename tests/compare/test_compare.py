@@ -10,6 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from tokenfusion.checkpoint import load_tensors
 from tokenfusion.classifier import Classifier
 from tokenfusion.compare import Budget, compare, plan_comparison, summarise
 from tokenfusion.compare.contenders import Contender
-from tokenfusion.compare.results import is_finished
+from tokenfusion.compare.results import is_finished, sides_of_model, sides_of_run
+from tokenfusion.compare.results import test_against_first as against_first
 from tokenfusion.compare.statistics import pareto_front
 from tokenfusion.compare.table import comparison_table
 from tokenfusion.compare.timing import minutes_of_epochs
@@ -108,8 +110,38 @@ def test_the_json_says_what_the_run_folders_say(whole):
     differences = [a["top1"] - b["top1"] for a, b in zip(vit["runs"], cnn["runs"], strict=True)]
     assert [test["name"] for test in result["tests"]] == [*MODELS[1:], MEAN]
     assert result["tests"][0]["difference_mean"] == pytest.approx(fmean(differences))
-    assert result["tests"][0]["method"].startswith("t over 2 and 2 seeds (Welch), images ")
+    assert result["tests"][0]["method"] == "paired t over 2 seeds"  # each seed holds out its own
     assert (result["budget"], result["seeds"], result["training_images"]) == ("epochs=1", [0, 1], 1438)
+
+
+def test_seeds_of_one_test_set_are_crossed_with_its_images(tmp_path):
+    for name, wrong in {"a-0": 1, "a-1": 3, "b-0": 5, "b-1": 5}.items():
+        (tmp_path / name).mkdir()
+        rows = [f"{image}.png,cat,{'dog' if image < wrong else 'cat'},0.9\n" for image in range(20)]
+        (tmp_path / name / "predictions.csv").write_text("path,label,prediction,score\n" + "".join(rows))
+    runs = {"a": {0: {"top1": 0.95}, 1: {"top1": 0.85}}, "b": {0: {"top1": 0.75}, 1: {"top1": 0.75}}}
+    comparison = SimpleNamespace(
+        contenders=[Contender("b", "model")], run=lambda name, seed: tmp_path / f"{name}-{seed}"
+    )
+    test = against_first(comparison, "a", runs)
+    assert test["method"] == "t over 2 and 2 seeds (Welch), images 20 random too"
+    assert test["difference_mean"] == pytest.approx(0.15)
+
+
+def test_what_each_side_is_worth_is_what_tokens_json_says(tmp_path):
+    for seed, lost in enumerate((0.1, 0.3)):
+        change = {"mean": -lost, "ci95": [-lost - 0.05, -lost + 0.05]}
+        row = {"layer": "whole branch", "tokens": "patch", "top1_change": change}
+        folder = tmp_path / str(seed) / "tokens"
+        folder.mkdir(parents=True)
+        (folder / "tokens.json").write_text(json.dumps({"replaced": [row | {"layer": "blocks.0"}, row]}))
+    one, two = ({"sides": sides_of_run(tmp_path / str(seed))} for seed in (0, 1))
+    assert one["sides"] == [{"tokens": "patch", "lost": 0.1, "ci95": pytest.approx([0.05, 0.15])}]
+    assert sides_of_model([one])[0]["ci95"] == pytest.approx([0.05, 0.15])
+    [both] = sides_of_model([one, two])
+    assert (both["lost"], both["seeds"]) == (pytest.approx(0.2), 2)
+    assert both["ci95"] == pytest.approx([0.2 - 12.7062 * 0.1, 0.2 + 12.7062 * 0.1], abs=1e-4)
+    assert sides_of_model([{"sides": sides_of_run(tmp_path / "none")}]) == []
 
 
 def test_no_warning_of_a_library_is_in_a_runs_log(whole):

@@ -109,6 +109,16 @@ def test_two_models_are_told_apart_by_their_test_corrected_for_how_many_there_ar
     assert "either may be the better" not in said
 
 
+def test_what_each_side_is_worth_stands_in_the_table_and_an_idle_side_in_words(tmp_path: Path) -> None:
+    sides = [{"tokens": "pixel", "lost": 0.895, "ci95": [0.88, 0.91], "seeds": 1}]
+    sides.append({"tokens": "patch", "lost": 0.0, "ci95": [-0.015, 0.015], "seeds": 1})
+    result = comparison(CLEAR[0] | {"sides": sides}, *CLEAR[1:])
+    text = words(page(tmp_path, result))
+    assert "pixel 89.5 (88.0 to 91.0), patch 0.0 (-1.5 to 1.5)" in text
+    assert "Its patch tokens are worth nothing that could be told: it is as right without them." in text
+    assert "Its pixel tokens" not in text
+
+
 def test_models_without_a_test_are_told_apart_by_their_intervals() -> None:
     close, first = model(CNN, [0.893, 0.895, 0.897]), model("cmt_micro", [0.798, 0.800, 0.802])
     said = headline(comparison(first, CLEAR[0], close))

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tokenfusion.compare.contenders import slug
+from tokenfusion.compare.contenders import FUSED, slug
 from tokenfusion.compare.plan import Comparison
 
 POLL = 0.2  # seconds between looks at the processes
@@ -19,9 +19,18 @@ import json, sys
 from tokenfusion import cli
 for words in json.loads(sys.argv[1]):
     sys.argv = ["tokenfusion", *words]
-    cli.main()
+    try:
+        cli.main()
+    except SystemExit as end:
+        if end.code and words[0] != "analyze":
+            raise
 """
-"""A process that runs commands of `tokenfusion` one after the other, as long as they succeed."""
+"""A process that runs commands of `tokenfusion` one after the other, as long as they succeed.
+
+Where tokens cannot be told apart, as in transformers without a row of blocks, the run is whole without that analysis.
+"""
+ANALYSED = 1000
+"""Held-out images that tell what either side of a fused model is worth, when its tokens are taken away."""
 
 
 def run_all(
@@ -65,9 +74,12 @@ def start(comparison: Comparison, name: str, seed: int, lock: int) -> subprocess
     if not (run / "recipe.toml").exists():
         own = ["--model", name, "--seed", str(seed), "--epochs", str(comparison.epochs[name]), "--out", str(run)]
         train = ["train", "--recipe", str(comparison.out / "recipe.toml"), *own]
+    commands = [train, ["evaluate", str(run)]]
+    if name.startswith(FUSED):
+        commands.append(["analyze", "tokens", str(run), "--num-images", str(ANALYSED)])
     with log_of(comparison, name, seed).open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-c", RUN_COMMANDS, json.dumps([train, ["evaluate", str(run)]])],
+            [sys.executable, "-c", RUN_COMMANDS, json.dumps(commands)],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

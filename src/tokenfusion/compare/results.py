@@ -107,7 +107,33 @@ def read_run(comparison: Comparison, contender: Contender, seed: int, runs: Mapp
         "images_per_s": rate,
         "peak_memory_mb": memory,
         "run": str(run.relative_to(comparison.out)),
+        "sides": sides_of_run(run),
     }
+
+
+def sides_of_run(run: Path) -> list[dict[str, Any]]:
+    """What `analyze tokens` said of a run: the share of images lost without either side's tokens, and its interval."""
+    path = run / "tokens" / "tokens.json"
+    if not path.exists():
+        return []
+    whole = [row for row in read_json(path, ANEW)["replaced"] if row["layer"] == "whole branch"]
+    return [
+        {"tokens": row["tokens"], "lost": -row["top1_change"]["mean"]}
+        | {"ci95": [-end for end in reversed(row["top1_change"]["ci95"])]}
+        for row in whole
+    ]
+
+
+def sides_of_model(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The mean over the seeds of what is lost without either side; the interval is over seeds, or of the only one."""
+    by_side: dict[str, list[dict[str, Any]]] = {}
+    for side in (side for run in runs for side in run["sides"]):
+        by_side.setdefault(side["tokens"], []).append(side)
+    return [
+        {"tokens": tokens, "lost": fmean(side["lost"] for side in sides), "seeds": len(sides)}
+        | {"ci95": list(t_interval([side["lost"] for side in sides]) or sides[0]["ci95"])}
+        for tokens, sides in by_side.items()
+    ]
 
 
 def model_row(comparison: Comparison, contender: Contender, runs: Runs, failures: Failures) -> dict[str, Any]:
@@ -130,6 +156,7 @@ def model_row(comparison: Comparison, contender: Contender, runs: Runs, failures
         "images_per_s": median(row["images_per_s"] for row in rows) if rows else None,
         "minutes": fmean(row["minutes"] for row in rows) if rows else None,
         "peak_memory_mb": max(row["peak_memory_mb"] for row in rows) if rows else None,
+        "sides": sides_of_model(rows),
         "failed": [{"seed": seed, "reason": why} for (name, seed), why in failures.items() if name == contender.name],
     }
 

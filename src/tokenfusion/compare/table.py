@@ -21,13 +21,16 @@ def comparison_table(result: Mapping[str, Any]) -> list[list[str]]:
         "minutes",
         "MiB",
     ]
-    table = [["model", *headings]]
+    sided = any(row.get("sides") for row in result["models"])
+    table = [["model", *headings, *["each side is worth"] * sided]]
     tests = corrected_tests(result)
     seeds_of_first = {run["seed"] for run in result["models"][0]["runs"]}
     for row in result["models"]:
         cost = [f"{row['parameters'] / 1e6:.2f}", f"{row['macs'] / 1e9:.3g}"]
         if not row["runs"]:
-            table.append([row["name"], "failed" if row["failed"] else "to do", "", "", "", "", *cost, "", "", ""])
+            table.append(
+                [row["name"], "failed" if row["failed"] else "to do", "", "", "", "", *cost, "", "", "", *[""] * sided]
+            )
             continue
         top1 = f"{row['top1_mean']:.2%}" + (f" ± {row['top1_sd']:.2%}" if row["top1_sd"] is not None else "")
         low, high = row["top1_ci95"] or row["top1_ci95_images"]
@@ -40,6 +43,8 @@ def comparison_table(result: Mapping[str, Any]) -> list[list[str]]:
             compared = [f"{100 * test['difference_mean']:+.2f}{fewer}", interval_text(test["ci95"]), p_text(test["p"])]
         took = [f"{row['images_per_s']:,.0f}", f"{row['minutes']:.2f}", f"{row['peak_memory_mb']:,.0f}"]
         table.append([row["name"], top1, f"{low:.2%} to {high:.2%}", *compared, *cost, *took])
+        if sided:
+            table[-1].append(", ".join(side_text(side) for side in row.get("sides", [])))
     return table
 
 
@@ -52,6 +57,12 @@ def corrected_tests(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def interval_text(interval: Sequence[float] | None) -> str:
     """The interval of a difference, in percentage points."""
     return f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}" if interval else "–"
+
+
+def side_text(side: Mapping[str, Any]) -> str:
+    """What a fused model loses without the tokens of one side, in percentage points."""
+    low, high = side["ci95"]
+    return f"{side['tokens']} {100 * side['lost']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
 
 
 def p_text(p: float | None) -> str:
@@ -75,6 +86,11 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     if tests:
         many = f"; p is Holm's for {len(done)} tests, the intervals are each alone" * (len(done) > 1)
         lines.append(f"difference: percentage points above {first}, over the seeds that both have: {tests}{many}")
+    if any(row.get("sides") for row in result["models"]):
+        lines.append(
+            "each side is worth: percentage points lost when all its tokens are replaced by their mean, with a 95 % "
+            "interval over seeds, or over the images of one (`tokenfusion analyze tokens`)"
+        )
     front = ", ".join(result["pareto"])
     return [*lines, f"no other is better for as many multiply-adds: {front}"] if front else lines
 

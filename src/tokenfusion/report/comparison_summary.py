@@ -3,12 +3,10 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from tokenfusion.compare.contenders import FUSED
 from tokenfusion.compare.table import corrected_tests, p_text
 from tokenfusion.formatting import counted
 from tokenfusion.report.page import percent
-
-FUSED = ("tokenfusion_", "fuse(")
-"""How names of fused models begin."""
 
 SIGNIFICANT, CLAIM_SEEDS = 0.05, 5
 """Below which p, and from how many seeds on, a difference is called one."""
@@ -142,8 +140,16 @@ def fusion_against_others(result: Mapping[str, Any]) -> list[str]:
         sentences += [
             f"{words} {listed(name_with_gain(row, fused) for row in rows)}." for words, rows in groups.items() if rows
         ]
-        said.append(" ".join(sentences))
+        said.append(" ".join([*sentences, *on_sides(fused)]))
     return said
+
+
+def on_sides(fused: Row) -> list[str]:
+    """Which of a fused model's sides it can do without, if any, where that was measured."""
+    idle = [side["tokens"] for side in fused.get("sides", []) if side["ci95"] and side["ci95"][0] <= 0]
+    return [
+        f"Its {tokens} tokens are worth nothing that could be told: it is as right without them." for tokens in idle
+    ]
 
 
 def is_rival(row: Row, fused: str) -> bool:
