@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from tokenfusion.report.comparison_summary import FUSED, Row, interval, rank
+from tokenfusion.compare.contenders import FUSED
+from tokenfusion.report.comparison_summary import Row, interval, rank
 from tokenfusion.report.plots import GRID, HELD_OUT, SERIES, TEXT, TRAIN, drawing, over_epochs, to_svg
 
 if TYPE_CHECKING:
