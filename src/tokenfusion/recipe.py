@@ -29,6 +29,10 @@ class Recipe:
     freeze: Literal["none", "cnn", "vit", "both"] = "none"
     """Parents of a fusion model whose weights stay as they are; what fuses and the head still learn."""
 
+    tune: Literal["", "probe", "fusion"] = ""
+    """How deep fuse(CNN,VIT,probe) of trained parents learns: probe fits a linear classifier on what both see, fusion
+    goes on from it with their tokens; not given, all weights learn from the images."""
+
     epochs: int | Auto = 30
     """Passes over the training images; auto goes on until held-out accuracy stops improving, then lets lr fall to 0."""
     batch_size: int | Auto = 0
@@ -245,13 +249,15 @@ def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def preset(model: str, data: str) -> dict[str, Any]:
+def preset(model: str, data: str, tune: str = "") -> dict[str, Any]:
     """The fields that suit a model's size and the built-in data better than Recipe's defaults.
 
     Args:
         model: its name, or "" when none was given.
-        data: as in Recipe.
+        data, tune: as in Recipe.
     """
+    if tune:
+        return {**TUNED}
     values: dict[str, Any] = {}
     if data == "digits" and not model:
         values |= {"model": "tokenfusion_early_micro"}
@@ -266,6 +272,22 @@ def preset(model: str, data: str) -> dict[str, Any]:
     elif model.endswith("_micro"):
         values |= {"crop_scale": 0.7, "ema": 0.99}
     return values
+
+
+TUNED: dict[str, Any] = {
+    "epochs": 8,
+    "batch_size": 64,
+    "optimizer": "adamw",
+    "lr": 1e-3,
+    "head_lr": 0.1,
+    "weight_decay": 0.1,
+    "warmup_epochs": 0.5,
+    "mixup": 0.4,
+    "label_smoothing": 0.0,
+    "crop_scale": 1.0,
+    "hflip": 0.0,
+}
+"""What suits training on kept tokens, from a linear classifier on (`benchmarks/pretrained.py`)."""
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -53,6 +53,9 @@ REFUSED = {  # by the transformer; what CLS asks at the entrance, nobody may
     ("late", "cls"): ("siglip", "beit", "eva"),
     ("late", "add"): ("vit", "dino", "deit", "deepvit_micro", "crossvit_micro"),
     ("layerwise", "cls"): ("siglip",),
+    ("early", "query"): tuple(TRANSFORMERS),
+    ("late", "query"): ("siglip", "beit", "eva"),
+    ("layerwise", "query"): ("siglip",),
 }
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
-from tokenfusion.data.augment import Augment
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.preprocess import Preprocess
@@ -66,7 +65,7 @@ class TrainLoader:
     def __init__(
         self,
         images: Images,
-        augment: Augment,
+        augment: Callable[[Tensor], Tensor],
         *,
         batch_size: int,
         seed: int,
@@ -171,7 +170,7 @@ def eval_batches(
 class AugmentedImages(TorchDataset[Batch]):
     """A batch of images at once, each augmented by randomness of its own."""
 
-    def __init__(self, images: Images, augment: Augment, seed: int) -> None:
+    def __init__(self, images: Images, augment: Callable[[Tensor], Tensor], seed: int) -> None:
         self.images, self.augment, self.seed = images, augment, seed
 
     def __getitems__(self, keys: list[Key]) -> Loaded:

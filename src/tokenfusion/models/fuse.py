@@ -18,9 +18,14 @@ from tokenfusion.models.base import choose, image_size, on_meta
 from tokenfusion.models.create import create_model
 from tokenfusion.models.expressions import BUILDERS
 from tokenfusion.models.operators import OPERATORS, Operator
-from tokenfusion.models.presets import OPERATOR
+from tokenfusion.models.presets import OPERATOR as PRESET_OPERATOR
+from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.registration import default_cfg, keep_expression
-from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, TokenFusion, strategy_class
+from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, Strategy, TokenFusion, strategy_class
+
+FUSABLE: dict[str, Strategy] = {**STRATEGIES, "probe": ProbeFusion}
+"""Strategies that any pair is fused by; `probe` is for parents that are trained, and has no presets."""
+OPERATOR = {**PRESET_OPERATOR, "probe": "query"}
 
 
 def fuse(
@@ -45,10 +50,11 @@ def fuse(
             gives its own.
         vit: the same: a ViT, DeiT, BEiT or EVA of timm, this package's DeepViT, CrossViT or ViT. Its head becomes the
             model's.
-        strategy: "late", "early" or "layerwise".
+        strategy: "late", "early", "layerwise", or "probe": late, from a linear classifier on both trained parents.
         operator: "joint" (self-attention of all tokens), "cls" (CLS attends to the pixels), "cross" (each attends to
-            the other) or "add" (at the same place); where not given the strategy's own, "joint" for late and early
-            fusion, "add" for layerwise. Early joint attention is not gated: give "cross" to start as the transformer.
+            the other), "add" (at the same place) or "query" (learned queries attend to both); where not given the
+            strategy's own: "joint" for late and early fusion, "add" for layerwise, "query" for "probe". Early joint
+            attention is not gated: give "cross" to start as the transformer.
         pretrained: begin with timm's weights.
         num_classes: outputs of the head; the transformer's own where not given.
         img_size: height and width in pixels; the transformer's own where not given.
@@ -63,7 +69,7 @@ def fuse(
         InputError: an unknown name, strategy or operator; a pair that cannot be fused, with the reason. Modules that
             were given are then as they were.
     """
-    choose(STRATEGIES, strategy, "strategy")
+    choose(FUSABLE, strategy, "strategy")
     meet = choose(OPERATORS, operator or OPERATOR[strategy], "operator")
     by_name = isinstance(cnn, str) and isinstance(vit, str)
     name = f"fuse({cnn},{vit},{strategy},{operator or OPERATOR[strategy]})" if by_name else ""
@@ -113,14 +119,14 @@ def assemble(
     first_convs = [*first(cnn, configs[1]), *first(vit, configs[0])]
     if num_classes is not None and num_classes != transformer.num_classes:
         transformer.reset_classifier(num_classes)
-    layerwise = STRATEGIES[strategy] is LayerwiseFusion
+    layerwise = FUSABLE[strategy] is LayerwiseFusion
     backbone = as_cnn(cnn, img_size, in_chans, min(MAX_STAGES, len(transformer.blocks)) if layerwise else MAX_STAGES)
     config = fused_config(configs[0], img_size, in_chans)
     if configs[1] and in_chans == 3:
         backbone.rescale = rescaled(config, configs[1])
     arguments: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "gate": gate} | further
     try:
-        model = strategy_class(STRATEGIES[strategy], operator)(backbone, transformer, operator, **arguments)
+        model = strategy_class(FUSABLE[strategy], operator)(backbone, transformer, operator, **arguments)
     except (TypeError, RuntimeError) as error:
         if not further:
             raise

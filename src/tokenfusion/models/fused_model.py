@@ -88,6 +88,10 @@ class FusedModel(PaperModel):
         """What each of the transformer's tokens that fuse is."""
         return self.vit.stream_layout(img_size or self.img_size)
 
+    def meeting_layout(self, size: Grid) -> TokenLayout:
+        """What each of the transformer's tokens that an operator takes is."""
+        return self.token_layout(size)
+
     def block_layout(self, size: Grid) -> TokenLayout:
         """What each token that passes through the transformer's blocks is."""
         pixels = (TokenGroup("pixel", self.map_grids(size)[-1]),) if self.joint else ()
@@ -101,7 +105,7 @@ class FusedModel(PaperModel):
         for name, grid in self.operator_grids(size).items():
             operator, pixels = self.get_submodule(name), (TokenGroup("pixel", grid),)
             assert isinstance(operator, Operator)
-            inside = operator.attention_layouts(self.token_layout(size), pixels)
+            inside = operator.attention_layouts(self.meeting_layout(size), pixels)
             layouts |= {f"{name}.{part}": layout for part, layout in inside.items()}
         return layouts
 

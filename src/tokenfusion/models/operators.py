@@ -15,7 +15,7 @@ from tokenfusion.layers.attend import SelfAttention
 from tokenfusion.layers.blocks import Block, layer_norm
 from tokenfusion.layers.cross_attention import ClsCrossAttention, CrossAttention
 from tokenfusion.layers.positions import Grid
-from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, map_to_tokens, tokens_to_map
+from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, map_to_tokens, tokens_to_map
 
 
 class Grids(NamedTuple):
@@ -26,6 +26,8 @@ class Grids(NamedTuple):
 
 
 Updates = tuple[Tensor, Tensor | None]
+QUERIES = 8
+"""Learned queries of a query pool."""
 
 
 class Operator(nn.Module):
@@ -97,6 +99,29 @@ class ClsAttention(Operator):
         return {"attn": AttentionLayout(tokens[:1], tokens[:1] + pixels)}
 
 
+class QueryPool(Operator):
+    """dX = [W attention(Q, [X; P]); 0], of normed tokens: learned queries Q attend to both kinds, CLS is told."""
+
+    updates = ("cls",)
+    needs = "cls"
+
+    def __init__(self, dim: int, heads: int, mlp_ratio: float, one_way: bool = False) -> None:
+        super().__init__(dim, heads, mlp_ratio, one_way)
+        self.writes = False
+        self.queries = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, QUERIES, dim), std=0.02))
+        self.norm = layer_norm(dim)
+        self.attn = CrossAttention(dim, heads)
+        self.proj = nn.Linear(QUERIES * dim, dim)
+
+    def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> Updates:
+        both = self.norm(torch.cat([tokens, pixels], dim=1))
+        told = self.proj(self.attn(self.queries.expand(len(both), -1, -1), both).flatten(1))
+        return F.pad(told[:, None], (0, 0, 0, tokens.shape[1] - 1)), None
+
+    def attention_layouts(self, tokens: TokenLayout, pixels: TokenLayout) -> dict[str, AttentionLayout]:
+        return {"attn": AttentionLayout((TokenGroup("query", (1, QUERIES)),), tokens + pixels)}
+
+
 class TwoWayAttention(Operator):
     """dX = attention(X, P),  dP = attention(P, X), of normed tokens: each kind attends to the other."""
 
@@ -138,4 +163,5 @@ OPERATORS: dict[str, type[Operator]] = {
     "cls": ClsAttention,
     "cross": TwoWayAttention,
     "add": AlignedAddition,
+    "query": QueryPool,
 }

@@ -71,6 +71,18 @@ def fit(setup: Setup, state: TrainState, tell: Listener, log: Log | None) -> Non
                 raise Interrupted
 
 
+def end_at_start(setup: Setup, state: TrainState, log: Log | None) -> None:
+    """A run that ends as it began: its only record is what the held-out images say of it."""
+    progress = state.progress
+    if not progress.finished:
+        loss, score = validate(setup, state, state.gather_shipped())
+        progress.end_epoch({"epoch": 0, "step": 0, "val_loss": loss, f"val_{setup.loss.score}": score})
+        progress.finished = True
+        state.save(setup.run.checkpoint)
+        if log:
+            log.write(progress.records)
+
+
 def rest_of_epoch(setup: Setup, state: TrainState) -> Iterator[Batch]:
     """The batches that are left of the epoch under way; if its data fails, all that is done is saved."""
     with saved_when_data_fails(state, setup.run):

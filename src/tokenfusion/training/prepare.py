@@ -13,13 +13,15 @@ from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decoded import Images, Skipped, read_images, require_every_class, unread_images, write_skipped
 from tokenfusion.data.exclude import EXCLUDED, keep_list
-from tokenfusion.data.loader import TrainLoader
+from tokenfusion.data.loader import TrainLoader, as_it_is
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.sampler import Share
 from tokenfusion.data.split import Split, choose_split, read_split, write_split
 from tokenfusion.errors import InputError
+from tokenfusion.features import Decider
 from tokenfusion.files import write_text
 from tokenfusion.formatting import counted
+from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.recipe import Recipe, dump_recipe
 from tokenfusion.training.distributed.ddp import average_gradients
 from tokenfusion.training.distributed.fsdp import is_saved, shard
@@ -35,6 +37,7 @@ from tokenfusion.training.objective import (
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.recovery import Unreadable, read_skipped_file
 from tokenfusion.training.setup import Run, Setup
+from tokenfusion.training.stages import observe, require_tunable
 from tokenfusion.training.state import TrainState
 from tokenfusion.training.tune.batch_size import choose_batch_size, more_than_there_are
 from tokenfusion.training.tune.rate import choose_lr
@@ -56,9 +59,12 @@ def prepare(recipe: Recipe, run: Run, measure: Measure | None) -> Setup:
     source = open_data(recipe, run)
     parts = settle_split(source, recipe, run)
     classifier = build_model(source, recipe, run, measure)
+    require_tunable(classifier, source, recipe, run)
     begin_weights(classifier, source, parts, recipe, run)
     training, held_out = decode_images(source, parts, recipe, run)
     balance(training, recipe, run)
+    if recipe.tune:
+        classifier, training, held_out = observe(classifier, training, held_out, recipe, run)
     settled, batches = make_loader(training, classifier, recipe, run)
     setup = make_setup(batches, held_out, classifier, settled, run, measure)
     if "lr" in recipe.autos:
@@ -184,7 +190,7 @@ def make_loader(training: Images, classifier: Classifier, recipe: Recipe, run: R
     batch_size = recipe.batch_size_for(len(training), run.world.size)
     batches = TrainLoader(
         training,
-        Augment.from_recipe(recipe, classifier.preprocess.img_size),
+        as_it_is if recipe.tune else Augment.from_recipe(recipe, classifier.preprocess.img_size),
         batch_size=batch_size,
         seed=recipe.seed,
         workers=recipe.workers,
@@ -225,5 +231,9 @@ def make_state(setup: Setup) -> TrainState:
     if recipe.parallel == "fsdp" and world.store is not None:
         spread = shard(copy.deepcopy(network))
         return TrainState(spread, make_optimizer(spread, recipe), recipe.ema, keep_best, spread, world, spare=network)
-    called = average_gradients(setup.classifier, world)
+    called = (
+        Decider(network)
+        if isinstance(network, ProbeFusion) and recipe.tune
+        else average_gradients(setup.classifier, world)
+    )
     return TrainState(network, make_optimizer(network, recipe), recipe.ema, keep_best, called, world)

@@ -12,6 +12,7 @@ from tokenfusion.data.exclude import EXCLUDED
 from tokenfusion.data.open import resolved
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import calibrated
+from tokenfusion.features import of_images
 from tokenfusion.files import lock_folder, make_folder, refuse_inside, write_text
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models import require_known
@@ -22,7 +23,7 @@ from tokenfusion.training.distributed.world import READ, World
 from tokenfusion.training.identity import Identity, differences, find_moved_data, first_key, identity_of
 from tokenfusion.training.log import Log, send_rest
 from tokenfusion.training.loggers import require_installed
-from tokenfusion.training.loop import Interrupted, fit
+from tokenfusion.training.loop import Interrupted, end_at_start, fit
 from tokenfusion.training.prepare import make_state, prepare
 from tokenfusion.training.progress import Display, Listener, Update
 from tokenfusion.training.setup import CHECKPOINT, Run, Setup
@@ -214,7 +215,10 @@ def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, listener: List
         if world.is_first:
             log = Log(run.folder, state.progress.records, asdict(setup.recipe), run.say)
         with Display(run.console, setup.loss.train_score) as display:
-            fit(setup, state, tell, log)
+            if setup.recipe.tune == "probe":
+                end_at_start(setup, state, log)
+            else:
+                fit(setup, state, tell, log)
     except Interrupted:
         if world.is_first:
             raise
@@ -297,8 +301,8 @@ def ship(setup: Setup, state: TrainState) -> Classifier:
     if state.best:
         shipped.model.load_state_dict(state.best)
     if not state.world.is_first:
-        return shipped
-    shipped = calibrated(shipped, setup.held_out, setup.recipe.workers)
+        return of_images(shipped)
+    shipped = of_images(calibrated(shipped, setup.held_out, setup.recipe.workers))
     shipped.save_description(setup.run.folder)
     shipped.save_weights(setup.run.folder)
     return shipped

@@ -15,6 +15,7 @@ from tokenfusion.data.split import Split, read_split
 from tokenfusion.errors import InputError
 from tokenfusion.models.adapters import as_cnn, as_transformer
 from tokenfusion.models.expressions import parse
+from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe, load_recipe
 
@@ -44,8 +45,10 @@ def warm_start(classifier: Classifier, runs: Sequence[str], say: Callable[[str],
     load_weights_exactly(model.cnn, stages.state_dict(), Path(runs[0]))
     tensors, own = as_transformer(vit.model).state_dict(), model.vit.state_dict()
     new_head = vit.classes != classifier.classes
-    if new_head:
-        tensors |= {name: own[name] for name in own if model.part_of(f"vit.{name}") == "head"}
+    heads = [name for name in tensors if FusedModel.part_of(model, f"vit.{name}") == "head"]
+    if new_head or not own.keys() & set(heads):
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in heads}
+        tensors |= {name: own[name] for name in heads if name in own}
     load_weights_exactly(model.vit, tensors, Path(runs[1]))
     model.set_gates(0.0)
     head = f"; the head starts at random, since the classes are not those of {runs[1]}" if new_head else ""

@@ -1,0 +1,201 @@
+"""A linear classifier on what two frozen parents see: on the CNN's means, the transformer's, both, and their mixture.
+
+The mixture is what a fusion starts from: logits of all three, each weighed so that the loss on images that it was not
+fitted on is smallest. A weighted sum of linear classifiers is one, so that it fits into one linear layer.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tokenfusion.errors import InputError
+from tokenfusion.formatting import counted
+
+CS = (3e-3, 1e-2, 3e-2)
+"""Inverse strengths of the penalty that are tried, on standardised features."""
+FOLDS = 5
+FEW = 1e-2
+"""C where some class has a single image, so that nothing can be set aside to choose it by."""
+ONE_FOLD = 20_000
+"""From so many images on, a fifth of them is set aside once, instead of each fifth in turn."""
+
+
+POOLED = {"cnn": ("cnn",), "vit": ("vit",), "both": ("cnn", "vit")}
+"""Linear classifiers of a probe, and the blocks of features that each reads: means of either parent's tokens."""
+TOKENS = {"cnn_tokens": ("cnn", "cnn_tokens"), "vit_tokens": ("vit", "vit_tokens")}
+"""Those that a fusion adds: every token votes too, by a weight of its own place."""
+
+Blocks = dict[str, np.ndarray]
+"""Standardised features (N, f) by their block's name."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear classifier of some blocks of features.
+
+    Attributes:
+        weight, bias: (K, F) of the blocks in a row, and (K,).
+        logits: (M, K), of images that were set aside while it was fitted; none where none could be.
+        c: chosen inverse strength of the penalty.
+    """
+
+    weight: np.ndarray
+    bias: np.ndarray
+    logits: np.ndarray
+    c: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What the parents know, and what a fusion starts from.
+
+    Attributes:
+        weight, bias: of the mixture: (K, f) by the block's name, and (K,).
+        reads: the blocks that each part reads.
+        parts: the linear classifiers.
+        weights: of these in the mixture.
+        temperatures: that the parents' logits are divided by before their predictions are averaged.
+    """
+
+    weight: Blocks
+    bias: np.ndarray
+    reads: dict[str, tuple[str, ...]]
+    parts: dict[str, Linear]
+    weights: dict[str, float]
+    temperatures: dict[str, float]
+
+    def judge(self, blocks: Blocks, labels: np.ndarray) -> dict[str, float]:
+        """Accuracy of each part, of the mean of the parents' predictions, and of the mixture, on labels (N,)."""
+        logits = {
+            name: joined(blocks, self.reads[name]) @ part.weight.T + part.bias for name, part in self.parts.items()
+        }
+        mean = sum(softmax(logits[name] / self.temperatures[name]) for name in ("cnn", "vit"))
+        mixture = sum(blocks[name] @ weight.T for name, weight in self.weight.items()) + self.bias
+        judged = logits | {"mean": np.asarray(mean), "mixture": np.asarray(mixture)}
+        return {name: float((value.argmax(1) == labels).mean()) for name, value in judged.items()}
+
+
+def fit_probe(
+    blocks: Blocks, reads: dict[str, tuple[str, ...]], labels: np.ndarray, say: Callable[[str], None]
+) -> Probe:
+    """Fit the linear classifiers, C cross-validated, and mix them.
+
+    Args:
+        blocks: standardised features of the training images.
+        reads: the blocks that each classifier reads: `POOLED`, or more.
+        labels: int64 (N,), of which every class has one at least.
+        say: told where a class has fewer images than there are folds.
+    """
+    folds = folds_of(labels, say)
+    aside = np.concatenate([held for _, held in folds]) if folds else np.zeros(0, dtype=np.int64)
+    parts = {name: fit_linear(joined(blocks, names), labels, folds) for name, names in reads.items()}
+    weights = dict(zip(parts, mixture([part.logits for part in parts.values()], labels[aside]), strict=True))
+    classes = len(parts["cnn"].bias)
+    weight = {name: np.zeros((classes, block.shape[1])) for name, block in blocks.items()}
+    for name, part in parts.items():
+        ends = np.cumsum([blocks[block].shape[1] for block in reads[name]])[:-1]
+        for block, columns in zip(reads[name], np.split(part.weight, ends, axis=1), strict=True):
+            weight[block] += weights[name] * columns
+    bias = np.sum([weights[name] * part.bias for name, part in parts.items()], axis=0)
+    temperatures = {name: 1 / mixture([parts[name].logits], labels[aside])[0] for name in ("cnn", "vit")}
+    return Probe(weight, bias, reads, parts, weights, temperatures)
+
+
+def joined(blocks: Blocks, names: tuple[str, ...]) -> np.ndarray:
+    """Some blocks in a row."""
+    return np.concatenate([blocks[name] for name in names], axis=1) if len(names) > 1 else blocks[names[0]]
+
+
+def folds_of(labels: np.ndarray, say: Callable[[str], None]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Indices to fit on and to set aside, as many folds as the rarest class has images, none where it has one."""
+    from sklearn.model_selection import StratifiedKFold
+
+    rarest = int(np.bincount(labels)[np.unique(labels)].min())
+    folds = min(FOLDS, rarest)
+    if folds < FOLDS:
+        how = f"is chosen by {folds} folds" if folds > 1 else f"is {FEW:g}, not chosen"
+        say(f"a class has {counted(rarest, 'training image')}, fewer than {FOLDS} folds: the linear ones' C {how}")
+    if folds < 2:
+        return []
+    found = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels))
+    return found[:1] if len(labels) >= ONE_FOLD else found
+
+
+def fit_linear(values: np.ndarray, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> Linear:
+    """A linear classifier of the C that does best on what each fold sets aside."""
+    from sklearn.metrics import log_loss
+
+    values, rotation = rotated(values)
+    classes, best, chosen, logits = np.unique(labels), np.inf, FEW, np.zeros((0, int(labels.max()) + 1))
+    for c in CS if folds else ():
+        parts = [scores(regression(values[fit], labels[fit], c), values[held]) for fit, held in folds]
+        aside = np.concatenate(parts)
+        loss = log_loss(np.concatenate([labels[held] for _, held in folds]), softmax(aside), labels=classes)
+        if loss < best:
+            best, chosen, logits = loss, c, aside
+    model = regression(values, labels, chosen)
+    weight, bias = model.coef_ @ rotation, model.intercept_
+    if len(classes) == 2:  # scikit-learn then gives the second class's alone
+        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+    return Linear(weight, bias, logits, chosen)
+
+
+def rotated(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, F) on the axes that N images span, where they are fewer than F, and those axes (M, F).
+
+    The penalty does not change by a rotation: a classifier of these, times the axes, is that of the features.
+    """
+    if len(values) >= values.shape[1]:
+        return values, np.eye(values.shape[1], dtype=values.dtype)
+    squares, axes = np.linalg.eigh((values @ values.T).astype(np.float64))
+    kept = squares > 1e-7 * squares.max()
+    lengths, axes = np.sqrt(squares[kept]), axes[:, kept]
+    return (axes * lengths).astype(values.dtype), ((axes / lengths).T @ values).astype(values.dtype)
+
+
+def regression(values: np.ndarray, labels: np.ndarray, c: float) -> Any:
+    """scikit-learn's logistic regression, fitted."""
+    import warnings
+
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    if len(np.unique(labels)) < 2:
+        raise InputError("all training images are of one class; a classifier needs two or more")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a penalty this strong needs no exact minimum
+        return LogisticRegression(C=c, max_iter=200, tol=1e-3).fit(values, labels)
+
+
+def scores(model: Any, values: np.ndarray) -> np.ndarray:
+    """Logits (N, K) of a regression, of two classes as well."""
+    logits = model.decision_function(values)
+    return np.stack([-logits, logits], 1) / 2 if logits.ndim == 1 else logits
+
+
+def mixture(logits: list[np.ndarray], labels: np.ndarray) -> list[float]:
+    """Weights of logits (M, K) whose weighted sum has the smallest loss; equal ones where nothing can be judged."""
+    from scipy.optimize import minimize
+
+    if not len(labels):
+        return [1 / len(logits)] * len(logits)
+    stacked = np.stack(logits)
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        probabilities = softmax(np.tensordot(weights, stacked, 1))
+        rows = np.arange(len(labels))
+        error = probabilities.copy()
+        error[rows, labels] -= 1
+        value = -np.log(probabilities[rows, labels].clip(1e-12)).mean()
+        return value, (stacked * error).sum((1, 2)) / len(labels)
+
+    start = np.full(len(logits), 1 / len(logits))
+    return [float(w) for w in minimize(loss, start, jac=True, bounds=[(1e-3, None)] * len(logits)).x]
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Probabilities (N, K)."""
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)

@@ -1,0 +1,65 @@
+"""Linear classifiers on what two parents see: chosen on images that were set aside, and mixed."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from tokenfusion import InputError
+from tokenfusion.probe import POOLED, fit_linear, fit_probe, joined, rotated
+
+RNG = np.random.default_rng(0)
+
+
+def blobs(count, classes, features):
+    """Classes around centres of their own, in two blocks."""
+    labels = np.arange(count) % classes
+    centres = np.random.default_rng(1).normal(size=(classes, features))
+    values = centres[labels] + RNG.normal(scale=1.5, size=(count, features))
+    return {"cnn": values[:, : features // 2], "vit": values[:, features // 2 :]}, labels
+
+
+def test_the_mixture_is_one_linear_classifier_and_no_worse_than_its_parts():
+    blocks, labels = blobs(300, 4, 30)
+    unseen, truth = blobs(1000, 4, 30)
+    probe = fit_probe(blocks, POOLED, labels, print)
+    judged = probe.judge(unseen, truth)
+    parts = [joined(unseen, POOLED[name]) @ part.weight.T + part.bias for name, part in probe.parts.items()]
+    mixed = sum(weight * logits for weight, logits in zip(probe.weights.values(), parts, strict=True))
+    assert judged["mixture"] == pytest.approx((mixed.argmax(1) == truth).mean())
+    assert judged["mixture"] >= max(judged["cnn"], judged["vit"])
+
+
+def test_fewer_images_than_features_give_the_classifier_that_all_features_give():
+    blocks, labels = blobs(40, 4, 200)
+    values = joined(blocks, ("cnn", "vit"))
+    turned, axes = rotated(values)
+    assert turned.shape[1] <= 40
+    np.testing.assert_allclose(turned @ axes, values, atol=1e-8)
+    part = fit_linear(values, labels, [])
+    direct = LogisticRegression(C=part.c, max_iter=2000, tol=1e-8).fit(values, labels)
+    np.testing.assert_allclose(values @ part.weight.T + part.bias, direct.decision_function(values), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("rarest", "said"), [(3, "3 training images, fewer than 5 folds"), (1, "C is 0.01, not chosen")]
+)
+def test_folds_adapt_to_a_class_of_few_images_and_say_so(rarest, said):
+    blocks, labels = blobs(60, 3, 10)
+    kept = np.sort(np.concatenate([np.flatnonzero(labels != 2), np.flatnonzero(labels == 2)[:rarest]]))
+    told = []
+    probe = fit_probe({name: block[kept] for name, block in blocks.items()}, POOLED, labels[kept], told.append)
+    assert said in told[0]
+    assert np.isfinite(probe.bias).all()
+
+
+def test_two_classes_have_two_logits():
+    blocks, labels = blobs(60, 2, 10)
+    probe = fit_probe(blocks, POOLED, labels, print)
+    assert probe.weight["cnn"].shape == (2, 5)
+    assert probe.judge(blocks, labels)["mixture"] > 0.8
+
+
+def test_one_class_is_refused():
+    blocks, labels = blobs(10, 2, 10)
+    with pytest.raises(InputError, match="all training images are of one class"):
+        fit_probe(blocks, POOLED, labels * 0, print)
