@@ -284,3 +284,68 @@ def test_patience_says_that_it_stopped_early(tmp_path, command):
 
 def test_a_copy_of_a_run_still_loads(run, tmp_path):
     Classifier.load(shutil.copytree(run, tmp_path / "copy"))
+
+
+def test_names_cannot_move_the_cursor_of_a_terminal(tmp_path, command, digit, trained):
+    hostile = tmp_path / "\x1b[2Ja\x9bb\u202e.png"
+    shutil.copy(digit, hostile)
+    status, output, _ = command("predict", trained, hostile)
+    assert status == 0
+    assert "\\x1b[2Ja\\x9bb\\u202e.png" in output
+    assert not {"\x1b", "\x9b", "\u202e"} & set(output)
+    status, output, _ = command("predict", trained, hostile, "--format", "csv")
+    assert str(hostile) in output  # data keeps the truth
+
+
+def test_patience_keeps_the_better_of_the_weights_and_their_average(tmp_path):
+    run = tmp_path / "run"
+    train(tiny_recipe(model="vit_micro", ema=0.9999, patience=1, epochs=3), run)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 3  # the average has learned nothing yet, and did not stop it
+    assert records[-1]["val_top1"] > 0.3
+    answers = Classifier.load(run).predict([np.zeros((8, 8), dtype=np.uint8)])
+    assert not answers[0].error
+
+
+def test_a_classifier_answers_after_a_fork(trained):
+    code = (
+        "import os, sys, numpy, torch; torch.set_num_threads(2); from tokenfusion import Classifier\n"
+        "c = Classifier.load(sys.argv[1]); x = [numpy.zeros((900, 900, 3), dtype='uint8')] * 32; c.predict(x)\n"
+        "child = os.fork()\n"
+        "if not child: c.predict(x); os._exit(7)\n"
+        "import signal; signal.alarm(50)\n"
+        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
+    )
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code, trained], check=False).returncode == 7
+
+
+def test_classes_of_one_image_are_named_at_once_or_trained_on(tmp_path):
+    from tokenfusion.data.split import choose_split, never_held_out
+
+    for name, count in (("a", 4), ("rare", 1), ("rarer", 1)):
+        for index in range(count):
+            path = tmp_path / name / f"{index}.png"
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(image_bytes())
+    data = open_dataset(str(tmp_path))
+    with pytest.raises(InputError, match=r"'rare' has 1 .*so do 1 more: 'rarer'.*--rare-classes train"):
+        choose_split(data, 0.2, 0)
+    split = choose_split(data, 0.2, 0, "train")
+    assert sorted([*split.train, *split.val]) == list(range(6))
+    assert data.labels[split.val].tolist() == [0]
+    assert never_held_out(data, split).endswith("'rare', 'rarer'")
+
+
+def test_headings_of_long_names_stay_different():
+    from tokenfusion.report.run import headings
+
+    names = [
+        "Tomato___Late_blight_severe",
+        "Tomato___Late_blight_mild!",
+        "cat",
+        *["x" * 40 + c + "y" * 20 for c in "ab"],
+    ]
+    short = headings(names)
+    assert len(set(short)) == len(names)
+    assert max(map(len, short)) <= 26
+    assert short[2] == "cat"

@@ -1,9 +1,11 @@
 """Classifier: a model, its preprocessing and its class names; what every verb after training starts from."""
 
 import math
+import os
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
@@ -37,6 +39,9 @@ from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 from tokenfusion_runtime.abstain import SurestErrors
 from tokenfusion_runtime.prediction import Answers, Prediction, cuts_for
+
+# a child of fork has none of the threads that its parent computed with, and would wait for them forever
+os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 ImageLike = str | Path | bytes | BytesIO | np.ndarray | Image.Image
 Prepared = tuple[str, Tensor | str]

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
-from rich.console import Console
 
 from tokenfusion import options
 from tokenfusion.analyze.cli import AsJson, counting, explain
 from tokenfusion.analyze.cli import app as analyze
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
-from tokenfusion.formatting import counted
+from tokenfusion.formatting import PlainConsole, counted
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 
@@ -29,8 +28,8 @@ for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # what wa
         setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 # a pipe or a file gets whole lines, however long
-console = Console(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
-stderr = Console(stderr=True, markup=False, highlight=False, soft_wrap=True)
+console = PlainConsole(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
+stderr = PlainConsole(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 app = App(
     name="tokenfusion",

@@ -1,4 +1,29 @@
-"""Numbers as a person reads them: counts with their nouns, and durations."""
+"""Text as a person reads it: counts with their nouns, durations, and names whose control characters are spelled out."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+CONTROL_CHARACTERS = {
+    code: repr(chr(code))[1:-1]
+    for code in (*range(32), 127, *range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    if chr(code) not in "\n\t"
+}
+"""What could move a terminal's cursor or turn the direction of a line, as Python writes it."""
+
+
+def spelled_out(text: str) -> str:
+    r"""A text whose control characters are spelled out, such as \x1b; lines stay lines."""
+    return text.translate(CONTROL_CHARACTERS)
+
+
+class PlainConsole(Console):
+    """A console on which no name of a class or file can move the cursor, clear the screen or colour what follows."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text as it is shown; rich's own colours come after it."""
+        return super().render_str(spelled_out(text), **options)
 
 
 def counted(n: int, noun: str) -> str:

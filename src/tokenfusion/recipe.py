@@ -97,6 +97,8 @@ class Recipe:
     """Processes that augment images; 0 does it between steps. The result does not depend on it."""
     exclude: str = ""
     """CSV whose column path names images to leave out, such as the quarantine.csv that `tokenfusion check` writes."""
+    rare_classes: Literal["refuse", "train"] = "refuse"
+    """Classes with a single image, of which none can be held out: refuse the data, or train on them all the same."""
     val_fraction: float = 0.2
     """Share of each class that is held out when the data has no split of its own."""
     max_skipped: float = 0.01

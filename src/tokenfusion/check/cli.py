@@ -41,7 +41,7 @@ def check(
     """
     from tokenfusion.check.checkup import check_data, free_run
     from tokenfusion.check.report import summarise
-    from tokenfusion.formatting import counted
+    from tokenfusion.formatting import counted, spelled_out
     from tokenfusion.recipe import Recipe
 
     height, width = Recipe(img_size=img_size).img_size
@@ -51,7 +51,7 @@ def check(
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
     for line in summarise(result):
-        print(line)
+        print(spelled_out(line))
     options = shlex.join(["--exclude", str(folder / "quarantine.csv"), "--out", str(free_run(data))])
     command = f"; tokenfusion train {shlex.quote(data)} {options}"
     trains = result["quarantined"] and not result["train_refuses"]

@@ -157,7 +157,7 @@ def plan_comparison(
         missing=missing,
         notes=notes,
         split=held_out_name(dataset) or "val",
-        training_images=len(choose_split(dataset, recipe.val_fraction, recipe.seed).train),
+        training_images=len(choose_split(dataset, recipe.val_fraction, recipe.seed, recipe.rare_classes).train),
         jobs=jobs,
         threads=max(torch.get_num_threads() // jobs, 1),
     )

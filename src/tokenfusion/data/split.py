@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenfusion.data.dataset import Dataset, held_out_name
+from tokenfusion.data.dataset import Dataset, held_out_name, quoted
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv
 
@@ -19,7 +19,7 @@ class Split:
     val: np.ndarray
 
 
-def choose_split(dataset: Dataset, val_fraction: float, seed: int) -> Split:
+def choose_split(dataset: Dataset, val_fraction: float, seed: int, rare_classes: str = "refuse") -> Split:
     """The data's own split into training and held-out images, or else one drawn class by class.
 
     Multi-label data is drawn so that each class is held out in about the same share (see `stratified`).
@@ -28,6 +28,7 @@ def choose_split(dataset: Dataset, val_fraction: float, seed: int) -> Split:
         dataset: the images; where it has no held-out part, one is drawn from its training images.
         val_fraction: share of each class that is held out, rounded to whole images, at least one.
         seed: decides which.
+        rare_classes: what to do about classes with a single image: "refuse" the data, or "train" on it.
 
     Raises:
         InputError: there is only one class, or a class has no training image, or too few to hold one out.
@@ -50,7 +51,7 @@ def choose_split(dataset: Dataset, val_fraction: float, seed: int) -> Split:
                 f"{dataset.where}: no class has two images, one to train on and one to hold out; add images"
             )
         return Split(np.setdiff1d(candidates, chosen), chosen)
-    require_images(dataset, candidates, 2)
+    require_images(dataset, candidates, 1 if rare_classes == "train" else 2)
     val = []
     for label in range(len(dataset.classes)):
         members = candidates[dataset.labels[candidates] == label]
@@ -118,16 +119,31 @@ def hold_out_shards(dataset: Dataset, shards: np.ndarray, val_fraction: float, s
 
 
 def require_images(dataset: Dataset, candidates: np.ndarray, least: int) -> None:
-    """Refuse a class with fewer than `least` images to train on."""
-    labels = dataset.labels[candidates]
-    counts = labels.sum(0) if dataset.multi_label else np.bincount(labels, minlength=len(dataset.classes))
-    for name, count in zip(dataset.classes, counts, strict=True):
-        if count < least:
-            reason = "to train on" if least == 1 else "one to train on and one to hold out"
-            raise InputError(
-                f"{dataset.where}: class {name!r} has {count} training images; it needs at least {least}, {reason}. "
-                "Add images of it or remove the class"
-            )
+    """Refuse classes with fewer than `least` images to train on, and name them all."""
+    counts = count_images(dataset, candidates)
+    few = [(name, count) for name, count in zip(dataset.classes, counts, strict=True) if count < least]
+    if few:
+        (name, count), *others = few
+        also = f" (so do {len(others)} more: {quoted(other for other, _ in others[:20])}{' ...' * (len(others) > 20)})"
+        reason = "to train on" if least == 1 else "one to train on and one to hold out"
+        keep = ", or give --rare-classes train to hold none of it out" * (least == 2)
+        raise InputError(
+            f"{dataset.where}: class {name!r} has {count} training images{also * bool(others)}; it needs at least "
+            f"{least}, {reason}. Add images of it or remove the class{keep}"
+        )
+
+
+def count_images(dataset: Dataset, indices: np.ndarray) -> np.ndarray:
+    """int64 (K,): how many of some images have each class."""
+    labels = dataset.labels[indices]
+    return labels.sum(0) if dataset.multi_label else np.bincount(labels, minlength=len(dataset.classes))
+
+
+def never_held_out(dataset: Dataset, split: Split) -> str:
+    """A line that names the classes of which no image is held out; "" where there are none."""
+    counts = count_images(dataset, split.val)
+    names = [name for name, count in zip(dataset.classes, counts, strict=True) if not count]
+    return f"trained on and never held out, so that nothing is known of how well: {quoted(names)}" if names else ""
 
 
 def header_of(dataset: Dataset) -> list[str]:

@@ -97,10 +97,12 @@ def one_class_sentences(results: Results, evaluation: dict[str, Any]) -> list[st
     ]
     if right < evaluation["n"]:
         worst = min(rows, key=lambda row: row["right"] / row["n"])
+        alike = sum(row["right"] * worst["n"] == worst["right"] * row["n"] for row in rows) - 1
+        as_rarely = f", and {counted(alike, 'other class')} as rarely" * bool(alike)
         truth, taken, count = commonest_confusion(np.array(evaluation["confusion"]))
         names = results.model["classes"]
         sentences += [
-            f"It finds “{worst['name']}” least often, {worst['right']} of {worst['n']} times.",
+            f"It finds “{worst['name']}” least often, {worst['right']} of {worst['n']} times{as_rarely}.",
             f"Its commonest mistake is to take “{names[truth]}” for “{names[taken]}”: {counted(count, 'time')}.",
         ]
     gap = float(np.mean([row.score for row in results.predictions])) - evaluation["top1"]
@@ -167,11 +169,13 @@ class Heatmap(NamedTuple):
 
     Attributes:
         names: of the classes shown.
+        labels: the same, short enough for a heading and all different.
         total: classes before the choice.
         rows: count of each cell and its share of the true class's images.
     """
 
     names: list[str]
+    labels: list[str]
     total: int
     rows: list[list[tuple[int, float]]]
 
@@ -188,7 +192,19 @@ def draw_heatmap(classes: list[str], confusion: NDArray[np.int64], limit: int = 
     chosen = np.sort(np.argsort(-mistakes, kind="stable")[:limit])
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     cells = [[(int(confusion[i, j]), float(shares[i, j])) for j in chosen] for i in chosen]
-    return Heatmap(names=[classes[i] for i in chosen], total=len(classes), rows=cells)
+    names = [classes[i] for i in chosen]
+    return Heatmap(names=names, labels=headings(names), total=len(classes), rows=cells)
+
+
+def headings(names: list[str], longest: int = 26) -> list[str]:
+    """Names shortened in the middle, of which those that would then be the same are told apart by a number."""
+    ends = longest // 2
+    short = [name if len(name) <= longest else f"{name[: ends - 1]}…{name[-ends:]}" for name in names]
+    return [
+        f"{name[: -len(number)]}{number}" if short.count(name) > 1 else name
+        for index, name in enumerate(short)
+        for number in [f"#{short[: index + 1].count(name)}"]
+    ]
 
 
 def worst_mistakes(predictions: list[PredictionRow]) -> list[PredictionRow]:

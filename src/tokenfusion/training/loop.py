@@ -56,6 +56,11 @@ def fit(setup: Setup, state: TrainState, tell: Listener, log: Log | None) -> Non
             shipped = state.gather_shipped()
             with saved_when_data_fails(state, setup.run):
                 val_loss, val_score = validate(setup, state, shipped)
+                if state.best is not None and state.average and state.spare is None:
+                    # an average that is slower than patience would be judged before it has learned anything
+                    own_loss, own_score = validate(setup, state, state.model)
+                    if own_score > val_score:
+                        shipped, val_loss, val_score = state.model, own_loss, own_score
             record = epoch_record(setup, state, shipped, val_loss, val_score)
             done = update(setup, state)
             progress.end_epoch(record)

@@ -16,7 +16,7 @@ from tokenfusion.data.exclude import EXCLUDED, keep_list
 from tokenfusion.data.loader import TrainLoader, as_it_is
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.sampler import Share
-from tokenfusion.data.split import Split, choose_split, read_split, write_split
+from tokenfusion.data.split import Split, choose_split, never_held_out, read_split, write_split
 from tokenfusion.errors import InputError
 from tokenfusion.features import Decider
 from tokenfusion.files import write_text
@@ -95,9 +95,10 @@ def settle_split(source: Dataset, recipe: Recipe, run: Run) -> Split:
     path = run.folder / "split.csv"
     if path.exists():
         return read_split(path, source)
-    parts = choose_split(source, recipe.val_fraction, recipe.seed)
+    parts = choose_split(source, recipe.val_fraction, recipe.seed, recipe.rare_classes)
     if held_out_name(source) is None and run.world.is_first:
         write_split(path, source, parts)
+    run.say(never_held_out(source, parts) * (recipe.rare_classes == "train"))
     return parts
 
 
