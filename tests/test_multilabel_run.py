@@ -13,12 +13,12 @@ from rich.console import Console
 from runs import interrupt_at, small_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
-from tokenfusion.classifier import Prediction
 from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import evaluate
 from tokenfusion.multilabel import tune_thresholds
-from tokenfusion.predict import print_predictions
 from tokenfusion.training import Interrupted, resume, start
+from tokenfusion_runtime.output import print_predictions
+from tokenfusion_runtime.prediction import Prediction
 
 QUIET = Console(quiet=True)
 LABELS = {"even": (0, 2, 4, 6, 8), "high": (5, 6, 7, 8, 9), "loop": (0, 6, 8, 9)}
@@ -156,7 +156,7 @@ def test_the_table_shows_why_a_class_is_not_given(capsys):
     limits = {"cat": 0.25, "dog": 0.7071, "emu": 0.5}
     scores = (("dog", 0.7012), ("cat", 0.301))
     prediction = Prediction("a.png", scores, labels=scores[1:], thresholds=limits)
-    print_predictions([prediction], "table", Console(width=100), topk=2, multi_label=True)
+    print_predictions([prediction], "table", topk=2, multi_label=True)
     heading, line = capsys.readouterr().out.splitlines()
     assert heading.split(maxsplit=2) == ["image", "labels", "below their thresholds"]
     assert line.split(maxsplit=1)[1].strip().split("  ") == ["cat 30.1%", "dog 70.1% < 70.7%"]

@@ -172,7 +172,8 @@ def predict(
         Largest share of wrong answers, such as 0.02: where the model is too unsure, the label is null.
     """
     from tokenfusion.classifier import Classifier
-    from tokenfusion.predict import expand, print_predictions
+    from tokenfusion_runtime.files import expand
+    from tokenfusion_runtime.output import print_predictions
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
@@ -185,10 +186,49 @@ def predict(
     classifier = classifier.uncalibrated() if raw else classifier
     topk = min(topk, len(classifier.classes))
     predictions = classifier.iter_predictions(expand(paths), topk=topk, abstain=abstain)
-    failed = print_predictions(predictions, output, console, topk=topk, multi_label=classifier.multi_label)
+    failed = print_predictions(predictions, output, topk=topk, multi_label=classifier.multi_label)
     if failed:
         stderr.print(f"{failed} of the images could not be read")
         sys.exit(1)
+
+
+@app.command
+def export(
+    run: Path,
+    /,
+    *,
+    out: Path,
+    format: Annotated[Literal["onnx", "openvino", "pt2"], Parameter(name="--format")] = "onnx",
+    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
+    batch: str = "dynamic",
+    force: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write a run as a folder that predicts without torch, and is refused unless it answers as the run does.
+
+    Example: tokenfusion export runs/photos --format onnx --out photos-onnx
+
+    Parameters
+    ----------
+    run
+        Folder that `train` wrote.
+    out
+        Folder to write; it must not exist.
+    format
+        ONNX, OpenVINO, or PyTorch's own archive.
+    precision
+        Arithmetic of the artefact; int8 is calibrated on training images.
+    batch
+        Images of a call: a number, or dynamic.
+    force
+        Keep the folder though it answers otherwise than the run; it is marked so.
+    """
+    from tokenfusion.export.artefact import export as export_run
+
+    if batch != "dynamic" and not batch.isdecimal():
+        raise InputError(f"batch={batch} is no number of images; give one, or dynamic")
+    size = None if batch == "dynamic" else int(batch)
+    export_run(run, out, format=format, precision=precision, batch=size, force=force, say=console.print)
+    console.print(f"written to {out}; try: python -m tokenfusion_runtime {shlex.quote(str(out))} IMAGE")
 
 
 @app.command

@@ -23,10 +23,10 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import write_bytes, write_json
 from tokenfusion.hardware import autocast
 from tokenfusion.models.base import choose
-from tokenfusion.predict import expand
 from tokenfusion.report.pictures import decode_named, png_of
 from tokenfusion.report.run import worst_mistakes
 from tokenfusion.report.run_folder import read_evaluation
+from tokenfusion_runtime.files import expand
 
 Method = Literal["gradcam", "rollout", "attention"]
 Branch = Literal["cnn", "transformer", "both"]

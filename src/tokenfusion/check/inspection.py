@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.dataset import Dataset
-from tokenfusion.data.decode import FORMATS, UnreadableImage, decode_ahead, decode_image, pillow_limit_lifted
+from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image
+from tokenfusion_runtime.image import FORMATS, pillow_limit_lifted
 
 SIDE = 48
 """Height and width of the thumbnails that images are compared by; their aspect is not kept."""

@@ -2,7 +2,6 @@
 
 import io
 import os
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.errors import InputError
+from tokenfusion_runtime.files import MAX_FILE_BYTES, read_file
 
-MAX_FILE_BYTES = 2**30
-"""Largest image file that is read into memory at all."""
+__all__ = ["ByteRanges", "FileBlob", "MemoryBlob", "Paths", "Pixels", "Reader", "as_pixels", "read_file"]
 
 
 class Reader(ABC):
@@ -48,23 +47,6 @@ class Paths(Reader):
 
     def read(self, index: int) -> bytes:
         return read_file(os.path.join(self.root, self.paths[index]))
-
-
-def read_file(path: str | Path) -> bytes:
-    """The bytes of an image file, or UnreadableImage with the reason."""
-    try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise UnreadableImage("a folder without images")
-        if not stat.S_ISREG(status.st_mode):
-            raise UnreadableImage("not a regular file")
-        if status.st_size > MAX_FILE_BYTES:
-            raise UnreadableImage(f"the file has {status.st_size} bytes, more than {MAX_FILE_BYTES}")
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"the file cannot be read: {error.strerror}") from error
-    except ValueError as error:  # a name that no file can have, as with a NUL in it
-        raise UnreadableImage(f"the file cannot be read: {error}") from error
 
 
 class Blob(Protocol):

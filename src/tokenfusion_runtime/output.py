@@ -1,57 +1,23 @@
-"""Predictions of many files, printed as a table, JSON or CSV."""
+"""Predictions printed as a table, JSON or CSV."""
 
 import csv
-import glob
-import io
 import json
-import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
-from rich.console import Console
-from rich.table import Table
-
-from tokenfusion.data.decode import is_image
 from tokenfusion_runtime.prediction import Prediction
 
 
-def expand(paths: Sequence[str]) -> Iterator[str]:
-    """Files named by files, folders (all images below them), globs, or - (a path a line on standard input).
-
-    A name that stands for nothing is passed on as it is, so that it gets an entry with an error.
-    """
-    for path in paths:
-        if path == "-":
-            if isinstance(sys.stdin, io.TextIOWrapper):
-                sys.stdin.reconfigure(errors="surrogateescape")  # a path may be any bytes
-            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
-        elif os.path.isdir(path):
-            yield from images_below(path) or [path]
-        elif os.path.exists(path):
-            yield path
-        else:
-            yield from sorted(glob.glob(path, recursive=True)) or [path]
-
-
-def images_below(folder: str) -> list[str]:
-    """Every image file below a folder, in order; links to folders are not followed."""
-    found = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if is_image(path))
-
-
-def print_predictions(
-    predictions: Iterable[Prediction], output: str, console: Console, *, topk: int, multi_label: bool = False
-) -> int:
+def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: int, multi_label: bool = False) -> int:
     """Print as "table", "json" or "csv", the last two line by line; returns how many images failed.
 
     Args:
         predictions: each with `topk` classes, or an error.
         output: how to print them.
-        console: where a table goes.
         topk: how many classes a prediction names.
         multi_label: whether an image has any number of classes.
     """
-    table, failed = new_table(multi_label), 0
+    table, failed = [headings(multi_label)], 0
     columns = csv_columns(topk, multi_label)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if output == "csv":
@@ -64,10 +30,19 @@ def print_predictions(
             cells = csv_cells(prediction) or [""] * len(columns)
             writer.writerow([prediction.path, *cells, prediction.error])
         else:
-            table.add_row(*table_cells(prediction, len(table.columns)))
+            table.append(table_cells(prediction, len(table[0])))
     if output == "table":
-        console.print(table, soft_wrap=False)
+        print_table(table, right="score")
     return failed
+
+
+def print_table(rows: Sequence[Sequence[str]], right: str) -> None:
+    """Print rows under their headings, the first row, in columns; the one with this heading is flush right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        cells = zip(row, widths, rows[0], strict=True)
+        aligned = (cell.rjust(width) if name == right else cell.ljust(width) for cell, width, name in cells)
+        print("  ".join(aligned).rstrip())
 
 
 def csv_columns(topk: int, multi_label: bool) -> list[str]:
@@ -89,13 +64,9 @@ def csv_cells(prediction: Prediction) -> list[str]:
     return ["|".join(reached), "|".join(f"{score:.6f}" for score in scores), *cells]
 
 
-def new_table(multi_label: bool) -> Table:
-    """A table to read, without rows."""
-    table = Table("image", "labels" if multi_label else "label", box=None, pad_edge=False)
-    if not multi_label:
-        table.add_column("score", justify="right")
-    table.add_column("below their thresholds" if multi_label else "then")
-    return table
+def headings(multi_label: bool) -> list[str]:
+    """Of the table's columns."""
+    return ["image", "labels", "below their thresholds"] if multi_label else ["image", "label", "score", "then"]
 
 
 def table_cells(prediction: Prediction, columns: int) -> list[str]:

@@ -1,0 +1,210 @@
+"""A run becomes a folder: checked beforehand, written under another name, gated, and only then called by its own."""
+
+import contextlib
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from tokenfusion.classifier import Classifier
+from tokenfusion.errors import InputError
+from tokenfusion.export.gate import LIMITS, faults, held_out_images, measure, parity_lines
+from tokenfusion.files import make_folder, write_json, write_text
+from tokenfusion.version import __version__
+from tokenfusion_runtime import classifier as runtime
+
+PRECISIONS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "fp16", "bf16", "int8"), "pt2": ("fp32",)}
+"""What each format has; the CPU's ONNX Runtime computes neither fp16 nor bf16."""
+PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
+
+
+def export(
+    run: Path,
+    out: Path,
+    *,
+    format: str = "onnx",
+    precision: str = "fp32",
+    batch: int | None = None,
+    force: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Export a finished run into a folder that answers alike.
+
+    Args:
+        run: a finished run folder.
+        out: the folder to write; it must not exist.
+        format: "onnx", "openvino" or "pt2".
+        precision: "fp32", "fp16", "bf16" or "int8", as far as the format has it.
+        batch: images of a call; None for any number.
+        force: keep the folder though it answers otherwise, and mark it so.
+        say: told what the gate finds.
+
+    Returns:
+        What the folder's `model.json` holds.
+
+    Raises:
+        InputError: the run or the format cannot be used, or the artefact answers otherwise than the run.
+    """
+    require_possible(format, precision, batch)
+    classifier = replace(Classifier.load(run), precision="fp32")
+    with new_folder(out) as folder:
+        description = describe(classifier, run, format, precision, batch)
+        images, labels, split = held_out_images(run, classifier)
+        files = write_graph(classifier, run, folder, description)
+        description |= {"files": files, "graph_sha256": runtime.hash_of([folder / name for name in files])}
+        write_json(folder / "model.json", description)
+        artefact = load(folder)
+        if artefact.note:
+            say(artefact.note)
+        parity = measure(classifier, artefact.probabilities, images, labels) | {"split": split}
+        found = faults(parity, precision)
+        for line in parity_lines(parity):
+            say(line)
+        if found and not force:
+            differing = f" (differing images: {', '.join(parity['differing'])})" * bool(parity["differing"])
+            raise InputError(
+                f"the {format} of {precision} answers otherwise than {run}: {'; '.join(found)}{differing}; nothing was "
+                "written: choose another --precision, or keep it with --force"
+            )
+        description |= {"parity": parity, "forced": bool(found), "faults": found}
+        write_json(folder / "model.json", description)
+        write_text(folder / "README.md", readme(description))
+    return description
+
+
+def require_possible(format: str, precision: str, batch: int | None) -> None:
+    """Say before the work starts what cannot be done.
+
+    Raises:
+        InputError: the format lacks the precision, a package is missing, or no image is in a batch.
+    """
+    if precision not in PRECISIONS[format]:
+        having = [name for name, precisions in PRECISIONS.items() if precision in precisions]
+        raise InputError(
+            f"format={format} has no {precision} on a CPU; give --precision {' or '.join(PRECISIONS[format])}, or "
+            f"--format {' or '.join(having)}"
+        )
+    wanted = (*PACKAGES[format], *(("nncf",) if precision == "int8" else ()))
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"format={format} with precision={precision} needs {', '.join(missing)}, not installed; "
+            "pip install 'tokenfusion[export]'"
+        )
+    if batch is not None and batch < 1:
+        raise InputError(f"batch={batch} has no image; give 1 or more, or dynamic")
+
+
+@contextlib.contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder beside `out`, which gets its name when all went well; one process at a time.
+
+    Raises:
+        InputError: `out` exists, another process is exporting there, or it cannot be written.
+    """
+    out = out.resolve()
+    make_folder(out.parent)
+    lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
+    try:
+        with lock:
+            if out.exists():
+                raise InputError(f"{out} exists; give another --out, or remove it")
+            folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
+            try:
+                yield folder
+                folder.chmod(0o755)
+                folder.rename(out)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    except Timeout as error:
+        raise InputError(f"another export is writing {out}; wait for it, or give another --out") from error
+    except OSError as error:
+        raise InputError(f"{out} could not be written: {error}; make room, or name another folder") from error
+
+
+def describe(classifier: Classifier, run: Path, format: str, precision: str, batch: int | None) -> dict[str, Any]:
+    """What `model.json` holds of the classifier; graph and parity are added when they are known."""
+    trained = json.loads((run / "model.json").read_text(encoding="utf-8"))
+    kept = ("name", "classes", "preprocess", "max_pixels", "multi_label", "thresholds", "temperature", "surest_errors")
+    saved = {key: trained.get(key) for key in kept} | {
+        "thresholds": list(classifier.thresholds),
+        "multi_label": classifier.multi_label,
+        "temperature": classifier.temperature,
+        "surest_errors": trained.get("surest_errors", []),
+    }
+    weights = runtime.hash_of([run / "model.safetensors"])
+    return (
+        {"export_format": runtime.FORMAT, "format": format, "precision": precision, "batch": batch}
+        | saved
+        | {"weights_sha256": weights, "tokenfusion": __version__, "license": ""}
+    )
+
+
+def write_graph(classifier: Classifier, run: Path, folder: Path, description: dict[str, Any]) -> list[str]:
+    """Write the graph in its format; the names of its files."""
+    inside = json.dumps(description, ensure_ascii=False)
+    if description["format"] == "pt2":
+        from tokenfusion.export.pt2 import save_pt2
+
+        save_pt2(classifier, description["batch"], folder / "model.pt2", inside)
+        return ["model.pt2"]
+    from tokenfusion.export.onnx import quantized_onnx, save_onnx, to_onnx
+
+    graph = to_onnx(classifier, description["batch"])
+    if description["format"] == "onnx":
+        graph = (
+            quantized_onnx(graph, classifier, run, description["batch"])
+            if description["precision"] == "int8"
+            else graph
+        )
+        save_onnx(graph, folder / "model.onnx", inside)
+        return ["model.onnx"]
+    from tokenfusion.export.openvino import save_openvino
+
+    save_openvino(graph, classifier, run, folder / "model.xml", inside)
+    return ["model.xml", "model.bin"]
+
+
+def load(folder: Path) -> runtime.ExportedClassifier:
+    """An exported classifier of any format; `tokenfusion_runtime.load` is what loads those without torch."""
+    description = runtime.read_description(folder)
+    if description["format"] != "pt2":
+        return runtime.load(folder)
+    from tokenfusion.export.pt2 import pt2_engine
+
+    runtime.require_whole(folder, description)
+    return runtime.ExportedClassifier(description, pt2_engine(folder / "model.pt2"))
+
+
+def readme(description: dict[str, Any]) -> str:
+    """How the folder is used."""
+    parity, forced = description["parity"], description["faults"]
+    warning = f"\n**It answers otherwise than its run: {'; '.join(forced)}. It was kept by force.**\n" if forced else ""
+    package, install = "tokenfusion_runtime", f"pip install 'tokenfusion-runtime[{description['format']}]'"
+    loads = f"import {package}\nclassifier = {package}.load('.')"
+    if description["format"] == "pt2":
+        install = "pip install tokenfusion"
+        loads = "from pathlib import Path\nfrom tokenfusion.export.artefact import load\nclassifier = load(Path('.'))"
+    return f"""# {description["name"]}
+
+{len(description["classes"])} classes, {description["precision"]}, {description["format"]}; license: (fill in)
+{warning}
+```python
+# {install}
+{loads}
+print(classifier.predict("image.jpg")[0].to_dict())
+```
+
+On {parity["n"]} held-out images it is right in {parity["accuracy"]:.2%}, the run that it was exported from in
+{parity["accuracy_run"]:.2%}; {parity["label_agreement"]:.2%} of the labels are the same. Scores are calibrated
+(temperature {description["temperature"]:.3f}). The rest is in `model.json`.
+"""
+
+
+__all__ = ["LIMITS", "PACKAGES", "PRECISIONS", "export", "load", "readme"]

@@ -1,0 +1,45 @@
+"""What leaves the run folder: from uint8 pixels to calibrated probabilities, in one module that exports."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from tokenfusion.classifier import Classifier
+
+
+class Deployable(nn.Module):
+    """p = softmax(model((x / 255 - μ) / σ) / T); of multi-label models a sigmoid takes the softmax's place.
+
+    Resizing and cropping stay outside: engines do not antialias as the run does.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        preprocess = classifier.preprocess
+        self.model = plain_attention(deepcopy(classifier.model).cpu().float().eval())
+        self.multi_label, self.temperature = classifier.multi_label, classifier.temperature
+        self.register_buffer("mean", 255 * torch.tensor(preprocess.mean).view(-1, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(preprocess.std).view(-1, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Prepared images uint8 (B, in_chans, h, w) to probabilities float32 (B, K)."""
+        logits = self.model((images.float() - self.mean) / self.std) / self.temperature
+        return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+
+def plain_attention(model: nn.Module) -> nn.Module:
+    """The model with attention as two products and a softmax wherever it has a choice: not every fused kernel, such as
+    CMT's with its bias, has a counterpart in ONNX, and engines fuse the products again."""
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            setattr(module, "fused_attn", False)  # noqa: B010 - not every Module has it
+    return model
+
+
+def example_images(classifier: Classifier, batch: int) -> Tensor:
+    """Grey images to trace with, uint8 (batch, in_chans, h, w)."""
+    return torch.full((batch, classifier.preprocess.in_chans, *classifier.preprocess.img_size), 128, dtype=torch.uint8)

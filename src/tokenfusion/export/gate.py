@@ -1,0 +1,148 @@
+"""The gate: an artefact answers as its run does on the run's own held-out images, or it is refused."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torchvision.transforms.v2 import functional as F
+
+from tokenfusion.classifier import Classifier
+from tokenfusion.data.decoded import Images
+from tokenfusion.evaluate import as_outputs, choose_images, open_judged, output_of_class, read_readable
+from tokenfusion.recipe import Recipe, load_recipe
+from tokenfusion_runtime.image import prepare
+from tokenfusion_runtime.prediction import Floats
+
+MOST_IMAGES = 2000
+BATCHES = (7, 2, 1)
+"""Sizes of the batches that the artefact is given in turn."""
+SHOWN = 10
+"""Images that differ which are named."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an artefact may differ by from its run."""
+
+    probability: float
+    """Greatest difference of a probability."""
+    agreement: float
+    """Least share of images with the same labels."""
+    accuracy: float
+    """Most that accuracy may fall."""
+
+
+LIMITS = {
+    "fp32": Limits(1e-4, 1.0, 0.0),
+    "fp16": Limits(math.inf, 0.995, 1.0),
+    "bf16": Limits(math.inf, 0.995, 1.0),
+    "int8": Limits(math.inf, 0.0, 0.005),
+}
+
+
+def held_out_images(run: Path, classifier: Classifier) -> tuple[Images, NDArray[Any], str]:
+    """A run's held-out images, at most MOST_IMAGES spread evenly, their labels as outputs, and their part's name."""
+    recipe = Recipe(**load_recipe(run / "recipe.toml"))
+    source, _, own = open_judged(run, recipe, None)
+    name, indices = choose_images(source, run, own=own, split=None)
+    spread = np.linspace(0, len(indices) - 1, min(len(indices), MOST_IMAGES)).round().astype(int)
+    images, _ = read_readable(source, indices[spread], recipe, name)
+    labels = as_outputs(images.labels, output_of_class(source, classifier.classes), len(classifier.classes))
+    return images, labels.numpy(), name
+
+
+def measure(
+    classifier: Classifier, artefact: Callable[[NDArray[np.uint8]], Floats], images: Images, labels: NDArray[Any]
+) -> dict[str, Any]:
+    """Let run, in float32, and artefact judge the same pixels, in batches of 7, 2 and 1 in turn.
+
+    Returns:
+        What `model.json` holds as `parity`: `n`, `probability_difference` (greatest), `label_agreement`,
+        `accuracy_run` and `accuracy` (of multi-label models all classes of an image right), `accuracy_difference_ci95`
+        (paired, normal), `pixel_difference` (greatest between the run's resize and the runtime's, grey levels),
+        `batches`, and `differing`: names of the first images with other labels.
+    """
+    ours, theirs, pixels = [], [], 0
+    for batch in batches_of(len(images)):
+        decoded = [images[index] for index in batch]
+        prepared = torch.stack([classifier.preprocess.resize(image) for image in decoded])
+        outside = np.stack([prepare(F.to_pil_image(image), classifier.preprocess.to_dict()) for image in decoded])
+        pixels = max(pixels, int(np.abs(outside.astype(int) - prepared.numpy()).max()))
+        ours.append(classifier.scores(classifier.logits(prepared)).numpy())
+        theirs.append(artefact(prepared.numpy()))
+    run, found = np.concatenate(ours), np.concatenate(theirs)
+    said_by_run, said = (labels_of(scores, classifier.thresholds) for scores in (run, found))
+    same = (said_by_run == said).reshape(len(run), -1).all(1)
+    right_run, right = ((answers == labels).reshape(len(run), -1).all(1) for answers in (said_by_run, said))
+    change = right.astype(float) - right_run
+    half = 1.96 * float(change.std()) / math.sqrt(len(change))
+    return {
+        "n": len(run),
+        "probability_difference": float(np.nan_to_num(np.abs(run - found), nan=1.0).max()),
+        "label_agreement": float(same.mean()),
+        "accuracy_run": float(right_run.mean()),
+        "accuracy": float(right.mean()),
+        "accuracy_difference_ci95": [float(change.mean()) - half, float(change.mean()) + half],
+        "pixel_difference": pixels,
+        "batches": list(BATCHES),
+        "differing": [images.names[index] for index in np.flatnonzero(~same)[:SHOWN]],
+    }
+
+
+def batches_of(count: int) -> Iterator[range]:
+    """Indices in batches of BATCHES in turn; the last may be smaller."""
+    start = 0
+    for size in cycle(BATCHES):
+        if start >= count:
+            return
+        yield range(start, min(start + size, count))
+        start += size
+
+
+def labels_of(scores: Floats, thresholds: tuple[float, ...]) -> NDArray[Any]:
+    """What scores (N, K) say: a class (N,), or of multi-label models bool (N, K)."""
+    return scores >= np.array(thresholds) if thresholds else scores.argmax(1)
+
+
+def faults(parity: dict[str, Any], precision: str) -> list[str]:
+    """Which limits of a precision are exceeded, in words."""
+    limits, fall = LIMITS[precision], parity["accuracy_run"] - parity["accuracy"]
+    return [
+        text
+        for exceeded, text in (
+            (
+                parity["probability_difference"] > limits.probability,
+                f"a probability differs by {parity['probability_difference']:.2g}, at most {limits.probability:g} may",
+            ),
+            (
+                parity["label_agreement"] < limits.agreement,
+                f"{parity['label_agreement']:.2%} of the labels are the same, {limits.agreement:.1%} must be",
+            ),
+            (
+                fall > limits.accuracy + 1e-12,
+                f"accuracy falls by {fall:.2%}, at most {limits.accuracy:.1%} is allowed",
+            ),
+            (parity["pixel_difference"] > 1, f"resized pixels differ by {parity['pixel_difference']} grey levels"),
+        )
+        if exceeded
+    ]
+
+
+def parity_lines(parity: dict[str, Any]) -> list[str]:
+    """The gate's table, line by line."""
+    low, high = parity["accuracy_difference_ci95"]
+    lines = [
+        f"{parity['n']:,} held-out images, batches of {', '.join(map(str, sorted(parity['batches'])))}:",
+        f"  greatest difference of a probability  {parity['probability_difference']:.2g}",
+        f"  same labels                           {parity['label_agreement']:.2%}",
+        f"  accuracy of run and artefact          {parity['accuracy_run']:.2%}, {parity['accuracy']:.2%} "
+        f"(95 % interval of the difference {low:+.2%} to {high:+.2%})",
+        f"  greatest difference of a pixel        {parity['pixel_difference']} grey level(s)",
+    ]
+    return lines + [f"  differs: {name}" for name in parity["differing"]]

@@ -1,0 +1,100 @@
+"""ONNX, by PyTorch's own exporter."""
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tokenfusion.classifier import Classifier
+from tokenfusion.errors import InputError
+from tokenfusion.evaluate import choose_images, open_judged
+from tokenfusion.export.deployable import Deployable, example_images
+from tokenfusion.recipe import Recipe, load_recipe
+from tokenfusion_runtime.errors import UnreadableImage
+
+CALIBRATION_IMAGES = 300
+"""Training images by which int8's ranges are chosen."""
+
+
+def to_onnx(classifier: Classifier, batch: int | None) -> Any:
+    """The classifier as an `onnx.ModelProto`.
+
+    Args:
+        classifier: what to export.
+        batch: images of a call; None for any number.
+
+    Raises:
+        InputError: the model has an operation that ONNX lacks.
+    """
+    dynamic = None if batch else ({0: torch.export.Dim("batch", min=1)},)
+    with quiet():
+        try:
+            program = torch.onnx.export(
+                Deployable(classifier).eval(),
+                (example_images(classifier, batch or 2),),
+                dynamo=True,
+                dynamic_shapes=dynamic,
+                input_names=["images"],
+                output_names=["probabilities"],
+                verbose=False,
+            )
+        except (torch.onnx.OnnxExporterError, RuntimeError, NotImplementedError) as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise InputError(
+                f"{classifier.name} cannot be exported to ONNX: {reason}; try --format pt2, or --batch 1"
+            ) from error
+    assert program is not None
+    return program.model_proto
+
+
+def save_onnx(graph: Any, path: Path, description: str) -> None:
+    """Write a graph with the artefact's description inside."""
+    import onnx
+
+    entry = graph.metadata_props.add()
+    entry.key, entry.value = "tokenfusion", description
+    onnx.save(graph, path)
+
+
+@contextlib.contextmanager
+def quiet() -> Any:
+    """Without what exporters print and log on their way."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+def quantized_onnx(graph: Any, classifier: Classifier, run: Path, batch: int | None) -> Any:
+    """A graph whose products are in int8, calibrated on training images."""
+    import nncf
+
+    batches = [{"images": batch} for batch in calibration_batches(classifier, run, batch or 1)]
+    with quiet():
+        return nncf.quantize(
+            graph, nncf.Dataset(batches), subset_size=len(batches), model_type=nncf.ModelType.TRANSFORMER
+        )
+
+
+def calibration_batches(classifier: Classifier, run: Path, batch: int) -> Iterator[NDArray[np.uint8]]:
+    """Training images of a run, prepared, each `batch` times; at most CALIBRATION_IMAGES, and never held-out ones."""
+    recipe = Recipe(**load_recipe(run / "recipe.toml"))
+    source, _, own = open_judged(run, recipe, None)
+    _, indices = choose_images(source, run, own=own, split="train")
+    spread = np.linspace(0, len(indices) - 1, min(len(indices), CALIBRATION_IMAGES)).round().astype(int)
+    for index in indices[spread].tolist():
+        with contextlib.suppress(UnreadableImage):
+            yield (
+                classifier.preprocess.resize(source.decode(index, classifier.max_pixels))[None].numpy().repeat(batch, 0)
+            )

@@ -1,0 +1,40 @@
+"""`python -m tokenfusion_runtime DIR IMAGE...`: the same output as `tokenfusion predict RUN IMAGE...`."""
+
+import argparse
+import io
+import sys
+
+from tokenfusion_runtime.classifier import load
+from tokenfusion_runtime.errors import InputError
+from tokenfusion_runtime.files import expand
+from tokenfusion_runtime.output import print_predictions
+
+
+def main(words: list[str] | None = None) -> int:
+    """Run the command; the exit status."""
+    parser = argparse.ArgumentParser("python -m tokenfusion_runtime", description="Classify images.")
+    parser.add_argument("folder", metavar="DIR", help="folder that `tokenfusion export` wrote")
+    parser.add_argument("paths", metavar="IMAGE", nargs="+", help="files, folders, globs, or - for a list on stdin")
+    parser.add_argument("--topk", type=int, default=5, help="how many classes to name")
+    parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
+    parser.add_argument("--abstain", type=float, help="largest share of wrong answers, such as 0.02")
+    given = parser.parse_args(words)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
+    try:
+        classifier = load(given.folder)
+        if classifier.note:
+            print(classifier.note, file=sys.stderr)
+        topk = min(given.topk, len(classifier.classes))
+        predictions = classifier.iter_predictions(expand(given.paths), topk=topk, abstain=given.abstain)
+        failed = print_predictions(predictions, given.format, topk=topk, multi_label=classifier.multi_label)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if failed:
+        print(f"{failed} of the images could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""An exported classifier: its graph, its preprocessing, its class names, and how its scores become answers."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tokenfusion_runtime.abstain import SurestErrors
+from tokenfusion_runtime.engines import ENGINES, Engine
+from tokenfusion_runtime.errors import InputError, UnreadableImage
+from tokenfusion_runtime.files import read_file
+from tokenfusion_runtime.image import Pixels, opened, prepare, to_rgb
+from tokenfusion_runtime.prediction import Answers, Floats, Prediction, cuts_for
+
+FORMAT = 1
+"""Of exported folders; a reader refuses a newer one."""
+ImageLike = str | Path | bytes | np.ndarray | Image.Image
+
+
+@dataclass(frozen=True)
+class ExportedClassifier:
+    """What `tokenfusion export` wrote, ready to answer.
+
+    Attributes:
+        description: what `model.json` holds.
+        engine: runs the graph.
+        note: what the engine does otherwise than asked; "" where nothing.
+    """
+
+    description: dict[str, Any]
+    engine: Engine
+    note: str = ""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names in the order of the outputs."""
+        return tuple(self.description["classes"])
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an image has any number of classes, rather than one."""
+        return bool(self.description["thresholds"])
+
+    def probabilities(self, images: Pixels) -> Floats:
+        """Calibrated probabilities (B, K) of prepared images, uint8 (B, in_chans, h, w)."""
+        fixed, count = self.description["batch"], len(images)
+        if fixed and count != fixed:
+            if count > fixed:
+                return np.concatenate([self.probabilities(images[i : i + fixed]) for i in range(0, count, fixed)])
+            images = np.concatenate([images, np.zeros((fixed - count, *images.shape[1:]), np.uint8)])
+        found = self.engine(images)[:count]
+        if found.shape != (count, len(self.classes)):
+            raise InputError(
+                f"the graph gives {found.shape[-1]} scores an image and model.json names {len(self.classes)} classes; "
+                "they do not belong together: export again"
+            )
+        return found
+
+    def predict(
+        self,
+        images: ImageLike | Sequence[ImageLike],
+        *,
+        topk: int = 5,
+        batch_size: int = 64,
+        abstain: float | None = None,
+    ) -> list[Prediction]:
+        """Classify images, one prediction each, in order; an unreadable file gives a prediction with `error`.
+
+        Args:
+            images: paths, bytes of files, arrays (H, W), (H, W, 3) or (H, W, 4) uint8, or PIL images; one or several.
+            topk: how many classes to name.
+            batch_size: images in the graph at once.
+            abstain: the largest share of wrong answers; see `SurestErrors.cut`.
+        """
+        several = [images] if isinstance(images, str | Path | bytes | np.ndarray | Image.Image) else images
+        return list(self.iter_predictions(several, topk=topk, batch_size=batch_size, abstain=abstain))
+
+    def iter_predictions(
+        self, images: Iterable[ImageLike], *, topk: int = 5, batch_size: int = 64, abstain: float | None = None
+    ) -> Iterator[Prediction]:
+        """As `predict`, batch by batch, for inputs without end.
+
+        Raises:
+            InputError: `topk` names no class, `batch_size` no image, or `abstain` cannot be kept.
+        """
+        if batch_size < 1:
+            raise InputError(f"batch_size={batch_size} lets no image into the model; give 1 or more")
+        errors = tuple(map(SurestErrors.from_dict, self.description["surest_errors"]))
+        cuts = () if abstain is None else cuts_for(abstain, errors)
+        answers = Answers(self.classes, tuple(self.description["thresholds"]), topk, cuts)
+        return self._batches(iter(images), batch_size, answers)
+
+    def _batches(self, images: Iterator[ImageLike], batch_size: int, answers: Answers) -> Iterator[Prediction]:
+        while batch := [self.prepare(image) for image in islice(images, batch_size)]:
+            readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
+            rows = iter(self.probabilities(np.stack(readable)) if readable else ())
+            for path, pixels in batch:
+                yield Prediction(path, error=pixels) if isinstance(pixels, str) else answers.of(path, next(rows))
+
+    def prepare(self, image: ImageLike) -> tuple[str, Pixels | str]:
+        """An image's path, "" where it has none, and its prepared pixels or why there are none."""
+        path = str(image) if isinstance(image, str | Path) else ""
+        try:
+            return path, prepare(self.decode(image), self.description["preprocess"])
+        except UnreadableImage as error:
+            return path, str(error)
+
+    def decode(self, image: ImageLike) -> Image.Image:
+        """Any way to give an image, as RGB."""
+        if isinstance(image, str | Path | bytes):
+            with opened(
+                image if isinstance(image, bytes) else read_file(image), self.description["max_pixels"]
+            ) as file:
+                return to_rgb(file)
+        return to_rgb(from_array(image) if isinstance(image, np.ndarray) else image)
+
+
+def from_array(pixels: np.ndarray) -> Image.Image:
+    """An array as an image.
+
+    Raises:
+        InputError: it is none.
+    """
+    channels = pixels.shape[2:] in ((), (1,), (3,), (4,))
+    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not channels:
+        raise InputError(
+            f"an array of shape {pixels.shape} and type {pixels.dtype} is not an image; "
+            "give uint8 (H, W), (H, W, 3) or (H, W, 4)"
+        )
+    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels)
+
+
+def load(folder: str | Path, *, threads: int = 0) -> ExportedClassifier:
+    """An exported classifier.
+
+    Args:
+        folder: what `tokenfusion export --out` wrote.
+        threads: of the engine; 0 leaves it the choice.
+
+    Raises:
+        InputError: it is no such folder, of a newer version, damaged, or its engine is not installed.
+    """
+    folder = Path(folder)
+    description = read_description(folder)
+    engine = ENGINES.get(description["format"])
+    if engine is None:
+        raise InputError(f"{folder} is of format {description['format']}, which `tokenfusion` runs; see its README.md")
+    require_whole(folder, description)
+    try:
+        run, note = engine(folder / description["files"][0], description["precision"], threads)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder} cannot be run: {reason}; update the engine, or export again") from error
+    return ExportedClassifier(description, run, note)
+
+
+def read_description(folder: Path) -> dict[str, Any]:
+    """An exported folder's `model.json`.
+
+    Raises:
+        InputError: there is none, or it is damaged or of a newer version.
+    """
+    path = folder / "model.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}; give the folder that `tokenfusion export --out` wrote"
+        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not JSON ({error}); export again") from error
+    version = description.get("export_format") if isinstance(description, dict) else None
+    if not isinstance(version, int):
+        raise InputError(f"{folder} is no exported classifier; `tokenfusion export RUN --out DIR` writes one")
+    if version > FORMAT:
+        raise InputError(
+            f"{folder} is of export format {version}, newer than the {FORMAT} that this version reads; "
+            "update tokenfusion-runtime"
+        )
+    return description
+
+
+def require_whole(folder: Path, description: dict[str, Any]) -> None:
+    """Refuse a graph that is not the one that `model.json` was written with."""
+    try:
+        found = hash_of([folder / name for name in description["files"]])
+    except OSError as error:
+        raise InputError(f"{folder} lacks its graph: {error}; copy the folder whole, or export again") from error
+    if found != description["graph_sha256"]:
+        raise InputError(
+            f"{folder}: model.json and {description['files'][0]} do not belong together, or the graph is damaged; copy "
+            "the folder whole, or export again"
+        )
+
+
+def hash_of(files: Sequence[Path]) -> str:
+    """SHA-256 of files, one behind another."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,197 @@
+"""Images as a person sees them, by Pillow alone: the rules that training and every prediction share."""
+
+import math
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+
+from tokenfusion_runtime.errors import UnreadableImage
+
+Pixels = NDArray[np.uint8]
+
+EXTENSIONS = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
+    | {".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif"}
+)
+"""File name endings, in lower case, that mark an image."""
+
+# Only formats that are decoded in this process: EPS, for one, would start Ghostscript.
+Image.init()
+WANTED = ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF"]
+FORMATS = [name for name in WANTED if name in Image.OPEN]
+
+
+MAX_SIDE = 2**16
+"""Longest side that is decoded: of a line of pixels, resizing would make a picture that fits into no memory."""
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+
+
+def is_image(file: str) -> bool:
+    """Whether a file's name ends like an image's."""
+    return os.path.splitext(file)[1].lower() in EXTENSIONS
+
+
+@contextmanager
+def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """An image file's header, read and checked, while its pixels are decoded.
+
+    Args:
+        data: the file's bytes.
+        max_pixels: largest height × width that is decoded; the header decides, before any pixel is.
+
+    Raises:
+        UnreadableImage: the bytes are no image, a damaged one, or one that is too large; within the block, whatever
+            decoding trips over is raised as that too.
+    """
+    if not data:
+        raise UnreadableImage("the file is empty (0 bytes)")
+    if data.startswith(LFS_POINTER):
+        raise UnreadableImage("a pointer of Git LFS, not the image itself; fetch it by `git lfs pull`")
+    try:
+        with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
+            refuse_large(image.height, image.width, max_pixels)
+            if image.format == "PNG":  # whose checksums decoding alone does not look at; verifying uses an image up
+                Image.open(BytesIO(data), formats=["PNG"]).verify()
+                refuse_missing_rows(data, image)
+            yield image
+    except UnreadableImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(f"not an image; known formats are {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow's parsers raise whatever a damaged file makes them trip over
+        raise UnreadableImage(f"damaged image: {str(error) or type(error).__name__}") from error
+
+
+def refuse_large(height: int, width: int, max_pixels: int) -> None:
+    """Refuse an image of no pixels or too many, UnreadableImage."""
+    if not 0 < min(width, height) <= max(width, height) <= MAX_SIDE:
+        raise UnreadableImage(f"{width}×{height} has a side that is not 1 to {MAX_SIDE} pixels; cut it into parts")
+    if width * height > max_pixels:
+        raise UnreadableImage(
+            f"{width}×{height} are {width * height} pixels, more than max_pixels={max_pixels}; "
+            "shrink it or raise the limit"
+        )
+
+
+def refuse_missing_rows(data: bytes, image: Image.Image) -> None:
+    """Refuse a PNG whose compressed rows end too early: Pillow leaves the rest black without a word.
+
+    Counting the bytes costs a second decompression, so that only images that end in a row of zeros are counted.
+    """
+    image.load()
+    last = np.asarray(image.crop((0, max(image.height - 2, 0), image.width, image.height)))  # one of each interlacing
+    if all(row.any() for row in last):
+        return
+    width, height, bits, colour, _, _, interlaced = struct.unpack(">IIBBBBB", data[16:29])
+    bits *= {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    passes = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)]
+    wanted = 0
+    for left, top, across, down in passes if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -(-(width - left) // across), -(-(height - top) // down)
+        wanted += rows * (1 + (columns * bits + 7) // 8) if columns > 0 else 0
+    stream, found, place = zlib.decompressobj(), 0, 8
+    while place + 8 <= len(data) and found < wanted and not stream.eof:
+        size, kind = struct.unpack(">I4s", data[place : place + 8])
+        part = data[place + 8 : place + 8 + size] if kind == b"IDAT" else b""
+        while part and found < wanted and not stream.eof:
+            found += len(stream.decompress(part, 2**20))
+            part = stream.unconsumed_tail
+        place += 12 + size
+    if found + len(stream.flush()) < wanted:
+        raise UnreadableImage(f"damaged image: its rows end after {found:,} of {wanted:,} bytes")
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 (upright) to 8; upright where the metadata is damaged."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged metadata is no reason to lose the picture
+        return 1
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any of Pillow's modes as 8-bit RGB: upright, opaque on white, 16 bits scaled."""
+    if image.mode in ("La", "RGBa"):  # colours that were multiplied by their opacity
+        image = image.convert(image.mode.upper())
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
+    if image.mode in ("I", "F") and not sixteen_bits:
+        raise UnreadableImage(f"values of mode {image.mode} have no defined white; convert it to 8 or 16 bits")
+    if orientation(image) != 1:
+        image = ImageOps.exif_transpose(image)
+    if sixteen_bits:  # the high byte, which is also what Pillow makes of 16-bit RGB
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def prepare(image: Image.Image, preprocess: dict[str, Any]) -> Pixels:
+    """An RGB image as the model wants it, uint8 (in_chans, h, w): resized to cover its size, and the centre cropped.
+
+    Within a grey level of what the run does, whose resize is another implementation of the same filter.
+
+    Args:
+        image: of any size.
+        preprocess: as `model.json` has it.
+    """
+    height, width = preprocess["img_size"]
+    crop_pct, size = preprocess["crop_pct"], (image.height, image.width)
+    if size != (height, width) or crop_pct != 1:
+        bicubic = preprocess.get("interpolation") == "bicubic"  # as pretrained weights want it, with timm's sizes
+        whole = math.floor if bicubic else round
+        targets = [math.floor(side / crop_pct) if bicubic else side / crop_pct for side in (height, width)]
+        scale = max(side / now for side, now in zip(targets, size, strict=True))
+        # as the run does, drop first, far from the crop's edge, what a long thin image would drop anyway
+        needed = [2 * math.ceil(side / scale) for side in (height, width)]
+        kept = [min(now, side + (now - side) % 2) for side, now in zip(needed, size, strict=True)]
+        image = centre(image, *kept)
+        sides = zip((height, width), (image.height, image.width), strict=True)
+        rows, columns = (max(side, whole(now * scale + 1e-9 * bicubic)) for side, now in sides)
+        filtered = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+        image = centre(image.resize((columns, rows), filtered), height, width)
+    pixels = np.asarray(image)
+    if preprocess["in_chans"] == 1:
+        red, green, blue = (pixels[..., channel].astype(np.float32) for channel in range(3))
+        return (0.2989 * red + 0.587 * green + 0.114 * blue).astype(np.uint8)[None]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
+def centre(image: Image.Image, height: int, width: int) -> Image.Image:
+    """The middle of an image that is at least so large."""
+    top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+lifted_lock = threading.Lock()
+lifted = 0
+pillow_limit: int | None = None
+
+
+@contextmanager
+def pillow_limit_lifted() -> Iterator[None]:
+    """While `max_pixels` guards us, Pillow's own limit, which is one for the whole process and warns, stands aside.
+
+    Counted, for threads decode at the same time; whoever leaves last puts the limit back.
+    """
+    global lifted, pillow_limit
+    with lifted_lock:
+        if lifted == 0:
+            pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        lifted += 1
+    try:
+        yield
+    finally:
+        with lifted_lock:
+            lifted -= 1
+            if lifted == 0:
+                Image.MAX_IMAGE_PIXELS = pillow_limit

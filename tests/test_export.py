@@ -1,0 +1,227 @@
+"""What is exported answers as its run does, without torch, or is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from tokenfusion import Classifier, InputError
+from tokenfusion.data.preprocess import Preprocess
+from tokenfusion.export import artefact
+from tokenfusion.export.gate import batches_of, faults, measure
+from tokenfusion_runtime import load
+from tokenfusion_runtime.__main__ import main
+from tokenfusion_runtime.image import prepare
+
+NUMBERS = r" *[0-9]+\.[0-9]+%?"
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory) -> Path:
+    """The run as ONNX."""
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    out = tmp_path_factory.mktemp("exported") / "onnx"
+    artefact.export(trained, out)
+    return out
+
+
+@pytest.fixture
+def copied(exported, tmp_path) -> Path:
+    return shutil.copytree(exported, tmp_path / "copied")
+
+
+def test_the_folder_holds_what_it_takes_to_answer_alike(exported, trained):
+    import onnx
+
+    said, run = (json.loads((folder / "model.json").read_text()) for folder in (exported, trained))
+    for key in ("classes", "preprocess", "temperature", "thresholds", "surest_errors", "max_pixels"):
+        assert said[key] == run[key]
+    parity = said["parity"]
+    assert (parity["n"], parity["label_agreement"], sorted(parity["batches"])) == (359, 1.0, [1, 2, 7])
+    assert parity["probability_difference"] < 1e-4
+    assert parity["accuracy"] == parity["accuracy_run"] > 0.8
+    assert not said["forced"]
+    (inside,) = onnx.load(exported / "model.onnx").metadata_props
+    assert json.loads(inside.value)["classes"] == run["classes"]
+    assert "Resize" not in {node.op_type for node in onnx.load(exported / "model.onnx").graph.node}
+    assert "tokenfusion_runtime.load('.')" in (exported / "README.md").read_text()
+    assert {path.name for path in exported.parent.iterdir()} <= {"onnx", ".onnx.lock"}
+
+
+def test_the_command_without_torch_prints_what_the_one_with_it_does(exported, trained, digit, command, capsys):
+    Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save(digit.with_name("clear.png"))
+    digit.with_name("bad.png").write_bytes(b"no image")
+    names = sorted(map(str, digit.parent.glob("*.png")))
+    for form in ("csv", "json", "table"):
+        _, expected, _ = command("predict", trained, *names, "--format", form, "--topk", 3)
+        assert main([str(exported), *names, "--format", form, "--topk", "3"]) == 1
+        found = capsys.readouterr().out
+        assert re.sub(NUMBERS, "#", found) == re.sub(NUMBERS, "#", expected)
+    for one, other in zip(load(exported).predict(names), Classifier.load(trained).predict(names), strict=True):
+        assert (one.label, one.error) == (other.label, other.error)
+        assert one.score == pytest.approx(other.score, abs=0.02)  # a grey level, and bfloat16 in the run
+
+
+def test_it_answers_without_torch_in_its_imports(exported, digit):
+    code = (
+        "import sys\nfrom tokenfusion_runtime.__main__ import main\n"
+        f"assert main([{str(exported)!r}, {str(digit)!r}]) == 0\n"
+        "assert not {'torch', 'torchvision', 'timm', 'scipy', 'tokenfusion'} & set(sys.modules)\n"
+        "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], file=sys.stderr)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(artefact.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stderr.split()[-1]) < 200_000  # kB
+
+
+@pytest.mark.parametrize(("crop_pct", "in_chans"), [(1.0, 3), (0.875, 3), (0.875, 1)])
+@pytest.mark.parametrize("size", [(64, 48), (400, 30), (33, 500), (20, 21)])
+def test_its_resize_is_within_a_grey_level_of_the_runs(size, crop_pct, in_chans):
+    values = (0.5,) * in_chans
+    preprocess = Preprocess((32, 40), in_chans, values, values, crop_pct)
+    pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
+    expected = preprocess.resize(F.pil_to_tensor(Image.fromarray(pixels))).numpy().astype(int)
+    assert np.abs(prepare(Image.fromarray(pixels), preprocess.to_dict()) - expected).max() <= 1
+
+
+@pytest.mark.parametrize(("format", "precision"), [("openvino", "int8"), ("pt2", "fp32")])
+def test_the_other_formats_pass_the_gate_too(trained, tmp_path, format, precision):
+    if format == "openvino":
+        pytest.importorskip("nncf", reason="the extra `export` is not installed")
+        pytest.importorskip("openvino", reason="the extra `export` is not installed")
+    # of 359 images an image more or less is 0.28 points, and a short training leaves many undecided
+    said = artefact.export(trained, tmp_path / "out", format=format, precision=precision, batch=4, force=True)
+    assert said["parity"]["n"] == 359  # in batches that are no 4
+    assert said["parity"]["label_agreement"] > 0.97
+    assert artefact.load(tmp_path / "out").predict(np.zeros((8, 8), np.uint8))[0].label
+
+
+def test_cmt_exports_though_its_fused_attention_does_not():
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    from tokenfusion.export.deployable import Deployable
+    from tokenfusion.export.onnx import to_onnx
+
+    classifier = Classifier.create("cmt_micro", ["a", "b"], img_size=(32, 32), precision="fp32")
+    session = runtime.InferenceSession(to_onnx(classifier, 1).SerializeToString())
+    images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = Deployable(classifier).eval()(images).numpy()
+        np.testing.assert_allclose(classifier.scores(classifier.logits(images)), expected, atol=1e-5)
+    np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], expected, atol=1e-5)
+
+
+class Eight:
+    """Images that are read again and again."""
+
+    names = tuple(f"{i}.png" for i in range(8))
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.full((3, 8, 8), 30 * index, dtype=torch.uint8)
+
+
+def test_the_gate_names_the_images_that_differ(trained):
+    from dataclasses import replace
+
+    classifier = replace(Classifier.load(trained), precision="fp32")
+
+    def wrong(images):
+        scores = classifier.scores(classifier.logits(torch.from_numpy(images))).numpy()
+        scores[images[:, 0, 0, 0] == 90] = scores[images[:, 0, 0, 0] == 90][:, ::-1]
+        return scores
+
+    parity = measure(classifier, wrong, Eight(), np.zeros(8, int))
+    assert parity["differing"] == ["3.png"]
+    assert parity["label_agreement"] == 7 / 8
+    said = " ".join(faults(parity, "fp32"))
+    assert "87.50% of the labels are the same" in said
+    assert "a probability differs by" in said
+    assert "labels" in " ".join(faults(parity, "bf16"))
+    nothing = measure(classifier, lambda images: np.full((len(images), 10), np.nan), Eight(), np.zeros(8, int))
+    assert faults(nothing, "fp32")  # numbers that are none pass no gate
+    assert [len(batch) for batch in batches_of(13)] == [7, 2, 1, 3]
+
+
+def test_an_artefact_that_answers_otherwise_is_refused_and_kept_only_by_force(exported, trained, tmp_path, monkeypatch):
+    import onnx
+
+    from tokenfusion.export import onnx as onnx_file
+
+    monkeypatch.setattr(onnx_file, "to_onnx", lambda *_: turned(onnx.load(exported / "model.onnx")))
+    with pytest.raises(InputError, match=r"answers otherwise than .*labels are the same.*digits:.*--force"):
+        artefact.export(trained, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    said = artefact.export(trained, tmp_path / "out", force=True)
+    assert said["forced"]
+    assert "kept by force" in (tmp_path / "out" / "README.md").read_text()
+
+
+def turned(graph):
+    """A graph whose weights of the largest matrix are negated."""
+    import onnx
+
+    largest = max((one for one in graph.graph.initializer if len(one.dims) == 2), key=lambda one: np.prod(one.dims))
+    largest.CopyFrom(onnx.numpy_helper.from_array(-onnx.numpy_helper.to_array(largest), largest.name))
+    del graph.metadata_props[:]
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--format", "onnx", "--precision", "bf16"), "format=onnx has no bf16"),
+        (("--batch", "many"), "batch=many is no number of images"),
+        (("--batch", "0"), "batch=0 has no image"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_the_work_starts(command, trained, tmp_path, words, said):
+    status, _, errors = command("export", trained, *words, "--out", tmp_path / "out")
+    assert (status, said in errors, list(tmp_path.glob("out*"))) == (2, True, [])
+
+
+def test_a_folder_that_exists_and_two_exports_at_once_are_refused(trained, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="exists"):
+        artefact.export(trained, tmp_path / "out", format="pt2")
+    with artefact.new_folder(tmp_path / "new"), pytest.raises(InputError, match="another export is writing"):
+        artefact.export(trained, tmp_path / "new", format="pt2")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"export_format": 99}, "newer than the 1 that this version reads; update tokenfusion-runtime"),
+        ({"classes": ["a", "b"]}, "gives 10 scores an image and model.json names 2 classes"),
+        ({"graph_sha256": "0"}, "do not belong together"),
+        ({"export_format": None}, "is no exported classifier"),
+    ],
+)
+def test_a_folder_whose_parts_do_not_fit_is_refused(copied, digit, capsys, change, said):
+    description = json.loads((copied / "model.json").read_text())
+    (copied / "model.json").write_text(json.dumps(description | change))
+    assert main([str(copied), str(digit)]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_damaged_graph_is_refused(copied, digit, capsys):
+    graph = copied / "model.onnx"
+    graph.write_bytes(graph.read_bytes()[:-100])
+    assert main([str(copied), str(digit)]) == 2
+    assert "the graph is damaged" in capsys.readouterr().err
+    graph.unlink()
+    assert main([str(copied), str(digit)]) == 2
+    assert "lacks its graph" in capsys.readouterr().err
