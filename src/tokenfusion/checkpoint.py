@@ -4,7 +4,7 @@ import json
 import math
 import shlex
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -33,6 +33,7 @@ DESCRIPTION: dict[str, type] = {
     "thresholds": list,
     "temperature": float,
     "surest_errors": list,
+    "began_with": list,
 }
 """Fields of `model.json` and their types."""
 
@@ -148,6 +149,7 @@ def load_description(run: Path) -> dict[str, Any]:
         description |= {"multi_label": False, "thresholds": []}
     if version < 3:
         description |= {"temperature": 1.0, "surest_errors": []}
+    description.setdefault("began_with", [])  # runs did not tell before there were pretrained starts
     fault = fault_of(description)
     if fault:
         raise InputError(f"{path} {fault}; it is damaged, train again with another --out")
@@ -173,6 +175,11 @@ def fault_of(description: dict[str, Any]) -> str:
     if precision not in get_args(Precision):
         return f"has precision={precision!r}, which is not one of {', '.join(get_args(Precision))}"
     return ""
+
+
+def weights_in_words(files: Iterable[Mapping[str, str]]) -> str:
+    """The pretrained weights that a description says a run began with."""
+    return " and ".join(f"{file['model']} ({file['source']}, sha256 {file['sha256'][:12]})" for file in files)
 
 
 def resume_command(run: Path) -> str:

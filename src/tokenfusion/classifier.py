@@ -3,13 +3,13 @@
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Self, TypeVar, cast
+from typing import Any, Self, TypeVar, cast
 
 import numpy as np
 import timm
@@ -35,6 +35,7 @@ from tokenfusion.hardware import Precision, autocast, default_device, hardware_n
 from tokenfusion.hub import fetch, is_reference
 from tokenfusion.models import create_model, default_config
 from tokenfusion.models.cost import count_macs, count_parameters
+from tokenfusion.models.pretrained import Pretrained, find_weights
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 from tokenfusion_runtime.abstain import SurestErrors
@@ -64,6 +65,7 @@ class Classifier:
         thresholds: of a multi-label model, the score from which an image has each class; empty of any other model.
         temperature: what logits are divided by, so that scores are shares of right answers.
         surest_errors: where the errors on held-out images lie, by which `abstain` goes; empty where unknown.
+        began_with: the pretrained weights before training: model, source and SHA-256 of each file.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Classifier:
     thresholds: tuple[float, ...] = ()
     temperature: float = 1.0
     surest_errors: tuple[SurestErrors, ...] = ()
+    began_with: tuple[Mapping[str, str], ...] = ()
 
     @property
     def multi_label(self) -> bool:
@@ -93,11 +96,12 @@ class Classifier:
         precision: Precision = "auto",
         device: torch.device | None = None,
         drop_path: float = 0.0,
-        crop_pct: float = 1.0,
+        crop_pct: float | None = 1.0,
+        pretrained: Pretrained = False,
         max_pixels: int = Recipe.max_pixels,
         multi_label: bool = False,
     ) -> Self:
-        """Build an untrained model for these classes, with the preprocessing that its variant names.
+        """Build a model that was not trained for these classes, with the preprocessing that its variant names.
 
         Args:
             name, in_chans, img_size: as in `create_model`.
@@ -105,12 +109,16 @@ class Classifier:
             precision: arithmetic of inference.
             device: where to put the model; the first GPU where there is one, else the CPU, when not given.
             drop_path: largest rate of stochastic depth while training.
-            crop_pct: share of an image's sides that is looked at.
+            crop_pct: share of an image's sides that is looked at, in images that are resized bilinearly; None for both
+                as pretrained weights of this model want them.
+            pretrained: as in `create_model`.
             max_pixels: largest image that is decoded at all.
             multi_label: whether an image has any number of the classes; the thresholds are 0.5.
         """
-        rates = {"drop_path_rate": drop_path} if drop_path else {}
-        model = create_model(name, num_classes=len(classes), in_chans=in_chans, img_size=img_size, **rates)
+        arguments: dict[str, Any] = {"drop_path_rate": drop_path} if drop_path else {}
+        if weights := find_weights(name, pretrained):
+            arguments["pretrained"] = [file.path for file in weights]
+        model = create_model(name, num_classes=len(classes), in_chans=in_chans, img_size=img_size, **arguments)
         config = default_config(model)
         mean, std = tuple(config["mean"]), tuple(config["std"])
         preprocess = Preprocess(
@@ -118,12 +126,23 @@ class Classifier:
             in_chans=in_chans,
             mean=mean if in_chans == 3 else (sum(mean) / len(mean),),
             std=std if in_chans == 3 else (sum(std) / len(std),),
-            crop_pct=crop_pct,
+            crop_pct=crop_pct or config["crop_pct"],
+            interpolation="bilinear" if crop_pct else config["interpolation"],
         )
         device = device or default_device()
         thresholds = (0.5,) * len(classes) if multi_label else ()
         placed = as_placed(model, device)
-        return cls(name, placed, tuple(classes), preprocess, device, precision, max_pixels, thresholds)
+        return cls(
+            name,
+            placed,
+            tuple(classes),
+            preprocess,
+            device,
+            precision,
+            max_pixels,
+            thresholds,
+            began_with=tuple(file.to_dict() for file in weights),
+        )
 
     @classmethod
     def load(cls, run: str | Path, device: torch.device | None = None) -> Self:
@@ -149,15 +168,16 @@ class Classifier:
             in_chans=preprocess.in_chans,
             img_size=preprocess.img_size,
             precision=description["precision"],
-            crop_pct=preprocess.crop_pct,
             max_pixels=description["max_pixels"],
             device=device,
         )
         classifier = replace(
             classifier,
+            preprocess=preprocess,
             thresholds=tuple(description["thresholds"]),
             temperature=description["temperature"],
             surest_errors=tuple(map(SurestErrors.from_dict, description["surest_errors"])),
+            began_with=tuple(description["began_with"]),
         )
         tensors, _ = load_tensors(weights)
         load_weights_exactly(classifier.model, tensors, weights)
@@ -187,6 +207,7 @@ class Classifier:
                 "python": platform.python_version(),
             },
             "hardware": hardware_name(self.device),
+            "began_with": list(self.began_with),
         }
         write_json(run / "model.json", description)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, surest_errors
+from tokenfusion.checkpoint import weights_in_words
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decoded import Images, Skipped, read_images
@@ -67,6 +68,7 @@ def evaluate(
         write_predictions(run / "predictions.csv", classifier.classes, images.names, labels, scores)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"cross_fitted": cross_fit, "data": data, "split": name, "unreadable": unreadable}
+    result |= {"began_with": list(classifier.began_with)}
     write_json(run / "evaluation.json", result)
     return result
 
@@ -208,7 +210,13 @@ def write_label_sets(
 
 
 def evaluation_summary(result: dict[str, Any]) -> list[str]:
-    """What an evaluation found, in two or three lines."""
+    """What an evaluation found, in a few lines."""
+    began = [f"began with {weights_in_words(files)}"] if (files := result.get("began_with")) else []
+    return [*scores_in_words(result), *began]
+
+
+def scores_in_words(result: dict[str, Any]) -> list[str]:
+    """How good a run is, in two or three lines."""
     if not result.get("multi_label"):
         low, high = result["top1_ci95"]
         top5 = f", top-5 {result['top5']:.2%}" * (len(result["per_class"]) > 5)

@@ -86,7 +86,8 @@ def with_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         given["model"] = first_of_several(given)
     model, data = (given[name][0] if given.get(name) else file.get(name, "") for name in ("model", "data"))
     tune = given["tune"][0] if given.get("tune") else file.get("tune", "")
-    fill(app, commands, arguments, preset(model, data, tune), source="preset")
+    pretrained = bool(given.get("pretrained") or file.get("pretrained"))
+    fill(app, commands, arguments, preset(model, data, tune, pretrained), source="preset")
 
 
 def first_of_several(given: dict[str, list[str]]) -> list[str]:

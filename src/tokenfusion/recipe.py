@@ -26,6 +26,9 @@ class Recipe:
     """Name of the model; `tokenfusion models` lists them."""
     warm_start_from: tuple[str, ...] = ()
     """Two finished runs that a model fuse(CNN,VIT) starts from, the CNN's first: as the transformer, gates closed."""
+    pretrained: tuple[str, ...] = ()
+    """Weights that the model begins with: hub for timm's, or a .safetensors or .pth file of them; of fuse(CNN,VIT) two
+    files, the CNN's first."""
     freeze: Literal["none", "cnn", "vit", "both"] = "none"
     """Parents of a fusion model whose weights stay as they are; what fuses and the head still learn."""
 
@@ -141,6 +144,8 @@ class Recipe:
             object.__setattr__(self, name, value)
         if len(self.img_size) == 1:
             object.__setattr__(self, "img_size", self.img_size * 2)
+        if self.pretrained != (HUB,):
+            object.__setattr__(self, "pretrained", tuple(map(os.path.abspath, self.pretrained)))
         runs = tuple(map(os.path.abspath, self.warm_start_from))  # so that the run can be resumed from anywhere
         object.__setattr__(self, "warm_start_from", runs)
         object.__setattr__(self, "exclude", self.exclude and os.path.abspath(self.exclude))
@@ -153,6 +158,13 @@ class Recipe:
             raise InputError(
                 f"warm_start_from={runs} is no pair of run folders; give the CNN's and then the transformer's"
             )
+        if len(self.pretrained) > 2 or (len(self.pretrained) == 2 and HUB in map(os.path.basename, self.pretrained)):
+            raise InputError(
+                f"pretrained={' '.join(self.pretrained)} is neither hub alone nor one file or two; give "
+                "--pretrained hub, or FILE, or of a pair CNN_FILE VIT_FILE"
+            )
+        if self.pretrained and runs:
+            raise InputError("pretrained and warm_start_from both say what the model begins with; give one of them")
         if len(self.img_size) > 2:
             raise InputError(
                 f"img_size={self.img_size} is not a size; give a height and a width, or one number for both"
@@ -169,6 +181,9 @@ class Recipe:
             )
 
 
+HUB = "hub"
+PRETRAINED_PAIR = "fuse(tf_efficientnet_lite0,vit_small_patch14_dinov2,late)"
+"""What begins with pretrained weights where no model is named; docs/pretrained.md says why these two."""
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 AUTO_FIELDS = ("epochs", "batch_size", "lr")
 """Fields that may be "auto"."""
@@ -251,16 +266,20 @@ def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def preset(model: str, data: str, tune: str = "") -> dict[str, Any]:
+def preset(model: str, data: str, tune: str = "", pretrained: bool = False) -> dict[str, Any]:
     """The fields that suit a model's size and the built-in data better than Recipe's defaults.
 
     Args:
         model: its name, or "" when none was given.
         data, tune: as in Recipe.
+        pretrained: whether it begins with pretrained weights.
     """
-    if tune:
-        return {**TUNED}
     values: dict[str, Any] = {}
+    if pretrained and not model:
+        model = PRETRAINED_PAIR
+        values |= {"model": model, "img_size": (224, 224)}
+    if tune:
+        return {**values, **TUNED}
     if data == "digits" and not model:
         values |= {"model": "tokenfusion_early_micro"}
     if data == "digits":  # 1,438 training images of 8×8 pixels; a mirrored digit is another sign

@@ -49,9 +49,9 @@ def test_resizing_agrees_with_pillow(size: tuple[int, int], img_size: tuple[int,
 def test_a_long_thin_image_takes_no_long_way_round(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     resize, areas = v2.functional.resize, []
 
-    def recorded(image: torch.Tensor, side: list[int], antialias: bool) -> torch.Tensor:
+    def recorded(image: torch.Tensor, side: list[int], mode: object, antialias: bool) -> torch.Tensor:
         areas.append(side[0] * side[1])
-        return resize(image, side, antialias=antialias)
+        return resize(image, side, mode, antialias=antialias)
 
     monkeypatch.setattr(v2.functional, "resize", recorded)
     image = torch.full((3, *size), 77, dtype=torch.uint8)

@@ -159,11 +159,14 @@ def test_parents_of_different_sizes_are_refused(parents, tmp_path):
         started(recipe_of([parents[0], other]))
 
 
-def test_grayscale_parents_that_are_normalised_differently_are_refused(tmp_path):
+def test_grayscale_parents_that_are_normalised_differently_are_each_given_their_own(tmp_path):
     gray = {"img_size": (32, 32), "in_chans": 1}
     parents = [untrained_run(tmp_path / name, name, **gray) for name in ("test_resnet", "vit_micro")]
-    with pytest.raises(InputError, match="only images of 3 channels are changed; train all three with --in-chans 3"):
-        started(replace(recipe_of(parents, "fuse(test_resnet,vit_micro)"), **gray))
+    model = started(replace(recipe_of(parents, "fuse(test_resnet,vit_micro)"), **gray))[0].model
+    own, cnn = (Classifier.load(run).preprocess for run in reversed(parents))
+    pixels = torch.rand(2, 1, 4, 4)
+    expected = (pixels - cnn.mean[0]) / cnn.std[0]
+    torch.testing.assert_close(model.cnn.rescale((pixels - own.mean[0]) / own.std[0]), expected)
 
 
 def test_a_parent_must_be_finished(parents, tmp_path):

@@ -3,13 +3,16 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.errors import InputError
+
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Preprocess:
     std: tuple[float, ...]
     crop_pct: float = 1.0
     """Share of the resized image's sides that the centre crop keeps."""
+    interpolation: Interpolation = "bilinear"
+    """How images are resized, antialiased either way."""
 
     def __post_init__(self) -> None:
         if self.in_chans not in (1, 3):
@@ -36,6 +41,8 @@ class Preprocess:
         whole = all(type(side) is int for side in self.img_size)
         if not whole or len(self.img_size) != 2 or min(self.img_size) < 1 or not 0 < self.crop_pct <= 1:
             raise InputError(f"img_size={self.img_size}, crop_pct={self.crop_pct}: give height and width, and 0 to 1")
+        if self.interpolation not in get_args(Interpolation):
+            raise InputError(f"interpolation={self.interpolation!r} is not known; give bilinear or bicubic")
 
     def resize(self, image: Tensor) -> Tensor:
         """Resize so that the image covers `img_size / crop_pct`, keeping its aspect, and crop the centre.
@@ -46,7 +53,7 @@ class Preprocess:
         Returns:
             uint8 (in_chans, *img_size).
         """
-        image = cover(image, self.img_size, self.crop_pct)
+        image = cover(image, self.img_size, self.crop_pct, self.interpolation)
         return F.rgb_to_grayscale(image) if self.in_chans == 1 else image
 
     def normalize(self, batch: Tensor) -> Tensor:
@@ -88,15 +95,24 @@ class Preprocess:
             ) from error
 
 
-def cover(image: Tensor, img_size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
-    """Resize (C, H, W) so that it covers `img_size / crop_pct`, bilinear and antialiased, and crop the centre."""
+def cover(
+    image: Tensor, img_size: tuple[int, int], crop_pct: float = 1.0, interpolation: Interpolation = "bilinear"
+) -> Tensor:
+    """Resize (C, H, W), antialiased, so that it covers `img_size / crop_pct`, and crop the centre.
+
+    Bicubic resizing is what pretrained weights ask for, and takes timm's sizes: both sides rounded down.
+    """
     size = image.shape[-2:]
     if size == img_size and crop_pct == 1:
         return image
-    scale = max(side / crop_pct / now for side, now in zip(img_size, size, strict=True))
+    targets = [side / crop_pct for side in img_size]
+    if interpolation == "bicubic":
+        targets = [math.floor(side) for side in targets]
+    scale = max(side / now for side, now in zip(targets, size, strict=True))
     # A long thin image would grow huge: first drop, far from the crop's edge, what it drops anyway.
     needed = [2 * math.ceil(side / scale) for side in img_size]
     kept = [min(now, side + (now - side) % 2) for side, now in zip(needed, size, strict=True)]  # as much on either side
     image = F.center_crop(image, kept)
-    enlarged = [max(side, round(now * scale)) for side, now in zip(img_size, image.shape[-2:], strict=True)]
-    return F.center_crop(F.resize(image, enlarged, antialias=True), list(img_size))
+    whole = math.floor if interpolation == "bicubic" else round
+    enlarged = [max(side, whole(now * scale + 1e-9)) for side, now in zip(img_size, image.shape[-2:], strict=True)]
+    return F.center_crop(F.resize(image, enlarged, InterpolationMode(interpolation), antialias=True), list(img_size))

@@ -13,6 +13,7 @@ from torch import nn
 from tokenfusion.errors import InputError
 from tokenfusion.models import cmt, crossvit, deepvit, parents, presets
 from tokenfusion.models.expressions import build_expression
+from tokenfusion.models.pretrained import Pretrained, create_from, find_weights, weighted_names
 from tokenfusion.models.registration import EXPRESSION, keep_expression
 
 PAPERS = (presets, crossvit, deepvit, cmt, parents)
@@ -42,9 +43,10 @@ def create_model(
     num_classes: int | None = None,
     in_chans: int = 3,
     img_size: int | tuple[int, int] | None = None,
+    pretrained: Pretrained = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build a model of this package, or any of timm's, from random weights unless `pretrained=True` is given.
+    """Build a model of this package, or any of timm's, from random weights unless `pretrained` is given.
 
     Args:
         name: as `list_models` or timm gives it; or `fuse(CNN,VIT,STRATEGY)`, with an operator as a fourth item, see
@@ -52,14 +54,19 @@ def create_model(
         num_classes: outputs of the head; the variant's own when not given.
         in_chans: channels of the images.
         img_size: height and width in pixels that the model is made for; the variant's own when not given.
+        pretrained: "hub" (or True) for timm's weights, or a `.safetensors` or `.pth` file of them; of `fuse(CNN,VIT)`
+            two files, the CNN's first. A head of other classes than theirs is new.
         **kwargs: further arguments of the model's class, such as `drop_path_rate`.
 
     Raises:
         InputError: no such name (the nearest are offered), arguments that the model does not take, or a rate of dropout
-            that is none.
+            that is none; weights that cannot be had, or are another model's.
     """
     refuse_rates(kwargs)
     if "(" in name:
+        if pretrained is not False:
+            kwargs["pretrained"] = pretrained
+            weighted_names(name)
         model = build_expression(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **kwargs)
         return keep_expression(model, name, kwargs)
     require_known(name)
@@ -70,11 +77,9 @@ def create_model(
     if img_size is not None and (config is None or config.fixed_input_size):  # plain CNNs take any size and no argument
         arguments["img_size"] = img_size
     try:
+        if weights := find_weights(name, pretrained):
+            return create_from(weights[0].path, name, arguments.pop("num_classes", None), arguments)
         return timm.create_model(name, **arguments)
-    except RuntimeError as error:
-        if "No pretrained weights" not in str(error):
-            raise
-        raise InputError(f"{name} has no pretrained weights; leave pretrained out") from error
     except TypeError as error:
         raise InputError(f"{name} cannot be built with {arguments}: {error}; leave that argument out") from error
 

@@ -19,6 +19,7 @@ from tokenfusion.models.create import create_model
 from tokenfusion.models.expressions import BUILDERS
 from tokenfusion.models.operators import OPERATORS, Operator
 from tokenfusion.models.presets import OPERATOR as PRESET_OPERATOR
+from tokenfusion.models.pretrained import Pretrained, choices
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.registration import default_cfg, keep_expression
 from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, Strategy, TokenFusion, strategy_class
@@ -34,7 +35,7 @@ def fuse(
     strategy: str = "layerwise",
     operator: str = "",
     *,
-    pretrained: bool = False,
+    pretrained: Pretrained = False,
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
     in_chans: int = 3,
@@ -55,7 +56,8 @@ def fuse(
             the other), "add" (at the same place) or "query" (learned queries attend to both); where not given the
             strategy's own: "joint" for late and early fusion, "add" for layerwise, "query" for "probe". Early joint
             attention is not gated: give "cross" to start as the transformer.
-        pretrained: begin with timm's weights.
+        pretrained: "hub" (or True) to begin with timm's weights, or files of them, for each parent given by its name,
+            the CNN's first.
         num_classes: outputs of the head; the transformer's own where not given.
         img_size: height and width in pixels; the transformer's own where not given.
         in_chans: channels of the images.
@@ -73,17 +75,19 @@ def fuse(
     meet = choose(OPERATORS, operator or OPERATOR[strategy], "operator")
     by_name = isinstance(cnn, str) and isinstance(vit, str)
     name = f"fuse({cnn},{vit},{strategy},{operator or OPERATOR[strategy]})" if by_name else ""
-    opened = gate_start(gate, trained=pretrained or not by_name)
+    opened = gate_start(gate, trained=bool(pretrained) or not by_name)
+    named = [parent for parent in (cnn, vit) if isinstance(parent, str)]
+    weights = dict(zip(named, choices(named, pretrained), strict=True)) if pretrained else {}
     vit = build_transformer(
         vit,
         img_size,
         num_classes=num_classes,
         in_chans=in_chans,
-        pretrained=pretrained,
+        pretrained=weights.get(vit, False) if isinstance(vit, str) else False,
         drop_path_rate=drop_path_rate,
     )
     size = image_size(img_size or native_size(as_transformer(vit)))
-    cnn = build_cnn(cnn, size, in_chans, pretrained)
+    cnn = build_cnn(cnn, size, in_chans, weights.get(cnn, False) if isinstance(cnn, str) else False)
     task: dict[str, Any] = {"num_classes": num_classes, "img_size": size, "in_chans": in_chans, "gate": opened}
     assembled: Callable[..., TokenFusion] = partial(assemble, strategy=strategy, operator=meet, further=kwargs, **task)
     with torch.device("meta"):  # what is refused is refused to copies without weights
@@ -122,8 +126,8 @@ def assemble(
     layerwise = FUSABLE[strategy] is LayerwiseFusion
     backbone = as_cnn(cnn, img_size, in_chans, min(MAX_STAGES, len(transformer.blocks)) if layerwise else MAX_STAGES)
     config = fused_config(configs[0], img_size, in_chans)
-    if configs[1] and in_chans == 3:
-        backbone.rescale = rescaled(config, configs[1])
+    if configs[1]:
+        backbone.rescale = rescaled(config, configs[1], in_chans)
     arguments: dict[str, Any] = {"img_size": img_size, "in_chans": in_chans, "gate": gate} | further
     try:
         model = strategy_class(FUSABLE[strategy], operator)(backbone, transformer, operator, **arguments)
@@ -143,11 +147,11 @@ def assemble(
     return model
 
 
-def build_cnn(cnn: str | nn.Module, size: Grid, in_chans: int, pretrained: bool) -> nn.Module:
+def build_cnn(cnn: str | nn.Module, size: Grid, in_chans: int, pretrained: Pretrained) -> nn.Module:
     """A CNN by its name, or as it is given."""
     if isinstance(cnn, nn.Module):
         return cnn
-    return create_model(cnn, in_chans=in_chans, img_size=size, **({"pretrained": True} if pretrained else {}))
+    return create_model(cnn, in_chans=in_chans, img_size=size, pretrained=pretrained)
 
 
 def build_transformer(vit: str | nn.Module, img_size: int | Grid | None, **arguments: Any) -> nn.Module:
@@ -194,14 +198,17 @@ def first(parent: nn.Module, config: Mapping[str, Any]) -> list[nn.Module]:
     return [parent.get_submodule(name) for name in ((names,) if isinstance(names, str) else names)]
 
 
-def rescaled(own: Any, theirs: Any) -> nn.Module:
-    """The change from one model's normalisation to another's; none where they are the same."""
+def rescaled(own: Any, theirs: Any, in_chans: int) -> nn.Module:
+    """The change from one model's normalisation to another's, of grays by their means; none where they are the same."""
     if all(tuple(own[key]) == tuple(theirs[key]) for key in ("mean", "std")):
         return nn.Identity()
-    stds = list(zip(own["std"], theirs["std"], strict=True))
-    scale = [std / their_std for std, their_std in stds]
-    shifts = zip(own["mean"], theirs["mean"], stds, strict=True)
-    return Rescale(scale, [(mean - their_mean) / their_std for mean, their_mean, (_, their_std) in shifts])
+    mean, std, their_mean, their_std = (
+        tuple(values) if len(values) == in_chans else (sum(values) / len(values),) * in_chans
+        for values in (config[key] for config in (own, theirs) for key in ("mean", "std"))
+    )
+    stds = list(zip(std, their_std, strict=True))
+    shifts = zip(mean, their_mean, stds, strict=True)
+    return Rescale([a / b for a, b in stds], [(a - b) / theirs for a, b, (_, theirs) in shifts])
 
 
 class Rescale(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenfusion.checkpoint import weights_in_words
 from tokenfusion.data.dataset import printable
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
@@ -243,7 +244,9 @@ def list_cost(results: Results) -> list[tuple[str, str]]:
     epochs, planned, model = results.epochs, results.recipe.epochs, results.model
     seconds = sum(epoch["seconds"] for epoch in epochs)
     memory = [epoch["peak_memory_mb"] for epoch in epochs if epoch.get("peak_memory_mb") is not None]
+    began = [("Began with", weights_in_words(files))] if (files := model["began_with"]) else []
     return [
+        *began,
         ("Training time", f"{duration(seconds)}, {duration(seconds / len(epochs))} per epoch"),
         ("Epochs", str(len(epochs)) + f" of {planned}" * (planned != "auto")),
         ("Speed", f"{median(epoch['images_per_s'] for epoch in epochs):,.0f} images/s (median epoch)"),

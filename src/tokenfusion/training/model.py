@@ -11,8 +11,11 @@ from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe
 
 
-def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False) -> Classifier:
-    """The recipe's model for these classes, from random weights, with the parents frozen that it says.
+def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False, *, loaded: bool = False) -> Classifier:
+    """The recipe's model for these classes, with the parents frozen that it says.
+
+    Its weights are random unless it is to be `loaded` with those that the recipe says; its images are prepared as
+    those want them in either case.
 
     Raises:
         InputError: the model cannot be built, or has no parents to freeze.
@@ -25,7 +28,8 @@ def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False) -> 
         img_size=recipe.img_size or None,  # type: ignore[arg-type]
         precision=recipe.precision,
         drop_path=recipe.drop_path,
-        crop_pct=recipe.crop_pct,
+        crop_pct=None if recipe.pretrained else recipe.crop_pct,
+        pretrained=recipe.pretrained if loaded else (),
         max_pixels=recipe.max_pixels,
         multi_label=multi_label,
     )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from rich.progress import Progress as ProgressBar
 from rich.progress import TaskID
 
+from tokenfusion.checkpoint import load_description, weights_in_words
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset, held_out_name
@@ -103,8 +104,13 @@ def settle_split(source: Dataset, recipe: Recipe, run: Run) -> Split:
 
 
 def build_model(source: Dataset, recipe: Recipe, run: Run, measure: Measure | None) -> Classifier:
-    """The model with random weights, BatchNorm over all processes."""
-    classifier = build(recipe, source.classes, source.multi_label)
+    """The model with random or pretrained weights, BatchNorm over all processes."""
+    begins = not is_saved(run.checkpoint)
+    classifier = build(recipe, source.classes, source.multi_label, loaded=begins)
+    if recipe.pretrained and not begins:
+        classifier = replace(classifier, began_with=tuple(load_description(run.folder)["began_with"]))
+    elif recipe.pretrained:
+        run.say(f"starts from {weights_in_words(classifier.began_with)}; a head for other classes starts at random")
     require_measurable(recipe, measure, classifier)
     if run.world.size > 1:
         globalize_norms(classifier.model)

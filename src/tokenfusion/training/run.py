@@ -15,7 +15,7 @@ from tokenfusion.evaluate import calibrated
 from tokenfusion.features import of_images
 from tokenfusion.files import lock_folder, make_folder, refuse_inside, write_text
 from tokenfusion.hardware import keep_freed_memory
-from tokenfusion.models import require_known
+from tokenfusion.models import create_model, require_known
 from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
 from tokenfusion.training.distributed.fsdp import is_saved
 from tokenfusion.training.distributed.launch import processes, versions
@@ -89,10 +89,26 @@ def start(
             if world.is_first:
                 require_unused(folder)
                 refuse_inside(folder, recipe.data)
+                require_weights(recipe)
                 make_folder(folder)
                 held.enter_context(lock_folder(folder))
                 claim(folder, recipe)
         return to_its_end(recipe, Run(folder, console, world), measure, listener)
+
+
+def require_weights(recipe: Recipe) -> None:
+    """Fetch the pretrained weights that a recipe names and load them once, so that bad ones leave no folder behind.
+
+    Raises:
+        InputError: they cannot be had, or do not fit the model.
+    """
+    if recipe.pretrained:
+        create_model(
+            recipe.model,
+            in_chans=recipe.in_chans,
+            img_size=recipe.img_size or None,  # type: ignore[arg-type]
+            pretrained=recipe.pretrained,
+        )
 
 
 def require_unused(folder: Path) -> None:

@@ -2,10 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import nn
 
 from tokenfusion.checkpoint import load_weights_exactly
 from tokenfusion.classifier import Classifier
@@ -33,7 +31,7 @@ def warm_start(classifier: Classifier, runs: Sequence[str], say: Callable[[str],
 
     Raises:
         InputError: the model is none of two parents; a run is not finished, or of another model, of images of another
-            size or number of channels, or normalised otherwise.
+            size or number of channels.
     """
     model = classifier.model
     names = parent_names(classifier.name)
@@ -89,12 +87,6 @@ def require_same_images(classifier: Classifier, cnn: Classifier, vit: Classifier
         raise InputError(
             f"{runs[0]} and {runs[1]} take images of {shape_of(vits)}, but this run of {shape_of(ours)}; "
             f"give --img-size {height} {width} --in-chans {vits.in_chans}"
-        )
-    rescales = not isinstance(cast(TokenFusion, classifier.model).cnn.rescale, nn.Identity)
-    if (cnns.mean, cnns.std) != (ours.mean, ours.std) and not rescales:
-        raise InputError(
-            f"{runs[0]} takes images of mean {cnns.mean} and deviation {cnns.std}, but this run of {ours.mean} and "
-            f"{ours.std}, between which only images of 3 channels are changed; train all three with --in-chans 3"
         )
 
 
