@@ -54,6 +54,9 @@ def comparison(name: str) -> str:
     heading, *rows = comparison_table(result)
     hardware = f"{result['hardware']}, {counted(result['threads'], 'thread')} a run, {result['precision']}"
     notes = [*methods(result), f"minutes and images/s: of training, on {hardware}", *gaps(result)]
+    notes += [
+        f"but {row['name']} on {counted(row['threads'], 'thread')}" for row in result["models"] if "threads" in row
+    ]
     if not any(row.get("sides") for row in result["models"]):
         notes.append("what each side of a fused model is worth was not measured, and the runs were not kept")
     return "\n\n".join(
@@ -135,10 +138,32 @@ def depth(name: str) -> str:
             f"![Accuracy against depth, with and without Re-attention]({name}_accuracy.svg)",
             f"![Similar blocks against depth, and neighbours' similarity in the deepest models]({name}_collapse.svg)",
             depth_table(rows, depths),
+            *untrained_table(),
             f"- {recipe}, {counted(seeds, 'seed')}, on {result['hardware']}, {counted(result['threads'], 'thread')}\n"
             f"- 95 % intervals: {over}; similarity: of {result['looked_at']} test images",
         ]
     )
+
+
+def untrained_table() -> list[str]:
+    """What `benchmarks/depth_untrained.py` wrote, if it did: neighbours' similarity at random initialisation."""
+    path = RESULTS / "depth_untrained.json"
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    ways = [f"{stage}, {way}" for way in ("as it is", "centred") for stage in ("before mixing", "applied")]
+    lines, centred = [], [abs(row["applied, centred"]["mean"]) for row in result["rows"]]
+    raw = [row["applied, as it is"]["mean"] for row in result["rows"] if not row["re_attention"]]
+    for row in result["rows"]:
+        cells = [f"{row[way]['mean']:.2f} ({' to '.join(f'{end:.2f}' for end in row[way]['ci95'])})" for way in ways]
+        lines.append([f"depth {row['depth']}, {KINDS[row['re_attention']]}, untrained", *cells])
+    heading = ["neighbours' similarity", *(way.replace("as it is", "as they are") for way in ways)]
+    seeds = f"{counted(result['seeds'], 'seed')}, 95 % intervals over them; {result['images']} test images"
+    said = (
+        f"At random initialisation plain maps are alike ({min(raw):.4f} at least) as they are; centred, no kind of map "
+        f"is further than {max(centred):.2f} from 0 ({seeds}; `benchmarks/depth_untrained.py`):"
+    )
+    return [said, table(heading, lines)]
 
 
 KINDS = {False: "plain attention", True: "Re-attention"}
@@ -194,7 +219,7 @@ def on_cure(rows: Sequence[Row], depths: Sequence[int]) -> str:
     return (
         "**Re-attention keeps blocks apart: not judged here.** An earlier edition of this page said that it repeats; "
         "that is withdrawn: BatchNorm centres the mixed maps, which makes their cosines small in an untrained model as "
-        f"well. {listed(shown)}{alike}. Centred maps, with random initialisation beside them, are in the next table."
+        f"well. {listed(shown)}{alike}. Trained models' centred maps were not measured, and the runs were not kept."
     )
 
 
