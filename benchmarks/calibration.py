@@ -1,0 +1,49 @@
+"""Which images should choose the temperature: other held-out ones, or those that were trained on?
+
+    python benchmarks/calibration.py RUN...
+
+Writes results/calibration.json: for each run the calibration error on its held-out images of raw scores, by the
+temperature of the other half of them, and by the temperature that its training images choose.
+"""
+
+import sys
+from pathlib import Path
+
+from tokenfusion import Classifier, Recipe
+from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures
+from tokenfusion.data.open import open_dataset
+from tokenfusion.evaluate import as_outputs, choose_images, collect_logits, output_of_class, read_readable
+from tokenfusion.files import write_json
+from tokenfusion.metrics import evaluate_logits
+from tokenfusion.recipe import load_recipe
+
+
+def measure(run: Path) -> dict:
+    """Calibration errors of a run with their intervals, and the temperatures."""
+    classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
+    source = open_dataset(recipe.data, recipe.exclude, run)
+    found = {}
+    for split in ("train", "val"):
+        name, indices = choose_images(source, run, own=True, split=split)
+        images, _ = read_readable(source, indices, recipe, name)
+        logits, labels = collect_logits(classifier, images, workers=recipe.workers)
+        found[split] = logits, as_outputs(labels, output_of_class(source, classifier.classes), len(classifier.classes))
+    by_training, (logits, labels) = choose_temperature(*found["train"]), found["val"]
+    choices = {"none": 1.0, "other half": cross_fitted_temperatures(logits, labels), "training images": by_training}
+    results = {name: evaluate_logits(logits, labels, classifier.classes, 0, t) for name, t in choices.items()}
+    return {
+        "data": Path(recipe.data).name,
+        "model": recipe.model,
+        "epochs": recipe.epochs,
+        "held_out": len(labels),
+        "temperature": classifier.temperature,
+        "temperature_of_training_images": by_training,
+        "ece": {name: [result["ece"], *result["ece_ci95"]] for name, result in results.items()},
+    }
+
+
+if __name__ == "__main__":
+    runs = [measure(Path(run)) for run in sys.argv[1:]]
+    write_json(Path(__file__).parent / "results" / "calibration.json", {"runs": runs})
+    for run in runs:
+        print(run)
