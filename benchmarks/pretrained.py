@@ -1,6 +1,6 @@
 """What two pretrained parents know alone, and what fusing their tokens adds, on few and many images of CIFAR-10.
 
-python benchmarks/pretrained.py --data cifar10 --weights DIR --out docs/results/pretrained.json
+python benchmarks/pretrained.py --data cifar10 --weights DIR --out benchmarks/results/pretrained.json
 
 DIR holds tf_efficientnet_lite0.safetensors and vit_small_patch14_dinov2.safetensors under timm's names. Every image
 passes both once, at 112×112 pixels; what they see is kept in TOKENFUSION_CACHE. Each draw of training images is judged
@@ -182,7 +182,12 @@ def main() -> None:
     rows, labels = seen(classifier, given.data, "train", given.pool)
     test = seen(classifier, given.data, "test", 10_000)
     found = json.loads(given.out.read_text()) if given.out.exists() else {"draws": []}
-    found |= {"hardware": hardware_name(torch.device("cpu")), "threads": torch.get_num_threads(), "pool": given.pool}
+    found |= {
+        "features": "Images were enlarged as a run does it.",
+        "hardware": hardware_name(torch.device("cpu")),
+        "threads": torch.get_num_threads(),
+        "pool": given.pool,
+    }
     for seed in range(given.seeds):
         for count in given.counts:
             if any((d["count"], d["seed"]) == (count, seed) for d in found["draws"]):

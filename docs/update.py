@@ -11,11 +11,12 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 import results_page
 from results_page import table
+from scipy.stats import t
 
 from tokenfusion.models.cost import count_model, describe_models
 from tokenfusion.models.published import PUBLISHED
@@ -195,8 +196,33 @@ def check() -> str:
     )
 
 
+def pretrained() -> str:
+    """What two pretrained parents know, and what their tokens' votes add, by the number of training images."""
+    found, told = load("pretrained"), {"cnn": "CNN", "vit": "transformer", "both": "both", "mean": "mean of the two"}
+    rows = []
+    for count in sorted({draw["count"] for draw in found["draws"]}):
+        draws = [draw for draw in found["draws"] if draw["count"] == count]
+        rows.append(
+            [f"{count:,}", str(len(draws)), *(f"{fmean(d[key] for d in draws):.2%}" for key in (*told, "votes"))]
+        )
+        for rival in ("both", "mean"):
+            gains = [100 * (draw["votes"] - draw[rival]) for draw in draws]
+            half = t.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+            rows[-1].append(f"{fmean(gains):+.2f}" + (f" ± {half:.2f}" if half is not None else ""))
+    heading = ["training images", "draws", *told.values(), "token votes", "over both", "over the mean"]
+    notes = [f"Training images are drawn from {found['pool']:,}; top-1 on all 10,000 test images. {found['features']}"]
+    for operator in ("query",):
+        also = [(d["count"], 100 * (d[operator] - d["votes"])) for d in found["draws"] if operator in d]
+        notes += [
+            f"Training `{operator}` on top of the votes, {n:,} images, one draw: {gain:+.2f} points."
+            for n, gain in also
+        ]
+    return table(heading, rows) + "\n\n" + "\n".join(notes)
+
+
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"demo": demo, "models": models, "results": results},
+    DOCS / "stages.md": {"pretrained": pretrained},
     DOCS / "papers" / "README.md": {"published": published, "speed": speed},
     DOCS / "check.md": {"check": check},
     DOCS / "scale.md": {"scaling_plan": scaling_plan, "distributed": distributed},

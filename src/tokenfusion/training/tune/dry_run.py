@@ -161,6 +161,11 @@ def print_plan(recipe: Recipe, as_json: bool, write: Callable[[str], None], say:
     launch = read_launch(os.environ)
     if launch and launch.rank:
         return
+    if recipe.tune:
+        say(
+            f"tune={recipe.tune}: every image passes the parents once, and steps are taken on what is kept; the steps "
+            "measured here train on images, and take longer"
+        )
     planned = plan(recipe, say)
     if as_json:
         write(json.dumps(asdict(planned), indent=2, ensure_ascii=False))
