@@ -191,3 +191,14 @@ def test_rows_beyond_the_limit_are_refused_and_old_ones_make_room(classifier, di
 def test_what_cannot_be_tuned_is_refused(parents, tmp_path, changes, reason):
     with pytest.raises(InputError, match=reason):
         start(replace(recipe_of(parents), **changes), tmp_path / "run", QUIET)
+
+
+def test_the_command_has_a_preset_of_its_own_for_kept_tokens(parents, tmp_path):
+    from tokenfusion.cli import app
+
+    run = tmp_path / "run"
+    app(["train", "digits", "--model", MODEL, "--tune", "probe", "--warm-start-from", *parents, "--img-size", "8", "--val-fraction", "0.85", "--out", str(run)])  # fmt: skip
+    recipe = (run / "recipe.toml").read_text()
+    assert 'tune = "probe"' in recipe
+    assert 'optimizer = "adamw"' in recipe
+    assert "head_lr = 0.1" in recipe
