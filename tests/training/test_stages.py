@@ -197,7 +197,8 @@ def test_the_command_has_a_preset_of_its_own_for_kept_tokens(parents, tmp_path):
     from tokenfusion.cli import app
 
     run = tmp_path / "run"
-    app(["train", "digits", "--model", MODEL, "--tune", "probe", "--warm-start-from", *parents, "--img-size", "8", "--val-fraction", "0.85", "--out", str(run)])  # fmt: skip
+    parts = ["--tune", "probe", "--img-size", "8", "--val-fraction", "0.85"]
+    app(["train", "digits", "--model", MODEL, "--warm-start-from", *parents, *parts, "--out", str(run)])
     recipe = (run / "recipe.toml").read_text()
     assert 'tune = "probe"' in recipe
     assert 'optimizer = "adamw"' in recipe
