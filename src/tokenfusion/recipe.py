@@ -15,6 +15,23 @@ Auto = Literal["auto"]
 Number = TypeVar("Number", int, float)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How data is understood where it does not say so itself: the fields of a recipe that say so, for other verbs."""
+
+    root: str = ""
+    """Folder that the paths in a list start at; the list's own when not given."""
+    path_column: str = ""
+    """Column of a list that names the image files, where its name is none of the usual ones."""
+    label_column: str = ""
+    """Column of a list or of Parquet that holds the labels, where its name is none of the usual ones."""
+    image_column: str = ""
+    """Column of Parquet that holds the images, where several might."""
+    group_by: str = ""
+    """Regular expression that finds a group in each image's name, by its first (...): images of a group, such as one
+    patient's, stay on one side of the split."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What is trained, on what, and how. Every field is an option of `tokenfusion train`."""
@@ -22,6 +39,18 @@ class Recipe:
     data: str = ""
     """Images: a folder with a subfolder per class, Parquet files, a CSV or JSONL, a tar, shards, or `digits`."""
     _: KW_ONLY
+    root: str = ""
+    """Folder that the paths in a list start at; the list's own when not given."""
+    path_column: str = ""
+    """Column of a list that names the image files, where its name is none of the usual ones."""
+    label_column: str = ""
+    """Column of a list or of Parquet that holds the labels, where its name is none of the usual ones."""
+    image_column: str = ""
+    """Column of Parquet that holds the images, where several might."""
+    group_by: str = ""
+    """Regular expression that finds a group in each image's name, by its first (...): images of a group, such as one
+    patient's, stay on one side of the split."""
+
     model: str = "tokenfusion_early_tiny"
     """Name of the model; `tokenfusion models` lists them."""
     warm_start_from: tuple[str, ...] = ()
@@ -127,6 +156,11 @@ class Recipe:
         return math.sqrt((self.crop_scale + 1) / 2)
 
     @property
+    def reading(self) -> Reading:
+        """How the data is understood."""
+        return Reading(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Reading)})
+
+    @property
     def autos(self) -> tuple[str, ...]:
         """Names of the fields that are left to be chosen by measuring."""
         return tuple(name for name in AUTO_FIELDS if getattr(self, name) == "auto")
@@ -148,7 +182,8 @@ class Recipe:
             object.__setattr__(self, "pretrained", tuple(map(os.path.abspath, self.pretrained)))
         runs = tuple(map(os.path.abspath, self.warm_start_from))  # so that the run can be resumed from anywhere
         object.__setattr__(self, "warm_start_from", runs)
-        object.__setattr__(self, "exclude", self.exclude and os.path.abspath(self.exclude))
+        for name in ("exclude", "root"):
+            object.__setattr__(self, name, getattr(self, name) and os.path.abspath(getattr(self, name)))
         for name, (low, high) in RANGES.items():
             value = getattr(self, name)
             if value != "auto" and not low <= value <= high:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tokenfusion_runtime.errors import UnreadableImage
-from tokenfusion_runtime.image import is_image
+from tokenfusion_runtime.walk import images_below
 
 MAX_FILE_BYTES = 2**30
 """Largest image file that is read into memory at all."""
@@ -31,12 +31,6 @@ def expand(paths: Sequence[str]) -> Iterator[str]:
             yield path
         else:
             yield from sorted(glob.glob(path, recursive=True)) or [path]
-
-
-def images_below(folder: str) -> list[str]:
-    """Every image file below a folder, in order; links to folders are not followed."""
-    found = [os.path.join(root, name) for root, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if is_image(path))
 
 
 def read_file(path: str | Path) -> bytes:

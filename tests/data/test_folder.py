@@ -49,17 +49,21 @@ def test_files_that_are_no_images_are_ignored_and_counted(pets_folder: Path) -> 
     source = open_dataset(pets_folder)
     assert len(source) == 11
     assert source.ignored == 6
-    assert source.ignored_in_words() == "6 other files ignored ('README.md', 'cat/notes.txt', 'stray.png' and 3 more)"
+    assert source.ignored_in_words() == (
+        "6 other files ignored ('README.md', 'cat/notes.txt', 'stray.png' and 3 more: 2 hidden, 1 in no class folder, "
+        "3 no image by its name)"
+    )
 
 
 def test_one_ignored_file_of_each_kind_is_named(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
-    for part in ("testing", "train", "val"):
+    for part in ("other", "train", "val"):
         save_tree(tmp_path / part, pets)
     for name in ("a.HEIC", "b.HEIC", ".hidden.png"):
         (tmp_path / "train" / "cat" / name).write_bytes(b"x")
     source = open_dataset(tmp_path)
     assert source.ignored_in_words() == (
-        "14 other files ignored ('testing/cat/0.png', 'train/cat/a.HEIC', 'train/cat/.hidden.png' and 11 more)"
+        "14 other files ignored ('other/cat/0.png', 'train/cat/a.HEIC', 'train/cat/.hidden.png' and 11 more: "
+        "1 hidden, 11 in no class folder, 2 no image by its name)"
     )
 
 
@@ -67,7 +71,10 @@ def test_a_folder_of_files_that_cannot_be_read_says_which(tmp_path: Path) -> Non
     for name in ("1.heic", "2.heic"):
         (tmp_path / "cat").mkdir(exist_ok=True)
         (tmp_path / "cat" / name).write_bytes(b"x")
-    with pytest.raises(InputError, match=r"no image found, 2 other files ignored \('cat/1.heic' and 1 more\); give "):
+    with pytest.raises(
+        InputError,
+        match=r"no image found, 2 other files ignored \('cat/1.heic' and 1 more: 2 no image by its name\); give ",
+    ):
         open_dataset(tmp_path)
 
 

@@ -87,8 +87,8 @@ def test_csv_that_cannot_be_used(text: str, reason: str, tmp_path: Path) -> None
     [
         ([{"labels": "a"}, {"labels": {"a": 1}}], "line 2: labels={'a': 1}"),
         ([{"labels": ["a"]}, {"labels": [["a"]]}], "line 2: labels="),
-        ([{"labels": ["a"]}, {"label": "a"}], "line 2: labels=None; give every image `labels`"),
-        ([{"label": "a"}, {"labels": ["a"]}], "line 2: label=None"),
+        ([{"labels": ["a"]}, {"label": "a"}], "has columns label and labels; keep one"),
+        ([{"label": "a"}, {"labels": ["a"]}], "has columns label and labels; keep one"),
         ([{"labels": ["a|b"]}], r"none empty and none with \| in it"),
         ([{"label": "a", "weight": True}], "weight=True is no weight"),
         ([{"label": "a", "weight": [1]}], r"weight=\[1\] is no weight"),

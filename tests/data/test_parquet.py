@@ -10,9 +10,9 @@ import pytest
 from making import LIMIT, pixels_of, png, write_parquet
 
 from tokenfusion.data import parquet
-from tokenfusion.data.dataset import split_in_name
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.open import open_dataset
+from tokenfusion.data.split_names import split_in_name
 from tokenfusion.errors import InputError
 
 Tree = dict[str, np.ndarray]
@@ -138,7 +138,7 @@ def test_a_dictionary_is_the_label_though_it_is_not_called_so(tmp_path: Path) ->
     assert open_dataset(tmp_path).classes == ("a", "b")
 
 
-@pytest.mark.parametrize("labels", [[["a"], ["b"]], [{"a": 1}, {"a": 2}], [0.5, 1.5]])
+@pytest.mark.parametrize("labels", [[[["a"]], [["b"]]], [{"a": 1}, {"a": 2}], [0.5, 1.5]])
 def test_parquet_labels_of_types_that_name_no_class(labels: list[Any], tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", [b"", b""], labels)
     with pytest.raises(InputError, match="which is no label; give integers or strings"):
@@ -148,7 +148,7 @@ def test_parquet_labels_of_types_that_name_no_class(labels: list[Any], tmp_path:
 def test_parquet_integers_in_one_file_and_strings_in_another(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x0.parquet", [b"", b""], [0, 1])
     write_parquet(tmp_path / "x1.parquet", [b"", b""], ["a", "b"])
-    with pytest.raises(InputError, match=r"'x0.parquet' and 'x1.parquet' differ in columns, labels or"):
+    with pytest.raises(InputError, match=r"'x0.parquet' and 'x1.parquet' differ: labels are of type int64 and string"):
         open_dataset(tmp_path)
 
 
@@ -207,8 +207,8 @@ def test_parquet_labels_that_mean_nothing(labels: list[Any], names: list[str], r
 
 def test_parquet_files_that_disagree(tmp_path: Path) -> None:
     write_parquet(tmp_path / "train.parquet", [b""], [0], ["a", "b"])
-    write_parquet(tmp_path / "test.parquet", [b""], [0], ["b", "a"])
-    with pytest.raises(InputError, match=r"'test.parquet' and 'train.parquet' differ"):
+    write_parquet(tmp_path / "test.parquet", [b""], [0], ["a", "c"])
+    with pytest.raises(InputError, match=r"'test.parquet' and 'train.parquet' differ: .* not both have 'b', 'c'"):
         open_dataset(tmp_path)
 
 

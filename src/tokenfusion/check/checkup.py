@@ -19,20 +19,26 @@ from tokenfusion.check.labels import Judgement, choose_judged, count_classes, ju
 from tokenfusion.check.quarantine import quarantine, write_quarantine
 from tokenfusion.check.report import write_check
 from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.describe import describe
 from tokenfusion.data.exclude import leave_out
+from tokenfusion.data.groups import suspected_groups
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import make_folder, write_json
 from tokenfusion.hardware import keep_freed_memory
-from tokenfusion.recipe import Recipe
+from tokenfusion.recipe import Reading, Recipe
 
 TINY, HUGE = 1 / 4, 8
 """Times the median image's shorter side, below which an image is tiny; times the longer one's, above which huge."""
 
 
 def check_data(
-    data: str, out: Path | None, img_size: tuple[int, int], progress: Callable[[str, int, int], None]
+    data: str,
+    out: Path | None,
+    img_size: tuple[int, int],
+    progress: Callable[[str, int, int], None],
+    reading: Reading = Reading(),  # noqa: B008 - frozen
 ) -> tuple[dict[str, Any], Path]:
     """Check labelled images; write `check.json`, `quarantine.csv` and `check.html`.
 
@@ -41,6 +47,7 @@ def check_data(
         out: folder to write to, outside the data; check-NAME here when None.
         img_size: height and width of the model's input, of which only the aspect matters.
         progress: called with (what is done, images done, images in all).
+        reading: how to understand the data where it does not say.
 
     Returns:
         what check.json holds, and the folder.
@@ -52,7 +59,7 @@ def check_data(
     keep_freed_memory()
     recipe = Recipe()
     folder = folder_for(data, out)
-    dataset = open_dataset(data)
+    dataset = open_dataset(data, reading=reading)
     make_folder(folder)
     judged = choose_judged(dataset.labels)
     searched = len(dataset) <= MAX_IMAGES
@@ -67,6 +74,8 @@ def check_data(
     result: dict[str, Any] = {
         "data": data,
         "images": len(dataset),
+        "understood": describe(dataset),
+        "suspected": [line for line in [suspected_groups(dataset)] if line],
         "ignored": dataset.ignored,
         "splits": {name or "all": images for name, images in Counter(dataset.splits).items()},
         "unreadable": [

@@ -10,6 +10,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from tokenfusion.recipe import Reading, Recipe
+
 
 def check(
     data: str,
@@ -17,6 +19,7 @@ def check(
     *,
     out: Path | None = None,
     img_size: tuple[int, ...] = (224,),
+    reading: Annotated[Reading, Parameter(name="*")] = Reading(),  # noqa: B008 - frozen
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Check labelled images before training on them; writes check.html, check.json and quarantine.csv.
@@ -42,11 +45,10 @@ def check(
     from tokenfusion.check.checkup import check_data, free_run
     from tokenfusion.check.report import summarise
     from tokenfusion.formatting import counted, spelled_out
-    from tokenfusion.recipe import Recipe
 
     height, width = Recipe(img_size=img_size).img_size
     with show_progress() as progress:
-        result, folder = check_data(data, out, (height, width), progress)
+        result, folder = check_data(data, out, (height, width), progress, reading)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return

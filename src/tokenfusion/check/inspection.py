@@ -66,6 +66,7 @@ def inspect_images(
     Returns:
         an Inspection per image, in order.
     """
+    dataset.reader.require_there()
     inspections: list[Inspection] = []
     count = len(dataset)
     for _, found in decode_ahead(range(count), lambda i: inspect_image(dataset, i, max_pixels, i in compared)):

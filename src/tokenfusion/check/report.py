@@ -92,6 +92,8 @@ def summarise(result: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{count:,} {name}" for name, count in result["splits"].items())
     lines = [
         f"{counted(result['images'], 'image')} of {counted(len(result['classes']), 'class')} ({parts})",
+        *result["understood"][1:],
+        *result["suspected"],
         ", ".join(f"{len(result[kind])} {heading.lower()}" for kind, heading in KINDS.items()),
     ]
     for what, unit in (("exact", "group"), ("near", "pair")):

@@ -32,7 +32,7 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         InputError: a run cannot be used.
     """
     recipe = Recipe(**load_recipe(runs[0] / "recipe.toml"))
-    dataset = open_dataset(recipe.data, recipe.exclude, runs[0])
+    dataset = open_dataset(recipe.data, recipe.exclude, runs[0], recipe.reading)
     split, indices = choose_images(dataset, runs[0], own=True, split=None)
     images, skipped = read_readable(dataset, indices, recipe, split)
     several = [collect_logits(Classifier.load(run), images, workers=recipe.workers) for run in runs]

@@ -137,7 +137,7 @@ def plan_comparison(
     Raises:
         InputError: a name, the budget or the data cannot be used, or `out` holds runs of another recipe.
     """
-    dataset = open_dataset(recipe.data, recipe.exclude)
+    dataset = open_dataset(recipe.data, recipe.exclude, reading=recipe.reading)
     if dataset.multi_label:
         raise InputError(
             f"{dataset.where} has any number of classes an image; a comparison ranks models by the share of images "

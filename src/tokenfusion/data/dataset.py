@@ -1,27 +1,19 @@
 """A dataset: what is known of labelled images, and a reader that fetches one of them."""
 
-import os
-import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from tokenfusion.data.decode import decode_image, refuse_large
 from tokenfusion.data.readers import Reader
-from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
-
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-"""What data calls its parts, in lower case, and what they are called here."""
 
 KINDS = (
     "a folder with a subfolder per class, Parquet files in the Hugging Face image layout, a CSV or JSONL with "
-    "path and label (or labels), a tar of a class-folder tree, shards by pattern or URL, or the name digits"
+    "path and label (or labels), a tar of a class-folder tree, shards by pattern or URL, or the name digits; "
+    "docs/data.md says how each is understood"
 )
 
 
@@ -52,6 +44,12 @@ class Dataset:
     """Files that lie in the data but are no images by their name, or lie outside every class."""
     first_ignored: tuple[str, ...] = ()
     """Names of a few of them."""
+    ignored_because: tuple[tuple[str, int], ...] = ()
+    """Why they are, and how many for each reason."""
+    notes: tuple[str, ...] = ()
+    """What was guessed when the data was read, a line each; warnings begin with `warning: `."""
+    groups: np.ndarray | None = None
+    """int64 (N,): which images show one thing and must stay on one side of a split; None where nothing says so."""
     excluded: str = ""
     """What was left out because a list says so, in words."""
 
@@ -72,6 +70,7 @@ class Dataset:
             labels=self.labels[chosen],
             splits=[self.splits[index] for index in chosen],
             weights=None if self.weights is None else self.weights[chosen],
+            groups=None if self.groups is None else self.groups[chosen],
             rows=chosen if self.rows is None else self.rows[chosen],
             shards=None if self.shards is None else self.shards[chosen],
         )
@@ -109,64 +108,10 @@ class Dataset:
         """How many files are ignored, and the names of a few."""
         more = self.ignored - len(self.first_ignored)
         names = quoted(self.first_ignored) + f" and {more:,} more" * bool(more)
-        return f"{counted(self.ignored, 'other file')} ignored" + f" ({names})" * bool(self.first_ignored)
-
-
-def require_usable(dataset: Dataset) -> Dataset:
-    """The dataset, if it can be worked on.
-
-    Raises:
-        InputError: there is no image, two classes have one name, some images name a split and others do not,
-            or held-out images have a label that the training images lack.
-    """
-    where = dataset.where
-    if not dataset.names:
-        ignored = f", {dataset.ignored_in_words()}" * bool(dataset.ignored)
-        raise InputError(f"{where}: no image found{ignored}; give {KINDS}")
-    twice = [name for name, count in Counter(dataset.classes).items() if count > 1]
-    if twice:
-        raise InputError(f"{where}: several classes are called {quoted(twice)}; give each its own name")
-    if "" in dataset.splits and any(dataset.splits):
-        name = dataset.names[dataset.splits.index("")]
-        raise InputError(f"{where}: {name!r} is in no split while others are; name one for all images or none")
-    splits = np.array(dataset.splits)
-    known = classes_in(dataset.labels[splits == "train"])
-    for split in ("val", "test"):
-        unknown = classes_in(dataset.labels[splits == split]) - known
-        if known and unknown:
-            raise InputError(
-                f"{where}: {split} has labels that train lacks: {quoted(dataset.classes[c] for c in sorted(unknown))}; "
-                f"add training images of them or take them out of {split}"
-            )
-    return dataset
-
-
-def number_labels(
-    where: str, names: Sequence[str], labels: Sequence[int | str], classes: Sequence[str] = ()
-) -> tuple[tuple[str, ...], np.ndarray]:
-    """Class names and int64 labels (N,).
-
-    Args:
-        where: the data, for messages.
-        names: of the images (N,), for messages.
-        labels: an integer or a text for each image.
-        classes: names of integer labels; without them the distinct labels, in order, are the classes.
-
-    Raises:
-        InputError: a label has no name.
-    """
-    if not classes:
-        distinct = sorted(set(labels))
-        number = {label: index for index, label in enumerate(distinct)}
-        return tuple(printable(str(label)) for label in distinct), np.array([number[x] for x in labels], np.int64)
-    numbers = np.array(labels, dtype=np.int64)
-    outside = np.flatnonzero((numbers < 0) | (numbers >= len(classes)))
-    if len(outside):
-        raise InputError(
-            f"{where}: {names[outside[0]]!r} has label {numbers[outside[0]]}, none of the {len(classes)} class "
-            "names; add its name, or take unlabelled files away"
+        names += f": {', '.join(f'{count:,} {why}' for why, count in self.ignored_because)}" * bool(
+            self.ignored_because
         )
-    return tuple(classes), numbers
+        return f"{counted(self.ignored, 'other file')} ignored" + f" ({names})" * bool(self.first_ignored)
 
 
 def classes_in(labels: np.ndarray) -> set[int]:
@@ -174,28 +119,9 @@ def classes_in(labels: np.ndarray) -> set[int]:
     return set((np.flatnonzero(labels.any(0)) if labels.ndim == 2 else np.unique(labels)).tolist())
 
 
-def split_in_name(name: str) -> str:
-    """The split that is told by a file's name, or else in its folder's: `set-test-00000.parquet`, `val/0.parquet`."""
-    for part in reversed(Path(name).parts):
-        for word in re.split(r"[-._]", part.lower()):
-            if word in SPLITS:
-                return SPLITS[word]
-    return ""
-
-
 def held_out_name(dataset: Dataset) -> str | None:
     """The split that training is judged on: `val` if the data has one, else `test`, else None."""
     return next((name for name in ("val", "test") if name in dataset.splits), None)
-
-
-def describe_ignored(files: Iterable[str]) -> dict[str, Any]:
-    """What a Dataset tells of ignored files; one of each ending in each top folder is named, hidden ones last."""
-    ordered = sorted(map(printable, files), key=lambda file: os.path.basename(file).startswith("."))
-    kinds: dict[tuple[str, str], str] = {}
-    for file in ordered:
-        top, _, below = file.partition("/")
-        kinds.setdefault((top if below else "", os.path.splitext(file)[1].lower()), file)
-    return {"ignored": len(ordered), "first_ignored": tuple(kinds.values())[:3]}
 
 
 def printable(name: str) -> str:

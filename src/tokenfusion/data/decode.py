@@ -18,9 +18,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion_runtime.errors import UnreadableImage
-from tokenfusion_runtime.image import EXTENSIONS, is_image, opened, orientation, refuse_large, to_rgb
+from tokenfusion_runtime.image import EXTENSIONS, LFS_POINTER, is_image, opened, orientation, refuse_large, to_rgb
 
-__all__ = ["EXTENSIONS", "UnreadableImage", "is_image", "refuse_large", "to_rgb"]
+__all__ = ["EXTENSIONS", "LFS_POINTER", "UnreadableImage", "is_image", "refuse_large", "to_rgb"]
 
 THREADS = min(4, os.cpu_count() or 1)
 """Threads that decode at the same time."""

@@ -94,7 +94,11 @@ def read_images(
 
     Returns:
         the readable images in order, and the others; none is ever replaced.
+
+    Raises:
+        InputError: most of the files that a list names do not exist.
     """
+    dataset.reader.require_there()
     pixels = bytearray()  # grows in place, so that no second copy of the images ever exists
     sizes: list[tuple[int, int]] = []
     readable: list[int] = []

@@ -5,7 +5,8 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
-from tokenfusion.data.dataset import Dataset, quoted, require_usable
+from tokenfusion.data.dataset import Dataset, quoted
+from tokenfusion.data.usable import require_usable
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_bytes
 from tokenfusion.formatting import counted

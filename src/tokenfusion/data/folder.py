@@ -1,15 +1,16 @@
-"""A subfolder per class."""
+"""A subfolder per class, below folders of splits or above them, or without any."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tokenfusion.data.dataset import SPLITS, Dataset, describe_ignored, printable
-from tokenfusion.data.decode import is_image
+from tokenfusion.data.dataset import Dataset, printable, quoted
+from tokenfusion.data.ignored import OUTSIDE, describe_ignored, is_dropping, why_ignored
+from tokenfusion.data.labels import clean_label
 from tokenfusion.data.readers import Paths
+from tokenfusion.data.split_names import split_named, splits_in_words
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
 
@@ -22,101 +23,180 @@ class Tree:
     files: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     splits: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
+    ignored: dict[str, str] = field(default_factory=dict)
+    """Other files, and why."""
+    notes: list[str] = field(default_factory=list)
+    """How the folders were understood, a line each."""
 
     def index(self) -> dict[str, Any]:
         """What a Dataset takes besides its place and its reader."""
         return {
             "names": [printable(file) for file in self.files],
             "labels": np.array(self.labels, dtype=np.int64),
-            "classes": tuple(map(printable, self.classes)),
+            "classes": self.classes,
             "splits": self.splits,
+            "notes": tuple(self.notes),
             **describe_ignored(self.ignored),
         }
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Where in `a/b/c/photo.jpg` the class and the split stand, from 0."""
+
+    top: tuple[str, ...] = ()
+    """Folders around everything, which say nothing."""
+    split: int | None = None
+    label: int = 0
+
+    def places(self, place: list[str]) -> tuple[str, str] | None:
+        """A file's split and class by their folders' names, None where it lies outside; "" stands for no split."""
+        least = max(self.label, -1 if self.split is None else self.split)
+        if tuple(place[: len(self.top)]) != self.top or len(place) < least + 2:
+            return None
+        return "" if self.split is None else place[self.split], place[self.label]
+
+
 def open_folder(root: Path, files: list[str], tree: Tree) -> Dataset:
     """Open a folder whose files, relative to it, are known from `walk`, and their classes from `read_tree`."""
-    loose = sum("/" not in file and is_image(file) for file in files)
-    if loose and not tree.files:
-        raise InputError(
-            f"{root}: {counted(loose, 'image')} directly in it, without a class folder; "
-            f"did you mean its parent {root.resolve().parent}, or a CSV that labels them?"
-        )
+    if not tree.files:
+        refuse_without_classes(root, files)
     return Dataset(where=str(root), **tree.index(), reader=Paths(root, tree.files))
 
 
+def refuse_without_classes(root: Path, files: list[str]) -> None:
+    """Refuse images that lie in no class folder, InputError."""
+    images = [file for file in files if not why_ignored(file)]
+    loose = [file for file in images if "/" not in file]
+    lists = [file for file in files if "/" not in file and file.lower().endswith((".csv", ".tsv", ".txt", ".jsonl"))]
+    listed = f"{root / lists[0]}, if that labels them?" if lists else "a CSV that labels them?"
+    if loose:
+        raise InputError(
+            f"{root}: {counted(len(loose), 'image')} directly in it, without a class folder; "
+            f"did you mean its parent {root.resolve().parent}, or {listed}"
+        )
+    if images:
+        raise InputError(
+            f"{root}: {counted(len(images), 'image')} in it, but none in a class folder inside a split, as "
+            f"{images[0]!r} shows; make a folder per class in each split, or give {listed}"
+        )
+
+
 def read_tree(files: list[str], folders: list[str]) -> Tree:
-    """Find the classes in a tree of `class/…/file` or `split/class/…/file`.
+    """Find the classes in a tree of `class/…/file`, `split/class/…/file` or `class/split/…/file`.
 
-    Hidden files, files without an image's extension and files outside every class are ignored.
+    Folders around all of it are entered. Hidden files, droppings of systems, files without an image's extension and
+    files outside every class are ignored.
     """
-    depth = 1 if has_splits(folders) else 0  # how deep the class folders lie
-
-    def part(path: list[str]) -> str | None:
-        return SPLITS.get(path[0].lower()) if depth else ""
-
-    places = [folder.split("/") for folder in folders]
-    tops = [place for place in places if len(place) == depth + 1 and part(place) is not None and not is_hidden(place)]
-    tree = Tree(classes=tuple(sorted({place[depth] for place in tops})))
-    label = {name: index for index, name in enumerate(tree.classes)}
+    reasons = {file: why_ignored(file) for file in files}
+    images = [file.split("/") for file in files if not reasons[file]]
+    tree = Tree()
+    plan = understand(images, tree)
+    label_of: dict[str, str] = {}
     for file in files:
         place = file.split("/")
-        split = part(place)
-        if split is None or len(place) < depth + 2 or is_hidden(place) or not is_image(file):
-            tree.ignored.append(file)
+        found = None if reasons[file] else plan.places(place)
+        split = "" if found is None or plan.split is None else split_named(found[0])
+        if found is None or (plan.split is not None and not split):
+            tree.ignored[file] = reasons[file] or OUTSIDE
             continue
+        label_of[file] = clean_label(found[1])
         tree.files.append(file)
-        tree.labels.append(label[place[depth]])
         tree.splits.append(split)
+    tree.classes = tuple(sorted(set(label_of.values())))
+    number = {name: index for index, name in enumerate(tree.classes)}
+    tree.labels = [number[label_of[file]] for file in tree.files]
+    if plan.split is not None:
+        told = [printable(file.split("/")[plan.split]) for file in tree.files]
+        tree.notes.append(splits_in_words(zip(told, tree.splits, strict=True)))
+    note_empty(tree, plan, folders)
     return tree
 
 
-def has_splits(folders: list[str]) -> bool:
-    """Whether the top folders are parts of the data, not classes: they have such names, and hold folders themselves."""
-    tops = {folder for folder in folders if "/" not in folder and not is_hidden([folder])}
-    parents = {folder.split("/")[0] for folder in folders if "/" in folder}
-    parts = {top for top in tops & parents if top.lower() in SPLITS}
-    return "train" in {part.lower() for part in parts} or (bool(parts) and parts == tops)
+def understand(images: list[list[str]], tree: Tree) -> Plan:
+    """Where classes and splits stand, by the folders that hold images; notes what was guessed.
 
-
-def is_hidden(place: list[str]) -> bool:
-    return any(name.startswith(".") for name in place)
-
-
-def walk(root: Path) -> tuple[list[str], list[str]]:
-    """All files and folders below `root`, as sorted paths relative to it; hidden folders are left out.
-
-    Links are followed, but never into a folder that leads to where the walk is: such a link would not end.
+    Args:
+        images: paths of image files, in parts.
+        tree: to note in.
     """
-    files: list[str] = []
-    folders: list[str] = []
-
-    def visit(folder: str, prefix: str, above: frozenset[tuple[int, int]]) -> None:
-        with os.scandir(folder) as entries:
-            ordered = sorted(entries, key=lambda entry: entry.name)
-        for entry in ordered:
-            if not is_folder(entry):
-                files.append(prefix + entry.name)
-            elif not entry.name.startswith(".") and (here := identity(entry.path)) not in above:
-                folders.append(prefix + entry.name)
-                visit(entry.path, f"{prefix}{entry.name}/", above | {here})
-
-    try:
-        visit(str(root), "", frozenset(identity(folder) for folder in (root.resolve(), *root.resolve().parents)))
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
-    return files, folders
+    top: tuple[str, ...] = ()
+    while True:
+        inside = [place for place in images if len(place) > len(top) + 1 and tuple(place[: len(top)]) == top]
+        depth = len(top)
+        tops = {place[depth] for place in inside}
+        if has_splits(inside, depth, tree):
+            return Plan(top, split=depth, label=enter_splits(inside, depth, tree))
+        if below_classes(inside, depth):
+            return Plan(top, split=depth + 1, label=depth)
+        (lone,) = tops if len(tops) == 1 else ("",)
+        direct = any(len(place) == depth + 2 for place in inside)
+        if not lone or direct:
+            return Plan(top, label=depth)
+        top = (*top, lone)
+        note = f"entered {printable('/'.join(top))!r}, which holds everything"
+        tree.notes[:] = [line for line in tree.notes if not line.startswith("entered ")] + [note]
 
 
-def is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself is no folder; as an image it will be found unreadable
+def has_splits(images: list[list[str]], depth: int, tree: Tree) -> bool:
+    """Whether the folders at a depth are parts of the data, not classes.
+
+    They are where two of them or more name splits, or all do, and the folders of classes lie in one; a lone folder
+    `train` beside others that hold images is a class.
+    """
+    tops = {place[depth] for place in images}
+    deep = {place[depth] for place in images if len(place) > depth + 2}
+    named = {name: split_named(name) for name in tops if split_named(name)}
+    if not named:
         return False
+    if len(named) == len(tops) or len(set(named.values())) > 1:
+        if deep & named.keys():
+            return True
+        if len(named) > 1:
+            raise InputError(
+                f"{quoted(sorted(named))} are names of splits, but images lie in them without class folders; "
+                "make a folder per class in each, or give a CSV that labels them"
+            )
+        return False
+    if deep & named.keys():
+        others = sorted(tops - named.keys())
+        tree.notes.append(
+            f"{quoted(sorted(named))} is taken for a class, because it stands beside {quoted(others[:3])}, which name "
+            "no split"
+        )
+    return False
 
 
-def identity(folder: str | Path) -> tuple[int, int]:
-    """What two paths to the same folder have in common."""
-    status = os.stat(folder)
-    return status.st_dev, status.st_ino
+def enter_splits(images: list[list[str]], depth: int, tree: Tree) -> int:
+    """At which depth the classes lie below splits: where each split holds one folder alone, such as `train/images/cat`
+    and `val/images/cat`, these are entered."""
+    named = [place for place in images if split_named(place[depth]) and len(place) > depth + 2]
+    label = depth + 1
+    while True:
+        below = {(place[depth], place[label]) for place in named}
+        lone = len(below) == len({split for split, _ in below}) and all(len(place) > label + 2 for place in named)
+        if not lone or len({place[label + 1] for place in named}) < 2:
+            return label
+        tree.notes.append(f"entered {quoted(sorted({printable(name) for _, name in below}))} in each split")
+        label += 1
+
+
+def below_classes(images: list[list[str]], depth: int) -> bool:
+    """Whether splits lie below the classes, `cat/train/1.jpg`: every folder there names one, and there are two."""
+    places = [place[depth + 1] if len(place) > depth + 2 else "" for place in images]
+    splits = {split_named(name) for name in places}
+    return "" not in splits and len(splits) > 1 and len({place[depth] for place in images}) > 1
+
+
+def note_empty(tree: Tree, plan: Plan, folders: list[str]) -> None:
+    """Warn of class folders without an image, which are left out."""
+    empty = set()
+    for folder in folders:
+        place = folder.split("/")
+        found = plan.places([*place, ""]) if len(place) == max(plan.label, plan.split or 0) + 1 else None
+        if found is None or any(map(is_dropping, place)) or (plan.split is not None and not split_named(found[0])):
+            continue
+        if clean_label(found[1]) not in tree.classes:
+            empty.add(clean_label(found[1]))
+    for name in sorted(empty):
+        tree.notes.append(f"warning: class {name!r} is left out, because its folder holds no image")

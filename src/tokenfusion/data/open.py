@@ -4,38 +4,50 @@ import difflib
 import os
 from pathlib import Path
 
-from tokenfusion.data.dataset import KINDS, Dataset, printable, quoted, require_usable
+from tokenfusion.data.dataset import KINDS, Dataset, printable, quoted
 from tokenfusion.data.exclude import EXCLUDED, leave_out, paths_in, read_list
-from tokenfusion.data.folder import open_folder, read_tree, walk
+from tokenfusion.data.folder import open_folder, read_tree
+from tokenfusion.data.groups import group_by
+from tokenfusion.data.ignored import why_ignored
+from tokenfusion.data.readers import refuse_pointer
+from tokenfusion.data.usable import require_usable, without_empty
 from tokenfusion.errors import InputError
+from tokenfusion.recipe import Reading
+from tokenfusion_runtime.walk import walk
 
+LIST_ENDINGS = (".csv", ".tsv", ".tab", ".txt", ".lst", ".jsonl", ".ndjson", ".json")
 TAR_ENDINGS = (".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.lzma", ".tgz", ".tbz2", ".tbz", ".txz")
 """Of plain and compressed tars, in small letters."""
 
 
-def open_dataset(data: str | Path, exclude: str = "", run: Path | None = None) -> Dataset:
+def open_dataset(
+    data: str | Path,
+    exclude: str = "",
+    run: Path | None = None,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
+) -> Dataset:
     """Open labelled images of any supported kind; their pixels are read later, when they are decoded.
 
     Args:
-        data: a folder with a subfolder per class (with `train/` and `val/` or `test/` above them, or without), a folder
-            of Parquet files or one of them, a CSV or JSONL with `path`, `label` or `labels`, and perhaps `split` and
-            `weight`, a tar, shards (a folder of tars, a pattern in braces or a URL, see `data/shards.py`), or `digits`.
+        data: a folder with a subfolder per class, a folder of Parquet files or one of them, a list, a tar, shards (a
+            folder of tars, a pattern in braces or a URL), or `digits`; docs/data.md says how each is read.
         exclude: a CSV with a column `path`, as `tokenfusion check` writes it, names as it prints them; "" for none.
             The images that it names are left out; those that the data does not have are counted.
         run: a run folder, whose own copy of the list is read in its place if there is one.
+        reading: how to understand the data where it does not say.
 
     Raises:
         InputError: the data or the list cannot be read, there is nothing usable, the data has none of the list's
             paths, or the list leaves nothing of a split; the message says which.
     """
-    dataset = require_usable(open_place(data))
+    dataset = group_by(without_empty(require_usable(open_place(data, reading))), reading.group_by)
     if not exclude:
         return dataset
     path = run / EXCLUDED if run and (run / EXCLUDED).exists() else Path(exclude)
     return leave_out(dataset, paths_in(read_list(path), str(path)), exclude)
 
 
-def open_place(data: str | Path) -> Dataset:
+def open_place(data: str | Path, reading: Reading) -> Dataset:
     """Everything that lies in a place. Each kind is imported when it is met: pyarrow and scikit-learn take a second."""
     if str(data) == "digits":
         from tokenfusion.data.digits import open_digits
@@ -48,14 +60,22 @@ def open_place(data: str | Path) -> Dataset:
     path = Path(data)
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder; {nearest(path)}")
-    return open_below(path) if path.is_dir() else open_file(path)
+    return open_below(path, reading) if path.is_dir() else open_file(path, reading)
 
 
-def open_below(root: Path) -> Dataset:
+def open_below(root: Path, reading: Reading) -> Dataset:
     """A folder of class folders, of Parquet files or of shards: what lies in it tells."""
-    files, folders = walk(root)
-    tree = read_tree(files, folders)
-    tables = [file for file in files if file.lower().endswith(".parquet")]
+    try:
+        files, folders = walk(root)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
+    tree = read_tree(files, folders) if not (lists := named_by_lists(root, files, reading)) else None
+    if tree is None:
+        from tokenfusion.data.lists import open_image_folder
+
+        return open_image_folder(root, lists, files, reading)
+    visible = [file for file in files if not why_ignored(file.rpartition(".")[0] + ".png")]
+    tables = [file for file in visible if file.lower().endswith(".parquet")]
     if tables and tree.files:
         raise InputError(
             f"{root}: holds both Parquet files ({quoted(tables[:1])}) and images in class folders "
@@ -64,25 +84,36 @@ def open_below(root: Path) -> Dataset:
     if tables:
         from tokenfusion.data.parquet import open_parquet
 
-        return open_parquet(root, tables, [file for file in files if not file.lower().endswith(".parquet")])
-    if not tree.files and any(file.lower().endswith(".tar") for file in files):
+        return open_parquet(root, tables, [file for file in files if file not in set(tables)], reading)
+    if not tree.files and any(file.lower().endswith(".tar") for file in visible):
         from tokenfusion.data.shards import open_shards
 
-        return open_shards(str(root), files)
+        return open_shards(str(root), visible)
     return open_folder(root, files, tree)
 
 
-def open_file(path: Path) -> Dataset:
+def named_by_lists(root: Path, files: list[str], reading: Reading) -> list[str]:
+    """The metadata files of Hugging Face's image-folder layout, where these name images and labels."""
+    if not any(os.path.basename(file).startswith("metadata.") for file in files):
+        return []
+    from tokenfusion.data.lists import metadata_lists, names_images
+
+    lists = metadata_lists(files)
+    return lists if lists and names_images(root / lists[0], reading) else []
+
+
+def open_file(path: Path, reading: Reading) -> Dataset:
     """A list, a Parquet file, a shard or a tar, as its name ends."""
     name = path.name.lower()
+    refuse_pointer(path)
     if name.endswith(".parquet"):
         from tokenfusion.data.parquet import open_parquet
 
-        return open_parquet(path.parent, [path.name])
-    if name.endswith((".csv", ".jsonl", ".ndjson")):
+        return open_parquet(path.parent, [path.name], (), reading)
+    if name.endswith(LIST_ENDINGS):
         from tokenfusion.data.lists import open_list
 
-        return open_list(path)
+        return open_list(path, reading)
     if name.endswith(".tar"):
         from tokenfusion.data.shards import is_webdataset, open_shards
 

@@ -1,7 +1,7 @@
 """Parquet files in the Hugging Face image layout: a column of {bytes, path} structs and a column of labels."""
 
-import json
 import mmap
+import os
 import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
@@ -11,16 +11,23 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenfusion.data.cache import default_cache
-from tokenfusion.data.dataset import Dataset, describe_ignored, number_labels, printable, quoted, split_in_name
+from tokenfusion.data.dataset import Dataset, printable
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.readers import Reader
+from tokenfusion.data.ignored import describe_ignored
+from tokenfusion.data.labels import number_labels
+from tokenfusion.data.parquet_layout import Layout, read_labels, read_layout, read_splits, refuse_paths_alone
+from tokenfusion.data.readers import Reader, refuse_pointer
 from tokenfusion.data.remote import look_up
+from tokenfusion.data.rows import as_groups, as_weights, read_weight
+from tokenfusion.data.split_names import split_in_name, split_named
 from tokenfusion.errors import InputError
+from tokenfusion.recipe import Reading
 
 CACHE_BYTES = 256 * 2**20
 """Most encoded images, in bytes, that are held in memory; at least two row groups are."""
@@ -129,52 +136,95 @@ def write_rows(table: Table, column: str, path: Path) -> None:
             writer.write_batch(pa.record_batch([images], schema=schema))
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Which columns hold image and label, and the names of integer labels where the metadata has them."""
+def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: Reading) -> Dataset:
+    """Open Parquet files, given relative to `root`; a column or their names tell the splits. Others are ignored.
 
-    image: str
-    label: str
-    kind: pa.DataType
-    """What the labels are read as: int64 or string."""
-    names: tuple[str, ...]
-
-
-def open_parquet(root: Path, files: list[str], others: Sequence[str] = ()) -> Dataset:
-    """Open Parquet files, given relative to `root`; their names tell the splits. Other files there are ignored."""
-    layouts: dict[Layout, str] = {}
+    Raises:
+        InputError: a file cannot be read, columns are not clear, or files do not belong together.
+    """
+    refuse_configs(root, files)
+    layouts: dict[str, Layout] = {}
     tables: list[Table] = []
     names: list[str] = []
-    labels: list[int | str] = []
+    labels: list[Any] = []
     splits: list[str] = []
+    beside: dict[str, list[Any]] = {"weight": [], "group": []}
     for name in files:
+        refuse_pointer(root / name)
         try:
             with pq.ParquetFile(root / name, memory_map=True) as file:
-                layout = read_layout(root / name, file.schema_arrow)
-                labels += read_labels(root / name, file, layout)
+                layout = layouts[name] = read_layout(root / name, file.schema_arrow, reading)
+                refuse_paths_alone(root / name, file, layout.image)
+                labels += named_as(next(iter(layouts.values())), layout, read_labels(root / name, file, layout))
                 tables.append(read_table(root / name, file, layout.image))
+                count = sum(tables[-1].rows)
+                columns = [column for column in (layout.split, layout.weight, layout.group) if column]
+                cells = file.read(columns=columns, use_threads=False).to_pydict() if columns else {}
         except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             raise InputError(f"{root / name}: not readable as Parquet ({error}); replace it or take it away") from error
-        layouts.setdefault(layout, name)
-        count = sum(tables[-1].rows)
         names += [f"{printable(name)}:{row}" for row in range(count)]
-        splits += [split_in_name(name)] * count
-    if len(layouts) > 1:
-        one, other = list(layouts.items())[:2]
-        raise InputError(
-            f"{root}: {one[1]!r} and {other[1]!r} differ in columns, labels or class names: {one[0]}, {other[0]}"
-        )
-    layout = next(iter(layouts))
-    classes, numbers = number_labels(str(root), names, labels, layout.names)
+        told = read_splits(root / name, cells[layout.split], layout) if layout.split else []
+        splits += told if any(told) else [split_in_name(name)] * count
+        for role, values in beside.items():
+            values += cells.get(getattr(layout, role), [None] * count)
+    (first, layout), *more = layouts.items()
+    for other, its in more:
+        if words := layout.differs(its):
+            raise InputError(f"{root}: {first!r} and {other!r} differ: {words}; make them alike, or give one of them")
+    classes, numbers = number_all(str(root), names, labels, layout)
+    weights = [read_weight(value, name) for name, value in zip(names, beside["weight"], strict=True)]
+    notes = [layout.in_words()] if layout.left or layout.split or layout.weight or layout.group else []
     return Dataset(
         where=str(root),
         names=names,
         labels=numbers,
         classes=classes,
         splits=splits,
+        weights=as_weights(str(root), names, weights),
+        groups=as_groups(["" if value is None else str(value) for value in beside["group"]]),
         reader=Rows(tables, layout.image),
+        notes=tuple(notes),
         **describe_ignored(others),
     )
+
+
+def refuse_configs(root: Path, files: list[str]) -> None:
+    """Refuse several data sets below one root, as Hugging Face's configurations are: one would be merged into another.
+
+    They are told by folders that hold the same split, or files of one name.
+    """
+    seen: dict[tuple[str, str], str] = {}
+    for file in files:
+        parts = [part for part in Path(file).parts[:-1] if not split_named(part)]
+        config, split = "/".join(parts), split_in_name(file)
+        key = (split, "" if split else os.path.basename(file))
+        other = seen.setdefault(key, config)
+        if other != config:
+            raise InputError(
+                f"{root}: holds several data sets, in {other or '.'!r} and {config or '.'!r}, each with "
+                f"{split or os.path.basename(file)!r}; give one of them, such as {root / (config or other)}"
+            )
+
+
+def named_as(first: Layout, layout: Layout, labels: list[Any]) -> list[Any]:
+    """Integer labels of a file as the first file numbers its classes, where both name the same in another order."""
+    if layout.names == first.names or set(layout.names) != set(first.names):
+        return labels
+    number = {index: first.names.index(name) for index, name in enumerate(layout.names)}
+    if layout.several:
+        return [[number.get(label, label) for label in row] for row in labels]
+    return [number.get(label, label) for label in labels]
+
+
+def number_all(where: str, names: list[str], labels: list[Any], layout: Layout) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names, and labels int64 (N,), or bool (N, K) where rows have lists of them."""
+    if not layout.several:
+        return number_labels(where, names, labels, layout.names)
+    owners = [name for name, row in zip(names, labels, strict=True) for _ in row]
+    classes, numbers = number_labels(where, owners, [label for row in labels for label in row], layout.names)
+    matrix = np.zeros((len(labels), len(classes)), dtype=bool)
+    matrix[np.repeat(np.arange(len(labels)), [len(row) for row in labels]), numbers] = True
+    return classes, matrix
 
 
 def read_table(path: Path, file: pq.ParquetFile, column: str) -> Table:
@@ -183,71 +233,3 @@ def read_table(path: Path, file: pq.ParquetFile, column: str) -> Table:
     chunks = [group.column(index) for group in groups for index in range(group.num_columns)]
     size = sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] == column)
     return Table(path, tuple(group.num_rows for group in groups), size)
-
-
-def read_layout(path: Path | str, schema: pa.Schema) -> Layout:
-    features = read_features(schema)
-    images = [name for name in schema.names if features.get(name, {}).get("_type") == "Image"]
-    images += [column.name for column in schema if holds_files(column.type)]
-    if not images:
-        raise InputError(f"{path}: columns {quoted(schema.names)} hold no images; one must be a struct {{bytes, path}}")
-    label = label_column(path, schema, features)
-    kind = label_kind(schema.field(label).type)
-    if kind is None:
-        raise InputError(
-            f"{path}: column {label!r} is {schema.field(label).type}, which is no label; give integers or strings"
-        )
-    names = features.get(label, {}).get("names") or []
-    names = list(names.values()) if isinstance(names, dict) else names
-    if not isinstance(names, list):
-        raise InputError(f"{path}: its metadata has names={names!r} for {label!r}; they must be a list of class names")
-    if names and not pa.types.is_integer(kind):
-        raise InputError(f"{path}: column {label!r} is {kind}, but its metadata names integer labels; give integers")
-    return Layout(images[0], label, kind, tuple(map(str, names)))
-
-
-def label_kind(kind: pa.DataType) -> pa.DataType | None:
-    """What a column of labels is read as, None where it cannot hold labels; pandas categories are dictionaries."""
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    if pa.types.is_integer(kind):
-        return pa.int64()
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    return pa.string() if is_text or pa.types.is_boolean(kind) else None
-
-
-def read_features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """What the Hugging Face library wrote about the columns; nothing where it did not write the file."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
-    except (KeyError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def holds_files(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return "bytes" in [kind.field(index).name for index in range(kind.num_fields)]
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def label_column(path: Path | str, schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str:
-    """The column `label` or `labels`, else the only one of class labels, else the only one of integers or strings."""
-    for name in ("label", "labels"):
-        if name in schema.names:
-            return name
-    marked = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    plain = [column.name for column in schema if label_kind(column.type) is not None]
-    candidates = marked or plain
-    if len(candidates) != 1:
-        raise InputError(f"{path}: which of {quoted(candidates or schema.names)} is the label? Name it 'label'")
-    return candidates[0]
-
-
-def read_labels(path: Path | str, file: pq.ParquetFile, layout: Layout) -> list[int | str]:
-    """The label of each row."""
-    labels = file.read(columns=[layout.label], use_threads=False)[layout.label].cast(layout.kind)
-    if labels.null_count:
-        missing = labels.is_null().to_pylist().index(True)
-        raise InputError(f"{path}:{missing} has no label; every image needs one")
-    return labels.to_pylist()

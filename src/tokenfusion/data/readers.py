@@ -4,6 +4,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenfusion.data.decode import UnreadableImage
+from tokenfusion.data.decode import LFS_POINTER, UnreadableImage
 from tokenfusion.errors import InputError
 from tokenfusion_runtime.files import MAX_FILE_BYTES, read_file
 
@@ -33,6 +34,9 @@ class Reader(ABC):
     def fetch(self, number: int) -> None:  # noqa: B027 - most kinds have no shards
         """Have the images of a shard on this machine, so that reading one does not wait."""
 
+    def require_there(self) -> None:  # noqa: B027 - most kinds have looked
+        """Refuse images of which most are not there, before any is decoded."""
+
     def require_room(self) -> None:  # noqa: B027 - most kinds need none
         """Refuse to train where images must be kept on this machine and there is no room for them."""
 
@@ -47,6 +51,13 @@ class Paths(Reader):
 
     def read(self, index: int) -> bytes:
         return read_file(os.path.join(self.root, self.paths[index]))
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that Git LFS has not fetched, InputError."""
+    with suppress(OSError), open(path, "rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise InputError(f"{path}: a pointer of Git LFS, not the file itself; fetch it by `git lfs pull`")
 
 
 class Blob(Protocol):

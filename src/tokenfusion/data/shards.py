@@ -19,14 +19,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from tokenfusion.data.cache import Cache, default_cache
-from tokenfusion.data.dataset import Dataset, number_labels, printable, quoted, split_in_name
+from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.decode import EXTENSIONS
+from tokenfusion.data.labels import number_labels
 from tokenfusion.data.readers import ByteRanges
 from tokenfusion.data.remote import THREADS, RemoteFile, download, find_files, has_ending, read_small, without_secrets
 from tokenfusion.data.sampler import OPEN_SHARDS
+from tokenfusion.data.split_names import split_in_name
 from tokenfusion.data.tar import refuse_damage
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
+from tokenfusion.recipe import Reading
 
 ENDINGS = (".tar", ".parquet")
 MAX_LABEL_BYTES = 2**20
@@ -279,11 +282,14 @@ def index_parquet(name: str, file: BinaryIO) -> Index:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from tokenfusion.data.parquet import image_files, read_labels, read_layout
+    from tokenfusion.data.parquet import image_files
+    from tokenfusion.data.parquet_layout import read_labels, read_layout
 
     try:
         with pq.ParquetFile(file) as table:
-            layout = read_layout(name, table.schema_arrow)
+            layout = read_layout(name, table.schema_arrow, Reading())
+            if layout.several:
+                raise InputError(f"{name}: lists of labels are read from local Parquet files only; give their folder")
             labels = read_labels(name, table, layout)
             groups = (image_files(table, group, layout.image) for group in range(table.num_row_groups))
             sizes = [size for images in groups for size in pc.binary_length(images).fill_null(0).to_pylist()]
@@ -298,7 +304,8 @@ def unpack(shard: RemoteFile, cache: Cache, path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from tokenfusion.data.parquet import image_files, read_layout
+    from tokenfusion.data.parquet import image_files
+    from tokenfusion.data.parquet_layout import read_layout
 
     packed = path.with_name(f"{path.name}.packed")
     try:
@@ -308,7 +315,7 @@ def unpack(shard: RemoteFile, cache: Cache, path: Path) -> None:
             download(shard, packed)
             source = packed.open("rb")
         with source, pq.ParquetFile(source) as table, path.open("wb") as file:
-            layout = read_layout(shard.shown, table.schema_arrow)
+            layout = read_layout(shard.shown, table.schema_arrow, Reading())
             for group in range(table.num_row_groups):
                 for value in image_files(table, group, layout.image):
                     if value.is_valid:

@@ -1,12 +1,13 @@
 """Which images are trained on and which are held out."""
 
 import csv
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tokenfusion.data.dataset import Dataset, held_out_name, quoted
+from tokenfusion.data.dataset import Dataset, classes_in, held_out_name, quoted
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv
 
@@ -22,6 +23,7 @@ class Split:
 def choose_split(dataset: Dataset, val_fraction: float, seed: int, rare_classes: str = "refuse") -> Split:
     """The data's own split into training and held-out images, or else one drawn class by class.
 
+    Where images stand in groups, whole groups are held out (see `hold_out_groups`).
     Multi-label data is drawn so that each class is held out in about the same share (see `stratified`).
 
     Args:
@@ -41,6 +43,8 @@ def choose_split(dataset: Dataset, val_fraction: float, seed: int, rare_classes:
     if held_out is not None:
         require_images(dataset, candidates, 1)
         return Split(candidates, np.flatnonzero(splits == held_out))
+    if dataset.groups is not None:
+        return hold_out_groups(dataset, candidates, dataset.groups[candidates], val_fraction, seed)
     if dataset.shards is not None:
         return hold_out_shards(dataset, dataset.shards, val_fraction, seed)
     if dataset.multi_label:
@@ -99,6 +103,46 @@ def stratified(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
         if not (side[labels[:, label]] == 0).any():
             side[np.flatnonzero(labels[:, label])[0]] = 0
     return np.flatnonzero(side == 1)
+
+
+def hold_out_groups(
+    dataset: Dataset, candidates: np.ndarray, groups: np.ndarray, val_fraction: float, seed: int
+) -> Split:
+    """Hold out whole groups, of each class about the same share (scikit-learn's StratifiedGroupKFold, a fold of it).
+
+    Args:
+        dataset: the images.
+        candidates: int64 (n,), those that are trained on or held out.
+        groups: int64 (n,), of each of them.
+        val_fraction: share of the images that is held out, about.
+        seed: decides which.
+
+    Raises:
+        InputError: there is one group alone, or all groups of a class are held out.
+    """
+    from sklearn.model_selection import GroupShuffleSplit, StratifiedGroupKFold
+
+    several = len(np.unique(groups))
+    if several < 2:
+        raise InputError(f"{dataset.where}: all images are of one group, and none can be held out; mend the groups")
+    labels = dataset.labels[candidates]
+    if dataset.multi_label:
+        folds = GroupShuffleSplit(8, test_size=val_fraction, random_state=seed)
+    else:
+        parts = min(max(round(1 / val_fraction), 2), several)
+        folds = StratifiedGroupKFold(parts, shuffle=True, random_state=seed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of classes with fewer images than folds
+        drawn = list(folds.split(labels, None if dataset.multi_label else labels, groups))
+    missing = [len(classes_in(labels) - classes_in(labels[train])) for train, _ in drawn]
+    train, val = drawn[int(np.argmin(missing))]  # the first that leaves every class something to train on
+    if min(missing):
+        lost = sorted(classes_in(labels) - classes_in(labels[train]))
+        raise InputError(
+            f"{dataset.where}: whichever groups are held out, a class has none left to train on, such as "
+            f"{dataset.classes[lost[0]]!r}; add images of other groups to it"
+        )
+    return Split(candidates[np.sort(train)], candidates[np.sort(val)])
 
 
 def hold_out_shards(dataset: Dataset, shards: np.ndarray, val_fraction: float, seed: int) -> Split:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenfusion.data.dataset import SPLITS, Dataset
+from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decode import is_image
 from tokenfusion.data.folder import read_tree
+from tokenfusion.data.ignored import NO_IMAGE, is_dropping, why_ignored
 from tokenfusion.data.readers import Blob, ByteRanges, FileBlob, MemoryBlob
+from tokenfusion.data.split_names import split_named
 from tokenfusion.errors import InputError
 
 MEMORY_LIMIT = 4 * 2**30
@@ -49,7 +51,7 @@ def open_tar(path: Path) -> Dataset:
     top = folder_around(members)
     files = [name.removeprefix(top) for name in sorted(members.images)]
     tree = read_tree(files, [name.removeprefix(top) for name in sorted(members.folders) if name.startswith(top)])
-    tree.ignored += members.others
+    tree.ignored |= {name.removeprefix(top): why_ignored(name) or NO_IMAGE for name in members.others}
     places = np.array([members.images[top + file] for file in tree.files], dtype=np.int64).reshape(-1, 2)
     reader = ByteRanges([blob], np.zeros(len(places), dtype=np.int64), places[:, 0], places[:, 1])
     return Dataset(where=str(path), **tree.index(), reader=reader)
@@ -108,10 +110,10 @@ def read_members(tar: tarfile.TarFile, place: Callable[[tarfile.TarInfo], int]) 
 
 def folder_around(members: Members) -> str:
     """The one folder that lies around everything, with a slash; empty where there is none, or it is a split."""
-    tops = {name.split("/")[0] for name in (*members.images, *members.folders)}
+    tops = {top for name in (*members.images, *members.folders) if not is_dropping(top := name.split("/")[0])}
     nested = len(tops) == 1 and any(name.count("/") > 1 for name in members.images)
     top = min(tops) if nested else ""
-    return "" if not nested or top.lower() in SPLITS else f"{top}/"
+    return "" if not nested or split_named(top) else f"{top}/"
 
 
 def refuse_damage(path: Path | str, tar: tarfile.TarFile) -> None:

@@ -2,14 +2,14 @@
 
 import json
 import os
-from dataclasses import make_dataclass, replace
+from dataclasses import fields, make_dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.open import is_path
-from tokenfusion.recipe import FIELDS, NO_LONGER_KNOWN, Recipe
+from tokenfusion.recipe import FIELDS, NO_LONGER_KNOWN, Reading, Recipe
 
 Identity = dict[str, Any]
 
@@ -22,7 +22,7 @@ FREE_TO_CHANGE: dict[str, Any] = {
     "parallel": "ddp",
 }
 """Fields that do not decide what a run ends with."""
-TOLD_BY_THE_IMAGES = ("data", "exclude")
+TOLD_BY_THE_IMAGES = ("data", "exclude", *(field.name for field in fields(Reading)))
 """Fields that say where images lie: the images themselves are compared."""
 
 

@@ -13,6 +13,7 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decoded import Images, Skipped, read_images, require_every_class, unread_images, write_skipped
+from tokenfusion.data.describe import describe
 from tokenfusion.data.exclude import EXCLUDED, keep_list
 from tokenfusion.data.loader import TrainLoader, as_it_is
 from tokenfusion.data.open import open_dataset
@@ -85,7 +86,9 @@ def open_data(recipe: Recipe, run: Run) -> Dataset:
     """The labelled images, without those that are to be left out."""
     if recipe.exclude and run.world.is_first and not (run.folder / EXCLUDED).exists():
         keep_list(run.folder, recipe.exclude)
-    source = open_dataset(recipe.data, recipe.exclude, run.folder)
+    source = open_dataset(recipe.data, recipe.exclude, run.folder, recipe.reading)
+    for line in describe(source):
+        run.say(line)
     run.say(source.excluded)
     refuse_balance(recipe, source)
     return source
@@ -161,9 +164,8 @@ def decode_images(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tu
     refuse_damage(parts, training, held_out, skipped, recipe)
     where = "kept in memory" if training.cached else f"over cache_mb={recipe.cache_mb}, so decoded anew each epoch"
     where = where if training.checked else "in shards, decoded as they are drawn"
-    ignored = f"{source.ignored_in_words()}; " * bool(source.ignored)
     numbers = f"{len(training):,} training and {counted(len(held_out), 'held-out image')}"
-    run.say(f"{ignored}{numbers} of {counted(len(source.classes), 'class')}, {where}")
+    run.say(f"{numbers} of {counted(len(source.classes), 'class')}, {where}")
     return training, held_out
 
 

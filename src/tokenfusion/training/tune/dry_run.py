@@ -84,7 +84,7 @@ def plan(recipe: Recipe, say: Callable[[str], None]) -> Plan:
     """
     launch = read_launch(os.environ)
     processes = launch.size if launch else 1
-    source = open_dataset(recipe.data, recipe.exclude)
+    source = open_dataset(recipe.data, recipe.exclude, reading=recipe.reading)
     split = choose_split(source, recipe.val_fraction, recipe.seed, recipe.rare_classes)
     images, classes = len(split.train), len(source.classes)
     if "batch_size" in recipe.autos:

@@ -198,7 +198,7 @@ def no_steps(recipe: Recipe, reason: str, remedy: str) -> InputError:
 def own_steps(recipe: Recipe, threads: int) -> float:
     """What `epoch_minutes` does in the other process."""
     torch.set_num_threads(threads)
-    source = open_dataset(recipe.data, recipe.exclude)
+    source = open_dataset(recipe.data, recipe.exclude, reading=recipe.reading)
     indices = choose_split(source, recipe.val_fraction, recipe.seed, recipe.rare_classes).train
     batch_size = min(recipe.batch_size_for(len(indices)), len(indices))
     limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}

@@ -1,0 +1,199 @@
+"""Which column of a table holds what, by its name and, where that does not tell, by its type."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tokenfusion.data.dataset import quoted
+from tokenfusion.data.decode import is_image
+from tokenfusion.data.split_names import FALSE, FLAGS, TRUE, split_named
+from tokenfusion.data.table import Table
+from tokenfusion.errors import InputError
+from tokenfusion.recipe import Reading
+
+KNOWN: Mapping[str, tuple[str, ...]] = {
+    "path": (
+        *("path", "file", "filename", "filepath", "image", "imagepath", "imagefile", "imagename", "imagefilename"),
+        *(
+            "img",
+            "imgpath",
+            "imgfile",
+            "imgname",
+            "imageid",
+            "imgid",
+            "picture",
+            "photo",
+            "imageurl",
+            "url",
+            "filenames",
+        ),
+    ),
+    "label": ("label", "class", "category", "target", "classname", "labelname", "categoryname", "classlabel"),
+    "labels": ("labels", "tags", "classes", "categories"),
+    "split": ("split", "subset", "set", "partition", "phase", "dataset", "usage"),
+    "weight": ("weight", "sampleweight", "weights"),
+    "group": ("group", "groupid", "groups"),
+}
+"""What columns are called, in small letters without spaces; a column of a role's own name is preferred."""
+NEEDS = "an image's path and its label, as in path,label[,split][,weight][,group], or labels (a|b) in place of label"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table by what they hold; "" where there is none."""
+
+    path: str
+    label: str = ""
+    labels: str = ""
+    one_hot: tuple[str, ...] = ()
+    """Classes whose columns hold 0 or 1, in place of a label."""
+    split: str = ""
+    weight: str = ""
+    group: str = ""
+    left: tuple[str, ...] = ()
+    """Those that are not read."""
+
+    @property
+    def usual(self) -> bool:
+        """Whether nothing was guessed: all are called what they are called here."""
+        return not self.one_hot and all(
+            getattr(self, role) in ("", role) for role in ("path", "label", "labels", "split", "weight", "group")
+        )
+
+    def in_words(self) -> str:
+        """What was taken for what, and what was left."""
+        taken = [f"{getattr(self, role)!r} is the {role}" for role in KNOWN if getattr(self, role)]
+        taken += [f"{quoted(self.one_hot[:5])}{', ...' * (len(self.one_hot) > 5)} are classes of 0 and 1"] * bool(
+            self.one_hot
+        )
+        return f"columns: {', '.join(taken)}" + f"; not read: {quoted(self.left[:8])}" * bool(self.left)
+
+
+def plain(name: str) -> str:
+    """A column's name in small letters, without spaces and signs."""
+    return re.sub(r"[\W_]+", "", name.casefold())
+
+
+def choose(names: Sequence[str], role: str) -> list[str]:
+    """The columns that may have a role: that of its own name alone where there is one."""
+    own = [name for name in names if name == role] or [name for name in names if plain(name) == role]
+    return own[:1] or [name for name in names if plain(name) in KNOWN[role]]
+
+
+def choose_columns(table: Table, reading: Reading) -> Columns:
+    """The columns of a list.
+
+    Raises:
+        InputError: which one is meant is not clear; with the choices.
+    """
+    if not table.header and not reading.path_column:
+        return columns_by_content(table)
+    where, names = table.where, [name for name in table.columns if name]
+    split = split_column(table, names)
+    path = asked(where, names, reading.path_column, "--path-column") or only(
+        where, names, [n for n in choose(names, "path") if n != reading.label_column], "path", "--path-column"
+    )
+    rest = [name for name in names if name not in (path, split)]
+    label, labels = asked(where, names, reading.label_column, "--label-column"), ""
+    one_hot: tuple[str, ...] = ()
+    if label and plain(label) in KNOWN["labels"]:
+        label, labels = "", label
+    if not label and not labels:
+        label, labels, one_hot = label_columns(table, rest)
+    used = {path, label, labels, split, *one_hot}
+    weight, group = (next((n for n in choose(rest, role) if n not in used), "") for role in ("weight", "group"))
+    left = tuple(name for name in names if name not in used | {weight, group})
+    refuse_misspelt(where, left, {"split": split, "weight": weight, "group": group})
+    return Columns(path, label, labels, one_hot, split, weight, group, left)
+
+
+def asked(where: str, names: Sequence[str], name: str, option: str) -> str:
+    """The column that an option names, "" where it is not given."""
+    if name and name not in names:
+        raise InputError(f"{where}: there is no column {name!r} for {option}; it has {quoted(names)}")
+    return name
+
+
+def only(where: str, names: Sequence[str], found: Sequence[str], role: str, option: str) -> str:
+    """The one column that was found for a role."""
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise InputError(f"{where}: which of {quoted(found)} is the {role}? Say so by {option} {found[0]}")
+    refuse_misspelt(where, names, {role: ""})
+    raise InputError(
+        f"{where}: its columns are {quoted(names)}, none of which is known as the {role}; say which by "
+        f"{option} NAME. A list needs {NEEDS}"
+    )
+
+
+def label_columns(table: Table, names: list[str]) -> tuple[str, str, tuple[str, ...]]:
+    """The column of one label, or that of several, or the classes that have a column of 0 and 1 each."""
+    one, several = choose(names, "label"), choose(names, "labels")
+    if "label" in one and "labels" in several:
+        raise InputError(f"{table.where}: has columns label and labels; keep one")
+    if "labels" in several and "label" not in one:
+        return "", "labels", ()
+    if "label" in one or (one and not several):
+        return only(table.where, names, one, "label", "--label-column"), "", ()
+    if several and not one:
+        return "", only(table.where, names, several, "labels", "--label-column"), ()
+    if not one:
+        hot = tuple(n for n in names if plain(n) not in KNOWN["weight"] + KNOWN["group"] and is_flags(table, n))
+        if len(hot) > 1:
+            return "", "", hot
+    return only(table.where, table.columns, [*one, *several], "label", "--label-column"), "", ()
+
+
+def is_flags(table: Table, name: str) -> bool:
+    """Whether a column holds nothing but 0 and 1, or yes and no."""
+    values = {str(row.get(name)).strip().casefold() for _, row in table.rows}
+    return bool(values) and values <= (TRUE | FALSE) - {""}
+
+
+def split_column(table: Table, names: Sequence[str]) -> str:
+    """The column of splits: called so, or by another usual name if all its values name splits, or a flag."""
+    for name in choose(names, "split"):
+        values = {str(row.get(name) or "") for _, row in table.rows} - {""}
+        if plain(name) == "split" or (values and all(map(split_named, values))):
+            return name
+    flags = [name for name in names if plain(name) in FLAGS and is_flags(table, name)]
+    if len(flags) > 1:
+        raise InputError(f"{table.where}: {quoted(flags)} all tell splits; keep one, or give a column split")
+    return flags[0] if flags else ""
+
+
+def columns_by_content(table: Table) -> Columns:
+    """The columns of a list without a header: paths end like an image's, splits name splits, the one left is the label.
+
+    A column that numbers the rows, as in MXNet's lists, is left.
+    """
+    cells = {name: [str(row.get(name) or "").strip() for _, row in table.rows] for name in table.columns}
+    paths = [name for name, values in cells.items() if sum(is_image(v) or "://" in v for v in values) > len(values) / 2]
+    splits = [name for name, values in cells.items() if values and all(map(split_named, values))]
+    rest = [name for name in table.columns if name not in paths and name not in splits]
+    if len(rest) > 1:
+        counters = [n for n in rest if len(set(cells[n])) == len(table.rows) and all(v.isdecimal() for v in cells[n])]
+        rest = [name for name in rest if name not in counters[:1]]
+    if len(paths) != 1 or len(rest) != 1 or len(splits) > 1:
+        first = ", ".join(map(str, table.rows[0][1].values()))
+        raise InputError(
+            f"{table.where}: its first line is {first!r}, which names no columns, and which is the label is not clear; "
+            f"write a first line such as path,label. A list needs {NEEDS}"
+        )
+    left = tuple(name for name in table.columns if name not in (*paths, *splits, *rest))
+    return Columns(paths[0], rest[0], split=splits[0] if splits else "", left=left)
+
+
+def refuse_misspelt(where: str, names: Sequence[str], roles: Mapping[str, str]) -> None:
+    """Refuse a column that is almost one of the known ones which are missing; others are no concern.
+
+    The first letters must agree, for a height is no weight.
+    """
+    missing = [role for role, found in roles.items() if not found]
+    missing += ["label"] * ("path" in missing)
+    for name in names:
+        for role in difflib.get_close_matches(name.lower(), missing, n=1, cutoff=0.8):
+            if name[:1].lower() == role[0] and plain(name) not in KNOWN[role]:
+                raise InputError(f"{where}: column {name!r} is not known; did you mean {role}?")

@@ -1,0 +1,73 @@
+"""Labels as a person means them: one form of Unicode, no spaces at the ends, no two that look alike unnoticed."""
+
+import unicodedata
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from tokenfusion.data.dataset import printable, quoted
+from tokenfusion.errors import InputError
+
+LOOKALIKES = str.maketrans(
+    "аеіјорсухѕԁԛԝһӏαοινκρτυχ0",
+    "aeijopcyxsdqwhlaoivkptyxo",
+)
+"""Cyrillic and Greek letters, and zero, that look like Latin ones."""
+
+
+def clean_label(text: object) -> str:
+    """A label in Unicode's composed form (NFC), as macOS's file names are not, without spaces at its ends."""
+    return unicodedata.normalize("NFC", printable(str(text))).strip()
+
+
+def looks_like(label: str) -> str:
+    """What labels have in common that differ by case, spaces or look-alike characters alone."""
+    shown = unicodedata.normalize("NFKC", label).casefold().translate(LOOKALIKES)
+    return "".join(c for c in shown if unicodedata.category(c)[0] not in "ZC" and c not in "-_")
+
+
+def warn_of_lookalikes(classes: Iterable[str]) -> list[str]:
+    """A warning for each group of classes that look the same."""
+    alike: dict[str, list[str]] = {}
+    for name in classes:
+        alike.setdefault(looks_like(name), []).append(name)
+    return [
+        f"warning: classes differ by case, spaces or look-alike characters alone: {quoted(names)}; "
+        "if they are one, give them one name"
+        for names in alike.values()
+        if len(names) > 1
+    ]
+
+
+def number_labels(
+    where: str, names: Sequence[str], labels: Sequence[int | str], classes: Sequence[str] = ()
+) -> tuple[tuple[str, ...], np.ndarray]:
+    """Class names and int64 labels (N,).
+
+    Args:
+        where: the data, for messages.
+        names: of the images (N,), for messages.
+        labels: an integer or a text for each image.
+        classes: names of integer labels; without them the distinct labels, in order, are the classes.
+
+    Raises:
+        InputError: a label has no name, or is -1, which stands for no label.
+    """
+    if not classes:
+        labels = [clean_label(label) if isinstance(label, str) else label for label in labels]
+        distinct = sorted(set(labels))
+        if -1 in distinct and distinct != [-1, 1]:
+            raise InputError(
+                f"{where}: {names[labels.index(-1)]!r} has label -1, which stands for no label; "
+                "take unlabelled images away"
+            )
+        number = {label: index for index, label in enumerate(distinct)}
+        return tuple(str(label) for label in distinct), np.array([number[x] for x in labels], np.int64)
+    numbers = np.array(labels, dtype=np.int64)
+    outside = np.flatnonzero((numbers < 0) | (numbers >= len(classes)))
+    if len(outside):
+        raise InputError(
+            f"{where}: {names[outside[0]]!r} has label {numbers[outside[0]]}, none of the {len(classes)} class "
+            "names; add its name, or take unlabelled files away"
+        )
+    return tuple(map(clean_label, classes)), numbers

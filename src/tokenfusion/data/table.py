@@ -1,0 +1,165 @@
+"""A table in a text file: encoding, separator and header as they are found. The cells are read by Python's csv, which
+keeps the line of each row for messages and refuses quotes that do not end."""
+
+import csv
+import io
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenfusion.data.decode import is_image
+from tokenfusion.errors import InputError
+
+SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
+"""In the order in which they are tried."""
+SAMPLE_LINES = 50
+LONGEST_LINE = 2**20
+"""Most characters of a line of a JSONL."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a text file."""
+
+    where: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, dict[str, Any]]]
+    """Each row's place, for messages, and its cells by column; those of JSON are of any type."""
+    header: bool = True
+    """Whether the file names its columns; where not they are called `column 1` and so on."""
+    notes: tuple[str, ...] = ()
+
+
+def read_table(path: Path) -> Table:
+    """Read a CSV, a TSV, a text file of columns, a JSON or a JSONL, as its name ends.
+
+    Raises:
+        InputError: it cannot be read, or is none.
+    """
+    try:
+        text, encoding = decode_text(path.read_bytes())
+        if path.suffix.lower() in (".jsonl", ".ndjson"):
+            return of_rows(path, [(f"{path}, line {line}", row) for line, row in read_jsonl(path, text)])
+        if path.suffix.lower() == ".json":
+            return of_rows(path, [(f"{path}, entry {number}", row) for number, row in read_json(path, text)])
+        return read_separated(path, text, encoding)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give a text file, best in UTF-8") from error
+
+
+def decode_text(data: bytes) -> tuple[str, str]:
+    """A file's text and its encoding: UTF-8, UTF-16 by its mark, else what charset-normalizer takes it for."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16"), "utf-16"
+    try:
+        return data.decode("utf-8-sig"), "utf-8"
+    except UnicodeDecodeError:
+        from charset_normalizer import from_bytes
+
+        matches = from_bytes(data)
+        best = matches.best()
+        if best is None:
+            raise
+        # of encodings that fit equally well, Windows' own for western languages is the likeliest
+        western = [match for match in matches if "cp1252" in match.could_be_from_charset and match.chaos <= best.chaos]
+        encoding = "cp1252" if western else best.encoding
+        return data.decode(encoding), encoding
+
+
+def read_separated(path: Path, text: str, encoding: str) -> Table:
+    skipped = 0
+    said = re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE)
+    if said:  # as Excel writes it
+        text, skipped = text[said.end() :], 1
+    separator = said[1] if said else sniff(text, path)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
+    lines = [(reader.line_num + skipped, cells) for cells in reader]
+    if not lines or not lines[0][1]:
+        raise InputError(f"{path}: its first line is empty; it must name the columns, such as path,label")
+    first = [cell.strip() for cell in lines[0][1]]
+    header = not any(is_image(cell) or "://" in cell for cell in first)
+    columns = tuple(first) if header else tuple(f"column {number}" for number in range(1, len(first) + 1))
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    if twice:
+        raise InputError(f"{path}: several columns are called {', '.join(map(repr, twice))}; give each its own name")
+    rows = []
+    for line, cells in lines[1:] if header else lines:
+        if len(cells) > len(columns) and any(cells[len(columns) :]):
+            raise InputError(
+                f"{path}, line {line}: {len(cells)} cells, where the first line has {len(columns)}; put cells with a "
+                f"{separator!r} in them in double quotes"
+            )
+        if cells:
+            padded = [*cells, *[None] * len(columns)]
+            rows.append((f"{path}, line {line}", dict(zip(columns, padded, strict=False))))
+    usual = encoding == "utf-8" and separator == "," and header and not said
+    found = f"read as {encoding}, separated by {SEPARATORS.get(separator, repr(separator))}"
+    found += ", without a header" * (not header)
+    return Table(str(path), columns, rows, header, () if usual else (f"{path.name}: {found}",))
+
+
+def sniff(text: str, path: Path) -> str:
+    """The separator that cuts the first lines into the same number of cells, two or more; else what cuts the first."""
+    head = "".join(text.splitlines(keepends=True)[:SAMPLE_LINES])
+    order = [*SEPARATORS]
+    if path.suffix.lower() in (".tsv", ".tab"):
+        order = ["\t", *(separator for separator in order if separator != "\t")]
+    ragged = ""
+    for separator in order:
+        reader = csv.reader(io.StringIO(head, newline=""), delimiter=separator, skipinitialspace=True)
+        try:
+            counts = [len(row) for row in reader if row]
+        except csv.Error:
+            continue
+        if counts and counts[0] > 1 and len(set(counts)) == 1:
+            return separator
+        ragged = ragged or separator * bool(counts and counts[0] > 1 and separator != " ")
+    return ragged or ","
+
+
+def read_jsonl(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    rows = []
+    for line, content in enumerate(text.split("\n"), start=1):
+        if len(content) >= LONGEST_LINE:
+            raise InputError(f"{path}, line {line}: more than {LONGEST_LINE:,} characters; give an object a line")
+        if not content.strip():
+            continue
+        try:
+            row = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {line}: not JSON ({error}); give one object per line") from error
+        if not isinstance(row, dict):
+            raise InputError(f'{path}, line {line}: {content.strip()[:40]!r} is not like {{"path": …, "label": …}}')
+        rows.append((line, row))
+    return rows
+
+
+def read_json(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
+    """A list of objects; one alone under a name; labels by paths; or columns, as pandas writes them."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not JSON ({error}); give a list of objects with path and label") from error
+    if isinstance(value, dict) and len(value) == 1 and isinstance(next(iter(value.values())), list):
+        (value,) = value.values()
+    if isinstance(value, dict) and value and all(isinstance(cells, dict) for cells in value.values()):
+        keys = dict.fromkeys(key for cells in value.values() for key in cells)
+        value = [{column: cells.get(key) for column, cells in value.items()} for key in keys]
+    if isinstance(value, dict) and value and all(isinstance(label, str | int) for label in value.values()):
+        value = [{"path": name, "label": label} for name, label in value.items()]
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(labels, list) for labels in value.values())
+        and all(is_image(name) for name in value)
+    ):
+        value = [{"path": name, "labels": labels} for name, labels in value.items()]
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise InputError(f'{path}: is not like [{{"path": …, "label": …}}, …]; give a list of such objects')
+    return list(enumerate(value, start=1))
+
+
+def of_rows(path: Path, rows: list[tuple[str, dict[str, Any]]]) -> Table:
+    return Table(str(path), tuple(dict.fromkeys(name for _, row in rows for name in row)), rows)

@@ -1,0 +1,284 @@
+"""Data as people have it: names of splits, wrappers and droppings, lists of every make, labels that look alike."""
+
+import json
+import re
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from making import png
+
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.decode import UnreadableImage, decode_image
+from tokenfusion.data.describe import describe
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.split_names import split_named
+from tokenfusion_runtime.walk import images_below
+from tokenfusion.errors import InputError
+from tokenfusion.recipe import Reading
+
+Tree = dict[str, np.ndarray]
+SaveTree = Callable[[Path, Tree], Path]
+
+
+def files(root: Path, *names: str) -> Path:
+    """Files that need not be readable: only what they are called matters here."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def counts(source: Dataset) -> dict[str, int]:
+    return dict(Counter(source.classes[label] for label in source.labels))
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        *[("Training", "train"), ("train_set", "train"), ("Test Set", "test"), ("testset", "test"), ("val2017", "val")],
+        *[(" VALID ", "val"), ("hold-out", "val"), ("Dev", "val"), ("eval", "test"), ("Validation Data", "val")],
+        *[("trainer", ""), ("trains", ""), ("invalid", ""), ("contest", ""), ("test results", ""), ("", "")],
+    ],
+)
+def test_names_of_splits(name: str, split: str) -> None:
+    assert split_named(name) == split
+
+
+def test_folders_of_splits_are_understood_and_said(tmp_path: Path) -> None:
+    names = [f"{part}/{c}/{i}.png" for part in ("Training", "Testing") for c in ("a", "b") for i in range(3)]
+    source = open_dataset(files(tmp_path, *names))
+    assert source.classes == ("a", "b")
+    assert "splits: Training -> train (6), Testing -> test (6)" in describe(source)
+    assert describe(source)[0] == "data: 12 images of 2 classes, a 6, b 6"
+
+
+def test_splits_below_classes_and_wrappers_in_splits(tmp_path: Path) -> None:
+    below = open_dataset(files(tmp_path / "1", *(f"{c}/{s}/1.png" for c in "ab" for s in ("train", "test"))))
+    assert (below.classes, sorted(below.splits)) == (("a", "b"), ["test", "test", "train", "train"])
+    inside = open_dataset(files(tmp_path / "2", *(f"{s}/images/{c}/1.png" for c in "ab" for s in ("train", "val"))))
+    assert (inside.classes, sorted(inside.splits)) == (("a", "b"), ["train", "train", "val", "val"])
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="'testing', 'training' are names of splits, but images lie in them without"):
+        open_dataset(files(tmp_path, "training/1.png", "testing/2.png"))
+
+
+def test_a_class_that_is_called_like_a_split(tmp_path: Path) -> None:
+    source = open_dataset(files(tmp_path, *(f"{name}/day{day}/1.png" for name in ("train", "bus") for day in (0, 1))))
+    assert source.classes == ("bus", "train")
+    assert any("'train' is taken for a class" in line for line in describe(source))
+
+
+def test_wrappers_are_entered_and_droppings_left_and_counted(tmp_path: Path) -> None:
+    names = [f"export/photos/{c}/{i}.png" for c in "ab" for i in range(2)]
+    junk = ["__MACOSX/export/a/._0.png", "export/photos/.ipynb_checkpoints/0.png", "export/photos/a/@eaDir/0.png"]
+    junk += ["$RECYCLE.BIN/x.png", "System Volume Information/y.png", "lost+found/z.png", "export/photos/a/Thumbs.db"]
+    source = open_dataset(files(tmp_path, *names, *junk, "export/photos/.red/1.png"))
+    assert source.names == sorted(names)
+    assert source.classes == ("a", "b")
+    assert source.ignored == len(junk) + 1
+    assert dict(source.ignored_because) == {"hidden": 2, "left by a system or a tool": 6}
+    assert any("entered 'export/photos'" in line for line in describe(source))
+
+
+def test_predict_reads_what_train_reads(tmp_path: Path) -> None:
+    root = files(tmp_path / "data", "a/1.png", "b/2.PNG", "b/._2.png", "b/notes.txt", "__MACOSX/a/1.png", ".c/3.png")
+    files(tmp_path / "elsewhere", "4.png")
+    (root / "c").symlink_to(tmp_path / "elsewhere")
+    assert images_below(str(root)) == [str(root / name) for name in open_dataset(root).names]
+    assert len(open_dataset(root)) == 3
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    with pytest.raises(UnreadableImage, match=r"Git LFS.*git lfs pull"):
+        decode_image(pointer, max_pixels=100)
+    (tmp_path / "x.parquet").write_bytes(pointer)
+    with pytest.raises(InputError, match="git lfs pull"):
+        open_dataset(tmp_path / "x.parquet")
+
+
+def test_classes_in_two_forms_of_unicode_are_one(tmp_path: Path) -> None:
+    one, other = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    source = open_dataset(files(tmp_path, f"{one}/1.png", f"{other}/2.png", "b/1.png"))
+    assert counts(source) == {"café": 2, "b": 1}
+
+
+def test_classes_that_look_alike_are_warned_of(tmp_path: Path) -> None:
+    source = open_dataset(files(tmp_path, "red/1.png", "Red /1.png", "rеd/2.png", "blue/1.png"))  # one е is Cyrillic
+    (warning,) = (line for line in describe(source) if line.startswith("warning"))
+    assert "'Red', 'red', 'rеd'" in warning
+    with pytest.raises(InputError, match=r"val has labels that train lacks: 'Cat'; train has 'cat' for 'Cat'"):
+        open_dataset(files(tmp_path / "x", "train/cat/1.png", "train/b/1.png", "val/Cat/1.png", "val/b/1.png"))
+
+
+def test_an_empty_class_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    files(tmp_path, "a/1.png", "b/1.png", "heic/1.heic")
+    (tmp_path / "empty").mkdir()
+    source = open_dataset(tmp_path)
+    assert source.classes == ("a", "b")
+    assert [line for line in source.notes if line.startswith("warning")] == [
+        f"warning: class {name!r} is left out, because its folder holds no image" for name in ("empty", "heic")
+    ]
+
+
+ROWS = [(f"img/{c}/{i}.png", c) for c in ("red", "grün") for i in range(3)]
+
+
+def listed(folder: Path, name: str, text: str, encoding: str = "utf-8", **reading: str) -> Dataset:
+    files(folder, *(path for path, _ in ROWS))
+    (folder / name).write_bytes(text.encode(encoding))
+    return open_dataset(folder / name, reading=Reading(**reading))
+
+
+def lines(separator: str = ",", head: str | None = "path,label") -> str:
+    rows = [separator.join(row) for row in ROWS]
+    return "\n".join(([head.replace(",", separator)] if head else []) + rows) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "encoding", "said"),
+    [
+        ("x.csv", lines(";"), "utf-8-sig", "separated by semicolons"),
+        ("x.csv", lines("\t"), "utf-8", "separated by tabs"),
+        ("x.tsv", lines("\t"), "utf-16", "read as utf-16, separated by tabs"),
+        ("x.csv", "sep=;\r\n" + lines(";"), "utf-8", "separated by semicolons"),
+        ("x.csv", lines("|"), "utf-8", "separated by bars"),
+        ("x.csv", lines(), "cp1252", "read as cp1252"),
+        ("x.csv", lines(head=None), "utf-8", "without a header"),
+        ("x.txt", lines(" ", None), "utf-8", "separated by spaces, without a header"),
+        ("x.lst", "".join(f"{i}\t{c}\t{p}\n" for i, (p, c) in enumerate(ROWS)), "utf-8", "not read: 'column 1'"),
+        ("x.csv", lines(head="Filename,Class"), "utf-8", "'Filename' is the path, 'Class' is the label"),
+        ("x.csv", lines(head="image,label"), "utf-8", "'image' is the path"),
+        ("x.csv", lines(head="file_name,category"), "utf-8", "'category' is the label"),
+        ("x.csv", lines().replace("/", "\\"), "utf-8", "6 backslashes read as /"),
+        ("x.json", json.dumps([{"file": p, "target": c} for p, c in ROWS]), "utf-8", "'file' is the path"),
+        ("x.json", json.dumps(dict(ROWS)), "utf-8", "data: 6 images"),
+        ("x.json", json.dumps({"images": [{"path": p, "label": c} for p, c in ROWS]}), "utf-8", "data: 6 images"),
+        ("x.csv", lines() + lines(head=None), "utf-8", "6 exact repeats of a row, counted once"),
+    ],
+)
+def test_lists_of_every_make(name: str, text: str, encoding: str, said: str, tmp_path: Path) -> None:
+    source = listed(tmp_path, name, text, encoding)
+    assert counts(source) == {"red": 3, "grün": 3}
+    assert source.names == [path for path, _ in ROWS]
+    assert said in "\n".join(describe(source))
+    source.reader.require_there()
+
+
+def test_columns_of_other_names_are_asked_for(tmp_path: Path) -> None:
+    source = listed(tmp_path, "x.csv", lines(head="where,what"), path_column="where", label_column="what")
+    assert counts(source) == {"red": 3, "grün": 3}
+    with pytest.raises(InputError, match=r"no column 'nope' for --label-column; it has 'where', 'what'"):
+        listed(tmp_path, "x.csv", lines(head="where,what"), path_column="where", label_column="nope")
+
+
+@pytest.mark.parametrize("head", ["path,label,split", "path,label,Subset", "path,label,is_valid"])
+def test_a_column_tells_the_splits(head: str, tmp_path: Path) -> None:
+    words = ("False", "True") if "is_valid" in head else ("Training", "validation")
+    text = head + "\n" + "".join(f"{p},{c},{words[i % 3 == 2]}\n" for i, (p, c) in enumerate(ROWS))
+    source = listed(tmp_path, "x.csv", text)
+    assert source.splits == ["train", "train", "val"] * 2
+    (line,) = (line for line in describe(source) if line.startswith("splits: "))
+    assert line.endswith("-> val (2)")
+
+
+def test_one_hot_columns_are_labels(tmp_path: Path) -> None:
+    text = "filename,red,grün\n" + "".join(f"{p},{int(c == 'red')},{int(c != 'red')}\n" for p, c in ROWS)
+    assert counts(listed(tmp_path, "x.csv", text)) == {"red": 3, "grün": 3}
+    several = listed(tmp_path, "x.csv", text.replace("0.png,1,0", "0.png,1,1"))
+    assert several.multi_label
+    assert several.labels[0].tolist() == [True, True]
+
+
+def test_paths_are_looked_at_before_anything_is_decoded(tmp_path: Path) -> None:
+    source = listed(tmp_path, "x.csv", lines().replace(".png", ""))
+    with pytest.raises(InputError, match=r"6 of 6 paths do not exist, the first are .*'img/red/0' exists with .png"):
+        source.reader.require_there()
+    with pytest.raises(InputError, match=r"6 of 6 paths are URLs, the first is 'https://e.org/img/red/0.png'"):
+        listed(tmp_path, "x.csv", lines().replace("img/", "https://e.org/img/"))
+    source = listed(tmp_path, "x.csv", lines() + "img/gone.png,red\n")
+    source.reader.require_there()
+    assert "warning: 1 of 7 paths do not exist, the first is 'img/gone.png'" in describe(source)
+
+
+@pytest.mark.parametrize("start", ["{here}/", "/home/someone/data/", "C:\\Users\\someone\\", "../"])
+def test_paths_of_elsewhere_are_read_below_root(start: str, tmp_path: Path) -> None:
+    text = lines().replace("img/", start.format(here=tmp_path) + "img/")
+    with pytest.raises(InputError, match=r"leaves the list's folder; give .* by --root DIR"):
+        listed(tmp_path, "x.csv", text)
+    source = listed(tmp_path, "x.csv", text, root=str(tmp_path))
+    assert source.names == [path for path, _ in ROWS]
+    assert counts(source) == {"red": 3, "grün": 3}
+
+
+@pytest.mark.parametrize("kind", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])
+def test_the_image_folder_layout(kind: str, tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for part, some in (("train", ROWS[:2] + ROWS[3:5]), ("test", [ROWS[2], ROWS[5]])):
+        files(tmp_path / part, "unlabelled.png", *(path for path, _ in some))
+        if kind.endswith("jsonl"):
+            text = "".join(json.dumps({"file_name": p, "label": c}) + "\n" for p, c in some)
+            (tmp_path / part / kind).write_text(text)
+        elif kind.endswith("csv"):
+            (tmp_path / part / kind).write_text("file_name,label\n" + "".join(f"{p},{c}\n" for p, c in some))
+        else:
+            pq.write_table(
+                pa.table({"file_name": [p for p, _ in some], "label": [c for _, c in some]}), tmp_path / part / kind
+            )
+    source = open_dataset(tmp_path)
+    assert counts(source) == {"red": 3, "grün": 3}
+    assert Counter(source.splits) == {"train": 4, "test": 2}
+    assert ("not named in the metadata", 2) in source.ignored_because
+
+
+def test_the_rarest_of_many_classes_are_named(tmp_path: Path) -> None:
+    names = [f"c{c:02d}/{i}.png" for c in range(20) for i in range(2 + (c != 7))]
+    assert describe(open_dataset(files(tmp_path, *names)))[0].startswith(
+        "data: 59 images of 20 classes, the rarest: c07 2"
+    )
+
+
+def test_the_awkward_cases(shared_cases: Path) -> None:
+    """What `cases/README.md` says is right, for each of its folders and lists."""
+    refused = {"val-case": "train has 'green'", "absolute.csv": "--root", "no-extension.csv": "exists with .png"}
+    refused |= {"urls.csv": "URLs", "two-labels.csv": "stands twice"}
+    held = {"training-testing": 12, "train-dev": 12, "nfd-val": 12, "training-validation.csv": 15}
+    places = [*(shared_cases / "folders").iterdir(), *(p for p in (shared_cases / "lists").iterdir() if p.is_file())]
+    assert len(places) == 24
+    for place in places:
+        if place.name in refused:
+            with pytest.raises(InputError, match=re.escape(refused[place.name])):
+                open_dataset(place).reader.require_there()
+            continue
+        source = open_dataset(place)
+        source.reader.require_there()
+        assert len(source.classes) == {"label-case.csv": 6, "nfd-two": 4}.get(place.name, 3), place.name
+        assert sum(part in ("val", "test") for part in source.splits) == held.get(place.name, 0), place.name
+
+
+@pytest.fixture(scope="session")
+def shared_cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    make = Path(__file__).parents[3] / "shared" / "cases" / "make.py"
+    if not make.is_file():
+        pytest.skip("no ../shared/cases/make.py")
+    folder = tmp_path_factory.mktemp("cases") / "cases"
+    subprocess.run([sys.executable, str(make), str(folder)], check=True)
+    return folder
+
+
+def test_a_picture_is_read_by_a_list_with_a_root(tmp_path: Path, picture: Callable[..., np.ndarray]) -> None:
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "1.png").write_bytes(png(picture(1)))
+    (tmp_path / "x.csv").write_text("path,label\n1.png,a\n")
+    source = open_dataset(tmp_path / "x.csv", reading=Reading(root=str(tmp_path / "pictures")))
+    assert np.array_equal(source.decode(0, 1000).permute(1, 2, 0).numpy(), picture(1))
