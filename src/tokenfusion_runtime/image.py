@@ -57,7 +57,7 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     if data.startswith(LFS_POINTER):
         raise UnreadableImage("a pointer of Git LFS, not the image itself; fetch it by `git lfs pull`")
     try:
-        with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
+        with pillow_limit_lifted(), Image.open(BytesIO(with_end(data, max_pixels)), formats=FORMATS) as image:
             refuse_large(image.height, image.width, max_pixels)
             if image.format == "PNG":  # whose checksums decoding alone does not look at; verifying uses an image up
                 Image.open(BytesIO(data), formats=["PNG"]).verify()
@@ -69,6 +69,21 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
         raise UnreadableImage(f"not an image; known formats are {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's parsers raise whatever a damaged file makes them trip over
         raise UnreadableImage(f"damaged image: {str(error) or type(error).__name__}") from error
+
+
+def with_end(data: bytes, max_pixels: int) -> bytes:
+    """A JPEG that lacks its end marker alone, given one; any other file, and one whose pixels are missing, as it is.
+
+    Whatever stands behind a scan that is whole is not read: with two endings, of which one goes on with other bits, a
+    whole image is the same twice. libjpeg itself makes up what is missing without an error.
+    """
+    if not data.startswith(b"\xff\xd8") or data.rfind(b"\xff\xd9") > data.rfind(b"\xff\xda"):
+        return data
+    body = data.removesuffix(b"\xff")
+    endings = (b"\xff\xd9", b"\x55" * 4096 + b"\xff\xd9")
+    one, other = (Image.open(BytesIO(body + ending), formats=["JPEG"]) for ending in endings)
+    refuse_large(one.height, one.width, max_pixels)
+    return body + endings[0] if np.array_equal(np.asarray(one), np.asarray(other)) else data
 
 
 def refuse_large(height: int, width: int, max_pixels: int) -> None:

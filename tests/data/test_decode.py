@@ -334,3 +334,26 @@ def test_decoding_ahead_keeps_the_order_and_goes_only_so_far() -> None:
         assert len(begun) <= number + 7
     results.close()
     assert list(decode_ahead([], decode)) == []
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_without_its_end_marker_is_read_and_one_without_pixels_refused(mode: str, progressive: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG", quality=90, progressive=progressive)
+    data = file.getvalue()
+    assert data.endswith(b"\xff\xd9")
+    whole = decode_image(data, max_pixels=10_000)
+    for cut in (1, 2):
+        assert torch.equal(decode_image(data[:-cut], max_pixels=10_000), whole)
+    for cut in (40, len(data) // 3):
+        with pytest.raises(UnreadableImage, match="damaged"):
+            decode_image(data[:-cut], max_pixels=10_000)
+
+
+def test_a_flat_jpeg_without_pixels_is_refused() -> None:
+    file = BytesIO()
+    Image.new("RGB", (640, 480), (128, 128, 128)).save(file, "JPEG")
+    with pytest.raises(UnreadableImage, match="damaged"):
+        decode_image(file.getvalue()[:-400], max_pixels=10**6)

@@ -1,3 +1,4 @@
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split_names import split_in_name
 from tokenfusion.errors import InputError
+from tokenfusion.recipe import Reading
 
 Tree = dict[str, np.ndarray]
 SaveTree = Callable[[Path, Tree], Path]
@@ -237,3 +239,105 @@ def test_cifar10_as_it_is(shared_data: Path) -> None:
     assert source.classes[:3] == ("airplane", "automobile", "bird")
     assert (source.splits.count("train"), source.splits.count("test")) == (50_000, 10_000)
     assert source.decode(59_999, LIMIT).shape == (3, 32, 32)
+
+
+def images_of(*values: bytes | None) -> pa.Array:
+    rows = [{"bytes": value, "path": None} for value in values]
+    return pa.array(rows, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+
+
+def write(path: Path, names: list[str] | None = None, feature: Any = None, **columns: Any) -> Path:
+    table = pa.table(columns)
+    if names:
+        label = feature or {"_type": "ClassLabel", "names": names}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": {"label": label}}})})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("first", ["mask", "hash", "thumb"])
+def test_the_image_is_chosen_by_name_and_type(first: str, tmp_path: Path, pets: Tree) -> None:
+    files = [png(pixels) for pixels in list(pets.values())[:2]]
+    other = (
+        pa.array([b"\1\2", b"\3\4"]) if first == "hash" else images_of(png(pets["dog/1.png"]), png(pets["dog/2.png"]))
+    )
+    path = write(tmp_path / "x.parquet", **{first: other, "image": images_of(*files), "label": ["a", "b"]})
+    source = open_dataset(path)
+    assert [source.read(index) for index in range(2)] == files
+    assert any("'image' is the image" in note and f"not read: '{first}'" in note for note in source.notes)
+
+
+def test_where_two_columns_may_be_the_image_one_is_asked_for(tmp_path: Path, pets: Tree) -> None:
+    files = [png(pixels) for pixels in list(pets.values())[:2]]
+    path = write(tmp_path / "x.parquet", left=images_of(*files), right=images_of(*files[::-1]), label=["a", "b"])
+    with pytest.raises(InputError, match=r"which of 'left', 'right' is the image.* --image-column left"):
+        open_dataset(path)
+    assert open_dataset(path, reading=Reading(image_column="right")).read(0) == files[1]
+    with pytest.raises(InputError, match="'label' is string, which holds no images"):
+        open_dataset(path, reading=Reading(image_column="label"))
+
+
+def test_split_weight_and_group_columns_are_honoured(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "x.parquet",
+        image=images_of(b"1", b"2", b"3", b"4"),
+        label=["a", "b", "a", "b"],
+        split=["Training", "Training", "validation", "validation"],
+        weight=[1.0, 2.0, 1.0, 1.0],
+        group=["x", "x", "y", "z"],
+    )
+    source = open_dataset(path)
+    assert source.splits == ["train", "train", "val", "val"]
+    assert source.weights is not None
+    assert source.weights.tolist() == [1, 2, 1, 1]
+    assert source.groups is not None
+    assert source.groups.tolist() == [0, 0, 1, 2]
+
+
+def test_class_labels_in_two_orders_are_read_by_name(tmp_path: Path) -> None:
+    write(tmp_path / "train.parquet", ["a", "b"], image=images_of(b"1", b"2"), label=[0, 1])
+    write(tmp_path / "test.parquet", ["b", "a"], image=images_of(b"3", b"4"), label=[0, 1])
+    source = open_dataset(tmp_path)
+    names = {source.read(index): source.label_text(index) for index in range(4)}
+    assert names == {b"1": "a", b"2": "b", b"3": "b", b"4": "a"}
+
+
+def test_a_class_that_no_row_has_is_left_out(tmp_path: Path) -> None:
+    source = open_dataset(write(tmp_path / "x.parquet", ["a", "none", "b"], image=images_of(b"1", b"2"), label=[0, 2]))
+    assert source.classes == ("a", "b")
+    assert source.labels.tolist() == [0, 1]
+    assert any(note.startswith("warning: left out, because no image has it: class 'none'") for note in source.notes)
+
+
+@pytest.mark.parametrize("labels", [[["a", "b"], ["b"]], [[0, 1], [1]]])
+def test_lists_of_labels_are_multi_label(labels: list[Any], tmp_path: Path) -> None:
+    feature = {"_type": "Sequence", "feature": {"_type": "ClassLabel", "names": ["a", "b"]}}
+    names = ["a", "b"] if labels[0][0] == 0 else None
+    source = open_dataset(write(tmp_path / "x.parquet", names, feature, image=images_of(b"1", b"2"), label=labels))
+    assert source.multi_label
+    assert source.classes == ("a", "b")
+    assert source.labels.tolist() == [[True, True], [False, True]]
+
+
+def test_images_that_are_paths_alone_are_refused_in_words(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", image=images_of(None, None), label=["a", "b"])
+    with pytest.raises(InputError, match="holds paths instead of image files in all 2 rows; embed the files"):
+        open_dataset(path)
+
+
+def test_a_label_of_minus_one_is_no_class(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"'x.parquet:2' has label -1, which stands for no label"):
+        open_dataset(write(tmp_path / "x.parquet", image=images_of(b"1", b"2", b"3"), label=[0, 1, -1]))
+    signs = open_dataset(write(tmp_path / "y" / "y.parquet", image=images_of(b"1", b"2"), label=[1, -1]))
+    assert signs.classes == ("-1", "1")
+
+
+def test_configurations_are_not_merged(tmp_path: Path) -> None:
+    for config in ("large", "small"):
+        write(tmp_path / config / "train-0.parquet", image=images_of(b"1", b"2"), label=["a", "b"])
+    with pytest.raises(
+        InputError, match=r"holds several data sets, in 'large' and 'small', each with 'train'; give one"
+    ):
+        open_dataset(tmp_path)
+    assert len(open_dataset(tmp_path / "small")) == 2

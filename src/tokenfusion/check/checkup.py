@@ -137,7 +137,12 @@ def judge(dataset: Dataset, inspections: list[Inspection], judged: np.ndarray) -
         return Judgement([], 0, None, "the images have any number of labels each")
     read = np.array([index for index in judged if not inspections[index].reason], dtype=np.int64)
     thumbnails = [inspections[index].thumbnail for index in read]
-    return judge_labels(torch.stack(thumbnails) if thumbnails else torch.empty(0), dataset.labels[read], read)
+    return judge_labels(
+        torch.stack(thumbnails) if thumbnails else torch.empty(0),
+        dataset.labels[read],
+        read,
+        None if dataset.groups is None else dataset.groups[read],
+    )
 
 
 def why_train_refuses(dataset: Dataset, excluded: Iterable[int]) -> str:

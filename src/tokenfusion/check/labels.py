@@ -68,28 +68,34 @@ def choose_judged(labels: np.ndarray) -> np.ndarray:
     return chosen[np.linspace(0, len(chosen) - 1, MAX_JUDGED).astype(int)]
 
 
-def judge_labels(thumbnails: Tensor, labels: np.ndarray, indices: np.ndarray) -> Judgement:
+def judge_labels(
+    thumbnails: Tensor, labels: np.ndarray, indices: np.ndarray, groups: np.ndarray | None = None
+) -> Judgement:
     """Cross-validate a quick model and find the labels that it strongly disputes.
 
     Args:
         thumbnails: uint8 (N, 3, S, S).
         labels: int64 (N,).
         indices: int64 (N,), by which a Dispute names each image.
+        groups: int64 (N,); images of one are judged by a model that has seen none of them.
     """
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import StratifiedKFold, cross_val_predict
+    from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    chosen = np.flatnonzero(np.bincount(labels)[labels] >= FOLDS)
+    apart = np.arange(len(labels)) if groups is None else groups
+    pairs = np.unique(np.stack([labels, apart]), axis=1)[0] if len(labels) else labels  # each group of a class once
+    chosen = np.flatnonzero(np.bincount(pairs)[labels] >= FOLDS)
     known = np.unique(labels[chosen])
     if len(known) < 2:
         return Judgement([], 0, None, TOO_FEW)
     features = np.concatenate([features_of(part).numpy() for part in torch.split(thumbnails[chosen], 512)])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, tol=1e-3, max_iter=1000))
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=0)
+    kind = StratifiedKFold if groups is None else StratifiedGroupKFold
+    folds = kind(FOLDS, shuffle=True, random_state=0)
     given = np.searchsorted(known, labels[chosen])
-    scores = cross_val_predict(model, features, given, cv=folds, method="predict_proba")
+    scores = cross_val_predict(model, features, given, cv=folds, method="predict_proba", groups=apart[chosen])
     disputes = [
         dispute._replace(image=int(indices[chosen[dispute.image]]), suggestion=int(known[dispute.suggestion]))
         for dispute in disputed(scores, given)

@@ -1,0 +1,69 @@
+"""Images of one thing stay on one side of a split."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.groups import suspected_groups
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.split import choose_split
+from tokenfusion.errors import InputError
+from tokenfusion.recipe import Reading
+
+
+def patients(folder: Path, **reading: str) -> Dataset:
+    """Ten patients a class, three pictures each."""
+    for c in ("ill", "well"):
+        (folder / c).mkdir(parents=True, exist_ok=True)
+        for patient in range(10):
+            for shot in range(3):
+                (folder / c / f"{c}p{patient}_{shot}.png").write_bytes(b"x")
+    return open_dataset(folder, reading=Reading(**reading))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whole_groups_are_held_out_of_each_class(seed: int, tmp_path: Path) -> None:
+    source = patients(tmp_path, group_by=r"/(\w+)_\d+\.png$")
+    split = choose_split(source, 0.2, seed)
+    assert source.groups is not None
+    assert not set(source.groups[split.train]) & set(source.groups[split.val])
+    assert np.bincount(source.labels[split.val]).tolist() == [6, 6]
+    assert len(split.train) + len(split.val) == 60
+    assert any(note.startswith("groups by ") and note.endswith(": 20") for note in source.notes)
+
+
+def test_a_column_names_the_groups_of_a_list(tmp_path: Path) -> None:
+    rows = "".join(f"{n}.png,{'ab'[n // 2 % 2]},{n // 4},x{n}\n" for n in range(24))
+    (tmp_path / "x.csv").write_text("path,label,group,note\n" + rows)
+    source = open_dataset(tmp_path / "x.csv")
+    split = choose_split(source, 0.3, seed=0)
+    assert source.groups is not None
+    assert not set(source.groups[split.train]) & set(source.groups[split.val])
+
+
+def test_groups_that_cannot_be_kept_apart_are_refused(tmp_path: Path) -> None:
+    for pattern, reason in (("(", "is no regular expression"), ("zebra", "matches no image's name, such as 'ill/")):
+        with pytest.raises(InputError, match=reason):
+            patients(tmp_path / "a", group_by=pattern)
+    with pytest.raises(InputError, match=r"a class has none left to train on, such as '(ill|well)'"):
+        choose_split(patients(tmp_path / "a", group_by="^(ill|well)"), 0.2, seed=0)
+    with pytest.raises(InputError, match="all images are of one group"):
+        choose_split(patients(tmp_path / "a", group_by="png"), 0.2, seed=0)
+    for part in ("train", "val"):
+        for c in ("a", "b"):
+            (tmp_path / "b" / part / c).mkdir(parents=True)
+            (tmp_path / "b" / part / c / f"{c}1_{part}.png").write_bytes(b"x")
+    with pytest.raises(InputError, match="2 groups of images on both sides of the data's own split, such as that of"):
+        open_dataset(tmp_path / "b", reading=Reading(group_by=r"(\w\d)_"))
+
+
+def test_names_that_differ_by_a_counter_are_suspected(tmp_path: Path) -> None:
+    assert "3 that begin with 'ill/illp0'" in suspected_groups(patients(tmp_path / "a"))
+    assert suspected_groups(patients(tmp_path / "a", group_by=r"/(\w+)_\d+")) == ""
+    for c in ("a", "b"):
+        (tmp_path / "b" / c).mkdir(parents=True)
+        for n in range(9):
+            (tmp_path / "b" / c / f"{c}_{n}.png").write_bytes(b"x")  # numbered, and that is all
+    assert suspected_groups(open_dataset(tmp_path / "b")) == ""
