@@ -441,7 +441,8 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
     status, output, errors = command(*words, "--seed", 1, "--max-skipped", 0.2)  # the refused folder may be used again
     assert status == 0, errors
     assert "set aside 1 unreadable image, listed in" in output
-    assert "\n1 other file ignored ('a/notes.txt'); 12 training and 4 held-out images of 2 classes" in output
+    assert "\n1 other file ignored ('a/notes.txt': 1 no image by its name)\n" in output
+    assert "\n12 training and 4 held-out images of 2 classes" in output
 
 
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path):

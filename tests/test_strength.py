@@ -24,8 +24,8 @@ from runs import after_step, tiny_recipe
 from tokenfusion import Classifier, InputError, train
 from tokenfusion.checkpoint import load_tensors, save_tensors
 from tokenfusion.data.decode import UnreadableImage, decode_image
-from tokenfusion.data.lists import LONGEST_LINE
 from tokenfusion.data.open import open_dataset
+from tokenfusion.data.table import LONGEST_LINE
 from tokenfusion.options import data_first
 from tokenfusion.training import Interrupted
 from tokenfusion.training.state import fault_of, read_progress

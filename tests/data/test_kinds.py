@@ -18,9 +18,9 @@ from tokenfusion.data.decode import UnreadableImage, decode_image
 from tokenfusion.data.describe import describe
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split_names import split_named
-from tokenfusion_runtime.walk import images_below
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
+from tokenfusion_runtime.walk import images_below
 
 Tree = dict[str, np.ndarray]
 SaveTree = Callable[[Path, Tree], Path]
