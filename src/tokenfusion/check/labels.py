@@ -92,10 +92,11 @@ def judge_labels(
         return Judgement([], 0, None, TOO_FEW)
     features = np.concatenate([features_of(part).numpy() for part in torch.split(thumbnails[chosen], 512)])
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, tol=1e-3, max_iter=1000))
+    within = None if groups is None else groups[chosen]
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = kind(FOLDS, shuffle=True, random_state=0)
     given = np.searchsorted(known, labels[chosen])
-    scores = cross_val_predict(model, features, given, cv=folds, method="predict_proba", groups=apart[chosen])
+    scores = cross_val_predict(model, features, given, cv=folds, method="predict_proba", groups=within)
     disputes = [
         dispute._replace(image=int(indices[chosen[dispute.image]]), suggestion=int(known[dispute.suggestion]))
         for dispute in disputed(scores, given)
