@@ -350,3 +350,16 @@ def test_headings_of_long_names_stay_different():
     assert len(set(short)) == len(names)
     assert max(map(len, short)) <= 26
     assert short[2] == "cat"
+
+
+def test_rows_are_printed_as_they_are_known(capsys):
+    from tokenfusion_runtime.output import print_predictions
+    from tokenfusion_runtime.prediction import Prediction
+
+    def slowly():
+        yield Prediction("a.png", (("cat", 0.9), ("dog", 0.1)))
+        assert "a.png" in capsys.readouterr().out
+        yield Prediction("b.png", error="gone")
+
+    assert print_predictions(slowly(), "table", topk=2) == 1
+    assert capsys.readouterr().out.split(maxsplit=1)[1].strip() == "error: gone"

@@ -9,7 +9,7 @@ from tokenfusion_runtime.prediction import Prediction
 
 
 def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: int, multi_label: bool = False) -> int:
-    """Print as "table", "json" or "csv", the last two line by line; returns how many images failed.
+    """Print as "table", "json" or "csv", each row when it is known; returns how many images failed.
 
     Args:
         predictions: each with `topk` classes, or an error.
@@ -17,7 +17,10 @@ def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: i
         topk: how many classes a prediction names.
         multi_label: whether an image has any number of classes.
     """
-    table, failed = [headings(multi_label)], 0
+    names, failed = headings(multi_label), 0
+    widths = [24, *[0] * (len(names) - 1)]
+    if output == "table":
+        print_row(names, widths)
     columns = csv_columns(topk, multi_label)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if output == "csv":
@@ -30,19 +33,15 @@ def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: i
             cells = csv_cells(prediction) or [""] * len(columns)
             writer.writerow([prediction.path, *cells, prediction.error])
         else:
-            table.append(table_cells(prediction, len(table[0])))
-    if output == "table":
-        print_table(table, right="score")
+            print_row(table_cells(prediction, len(names)), widths)
     return failed
 
 
-def print_table(rows: Sequence[Sequence[str]], right: str) -> None:
-    """Print rows under their headings, the first row, in columns; the one with this heading is flush right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        cells = zip(row, widths, rows[0], strict=True)
-        aligned = (cell.rjust(width) if name == right else cell.ljust(width) for cell, width, name in cells)
-        print("  ".join(aligned).rstrip())
+def print_row(cells: Sequence[str], widths: list[int]) -> None:
+    """Print a row at once; columns are as wide as the widest cell so far, and what is not printable is spelled out."""
+    shown = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in cell) for cell in cells]
+    widths[:] = map(max, widths, map(len, shown))
+    print("  ".join(map(str.ljust, shown, widths)).rstrip(), flush=True)
 
 
 def csv_columns(topk: int, multi_label: bool) -> list[str]:

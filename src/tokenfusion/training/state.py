@@ -182,7 +182,7 @@ class TrainState:
         if broken:
             raise InputError(
                 f"{broken[0]} is not finite after step {self.progress.step}; {last_good(path)} "
-                "train anew with a lower --lr or --precision fp32"
+                "train anew with a lower --lr or --precision fp32 and another --out"
             )
         tensors = self.weights()
         if self.best:

@@ -59,7 +59,8 @@ def in_words(error: BadStep, setup: Setup, state: TrainState) -> str:
     names = setup.batches.names_in(progress.epoch, progress.step_in_epoch)
     images = ", ".join(names[:3]) + f" and {len(names) - 3:,} more" * (len(names) > 3)
     where = f"step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.step_in_epoch + 1}: {images})"
-    return f"{error} at {where}; {last_good(setup.run.checkpoint)} train anew with a lower --lr or --precision fp32"
+    remedy = "train anew with a lower --lr or --precision fp32 and another --out"
+    return f"{error} at {where}; {last_good(setup.run.checkpoint)} {remedy}"
 
 
 @out_of_memory_named()
