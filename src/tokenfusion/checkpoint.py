@@ -49,11 +49,24 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping
             temporary.touch()
             mode = temporary.stat().st_mode  # as any file that this user makes, where safetensors lets nobody else read
             save_file(contiguous, temporary, metadata)
+            sort_metadata(temporary)
             temporary.chmod(mode)
         except SafetensorError as error:  # its way to say that the disk is full
             raise OSError(str(error)) from error
 
     write_atomic(path, write)
+
+
+def sort_metadata(path: Path) -> None:
+    """Order the header's metadata by name: safetensors orders them by chance, and equal tensors make equal files."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) == size:
+            file.seek(8)
+            file.write(text)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -6,6 +6,7 @@ import fcntl
 import io
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -74,7 +75,7 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path, wait: Callable[[], object] | None = None) -> Iterator[int]:
+def lock_folder(folder: Path, wait: Callable[[], object] | None = None, grace: float = 0.0) -> Iterator[int]:
     """Have a folder to ourselves while we write to it; two writers would leave a mixture of both.
 
     The lock ends with the last process that has it open, however that ends. A file system without locks lets all in.
@@ -82,6 +83,7 @@ def lock_folder(folder: Path, wait: Callable[[], object] | None = None) -> Itera
     Args:
         folder: exists; its file `.lock` is the lock, and is removed at the end.
         wait: called once before the lock is waited for; without it, a folder that is taken is refused.
+        grace: seconds before it is refused: loader processes of a killed run have the lock until they notice.
 
     Yields:
         the lock's descriptor, for processes that are to hold it as well.
@@ -89,7 +91,7 @@ def lock_folder(folder: Path, wait: Callable[[], object] | None = None) -> Itera
     Raises:
         InputError: another process writes to the folder, or nobody can.
     """
-    path = folder / ".lock"
+    path, refused_from = folder / ".lock", time.monotonic() + grace
     while True:
         try:
             file = path.open("w")
@@ -100,6 +102,9 @@ def lock_folder(folder: Path, wait: Callable[[], object] | None = None) -> Itera
         except BlockingIOError as error:
             if wait is None:
                 file.close()
+                if time.monotonic() < refused_from:
+                    time.sleep(0.1)
+                    continue
                 raise InputError(
                     f"{folder}: another process is writing there; wait for its end, or name another folder"
                 ) from error
@@ -114,7 +119,8 @@ def lock_folder(folder: Path, wait: Callable[[], object] | None = None) -> Itera
     try:
         yield file.fileno()
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # a folder that cannot be written any more keeps the file; the lock itself ends
+            path.unlink()
         file.close()
 
 

@@ -113,7 +113,7 @@ def test_probabilities_are_those_that_are_predicted(run):
     for precision in ("bf16", "fp32"):
         classifier = replace(Classifier.load(run), precision=precision)
         found[precision] = probabilities_of(classifier, classifier.to_input(batch)).cpu()
-        torch.testing.assert_close(found[precision], classifier.logits(batch).softmax(1))
+        torch.testing.assert_close(found[precision], (classifier.logits(batch) / classifier.temperature).softmax(1))
     assert not found["bf16"].equal(found["fp32"])
 
 

@@ -22,8 +22,10 @@ def test_the_micro_model_trains_on_cifar10_in_less_than_2_gb(tmp_path):
         images.append({"bytes": file.getvalue(), "path": None})
     column = pa.array(images * (IMAGES // 10), type=pa.struct({"bytes": pa.binary(), "path": pa.string()}))
     labels = pa.array([*range(10)] * (IMAGES // 10))
-    pq.write_table(pa.table({"image": column, "label": labels}), tmp_path / "train.parquet")
-    command = [sys.executable, "-m", "tokenfusion", "train", str(tmp_path), "--out", str(tmp_path / "run")]
+    folder = tmp_path / "images"
+    folder.mkdir()
+    pq.write_table(pa.table({"image": column, "label": labels}), folder / "train.parquet")
+    command = [sys.executable, "-m", "tokenfusion", "train", str(folder), "--out", str(tmp_path / "run")]
     command += ["--model", "tokenfusion_layerwise_micro", "--batch-size", "128", "--epochs", "1", "--ema", "0.99"]
     subprocess.run(command, check=True, capture_output=True)
     peak = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["peak_memory_mb"] * 2**20

@@ -21,7 +21,7 @@ from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.token_spans import TokenSpan, block_spans, token_spans
 from tokenfusion.layers.tokens import size_of
 from tokenfusion.models.operators import Operator
-from tokenfusion.models.token_fusion import LateFusion, TokenFusion
+from tokenfusion.models.token_fusion import Exchange, LateFusion, TokenFusion
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images (B, in_chans, H, W) as the model takes them, and their labels (B,); to be gone through several times."""
@@ -121,7 +121,12 @@ def replace_in(module: nn.Module, span: TokenSpan, mean: Tensor) -> Iterator[Any
         changed = change if known is None else known + change
         return (changed, updates[1]) if span.argument == 0 else (updates[0], changed)
 
+    def enter(_module: nn.Module, _inputs: Any, update: Tensor) -> Tensor:
+        return update + changes.pop()
+
     yield module.register_forward_pre_hook(replace)
+    if isinstance(module, Exchange):  # the strategy adds its gated update to the tokens that entered: X + a dX
+        yield module.gate.register_forward_hook(enter)
     if isinstance(module, Operator):
         yield module.register_forward_hook(update)
 

@@ -149,6 +149,10 @@ def is_unused(folder: Path) -> bool:
     return refused and load_recipe(folder / "recipe.toml").keys() == set(FIELDS)
 
 
+LOADERS_END = 10.0
+"""Seconds in which loader processes end whose trainer was killed; PyTorch's look after it every 5."""
+
+
 def resume(folder: Path, console: Console, measure: Measure | None = None, listener: Listener | None = None) -> None:
     """Go on with a run that was interrupted; of one that is finished, send its `loggers` what they lack.
 
@@ -166,7 +170,7 @@ def resume(folder: Path, console: Console, measure: Measure | None = None, liste
             recipe = recipe_of(folder)
             finished = (folder / "model.safetensors").exists()
             if world.is_first and not finished:
-                held.enter_context(lock_folder(folder))
+                held.enter_context(lock_folder(folder, grace=LOADERS_END))
             if world.is_first and recipe.data != load_recipe(folder / "recipe.toml")["data"]:
                 console.print(f"the images were moved along with the run, to {recipe.data}")
         world.require_same("recipe", versions() | vars(recipe) | {"finished": finished}, SAME_COMMAND)
