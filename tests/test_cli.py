@@ -461,7 +461,7 @@ def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path):
 
 
 def test_ctrl_c_before_the_first_step_speaks_of_no_checkpoint(command, tmp_path, monkeypatch):
-    def press(*_):
+    def press(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(prepare, "build", press)

@@ -68,8 +68,8 @@ def build_hungry(monkeypatch):
             if model.training and len(output) > most:
                 raise error("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-        def build_hungry(*arguments):
-            classifier = build(*arguments)
+        def build_hungry(*arguments, **named):
+            classifier = build(*arguments, **named)
             classifier.model.register_forward_hook(refuse)
             return classifier
 

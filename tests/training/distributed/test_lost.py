@@ -105,8 +105,8 @@ def train_hungry(rank, run):
         if output.requires_grad:
             output.register_hook(refuse)
 
-    def build_hungry(*arguments):
-        classifier = build(*arguments)
+    def build_hungry(*arguments, **named):
+        classifier = build(*arguments, **named)
         classifier.model.vit.blocks[0].register_forward_hook(watch_gradient)  # behind most gradients
         return classifier
 
