@@ -77,7 +77,8 @@ def open_judged(run: Path, recipe: Recipe, data: str | None) -> tuple[Dataset, s
     """The data to judge a run by, what it is called, and whether it is the run's own, as it is where none is given."""
     own = not data or resolved(data) == resolved(recipe.data)
     name = recipe.data if not data or own else resolved(data)
-    return open_dataset(name, recipe.exclude if own else "", run), name, own
+    reading = recipe.reading if own else replace(recipe.reading, root="")  # columns are called as they were
+    return open_dataset(name, recipe.exclude if own else "", run, reading), name, own
 
 
 def refuse_other_kind(source: Dataset, classifier: Classifier) -> None:

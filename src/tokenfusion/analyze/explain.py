@@ -126,7 +126,7 @@ def mistakes_of(run: Path, classifier: Classifier) -> Iterator[ToExplain]:
     worst = worst_mistakes(predictions)
     for mistake in worst:
         choose(dict.fromkeys(classifier.classes), mistake.prediction, "prediction")
-    found = decode_named(evaluation["data"], (mistake.path for mistake in worst), classifier.max_pixels)
+    found = decode_named(run, (mistake.path for mistake in worst))
     for (path, image), mistake in zip(found, worst, strict=True):
         if isinstance(image, Tensor):
             yield path, classifier.preprocess.resize(image), mistake.prediction

@@ -10,8 +10,8 @@ from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.dataset import printable
 from tokenfusion.data.decode import UnreadableImage, decode_ahead
-from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
+from tokenfusion.evaluate import open_judged
 from tokenfusion.files import read_json
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.report.page import Thumbnails
@@ -25,10 +25,8 @@ def thumbnails_of(run: Path) -> Thumbnails:
     """Of the images that a run was evaluated on."""
 
     def thumbnails(names: list[str]) -> dict[str, bytes]:
-        data = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["data"]
-        max_pixels = Recipe(**load_recipe(run / "recipe.toml")).max_pixels
         try:
-            found = list(decode_named(data, names, max_pixels))
+            found = list(decode_named(run, names))
         except InputError:  # moved away since: the report says so in place of each picture
             return {}
         return {name: png_of(shrink(image, SIDE)) for name, image in found if isinstance(image, Tensor)}
@@ -36,19 +34,21 @@ def thumbnails_of(run: Path) -> Thumbnails:
     return thumbnails
 
 
-def decode_named(data: str, names: Iterable[str], max_pixels: int) -> Iterator[tuple[str, Tensor | UnreadableImage]]:
-    """Images of some data by their names, in order, uint8 (3, H, W) each; or why one cannot be had any more.
+def decode_named(run: Path, names: Iterable[str]) -> Iterator[tuple[str, Tensor | UnreadableImage]]:
+    """Images that a run was evaluated on by their names, in order, uint8 (3, H, W); or why one cannot be had any more.
 
     Raises:
         InputError: the data cannot be opened.
     """
-    dataset = open_dataset(data)
+    recipe = Recipe(**load_recipe(run / "recipe.toml"))
+    data = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["data"]
+    dataset, _, _ = open_judged(run, recipe, data)
     indices = {name: index for index, name in enumerate(dataset.names)}
 
     def decode(name: str) -> Tensor:
         if printable(name) not in indices:
             raise UnreadableImage(f"{data} does not have it any more")
-        return dataset.decode(indices[printable(name)], max_pixels)
+        return dataset.decode(indices[printable(name)], recipe.max_pixels)
 
     return decode_ahead(names, decode)
 
