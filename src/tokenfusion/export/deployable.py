@@ -1,11 +1,18 @@
 """What leaves the run folder: from uint8 pixels to calibrated probabilities, in one module that exports."""
 
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenfusion.classifier import Classifier
+from tokenfusion.errors import InputError
 
 
 class Deployable(nn.Module):
@@ -40,6 +47,35 @@ def plain_attention(model: nn.Module) -> nn.Module:
     return model
 
 
-def example_images(classifier: Classifier, batch: int) -> Tensor:
-    """Grey images to trace with, uint8 (batch, in_chans, h, w)."""
-    return torch.full((batch, classifier.preprocess.in_chans, *classifier.preprocess.img_size), 128, dtype=torch.uint8)
+def trace(classifier: Classifier, batch: int | None) -> torch.export.ExportedProgram:
+    """The classifier as a program of tensors, which every format starts from.
+
+    Args:
+        classifier: what to export.
+        batch: images of a call; None for any number.
+
+    Raises:
+        InputError: the model cannot be traced, or only for a fixed number of images.
+    """
+    preprocess = classifier.preprocess
+    grey = torch.full((batch or 2, preprocess.in_chans, *preprocess.img_size), 128, dtype=torch.uint8)
+    shapes: Any = None if batch else ({0: torch.export.Dim("batch", min=1)},)
+    with quiet():
+        try:
+            return torch.export.export(Deployable(classifier).eval(), (grey,), dynamic_shapes=shapes)
+        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise InputError(f"{classifier.name} cannot be exported: {reason}; try --batch 1") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without what exporters print and log on their way."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)

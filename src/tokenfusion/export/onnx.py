@@ -1,9 +1,6 @@
 """ONNX, by PyTorch's own exporter."""
 
 import contextlib
-import io
-import logging
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +12,7 @@ from numpy.typing import NDArray
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import choose_images, open_judged
-from tokenfusion.export.deployable import Deployable, example_images
+from tokenfusion.export.deployable import quiet, trace
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion_runtime.errors import UnreadableImage
 
@@ -33,25 +30,21 @@ def to_onnx(classifier: Classifier, batch: int | None) -> Any:
     Raises:
         InputError: the model has an operation that ONNX lacks.
     """
-    dynamic = None if batch else ({0: torch.export.Dim("batch", min=1)},)
+    program = trace(classifier, batch)
     with quiet():
         try:
-            program = torch.onnx.export(
-                Deployable(classifier).eval(),
-                (example_images(classifier, batch or 2),),
+            written = torch.onnx.export(
+                program,
                 dynamo=True,
-                dynamic_shapes=dynamic,
                 input_names=["images"],
                 output_names=["probabilities"],
                 verbose=False,
             )
         except (torch.onnx.OnnxExporterError, RuntimeError, NotImplementedError) as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise InputError(
-                f"{classifier.name} cannot be exported to ONNX: {reason}; try --format pt2, or --batch 1"
-            ) from error
-    assert program is not None
-    return program.model_proto
+            raise InputError(f"{classifier.name} cannot be exported to ONNX: {reason}; try --format pt2") from error
+    assert written is not None
+    return written.model_proto
 
 
 def save_onnx(graph: Any, path: Path, description: str) -> None:
@@ -61,19 +54,6 @@ def save_onnx(graph: Any, path: Path, description: str) -> None:
     entry = graph.metadata_props.add()
     entry.key, entry.value = "tokenfusion", description
     onnx.save(graph, path)
-
-
-@contextlib.contextmanager
-def quiet() -> Any:
-    """Without what exporters print and log on their way."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def quantized_onnx(graph: Any, classifier: Classifier, run: Path, batch: int | None) -> Any:

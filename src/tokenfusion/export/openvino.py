@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.export.onnx import calibration_batches, quiet
+from tokenfusion.export.deployable import quiet
+from tokenfusion.export.onnx import calibration_batches
 
 
 def save_openvino(graph: Any, classifier: Classifier, run: Path, path: Path, description: str) -> None:

@@ -6,9 +6,7 @@ from typing import Any
 import torch
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.errors import InputError
-from tokenfusion.export.deployable import Deployable, example_images
-from tokenfusion.export.onnx import quiet
+from tokenfusion.export.deployable import quiet, trace
 from tokenfusion_runtime.engines import Engine
 
 
@@ -24,15 +22,8 @@ def save_pt2(classifier: Classifier, batch: int | None, path: Path, description:
     Raises:
         InputError: the model cannot be traced.
     """
-    shapes: Any = None if batch else ({0: torch.export.Dim("batch", min=1)},)
     with quiet():
-        try:
-            module, images = Deployable(classifier).eval(), example_images(classifier, batch or 2)
-            program = torch.export.export(module, (images,), dynamic_shapes=shapes)
-        except (RuntimeError, torch._dynamo.exc.TorchDynamoException) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{classifier.name} cannot be exported: {reason}; try --batch 1") from error
-        torch.export.save(program, path, extra_files={"tokenfusion.json": description})
+        torch.export.save(trace(classifier, batch), path, extra_files={"tokenfusion.json": description})
 
 
 def pt2_engine(path: Path) -> Engine:

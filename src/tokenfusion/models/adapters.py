@@ -225,7 +225,7 @@ class BeitBackbone(ViTBackbone):
 
     def embed(self, images: Tensor) -> tuple[Tensor, Any]:
         vit, patches = self.model, self.model.patch_embed(images)
-        tokens = torch.cat([vit.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        tokens = torch.cat([vit.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         tokens = vit.pos_drop(tokens if vit.pos_embed is None else tokens + vit.pos_embed)
         return tokens, () if vit.rel_pos_bias is None else (vit.rel_pos_bias(),)
 

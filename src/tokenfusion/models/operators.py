@@ -115,7 +115,7 @@ class QueryPool(Operator):
 
     def forward(self, tokens: Tensor, pixels: Tensor, grids: Grids) -> Updates:
         both = self.norm(torch.cat([tokens, pixels], dim=1))
-        told = self.proj(self.attn(self.queries.expand(len(both), -1, -1), both).flatten(1))
+        told = self.proj(self.attn(self.queries.expand(both.shape[0], -1, -1), both).flatten(1))
         return F.pad(told[:, None], (0, 0, 0, tokens.shape[1] - 1)), None
 
     def attention_layouts(self, tokens: TokenLayout, pixels: TokenLayout) -> dict[str, AttentionLayout]:
