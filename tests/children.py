@@ -6,7 +6,7 @@ import torch
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
-    ["tokenfusion.training", "tokenfusion.cli", "torch.utils.tensorboard", "torch.distributed", "sklearn.datasets"]
+    ["tokenfusion.training", "tokenfusion.cli", "torch.utils.tensorboard", "torch.distributed"]
 )
 
 

@@ -78,7 +78,9 @@ def test_digits_are_scikit_learns_scaled_to_bytes() -> None:
     assert source.labels.tolist() == digits.target.tolist()
     assert source.names[17] == "digits:17"
     assert held_out_name(source) is None
-    pixels = pixels_of(source, 17)
+    every = np.stack([pixels_of(source, index) for index in range(len(source))])
+    assert (every == np.round(digits.images * 255 / 16)[..., None]).all()
+    pixels = every[17]
     assert pixels.shape == (8, 8, 3)
     for value, byte in ((0, 0), (16, 255), (8, 128), (5, 80)):
         assert (pixels[digits.images[17] == value] == byte).all()

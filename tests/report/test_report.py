@@ -360,7 +360,8 @@ def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
         write_report(tmp_path / "nowhere")
 
 
-def test_plotting_libraries_are_imported_when_used() -> None:
-    code = "import sys, tokenfusion.report; print({'matplotlib', 'jinja2', 'torchmetrics'} & set(sys.modules))"
+def test_heavy_libraries_are_imported_when_used() -> None:
+    code = "import sys, tokenfusion.report, tokenfusion.metrics; from tokenfusion.data.open import open_dataset\n"
+    code += "open_dataset('digits'); print({'matplotlib', 'jinja2', 'sklearn', 'scipy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
