@@ -1,9 +1,14 @@
 """What the pages on the design say is there, is there."""
 
 import re
+import shlex
+import sys
 from pathlib import Path
 
 import pytest
+
+from tokenfusion import options
+from tokenfusion.cli import app
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tokenfusion"
@@ -27,3 +32,46 @@ def test_files_that_a_page_names_exist(page):
     missing = {name for name in named - placed if not any((base / name).exists() for base in (ROOT, PACKAGE))}
     written = {"state/last.json"}  # in a run folder
     assert missing - written == set()
+
+
+def commands_of(page):
+    """Words of each `tokenfusion` command in a page's code blocks, as the shell would give them."""
+    for block in re.findall(r"^```(?:console|sh|)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        lines = block.replace("\\\n", " ")
+        for line in re.findall(r"^(?:\$ )?(?:torchrun .* -m )?tokenfusion (.*)$", lines, re.MULTILINE):
+            words = shlex.split(line, comments=True)
+            yield words[: next((i for i, word in enumerate(words) if word in (">", "|", "&&")), None)]
+
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_of_a_page_are_commands(page, monkeypatch):
+    for words in commands_of(page):
+        monkeypatch.setattr(sys, "argv", ["tokenfusion", *words])
+        if not {"...", "$@", "--recipe"} & set(words):
+            app.parse_args(options.data_first(words), exit_on_error=False, print_error=False)
+
+
+def test_the_front_page_is_short_and_leads_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert len(list(commands_of(ROOT / "README.md"))) > 10
+    named = text + (ROOT / "docs" / "README.md").read_text()
+    pages = [path.relative_to(ROOT / "docs") for path in PAGES[1:] if path != ROOT / "docs" / "README.md"]
+    assert [page for page in pages if f"{page}" not in named] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_a_page_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        place, _, anchor = target.partition("#")
+        if "://" in place:
+            continue
+        file = page.parent / place if place else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in anchors, target
