@@ -6,7 +6,10 @@ import torch
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
-    ["tokenfusion.training", "tokenfusion.cli", "torch.utils.tensorboard", "torch.distributed"]
+    [
+        *("tokenfusion.training", "tokenfusion.cli", "tokenfusion.predict.many"),
+        *("torch.utils.tensorboard", "torch.distributed"),
+    ]
 )
 
 

@@ -115,6 +115,11 @@ def test_evaluation_is_of_the_held_out_images(command, run):
     right = sum(row["label"] == row["prediction"] for row in rows)
     assert result["top1"] == pytest.approx(right / len(rows))
     assert f"{result['top1']:.2%}" in output
+    curve = result["risk_coverage"]
+    half = next(risk for share, risk in zip(curve["coverage"], curve["risk"], strict=True) if share >= 0.5)
+    assert f"if only the surest half were answered, {half:.2%} would be wrong" in output
+    assert "evaluation.json and risk_coverage.svg; next" in output
+    assert (run / "risk_coverage.svg").read_text().startswith("<svg")
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert result["top1"] == pytest.approx(last["val_top1"])  # the shipped weights are those that training judged
 
@@ -306,7 +311,7 @@ def test_models_lists_costs(command):
         (["train", "--dry-run"], "DATA is missing; name a folder"),
         (["train"], "DATA and --out are missing"),
         (["compare"], "DATA, --models and --out are missing"),
-        (["predict"], "RUN and PATH are missing; `tokenfusion predict --help`"),
+        (["predict"], "RUN and SOURCE are missing; `tokenfusion predict --help`"),
         (["check"], "DATA is missing"),
         (["train", "no/such", "--out", "x"], "no such file or folder"),
         (

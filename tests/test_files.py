@@ -11,7 +11,7 @@ import torch
 
 from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
 from tokenfusion.errors import InputError
-from tokenfusion.files import lock_folder, refuse_inside, write_atomic, write_csv, write_json
+from tokenfusion.files import FolderTaken, lock_folder, refuse_inside, share_folder, write_atomic, write_csv, write_json
 
 
 def test_a_write_that_fails_leaves_the_old_bytes_and_no_rubbish(tmp_path):
@@ -133,6 +133,26 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
     assert (tmp_path / ".lock").exists()
     with lock_folder(tmp_path):
         pass
+
+
+def test_the_processes_of_one_job_share_a_folder_and_the_last_leaves_no_trace(tmp_path):
+    with share_folder(tmp_path, "job 1"):
+        with share_folder(tmp_path, "job 1"):
+            for other in (share_folder(tmp_path, "job 2", grace=0), lock_folder(tmp_path)):
+                with pytest.raises(FolderTaken, match="another process is writing there; wait"), other:
+                    pass
+        with share_folder(tmp_path, "job 1"):
+            pass
+    assert list(tmp_path.iterdir()) == []
+    with lock_folder(tmp_path), pytest.raises(FolderTaken), share_folder(tmp_path, "job 1", grace=0):
+        pass
+
+
+def test_what_a_killed_job_left_in_the_lock_is_no_hindrance(tmp_path):
+    (tmp_path / ".lock").write_text("a job that was killed")
+    with share_folder(tmp_path, "job 2"):
+        assert (tmp_path / ".lock").read_text() == "job 2"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("inside", ["photos", "photos/run", "photos/a/../b", "elsewhere/to-photos/run"])

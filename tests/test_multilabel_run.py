@@ -207,6 +207,12 @@ def test_the_report_has_a_row_a_class_and_the_worst_by_loss(run, command):
     at = [page.index(f"<bdi>{row['path']}</bdi>") for row in worst]
     assert at == sorted(at)
     assert page.count("data:image/png") == len(worst)
+    assert "Risk against coverage" in page
+    rows = list(csv.DictReader((run / "predictions.csv").open()))
+    for name, curve in result["risk_coverage"].items():
+        wrong = [(name in row["labels"].split("|")) != (name in row["predictions"].split("|")) for row in rows]
+        assert curve["risk"][-1] == pytest.approx(np.mean(wrong), abs=1e-6)
+        assert curve["risk"][len(curve["risk"]) // 2] <= curve["risk"][-1]  # of the surest half fewer are wrong
 
 
 def test_the_report_of_a_run_without_an_evaluation(run, command):

@@ -223,6 +223,16 @@ class Classifier:
         with autocast(self.device, self.precision):
             return self.model(images).float().cpu()
 
+    @torch.inference_mode()
+    def logits_and_embeddings(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """As `logits`, with the vectors (B, F) that the head makes them of, in float32 on the CPU."""
+        model: Any = self.model.eval()
+        images = self.to_input(batch)
+        with autocast(self.device, self.precision):
+            features = model.forward_features(images)
+            logits, vectors = model.forward_head(features), model.forward_head(features, pre_logits=True)
+        return logits.float().cpu(), vectors.flatten(1).float().cpu()
+
     def to_input(self, batch: Tensor) -> Tensor:
         """Prepared images, uint8 (B, in_chans, h, w), as the model's float input on its device."""
         return self.preprocess.normalize(batch.to(self.device, non_blocking=True)).contiguous(
@@ -300,13 +310,18 @@ class Classifier:
         """Predictions of what `prepare` gave, one each, in order."""
         readable = [image for _, image in prepared if isinstance(image, Tensor)]
         rows = iter(self.scores(self.logits(torch.stack(readable))).numpy() if readable else ())
-        for path, image in prepared:
-            yield Prediction(path, error=image) if isinstance(image, str) else answers.of(path, next(rows))
+        return predictions_of(prepared, rows, answers)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities (B, K): of one class an image by softmax, of any number of them by sigmoid."""
         logits = logits / self.temperature
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
+
+
+def predictions_of(prepared: Sequence[Prepared], rows: Iterator[Any], answers: Answers) -> Iterator[Prediction]:
+    """Predictions of what `Classifier.prepare` gave, one each, given the probabilities (K,) of each readable image."""
+    for path, image in prepared:
+        yield Prediction(path, error=image) if isinstance(image, str) else answers.of(path, next(rows))
 
 
 def logit(share: float) -> float:

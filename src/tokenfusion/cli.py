@@ -1,6 +1,5 @@
 """The command `tokenfusion`: typed verbs that import what they need when they are called."""
 
-import io
 import json
 import os
 import shlex
@@ -20,6 +19,7 @@ from tokenfusion.analyze.cli import app as analyze
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import PlainConsole, counted
+from tokenfusion.predict.cli import predict
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 
@@ -128,68 +128,19 @@ def evaluate(
     """
     from tokenfusion.evaluate import evaluate as evaluate_run
     from tokenfusion.evaluate import evaluation_summary
+    from tokenfusion.report import write_risk_coverage
 
     with counting("reading images") as progress:
         result = evaluate_run(run, data, split, progress)
+    drawn = write_risk_coverage(run, result)
     skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])
     lines = [f"{counted(result['n'], 'image')} ({result['split']}){skipped}"]
     lines += [f"  skipped {image['path']}: {image['reason']}" for image in result["unreadable"][:5]]
     lines += evaluation_summary(result)
-    lines.append(f"written to {run / 'evaluation.json'}; next: tokenfusion report {shlex.quote(str(run))}")
+    lines.append(
+        f"written to {run / 'evaluation.json'} and {drawn.name}; next: tokenfusion report {shlex.quote(str(run))}"
+    )
     show(result, as_json, lines=lines)
-
-
-@app.command
-def predict(
-    run: Path,
-    paths: Annotated[list[str], Parameter(name="PATH", allow_leading_hyphen=True)],
-    /,
-    *,
-    topk: int = 5,
-    output: Annotated[Literal["table", "json", "csv"], Parameter(name="--format")] = "table",
-    raw: Annotated[bool, Parameter(negative="")] = False,
-    abstain: float | None = None,
-) -> None:
-    """Classify images. A score says how often such an answer is right: it is calibrated on held-out images.
-
-    Exits with 1 if any image could not be read; the others are classified all the same.
-
-    Example: tokenfusion predict runs/photos new/*.jpg --format json
-
-    Parameters
-    ----------
-    run
-        Folder that `train` wrote, or hf://ORG/NAME@REVISION of a hub.
-    paths
-        Files, folders, globs, or - for a list on standard input, a path a line.
-    topk
-        How many classes to name.
-    output
-        A table to read, a JSON object per image and line, or CSV: path, label, score, label_2, score_2 ..., error.
-    raw
-        Give the model's scores as they are, without the temperature that calibrates them.
-    abstain
-        Largest share of wrong answers, such as 0.02: where the model is too unsure, the label is null.
-    """
-    from tokenfusion.classifier import Classifier
-    from tokenfusion_runtime.files import expand
-    from tokenfusion_runtime.output import print_predictions
-
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
-    for path in paths:
-        if path.startswith("--") and not os.path.lexists(path):
-            raise InputError(f"{path} is no option of predict, and no file; `tokenfusion predict --help` lists them")
-    if raw and abstain is not None:
-        raise InputError("--abstain goes by calibrated scores; leave out --raw")
-    classifier = Classifier.load(run)
-    classifier = classifier.uncalibrated() if raw else classifier
-    topk = min(topk, len(classifier.classes))
-    predictions = classifier.iter_predictions(expand(paths), topk=topk, abstain=abstain)
-    failed = print_predictions(predictions, output, topk=topk, multi_label=classifier.multi_label)
-    if failed:
-        stderr.print(f"{failed} of the images could not be read")
-        sys.exit(1)
 
 
 @app.command
@@ -420,6 +371,7 @@ def profile(
     show(result, as_json, table, notes)
 
 
+app.command(predict)
 app.command(analyze)
 app.command(explain)
 app.command(check)

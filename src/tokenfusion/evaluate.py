@@ -1,6 +1,6 @@
 """How good a trained run is, on images it has not seen."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import compress
 from pathlib import Path
@@ -20,9 +20,10 @@ from tokenfusion.data.open import open_dataset, resolved
 from tokenfusion.data.split import read_split, stratified
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv, write_json
-from tokenfusion.metrics import evaluate_logits, require_finite
+from tokenfusion.metrics import evaluate_logits, require_finite, risk_coverage
 from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, sigmoid_scores, tune_thresholds
 from tokenfusion.recipe import Recipe, load_recipe
+from tokenfusion_runtime.prediction import sureness
 
 
 def evaluate(
@@ -56,7 +57,7 @@ def evaluate(
     if classifier.multi_label:
         chosen = choose_classes(classifier, logits, labels, cross_fit)
         result = evaluate_multilabel(logits, labels, chosen, classifier.classes, classifier.thresholds, len(skipped))
-        result |= {"multi_label": True}
+        result |= {"multi_label": True, "risk_coverage": risk_by_class(classifier, logits, labels, chosen)}
         write_label_sets(run / "predictions.csv", classifier.classes, images.names, labels, chosen, logits)
     else:
         require_finite(logits)
@@ -188,6 +189,19 @@ def choose_classes(classifier: Classifier, logits: Tensor, labels: Tensor, cross
     return cross_fitted(scores, labels.numpy(), fold)
 
 
+def risk_by_class(classifier: Classifier, logits: Tensor, labels: Tensor, chosen: np.ndarray) -> dict[str, Any]:
+    """For each class how many of the answers are wrong if only the surest are given: those far from the threshold.
+
+    Args:
+        classifier: gives temperature, thresholds and names.
+        logits, labels: (N, K).
+        chosen: bool (N, K), the answers.
+    """
+    sure = sureness(sigmoid_scores(logits / classifier.temperature), np.array(classifier.thresholds))
+    columns = zip(classifier.classes, sure.T, (chosen == labels.numpy()).T, strict=True)
+    return {name: risk_coverage(values, right) for name, values, right in columns}
+
+
 def write_predictions(path: Path, classes: Sequence[str], names: Sequence[str], labels: Tensor, scores: Tensor) -> None:
     """Write `path,label,prediction,score` for every image, given probabilities (N, K)."""
     best, predictions = (values.tolist() for values in scores.max(1))
@@ -217,14 +231,15 @@ def evaluation_summary(result: dict[str, Any]) -> list[str]:
 
 
 def scores_in_words(result: dict[str, Any]) -> list[str]:
-    """How good a run is, in two or three lines."""
+    """How good a run is, in three lines."""
     if not result.get("multi_label"):
         low, high = result["top1_ci95"]
         top5 = f", top-5 {result['top5']:.2%}" * (len(result["per_class"]) > 5)
         top1 = f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}){top5}"
         low, high = result["ece_ci95"]
         ece = f"calibration error {result['ece']:.2%} (95 % interval {low:.2%} to {high:.2%})"
-        return [top1, f"loss {result['loss']:.4f}, {ece}, of raw scores {result['ece_raw']:.2%}"]
+        answered = f"if only the surest half were answered, {risk_at(result['risk_coverage'], 0.5):.2%} would be wrong"
+        return [top1, f"loss {result['loss']:.4f}, {ece}, of raw scores {result['ece_raw']:.2%}", answered]
     if result["map"] is None:
         lines = ["none of the images has any of the classes, so that there is no mAP"]
     else:
@@ -236,6 +251,11 @@ def scores_in_words(result: dict[str, Any]) -> list[str]:
     if result["cross_fitted"]:
         lines.append("each half of the images is judged by thresholds that were tuned on the other half")
     return lines
+
+
+def risk_at(curve: Mapping[str, list[float]], coverage: float) -> float:
+    """The share of wrong answers where at least so many of the images are answered."""
+    return next(risk for share, risk in zip(curve["coverage"], curve["risk"], strict=True) if share >= coverage)
 
 
 def calibrated(classifier: Classifier, images: Images, workers: int = 0) -> Classifier:

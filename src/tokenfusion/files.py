@@ -10,9 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from tokenfusion.errors import InputError
+
+
+class FolderTaken(InputError):  # noqa: N818 - says what the folder is
+    """Another process is writing to a folder."""
 
 
 def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
@@ -89,31 +93,22 @@ def lock_folder(folder: Path, wait: Callable[[], object] | None = None, grace: f
         the lock's descriptor, for processes that are to hold it as well.
 
     Raises:
-        InputError: another process writes to the folder, or nobody can.
+        FolderTaken: another process writes to the folder.
+        InputError: nobody can write to it.
     """
     path, refused_from = folder / ".lock", time.monotonic() + grace
     while True:
-        try:
-            file = path.open("w")
-        except OSError as error:
-            raise InputError(f"{folder} cannot be written: {error.strerror}; give another folder") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        file = open_lock(path)
+        if not try_lock(file, fcntl.LOCK_EX):
             if wait is None:
                 file.close()
                 if time.monotonic() < refused_from:
                     time.sleep(0.1)
                     continue
-                raise InputError(
-                    f"{folder}: another process is writing there; wait for its end, or name another folder"
-                ) from error
+                raise taken(folder)
             wait()
             fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise
-        if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
+        if is_at(path, file):
             break
         file.close()  # whoever held it has removed it meanwhile
     try:
@@ -122,6 +117,75 @@ def lock_folder(folder: Path, wait: Callable[[], object] | None = None, grace: f
         with suppress(OSError):  # a folder that cannot be written any more keeps the file; the lock itself ends
             path.unlink()
         file.close()
+
+
+@contextmanager
+def share_folder(folder: Path, job: str, grace: float = 5.0) -> Iterator[None]:
+    """Have a folder together with the other processes of one job, each of which writes other files.
+
+    Args:
+        folder: exists; its file `.lock`, which says whose job holds it, is the lock.
+        job: what the processes of a job have in common, and no other process has.
+        grace: seconds before a folder that is taken is refused: who comes first, or is last, has it alone for a moment.
+
+    Raises:
+        FolderTaken: another job, or a process alone, writes to the folder.
+        InputError: nobody can write to it.
+    """
+    path, refused_from = folder / ".lock", time.monotonic() + grace
+    while True:
+        file = open_lock(path)
+        if try_lock(file, fcntl.LOCK_EX):  # nobody is there
+            file.truncate(0)
+            file.write(job)
+            file.flush()
+        shared = try_lock(file, fcntl.LOCK_SH) and is_at(path, file)
+        file.seek(0)
+        if shared and file.read() == job:
+            break
+        file.close()
+        if shared or time.monotonic() > refused_from:
+            raise taken(folder)
+        time.sleep(0.05)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            if try_lock(file, fcntl.LOCK_EX):  # the last one
+                path.unlink()
+        file.close()
+
+
+def open_lock(path: Path) -> IO[str]:
+    """The file of a lock, made where there is none; InputError where it cannot be."""
+    try:
+        return path.open("a+")
+    except OSError as error:
+        raise InputError(f"{path.parent} cannot be written: {error.strerror}; give another folder") from error
+
+
+def try_lock(file: IO[str], kind: int) -> bool:
+    """Lock a file, LOCK_EX or LOCK_SH, unless others are in the way; a file system without locks lets all in."""
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    return True
+
+
+def is_at(path: Path, file: IO[str]) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def taken(folder: Path) -> FolderTaken:
+    return FolderTaken(f"{folder}: another process is writing there; wait for its end, or name another folder")
 
 
 def refuse_inside(folder: Path, data: str) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from tokenfusion.errors import InputError
 from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, dump_recipe
-from tokenfusion.report import write_report
+from tokenfusion.report import write_report, write_risk_coverage
 from tokenfusion.report.run import MAX_MISTAKES, draw_heatmap
 
 SCRIPT = "<script>alert(1)</script>"
@@ -246,6 +246,27 @@ def test_cost_skipped_images_and_recipe(run: Path) -> None:
         ["c.png", "cat", "train", "truncated at 120 of 4,096 bytes"],
     ]
     assert (run / "recipe.toml").read_text().strip() in page.text["recipe"]
+
+
+def test_risk_against_coverage_is_drawn_where_it_was_measured(run: Path) -> None:
+    assert "risk" not in Page(run).text
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["risk_coverage"] = {"coverage": [0.5, 1.0], "risk": [0.0, 0.25], "area": 0.1}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    page = Page(run)
+    assert "abstain 0.02" in page.text["risk"]
+    assert any("wrong answers against" in label for label in page.attributes("aria-label"))
+    drawn = write_risk_coverage(run, evaluation).read_text()
+    assert drawn.startswith("<svg xmlns")
+    assert "Wrong answers (%)" in drawn
+
+
+def test_of_many_classes_the_riskiest_are_drawn_and_any_name_is_shown_as_it_is(run: Path) -> None:
+    names = ["_hidden", "$x$", "<b>", *(f"class {n}" for n in range(9))]
+    curves = {n: {"coverage": [1.0], "risk": [0.1], "area": 0.9 - k / 20} for k, n in enumerate(names)}
+    drawn = write_risk_coverage(run, {"multi_label": True, "risk_coverage": curves}).read_text()
+    shown = [name for name in ("_hidden", "$x$", "&lt;b&gt;", *names[3:]) if f" {name}</text>" in drawn]
+    assert shown == ["_hidden", "$x$", "&lt;b&gt;", *names[3:8]]
 
 
 def test_without_an_evaluation_it_says_how_to_make_one(run: Path) -> None:

@@ -169,8 +169,8 @@ def columns_by_content(table: Table) -> Columns:
 
     A column that numbers the rows, as in MXNet's lists, is left.
     """
-    cells = {name: [str(row.get(name) or "").strip() for _, row in table.rows] for name in table.columns}
-    paths = [name for name, values in cells.items() if sum(is_image(v) or "://" in v for v in values) > len(values) / 2]
+    cells = cells_of(table)
+    paths = columns_of_paths(cells)
     splits = [name for name, values in cells.items() if values and all(map(split_named, values))]
     rest = [name for name in table.columns if name not in paths and name not in splits]
     if len(rest) > 1:
@@ -184,6 +184,34 @@ def columns_by_content(table: Table) -> Columns:
         )
     left = tuple(name for name in table.columns if name not in (*paths, *splits, *rest))
     return Columns(paths[0], rest[0], split=splits[0] if splits else "", left=left)
+
+
+def path_column(table: Table, given: str) -> str:
+    """The column of a list that names the images, whatever else it has.
+
+    Args:
+        table: the list.
+        given: by `--path-column`; "" to find it by its name or, without a header, by its content.
+
+    Raises:
+        InputError: there is none, or several might be.
+    """
+    if table.header or given:
+        names = [name for name in table.columns if name]
+        return asked(table.where, names, given, "--path-column") or only(
+            table.where, names, choose(names, "path"), "path", "--path-column"
+        )
+    return only(table.where, table.columns, columns_of_paths(cells_of(table)), "path", "--path-column")
+
+
+def cells_of(table: Table) -> dict[str, list[str]]:
+    """The texts in each column."""
+    return {name: [str(row.get(name) or "").strip() for _, row in table.rows] for name in table.columns}
+
+
+def columns_of_paths(cells: Mapping[str, Sequence[str]]) -> list[str]:
+    """The columns most of whose cells end as an image's name does, or are URLs."""
+    return [name for name, values in cells.items() if sum(is_image(v) or "://" in v for v in values) > len(values) / 2]
 
 
 def refuse_misspelt(where: str, names: Sequence[str], roles: Mapping[str, str]) -> None:

@@ -2,13 +2,14 @@
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
+from tokenfusion.formatting import spelled_out
 from tokenfusion.metrics import Bins
 
 if TYPE_CHECKING:
@@ -147,6 +148,28 @@ def plot_reliability(bins: Bins) -> Markup:
         lower.set(xlabel="confidence of the prediction", title="Images")
         lower.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         return to_svg(figure, "reliability", "Reliability diagram: accuracy against confidence")
+
+
+def plot_risk_coverage(curves: Mapping[str, Mapping[str, Any]]) -> Markup:
+    """The share of wrong answers against the share of images that are answered, the surest first.
+
+    Args:
+        curves: what `metrics.risk_coverage` gives, by class; by "" alone where an image has one class. Of many classes
+            those with the largest area are drawn.
+    """
+    worst = sorted(curves, key=lambda name: -curves[name]["area"])[: len(SERIES)]
+    with drawing(4.8, 3.2) as (figure, axes):
+        for name, colour in zip(worst, SERIES, strict=False):
+            coverage, risk = ([100 * value for value in curves[name][key]] for key in ("coverage", "risk"))
+            axes.plot(coverage, risk, color=colour, label=f" {spelled_out(name)}")  # one that begins with _ were hidden
+        axes.set(xlim=(0, 100), title="Wrong answers (%)", xlabel="answered, the surest first (%)")
+        axes.set_ylim(bottom=0)
+        if "" not in curves:
+            for text in axes.legend().get_texts():
+                text.set_parse_math(False)
+        return to_svg(
+            figure, "risk-coverage", "Risk against coverage: wrong answers against the share that is answered"
+        )
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from tokenfusion.checkpoint import weights_in_words
 from tokenfusion.data.dataset import printable
+from tokenfusion.files import write_text
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.report.page import MAX_MISTAKES, Thumbnails, percent, picture, pictures_of, write_page
@@ -43,7 +44,7 @@ def write_report(run: Path, thumbnails: Thumbnails | None = None) -> Path:
 
 def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any]:
     """What the templates `report.html` and, of multi-label runs, `multilabel.html` name."""
-    from tokenfusion.report.plots import plot_curves, plot_lr_range, plot_reliability
+    from tokenfusion.report.plots import plot_curves, plot_lr_range, plot_reliability, plot_risk_coverage
 
     evaluation, multi_label = results.evaluation, results.model["multi_label"]
     values: dict[str, Any] = {
@@ -58,6 +59,7 @@ def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any
     if evaluation is None:
         return values
     values["judged_on"] = judged_on(results.recipe.data, evaluation)
+    values["risk_coverage"] = (curves := risk_curves(evaluation)) and plot_risk_coverage(curves)
     if multi_label:
         wrong = [row for row in results.label_sets if row.labels != row.predictions]
         return values | {"wrong": len(wrong), "mistakes": worst_by_loss(wrong, thumbnails)}
@@ -70,6 +72,28 @@ def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any
         "wrong": correct.count(False),
         "mistakes": show_mistakes(results, thumbnails),
     }
+
+
+def write_risk_coverage(run: Path, evaluation: dict[str, Any]) -> Path:
+    """Draw risk against coverage into `risk_coverage.svg`, whole or not at all; its path.
+
+    Args:
+        run: a run folder.
+        evaluation: what `evaluation.json` holds.
+    """
+    from tokenfusion.report.plots import plot_risk_coverage, standalone
+
+    path = run / "risk_coverage.svg"
+    write_text(path, standalone(plot_risk_coverage(risk_curves(evaluation))))
+    return path
+
+
+def risk_curves(evaluation: dict[str, Any]) -> dict[str, Any]:
+    """Risk against coverage by class, of images of one class under ""; nothing where an older version judged."""
+    found = evaluation.get("risk_coverage", {})
+    if evaluation.get("multi_label"):
+        return dict(zip(headings([*found]), found.values(), strict=True))
+    return {"": found} if found else {}
 
 
 def run_summary(results: Results) -> str:

@@ -1,0 +1,98 @@
+"""Images per second of `tokenfusion predict --out` against the model alone, at 224 px.
+
+    python benchmarks/predict.py ../shared/data/imagenette-224.tar --out benchmarks/results/predict.json
+
+`alone`: the model on batches that are decoded, resized and stacked beforehand. `predict`: the same images from their
+files into Parquet, decoded, resized and written as a user has it; what happens before the first batch comes out
+(loading the model, finding the images) is left out. Both take turns. The weights are random, which changes no time.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from common import environment
+from tokenfusion import Classifier
+from tokenfusion.classifier import batched
+from tokenfusion.data.unlabelled import find_parts
+from tokenfusion.files import write_json
+from tokenfusion.predict.many import predict_many, prepare
+
+MODELS = ("tokenfusion_layerwise_tiny", "tokenfusion_early_small", "resnet50")
+
+
+def prepared(classifier: Classifier, data: str, batch_size: int, most: int) -> list[Tensor]:
+    """Batches of images as the model is given them, as many as fit into memory."""
+    images = (prepare(classifier, image)[1] for part in find_parts([data], most) for image in part.images())
+    readable = islice((image for image in images if isinstance(image, Tensor)), most)
+    return [torch.stack(batch) for batch in batched(readable, batch_size)]
+
+
+def alone(classifier: Classifier, batches: list[Tensor]) -> float:
+    """Images per second of the model."""
+    classifier.logits(batches[0])
+    start = time.perf_counter()
+    for batch in batches:
+        classifier.logits(batch)
+    return sum(map(len, batches)) / (time.perf_counter() - start)
+
+
+def whole(run: Path, data: str, batch_size: int, workers: int | None) -> float:
+    """Images per second of `predict --out`, from its first batch to its last."""
+    times: list[tuple[int, float]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        predict_many(
+            run,
+            [data],
+            Path(folder) / "out",
+            batch_size=batch_size,
+            workers=workers,
+            progress=lambda _done, _parts, images: times.append((images, time.perf_counter())),
+        )
+    (first, start), (last, end) = times[0], times[-1]
+    return (last - first) / (end - start)
+
+
+def measure(models: list[str], data: str, given: argparse.Namespace) -> Iterator[dict]:
+    """A row a model."""
+    for name in models:
+        classifier = Classifier.create(name, [str(number) for number in range(10)], img_size=(224, 224))
+        batches = prepared(classifier, data, given.batch_size, given.in_memory)
+        rates: dict[str, list[float]] = {"alone": [], "predict": []}
+        with tempfile.TemporaryDirectory() as folder:
+            classifier.save_description(Path(folder))
+            classifier.save_weights(Path(folder))
+            for _ in range(given.repetitions):
+                rates["alone"].append(alone(classifier, batches))
+                rates["predict"].append(whole(Path(folder), data, given.batch_size, given.workers))
+        share = statistics.median(p / a for a, p in zip(rates["alone"], rates["predict"], strict=True))
+        yield {"model": name, "share": share} | {way: statistics.median(values) for way, values in rates.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", help="images, as `predict` takes them")
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, help="threads that decode; one a core when not given")
+    parser.add_argument("--in-memory", type=int, default=512, help="images that the model alone is measured on")
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "predict.json")
+    given = parser.parse_args()
+    settings = {"batch_size": given.batch_size, "workers": given.workers, "repetitions": given.repetitions}
+    before, rows = environment(), []
+    for row in measure(given.models, given.data, given):
+        rows.append(row)
+        print(f"{row['model']}: {row['alone']:.1f} images/s alone, {row['predict']:.1f} by predict: {row['share']:.1%}")
+        write_json(given.out, before | settings | {"data": Path(given.data).name, "models": rows})
+
+
+if __name__ == "__main__":
+    main()

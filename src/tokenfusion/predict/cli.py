@@ -1,0 +1,143 @@
+"""The verb `predict`; like the others it imports what it needs when it is called."""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from tokenfusion.errors import InputError
+from tokenfusion.recipe import Reading
+
+Flag = Parameter(negative="")
+
+
+def predict(
+    run: Path,
+    sources: Annotated[list[str], Parameter(name="SOURCE", allow_leading_hyphen=True)],
+    /,
+    *,
+    topk: int = 5,
+    output: Annotated[Literal["table", "json", "csv"], Parameter(name="--format")] = "table",
+    raw: Annotated[bool, Flag] = False,
+    abstain: float | None = None,
+    out: Path | None = None,
+    embeddings: Annotated[bool, Flag] = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    images_per_part: int | None = None,
+    root: str | None = None,
+    path_column: str | None = None,
+    image_column: str | None = None,
+) -> None:
+    """Classify images. A score says how often such an answer is right: it is calibrated on held-out images.
+
+    Without --out it exits with 1 if any image could not be read; the others are classified all the same.
+
+    Example: tokenfusion predict runs/photos new/*.jpg --format json
+
+    Parameters
+    ----------
+    run
+        Folder that `train` wrote, or hf://ORG/NAME@REVISION of a hub.
+    sources
+        Files, folders, globs, or - for a list on standard input, a path a line; with --out also lists, Parquet files,
+        tars, and shards by pattern or URL.
+    topk
+        How many classes to name.
+    output
+        A table to read, a JSON object per image and line, or CSV: path, label, score, label_2, score_2 ..., error.
+    raw
+        Give the model's scores as they are, without the temperature that calibrates them.
+    abstain
+        Largest share of wrong answers, such as 0.02: where the model is too unsure, the label is null.
+    out
+        Folder for a Parquet file a shard and _manifest.json, in place of printing; what is there is gone on with.
+    embeddings
+        With --out, add the vector that the head reads.
+    batch_size
+        With --out, images in the model at once; 64 when not given.
+    workers
+        With --out, threads that decode; one a core when not given.
+    images_per_part
+        With --out, images of a Parquet file where they lie in no shard; 10000 when not given.
+    root
+        With --out, folder that the paths in a list start at; the list's own when not given.
+    path_column
+        With --out, column of a list that names the image files, where its name is none of the usual ones.
+    image_column
+        With --out, column of Parquet that holds the images, where several might.
+    """
+    for word in sources:
+        if word.startswith("--") and not os.path.lexists(word):
+            raise InputError(f"{word} is no option of predict, and no file; `tokenfusion predict --help` lists them")
+    if raw and abstain is not None:
+        raise InputError("--abstain goes by calibrated scores; leave out --raw")
+    reading = {"root": root, "path_column": path_column, "image_column": image_column}
+    counts = {"batch_size": batch_size, "workers": workers, "images_per_part": images_per_part}
+    if out is None:
+        given = [name for name, value in {"embeddings": embeddings, **counts, **reading}.items() if value]
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} is for many images; give --out DIR too")
+        print_images(run, sources, topk, output, raw, abstain)
+        return
+    if output != "table":
+        raise InputError(f"--format {output} is printed, and --out writes Parquet; give one of them")
+    from tokenfusion.formatting import counted
+    from tokenfusion.predict.many import predict_many
+
+    options = {name: value for name, value in counts.items() if value is not None}
+    understood = Reading(**{name: value for name, value in reading.items() if value is not None})
+    with show_progress() as progress:
+        found = predict_many(
+            run,
+            sources,
+            out,
+            topk=topk,
+            abstain=abstain,
+            raw=raw,
+            embeddings=embeddings,
+            reading=understood,
+            progress=progress,
+            **options,
+        )
+    errors = f", of which {found['errors']:,} could not be read" * bool(found["errors"])
+    print(f"{counted(found['images'], 'image')}{errors}, in {counted(len(found['parts']), 'part')} in {out}")
+    if found["waiting"]:
+        print(f"{counted(found['waiting'], 'part')} are left to other processes")
+
+
+def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool, abstain: float | None) -> None:
+    """Print what a run says of images; exits with 1 if any could not be read."""
+    from tokenfusion.classifier import Classifier
+    from tokenfusion_runtime.files import expand
+    from tokenfusion_runtime.output import print_predictions
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
+    classifier = Classifier.load(run)
+    classifier = classifier.uncalibrated() if raw else classifier
+    topk = min(topk, len(classifier.classes))
+    predictions = classifier.iter_predictions(expand(paths), topk=topk, abstain=abstain)
+    failed = print_predictions(predictions, output, topk=topk, multi_label=classifier.multi_label)
+    if failed:
+        print(f"{failed} of the images could not be read", file=sys.stderr)
+        sys.exit(1)
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[int, int, int], None]]:
+    """A bar on a terminal; gives what to call with parts done, parts in all, and images done."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    errors = Console(stderr=True)
+    with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
+        task = bar.add_task("predicting", total=None)
+        yield lambda done, parts, images: bar.update(
+            task, completed=done, total=parts, description=f"{images:,} images"
+        )

@@ -1,0 +1,92 @@
+"""A part's predictions as a Parquet file, whose metadata says by which model and how they were made."""
+
+import json
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tokenfusion.files import write_atomic
+from tokenfusion_runtime.prediction import Prediction
+
+KEY = b"tokenfusion"
+ROWS = 4096
+"""Of a row group, and so the most that wait in memory."""
+SCORES = pa.list_(pa.struct([("label", pa.string()), ("score", pa.float32())]))
+Row = tuple[Prediction, np.ndarray | None]
+"""What is said of an image, and its embedding (F,), None where it has none."""
+
+
+def schema_of(*, multi_label: bool, abstains: bool, embeddings: bool) -> pa.Schema:
+    """The columns: `path, label, score, topk, error`, of multi-label models `labels` in place of label and score."""
+    said = [("labels", SCORES)] if multi_label else [("label", pa.string()), ("score", pa.float32())]
+    said += [("unsure", pa.list_(pa.string()))] * (multi_label and abstains)
+    vector = [("embedding", pa.list_(pa.float32()))] * embeddings
+    return pa.schema([("path", pa.string()), *said, ("topk", SCORES), ("error", pa.string()), *vector])
+
+
+def write_table(
+    path: Path, schema: pa.Schema, batches: Iterable[Sequence[Row]], facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write predictions, whole or not at all, a row group in memory at a time.
+
+    Args:
+        path: of the file.
+        schema: as `schema_of` gives it.
+        batches: the rows.
+        facts: what the metadata says of them.
+
+    Returns:
+        The facts, with the numbers of `images` and, among these, `errors`.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    counts = {"images": 0, "errors": 0}
+
+    def write(temporary: Path) -> None:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            waiting: list[Row] = []
+            for batch in chain(batches, [None]):
+                waiting += batch or ()
+                while len(waiting) >= ROWS or (waiting and batch is None):
+                    writer.write_table(as_table(waiting[:ROWS], schema))
+                    del waiting[:ROWS]
+                counts["images"] += len(batch or ())
+                counts["errors"] += sum(bool(prediction.error) for prediction, _ in batch or ())
+            writer.add_key_value_metadata({KEY: json.dumps(facts | counts, ensure_ascii=False).encode()})
+
+    write_atomic(path, write)
+    return facts | counts
+
+
+def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
+    """Rows as columns; what an image has not is null."""
+    columns = {name: [value_of(name, *row) for row in rows] for name in schema.names}
+    return pa.table(columns, schema)
+
+
+def value_of(name: str, prediction: Prediction, embedding: np.ndarray | None) -> Any:
+    """What stands in a column."""
+    if name in ("path", "error"):
+        return getattr(prediction, name) or None
+    if prediction.error:
+        return None
+    if name == "embedding":
+        return embedding
+    if name in ("topk", "labels"):
+        return [{"label": label, "score": score} for label, score in getattr(prediction, name)]
+    return getattr(prediction, name) if name != "label" else prediction.label or None
+
+
+def read_facts(path: Path) -> dict[str, Any] | None:
+    """What a file's metadata says of its predictions; None where there is no such file, or it is not whole."""
+    try:
+        facts: dict[str, Any] = json.loads(pq.read_metadata(path).metadata[KEY])
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError):
+        return None
+    return facts
