@@ -6,7 +6,7 @@ All ways of a model take turns in one run; what is compared are ratios within it
 at probabilities. The peers: the papers' public code, transcribed in `yardsticks.py`, timm's own CrossViT, a DeiT of
 timm's for the Token Fusion presets (whose cost stands beside), and a pair's two parents, one after the other. Weights
 are random, which changes no speed; int8 is calibrated on a few made-up images, so that its accuracy is the business of
-the gate (`tokenfusion export`), not of this program. `peak` is the fastest product of two square matrices in the same run.
+the gate (`tokenfusion export`), not of this program. `peak` is the fastest product of two square matrices in this run.
 """
 
 import argparse
