@@ -152,8 +152,7 @@ def test_classes_travel_with_the_model(classifier):
 
 def test_grayscale_models(tmp_path):
     classifier = Classifier.create("tokenfusion_late_micro", ["a", "b"], in_chans=1, img_size=(16, 24))
-    classifier.save_description(tmp_path)
-    classifier.save_weights(tmp_path)
+    classifier.save(tmp_path)
     loaded = Classifier.load(tmp_path)
     assert loaded.preprocess.in_chans == 1
     assert loaded.predict(picture())[0].topk == classifier.predict(picture())[0].topk

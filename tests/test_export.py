@@ -244,7 +244,10 @@ def test_a_folder_that_exists_and_two_exports_at_once_are_refused(trained, tmp_p
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="exists"):
         artefact.export(trained, tmp_path / "out", format="pt2")
-    with artefact.new_folder(tmp_path / "new"), pytest.raises(InputError, match="another export is writing"):
+    with (
+        artefact.new_folder(tmp_path / "new"),
+        pytest.raises(InputError, match="new: another process is writing there"),
+    ):
         artefact.export(trained, tmp_path / "new", format="pt2")
 
 

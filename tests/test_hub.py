@@ -42,8 +42,7 @@ def untrained(folder, name, classes=("cat", "dog", "owl"), **arguments):
     folder.mkdir()
     torch.manual_seed(0)
     classifier = Classifier.create(name, classes, device=torch.device("cpu"), precision="fp32", **arguments)
-    classifier.save_description(folder)
-    classifier.save_weights(folder)
+    classifier.save(folder)
     (folder / "recipe.toml").write_text('data = "/home/somebody/secret/photos"\nepochs = 3\n')
     return folder
 

@@ -13,7 +13,14 @@ from sklearn import metrics as oracle
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from tokenfusion.errors import InputError
-from tokenfusion.metrics import TEMPERATURE_BOUNDS, evaluate_logits, fit_temperature, reliability, wilson_interval
+from tokenfusion.metrics import (
+    TEMPERATURE_BOUNDS,
+    bootstrap_ece,
+    evaluate_logits,
+    fit_temperature,
+    reliability,
+    wilson_interval,
+)
 
 KEYS = [
     *("n", "top1", "top5", "top1_ci95", "loss", "ece", "ece_ci95", "ece_raw", "risk_coverage"),
@@ -169,6 +176,16 @@ def test_wilson_ends() -> None:
     assert wilson_interval(10, 10)[0] == pytest.approx(10 / (10 + 1.959964**2))
     with pytest.raises(ValueError, match="successes=8 is not between 0 and n=7"):
         wilson_interval(8, 7)
+
+
+def test_the_interval_of_a_calibration_error_has_a_width_where_all_are_right_or_all_wrong() -> None:
+    # 12 of 12 right at a confidence of 1: the accuracy may be Wilson's 12 / (12 + z**2), and the gap as large
+    low, high = bootstrap_ece([1.0] * 12, [True] * 12)
+    assert (low, high) == (0.0, pytest.approx(1 - 12 / (12 + 1.959964**2)))
+    low, high = bootstrap_ece([0.9] * 12, [False] * 12)
+    assert (low, high) == (pytest.approx(0.9 - 1.959964**2 / (12 + 1.959964**2)), pytest.approx(0.9))
+    low, high = bootstrap_ece([0.9] * 12, [True] * 12)  # within what the accuracy may be
+    assert (low, high) == (0.0, pytest.approx(0.9 - 12 / (12 + 1.959964**2)))
 
 
 def test_refusals_say_what_and_what_to_do() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from sklearn import metrics as oracle
 
 from tokenfusion.errors import InputError
+from tokenfusion.metrics import wilson_interval
 from tokenfusion.multilabel import (
     average_precision,
     average_precisions,
@@ -131,6 +132,11 @@ def test_the_interval_holds_the_map_and_narrows_with_the_root_of_the_images() ->
         widths.append(high - low)
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.4)
     assert bootstrap_map(np.zeros((3, 2)), np.zeros((3, 2), dtype=bool)) is None
+
+
+def test_a_perfect_ranking_of_few_images_is_no_certainty() -> None:
+    labels = np.array([[True, False], [False, True]] * 6)
+    assert bootstrap_map(labels.astype(float), labels) == list(wilson_interval(12, 12))
 
 
 def test_logits_that_are_not_finite_are_refused() -> None:

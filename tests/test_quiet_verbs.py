@@ -28,8 +28,7 @@ def run_and_image(request, tmp_path):
     run.mkdir()
     data = str(tmp_path / "data")
     classifier = Classifier.create("tokenfusion_early_micro", open_dataset(data).classes, img_size=(32, 32))
-    classifier.save_description(run)
-    classifier.save_weights(run)
+    classifier.save(run)
     (run / "recipe.toml").write_text(dump_recipe(Recipe(data=data, model=classifier.name, img_size=(32, 32))))
     (run / "metrics.jsonl").write_text(json.dumps(EPOCH | {"epoch": 1}) + "\n")
     return run, path

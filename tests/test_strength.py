@@ -25,8 +25,7 @@ from tokenfusion import Classifier, InputError, train
 from tokenfusion.checkpoint import load_tensors, save_tensors
 from tokenfusion.data.decode import UnreadableImage, decode_image
 from tokenfusion.data.open import open_dataset
-from tokenfusion.data.table import LONGEST_LINE
-from tokenfusion.options import data_first
+from tokenfusion.data.split import choose_split, never_held_out
 from tokenfusion.training import Interrupted
 from tokenfusion.training.state import fault_of, read_progress
 from tokenfusion_runtime.image import MAX_SIDE
@@ -143,16 +142,35 @@ def test_damaged_data_is_read_or_refused(tmp_path, ending):
             continue
 
 
-def test_one_huge_line_and_one_huge_member_are_refused_by_name(tmp_path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"path": "a.png", "label": "x" * LONGEST_LINE}))
-    with pytest.raises(InputError, match=r"line 1: more than 1,048,576 characters") as refused:
-        open_dataset(str(tmp_path / "a.jsonl"))
-    assert len(str(refused.value)) < 500
+def test_one_huge_member_is_refused_by_name(tmp_path):
     header = tarfile.TarInfo("a/bomb.png")
     header.size = 10**9
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(header.tobuf() + bytes(4096)))
     with pytest.raises(InputError, match=r"a/bomb.png has 1,000,000,000 bytes"):
         open_dataset(str(tmp_path / "a.tar.gz"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME])
+@pytest.mark.parametrize("ending", [".tar", ".tar.gz"])
+def test_a_name_that_would_fill_the_memory_is_refused_before_it_is_read(tmp_path, kind, ending):
+    header = tarfile.TarInfo("a/1.png")
+    header.type, header.size = kind, 8 * 10**9
+    data = header.tobuf() + bytes(4096)
+    (tmp_path / f"a{ending}").write_bytes(gzip.compress(data) if ending.endswith("gz") else data)
+    with pytest.raises(InputError, match="a header of 8,000,000,000 bytes"):
+        open_dataset(str(tmp_path / f"a{ending}"))
+
+
+@pytest.mark.parametrize(("name", "said"), [
+    ("a.jsonl", "line 2: more than 1,048,576 bytes"), ("a.csv", "line 2: more than 1,048,576 bytes"),
+    ("a.tsv", "line 2: more than 1,048,576 bytes"), ("a.json", "bytes, more than 268,435,456 of one JSON"),
+])  # fmt: skip
+def test_a_line_or_value_larger_than_the_memory_is_refused_before_it_is_read(tmp_path, name, said):
+    with (tmp_path / name).open("wb") as file:
+        file.write(b"path,label\n")
+        file.truncate(2**38)  # of which nothing is on the disk
+    with pytest.raises(InputError, match=said):
+        open_dataset(str(tmp_path / name))
 
 
 def flip_bits(path, count):
@@ -171,6 +189,18 @@ def test_weights_with_flipped_bits_are_refused(run):
     flip_bits(run / "state" / "last.safetensors", 1)
     with pytest.raises(InputError, match="damaged: its tensors are not those"):
         load_tensors(run / "state" / "last.safetensors")
+
+
+def test_weights_of_another_run_beside_a_description_are_refused(run, command, digit):
+    described = json.loads((run / "model.json").read_text())
+    tensors, _ = load_tensors(run / "model.safetensors", described["weights"])
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    save_tensors(run / "model.safetensors", tensors | {name: tensors[name] + 1})  # whole, and not this run's
+    status, _, errors = command("predict", run, digit)
+    assert status == 2
+    assert "holds other weights than the model.json beside it" in errors
+    (run / "model.json").write_text(json.dumps({k: v for k, v in described.items() if k != "weights"}))
+    Classifier.load(run)  # an older run's description names none
 
 
 def test_every_type_has_a_checksum_and_files_without_one_are_read(tmp_path):
@@ -260,21 +290,6 @@ def test_bytes_are_images_and_other_things_are_one_kind_of_error(trained):
     assert "damaged" in classifier.predict(b"no image \x89PNG")[0].error or classifier.predict(b"no")[0].error
 
 
-def test_an_option_of_several_values_does_not_swallow_the_data():
-    assert data_first(["train", "--img-size", "32", "photos", "--out", "r"]) == [
-        "train",
-        "photos",
-        "--img-size",
-        "32",
-        "--out",
-        "r",
-    ]
-    assert data_first(["train", "--img-size", "32", "24", "photos"]) == ["train", "photos", "--img-size", "32", "24"]
-    assert data_first(["train", "--loggers", "mlflow", "photos"]) == ["train", "photos", "--loggers", "mlflow"]
-    for unchanged in ("train photos --img-size 32 24", "train photos --img-size big", "predict r -"):
-        assert data_first(unchanged.split()) == unchanged.split()
-
-
 def test_patience_says_that_it_stopped_early(tmp_path, command):
     words = "--model vit_micro --img-size 8 --epochs 30 --patience 1 --lr 1e-9 --ema 0 --batch-size 512"
     status, output, _ = command("train", "digits", *words.split(), "--out", tmp_path / "run")
@@ -320,36 +335,42 @@ def test_a_classifier_answers_after_a_fork(trained):
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code, trained], check=False).returncode == 7
 
 
-def test_classes_of_one_image_are_named_at_once_or_trained_on(tmp_path):
-    from tokenfusion.data.split import choose_split, never_held_out
-
-    for name, count in (("a", 4), ("rare", 1), ("rarer", 1)):
+@pytest.fixture
+def rare(tmp_path):
+    """Two classes of several images, and two of one."""
+    for name, count in (("a", 8), ("b", 8), ("rare", 1), ("rarer", 1)):
         for index in range(count):
-            path = tmp_path / name / f"{index}.png"
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(image_bytes())
-    data = open_dataset(str(tmp_path))
-    with pytest.raises(InputError, match=r"'rare' has 1 .*so do 1 more: 'rarer'.*--rare-classes train"):
+            path = tmp_path / "photos" / name / f"{index}.png"
+            path.parent.mkdir(exist_ok=True, parents=True)
+            noise = np.random.default_rng([len(name), ord(name[0]), index]).integers(0, 256, (9, 8, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
+    return tmp_path / "photos"
+
+
+def test_classes_of_one_image_are_named_at_once_or_trained_on(rare):
+    data = open_dataset(str(rare))
+    with pytest.raises(InputError, match=r"'rare' has 1 .*so do 1 more: 'rarer'.*--rare-classes train.*drop"):
         choose_split(data, 0.2, 0)
     split = choose_split(data, 0.2, 0, "train")
-    assert sorted([*split.train, *split.val]) == list(range(6))
-    assert data.labels[split.val].tolist() == [0]
+    assert sorted([*split.train, *split.val]) == list(range(18))
+    assert set(data.labels[split.val]) == {0, 1}
     assert never_held_out(data, split).endswith("'rare', 'rarer'")
 
 
-def test_headings_of_long_names_stay_different():
-    from tokenfusion.report.run import headings
-
-    names = [
-        "Tomato___Late_blight_severe",
-        "Tomato___Late_blight_mild!",
-        "cat",
-        *["x" * 40 + c + "y" * 20 for c in "ab"],
-    ]
-    short = headings(names)
-    assert len(set(short)) == len(names)
-    assert max(map(len, short)) <= 26
-    assert short[2] == "cat"
+def test_classes_of_one_image_are_dropped_by_name_for_training_evaluation_and_check(rare, tmp_path, command):
+    run, words = tmp_path / "run", ("--model", "vit_micro", "--img-size", 8, "--epochs", 1, "--rare-classes", "drop")
+    status, output, _ = command("train", rare, *words, "--out", run)
+    assert status == 0
+    assert "dropped, for a single image cannot be held out too: 'rare', 'rarer'" in output
+    assert json.loads((run / "model.json").read_text())["classes"] == ["a", "b"]
+    assert command("evaluate", run)[0] == 0
+    status, output, _ = command("check", rare, "--rare-classes", "drop", "--out", tmp_path / "check")
+    assert status == 0
+    assert "'rare', 'rarer'" in output
+    assert "to be mended first" not in output
+    status, _, errors = command("evaluate", run, shutil.copytree(rare, tmp_path / "others"))  # other data keeps its own
+    assert status == 2
+    assert "classes that the model does not know: 'rare', 'rarer'" in errors
 
 
 def test_rows_are_printed_as_they_are_known(capsys):
@@ -363,3 +384,71 @@ def test_rows_are_printed_as_they_are_known(capsys):
 
     assert print_predictions(slowly(), "table", topk=2) == 1
     assert capsys.readouterr().out.split(maxsplit=1)[1].strip() == "error: gone"
+
+
+def test_predict_shows_progress_on_a_terminal_and_rows_where_they_belong(trained, digit, command, monkeypatch):
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    status, output, errors = command("predict", trained, digit, digit, "--format", "json")
+    assert status == 0
+    assert [json.loads(line)["path"] for line in output.splitlines()] == [str(digit)] * 2
+    assert "100%" in errors
+    assert str(digit) not in errors
+
+
+def test_a_label_that_is_a_whole_text_is_refused_and_not_printed_in_full(tmp_path, command):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    image = {"bytes": image_bytes(), "path": "1.png"}
+    table = pa.table({"image": [image] * 4, "label": ["a", "b", "a", "x" * 10**8]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = [{"path": f"{label[0]}.png", "label": label} for label in ("a", "y" * 10**7)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name, said in (("a.parquet", "(100,000,000 characters)"), ("a.json", "(10,000,000 characters)")):
+        status, output, errors = command("check", tmp_path / name, "--out", tmp_path / "check")
+        assert status == 2
+        assert said in errors
+        assert "is no name of a class; give one of up to 1000 characters" in errors
+        assert len(output + errors) < 1000
+
+
+def test_an_error_is_never_longer_than_a_person_reads(command, tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"path": "p" * 900_000, "label": "a"}))
+    status, output, errors = command("check", tmp_path / "a.jsonl", "--out", tmp_path / "check")
+    assert status == 2
+    assert len(output + errors) < 25_000
+
+
+PEAK = """
+import io, resource, sys, zlib, struct
+from tokenfusion.data import decode
+from tokenfusion.data.decode import decode_ahead, decode_image
+from tokenfusion.report.pictures import shrink
+def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+width, height = 5000, 5000
+rows = (b"\\0" + b"\\x7f" * width) * height
+png = b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+png += chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
+del rows
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+decode.THREADS = 4
+decoded = decode_ahead([png] * 4, lambda one: shrink(decode_image(one, max_pixels=10**8), 48))
+assert [image.shape for _, image in decoded] == [(3, 48, 48)] * 4
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (width * height))
+"""
+
+
+def test_large_images_are_decoded_one_at_a_time():
+    """Four of 25 million pixels would take forty bytes a pixel together."""
+    ended = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    assert float(ended.stdout) < 20
+
+
+def test_an_image_of_one_huge_side_is_reported_and_the_check_up_goes_on(rare, tmp_path, command):
+    (rare / "a" / "line.png").write_bytes(png(1, 100_000_000, b""))
+    (rare / "a" / "thin.png").write_bytes(png(MAX_SIDE, 2, (b"\0" + b"\x7f" * 3 * MAX_SIDE) * 2))
+    assert command("check", rare, "--out", tmp_path / "check")[0] == 0
+    found = json.loads((tmp_path / "check" / "check.json").read_text())
+    assert [image["path"] for image in found["unreadable"]] == ["a/line.png"]
+    assert "has a side that is not 1 to 65536 pixels" in found["unreadable"][0]["reason"]
+    assert found["images"] == 20

@@ -34,13 +34,14 @@ DESCRIPTION: dict[str, type] = {
     "temperature": float,
     "surest_errors": list,
     "began_with": list,
+    "weights": str,
 }
 """Fields of `model.json` and their types."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any] | None = None) -> None:
     """Write tensors, with a JSON description and a checksum in the file's header, whole or not at all."""
-    contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    contiguous = contiguous_of(tensors)
     metadata = {"format": "pt", "description": json.dumps(description or {})}  # transformers asks for the format
     metadata["checksum"] = checksum(contiguous)
 
@@ -69,12 +70,16 @@ def sort_metadata(path: Path) -> None:
             file.write(text)
 
 
-def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def load_tensors(path: Path, expected: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
+    Args:
+        path: the file.
+        expected: the checksum that its tensors must have; "" for the one that stands in the file.
+
     Raises:
-        InputError: the file is missing, cut short, damaged (its checksum tells; older files have none), or not
-            safetensors (a pickled `.pth` is never opened).
+        InputError: the file is missing, cut short, damaged (its checksum tells; older files have none), not the one
+            that is expected, or not safetensors (a pickled `.pth` is never opened).
     """
     try:
         with safe_open(path, "pt") as file:
@@ -86,9 +91,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path} cannot be read as safetensors: {error}; pickled weights are refused because they can carry code, "
             "and a damaged file must be written anew"
         ) from error
-    if metadata.get("checksum", "") not in ("", checksum(tensors)):
+    written = metadata.get("checksum", "")
+    found = checksum(tensors) if written or expected else ""
+    if written not in ("", found):
         raise InputError(f"{path} is damaged: its tensors are not those that were written; replace it, or train again")
+    if expected not in ("", found):
+        raise InputError(
+            f"{path} holds other weights than the model.json beside it was written with (checksum {found}, not "
+            f"{expected}), as where files of two runs were mixed; copy the folder whole"
+        )
     return tensors, description
+
+
+def contiguous_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are written."""
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
 
 def checksum(tensors: Mapping[str, Tensor]) -> str:
@@ -162,7 +179,7 @@ def load_description(run: Path) -> dict[str, Any]:
         description |= {"multi_label": False, "thresholds": []}
     if version < 3:
         description |= {"temperature": 1.0, "surest_errors": []}
-    description.setdefault("began_with", [])  # runs did not tell before there were pretrained starts
+    description = {"began_with": [], "weights": ""} | description  # which older runs do not tell
     fault = fault_of(description)
     if fault:
         raise InputError(f"{path} {fault}; it is damaged, train again with another --out")

@@ -9,26 +9,26 @@ from functools import partial
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any, Self, TypeVar, cast
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as transforms
 
 from tokenfusion.checkpoint import (
     FORMAT,
+    checksum,
+    contiguous_of,
     load_description,
     load_tensors,
     load_weights_exactly,
     resume_command,
     save_tensors,
 )
-from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, refuse_large, to_rgb
+from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, to_rgb
 from tokenfusion.data.preprocess import Preprocess
-from tokenfusion.data.readers import read_file
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.hardware import Precision, autocast, default_device, hardware_name
@@ -39,12 +39,13 @@ from tokenfusion.models.pretrained import Pretrained, find_weights
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 from tokenfusion_runtime.abstain import SurestErrors
+from tokenfusion_runtime.classifier import ImageLike, as_several, content_of
+from tokenfusion_runtime.image import pillow_image
 from tokenfusion_runtime.prediction import Answers, Prediction, cuts_for
 
 # a child of fork has none of the threads that its parent computed with, and would wait for them forever
 os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
-ImageLike = str | Path | bytes | BytesIO | np.ndarray | Image.Image
 Prepared = tuple[str, Tensor | str]
 """An image's path, "" where it has none, and its pixels (in_chans, h, w) as a model is given them, or why not."""
 Item = TypeVar("Item")
@@ -179,13 +180,19 @@ class Classifier:
             surest_errors=tuple(map(SurestErrors.from_dict, description["surest_errors"])),
             began_with=tuple(description["began_with"]),
         )
-        tensors, _ = load_tensors(weights)
+        tensors, _ = load_tensors(weights, description["weights"])
         load_weights_exactly(classifier.model, tensors, weights)
         classifier.model.eval()
         return classifier
 
-    def save_description(self, run: Path) -> None:
-        """Write `model.json`: everything but the weights."""
+    def save(self, run: Path) -> None:
+        """Write a run's end: `model.json`, which names the checksum of the weights, and then the weights."""
+        weights = self.model.state_dict()
+        self.save_description(run, checksum(contiguous_of(weights)))
+        save_tensors(run / "model.safetensors", weights)  # a run that has it is finished
+
+    def save_description(self, run: Path, weights: str = "") -> None:
+        """Write `model.json`: everything but the weights, of which it holds the checksum, "" while a run goes on."""
         in_chans, img_size = self.preprocess.in_chans, self.preprocess.img_size
         description = {
             "format": FORMAT,
@@ -208,12 +215,9 @@ class Classifier:
             },
             "hardware": hardware_name(self.device),
             "began_with": list(self.began_with),
+            "weights": weights,
         }
         write_json(run / "model.json", description)
-
-    def save_weights(self, run: Path) -> None:
-        """Write `model.safetensors`; a run that has it is finished."""
-        save_tensors(run / "model.safetensors", self.model.state_dict())
 
     @torch.inference_mode()
     def logits(self, batch: Tensor) -> Tensor:
@@ -263,8 +267,7 @@ class Classifier:
                 (`Prediction.abstains`), or of a multi-label model says neither yes nor no (`Prediction.unsure`). See
                 `SurestErrors.cut` for what is guaranteed.
         """
-        one = isinstance(images, ImageLike | Tensor) or not isinstance(images, Iterable)
-        several = cast(Iterable[ImageLike], [images] if one else images)
+        several = [images] if isinstance(images, Tensor) else as_several(images)
         return list(self.iter_predictions(several, topk=topk, batch_size=batch_size, abstain=abstain))
 
     def iter_predictions(
@@ -348,29 +351,13 @@ def decode(image: ImageLike, max_pixels: int) -> Tensor:
         UnreadableImage: it is damaged or too large.
         InputError: it is none of these ways.
     """
-    if isinstance(image, str | Path):
-        return decode_image(read_file(image), max_pixels=max_pixels)
-    if isinstance(image, bytes | BytesIO):
-        return decode_image(image if isinstance(image, bytes) else image.getvalue(), max_pixels=max_pixels)
-    if isinstance(image, np.ndarray):
-        if (
-            not image.size
-            or image.dtype != np.uint8
-            or image.ndim not in (2, 3)
-            or (image.ndim == 3 and image.shape[2] not in (1, 3, 4))
-        ):
-            raise InputError(
-                f"an array of shape {image.shape} and type {image.dtype} is not an image; "
-                "give uint8 (H, W), (H, W, 3) or (H, W, 4)"
-            )
-        image = Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
-    if not isinstance(image, Image.Image):
-        raise InputError(
-            f"{type(image).__name__} is not an image; give a path, bytes, a uint8 array (H, W, 3) of RGB or a PIL image"
-        )
-    refuse_large(image.height, image.width, max_pixels)
+    if isinstance(image, str | Path | bytes | BytesIO):
+        return decode_image(content_of(image), max_pixels=max_pixels)
+    pillow = pillow_image(image, max_pixels)
     try:
-        return transforms.pil_to_tensor(to_rgb(image))
+        return transforms.pil_to_tensor(to_rgb(pillow))
+    except UnreadableImage:
+        raise
     except (OSError, ValueError, SyntaxError) as error:  # its file is read only now
         raise UnreadableImage(f"damaged image: {error}") from error
 

@@ -18,7 +18,7 @@ from tokenfusion.analyze.cli import AsJson, counting, explain
 from tokenfusion.analyze.cli import app as analyze
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
-from tokenfusion.formatting import PlainConsole, counted
+from tokenfusion.formatting import PlainConsole, abridged, counted
 from tokenfusion.predict.cli import predict
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
@@ -132,7 +132,7 @@ def evaluate(
 
     with counting("reading images") as progress:
         result = evaluate_run(run, data, split, progress)
-    drawn = write_risk_coverage(run, result)
+    drawn = write_risk_coverage(run)
     skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])
     lines = [f"{counted(result['n'], 'image')} ({result['split']}){skipped}"]
     lines += [f"  skipped {image['path']}: {image['reason']}" for image in result["unreadable"][:5]]
@@ -402,7 +402,7 @@ def main() -> None:
         app(options.data_first(sys.argv[1:]))
         sys.stdout.flush()
     except InputError as error:
-        stderr.print(f"error: {error}")
+        stderr.print(f"error: {abridged(str(error), 20_000)}")
         sys.exit(2)
     except OSError as error:
         with suppress(OSError, ValueError):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import compress
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tokenfusion.data.loader import eval_batches
 from tokenfusion.data.open import open_dataset, resolved
 from tokenfusion.data.split import read_split, stratified
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_csv, write_json
+from tokenfusion.files import own_results, write_csv, write_json
 from tokenfusion.metrics import evaluate_logits, require_finite, risk_coverage
 from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, sigmoid_scores, tune_thresholds
 from tokenfusion.recipe import Recipe, load_recipe
@@ -53,12 +54,13 @@ def evaluate(
     images, skipped = read_readable(source, indices, recipe, name, progress)
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = as_outputs(labels, to_output, len(classifier.classes))
+    predictions = run / "predictions.csv"
     cross_fit = own and name == ("val" if (run / "split.csv").exists() else held_out_name(source))
     if classifier.multi_label:
         chosen = choose_classes(classifier, logits, labels, cross_fit)
         result = evaluate_multilabel(logits, labels, chosen, classifier.classes, classifier.thresholds, len(skipped))
         result |= {"multi_label": True, "risk_coverage": risk_by_class(classifier, logits, labels, chosen)}
-        write_label_sets(run / "predictions.csv", classifier.classes, images.names, labels, chosen, logits)
+        write = partial(write_label_sets, predictions, classifier.classes, images.names, labels, chosen, logits)
     else:
         require_finite(logits)
         temperatures = torch.full((len(labels),), classifier.temperature)
@@ -66,11 +68,13 @@ def evaluate(
             temperatures = cross_fitted_temperatures(logits, labels)
         result = evaluate_logits(logits, labels, classifier.classes, len(skipped), temperatures)
         scores = (logits / temperatures[:, None]).softmax(1)
-        write_predictions(run / "predictions.csv", classifier.classes, images.names, labels, scores)
+        write = partial(write_predictions, predictions, classifier.classes, images.names, labels, scores)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"cross_fitted": cross_fit, "data": data, "split": name, "unreadable": unreadable}
     result |= {"began_with": list(classifier.began_with)}
-    write_json(run / "evaluation.json", result)
+    with own_results(run):
+        write()
+        write_json(run / "evaluation.json", result)
     return result
 
 
@@ -78,7 +82,8 @@ def open_judged(run: Path, recipe: Recipe, data: str | None) -> tuple[Dataset, s
     """The data to judge a run by, what it is called, and whether it is the run's own, as it is where none is given."""
     own = not data or resolved(data) == resolved(recipe.data)
     name = recipe.data if not data or own else resolved(data)
-    reading = recipe.reading if own else replace(recipe.reading, root="")  # columns are called as they were
+    # columns are called as they were
+    reading = recipe.reading if own else replace(recipe.reading, root="", rare_classes="refuse")
     return open_dataset(name, recipe.exclude if own else "", run, reading), name, own
 
 

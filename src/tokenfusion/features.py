@@ -132,12 +132,13 @@ def keep_features(
                 make_room(folder, size, cache.limit, path)
                 append_rows(classifier, images, path, done, workers, progress)
             os.utime(path)
+            rows = Rows(path, np.memmap(path, np.float16, "c", shape=shape))  # stays, even if another makes room
     except OSError as error:
         raise InputError(
             f"{path} could not be kept: {error.strerror}; what there is of it is gone on with: make room, or name "
             "another folder by TOKENFUSION_CACHE, then run the command again"
         ) from error
-    return Rows(path, np.memmap(path, np.float16, "c", shape=shape))
+    return rows
 
 
 def key_of(classifier: Classifier, images: Images) -> str:
@@ -220,7 +221,9 @@ def seen_rows(classifier: Classifier, images: Images, indices: Sequence[int], wo
 
 
 def make_room(folder: Path, size: int, limit: int, path: Path) -> None:
-    """Remove the kept files that were used longest ago until one of so many bytes fits."""
+    """Remove the kept files that were used longest ago until one of so many bytes fits, but none that is written to."""
+    from filelock import FileLock, Timeout
+
     if size > limit:
         raise InputError(
             f"what the parents see takes {size / 2**30:.3g} GiB, more than the {limit / 2**30:.3g} GiB of the cache; "
@@ -231,9 +234,9 @@ def make_room(folder: Path, size: int, limit: int, path: Path) -> None:
     for other in others:
         if total <= limit:
             break
-        total -= os.path.getsize(other)
-        for file in (other, other.with_suffix(".json")):
-            with suppress(OSError):
+        with suppress(OSError, Timeout), FileLock(other.with_suffix(".lock"), timeout=0):
+            total -= os.path.getsize(other)
+            for file in (other, other.with_suffix(".json")):
                 file.unlink()
 
 

@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,33 +79,61 @@ def make_folder(path: Path) -> None:
 
 
 @contextmanager
-def lock_folder(folder: Path, wait: Callable[[], object] | None = None, grace: float = 0.0) -> Iterator[int]:
-    """Have a folder to ourselves while we write to it; two writers would leave a mixture of both.
+def own_folder(folder: Path) -> Iterator[Path]:
+    """Make a folder where it is missing, and have it to ourselves while we write to it.
 
-    The lock ends with the last process that has it open, however that ends. A file system without locks lets all in.
+    Raises:
+        InputError: it cannot be made, or another process writes to it.
+    """
+    make_folder(folder)
+    with lock_folder(folder):
+        yield folder
+
+
+@contextmanager
+def own_results(run: Path) -> Iterator[None]:
+    """Write a finished run's results, or read them for a report, while nobody else writes them; whoever does is waited
+    for. They have a lock of their own: a report is wanted while training goes on, too."""
+    with lock(run / ".results.lock", run, wait=lambda: None):
+        yield
+
+
+def lock_folder(
+    folder: Path, wait: Callable[[], object] | None = None, grace: float = 0.0
+) -> AbstractContextManager[int]:
+    """Have a folder, which exists, to ourselves while we write to it; two writers would leave a mixture of both."""
+    return lock(folder / ".lock", folder, wait, grace)
+
+
+@contextmanager
+def lock(path: Path, what: Path, wait: Callable[[], object] | None = None, grace: float = 0.0) -> Iterator[int]:
+    """Hold a lock, which ends with the last process that has it open, however that ends.
+
+    A file system without locks lets all in.
 
     Args:
-        folder: exists; its file `.lock` is the lock, and is removed at the end.
-        wait: called once before the lock is waited for; without it, a folder that is taken is refused.
+        path: the file that is the lock; it is removed at the end.
+        what: is locked by it, for messages.
+        wait: called once before the lock is waited for; without it, what is taken is refused.
         grace: seconds before it is refused: loader processes of a killed run have the lock until they notice.
 
     Yields:
         the lock's descriptor, for processes that are to hold it as well.
 
     Raises:
-        FolderTaken: another process writes to the folder.
-        InputError: nobody can write to it.
+        FolderTaken: another process writes there.
+        InputError: nobody can.
     """
-    path, refused_from = folder / ".lock", time.monotonic() + grace
+    refused_from = time.monotonic() + grace
     while True:
-        file = open_lock(path)
+        file = open_lock(path, what)
         if not try_lock(file, fcntl.LOCK_EX):
             if wait is None:
                 file.close()
                 if time.monotonic() < refused_from:
                     time.sleep(0.1)
                     continue
-                raise taken(folder)
+                raise taken(what)
             wait()
             fcntl.flock(file, fcntl.LOCK_EX)
         if is_at(path, file):
@@ -134,7 +162,7 @@ def share_folder(folder: Path, job: str, grace: float = 5.0) -> Iterator[None]:
     """
     path, refused_from = folder / ".lock", time.monotonic() + grace
     while True:
-        file = open_lock(path)
+        file = open_lock(path, folder)
         if try_lock(file, fcntl.LOCK_EX):  # nobody is there
             file.truncate(0)
             file.write(job)
@@ -156,12 +184,12 @@ def share_folder(folder: Path, job: str, grace: float = 5.0) -> Iterator[None]:
         file.close()
 
 
-def open_lock(path: Path) -> IO[str]:
-    """The file of a lock, made where there is none; InputError where it cannot be."""
+def open_lock(path: Path, what: Path) -> IO[str]:
+    """The file of a lock, made where there is none; InputError where it cannot be, or is a link to some other file."""
     try:
-        return path.open("a+")
+        return open(path, "a+", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
     except OSError as error:
-        raise InputError(f"{path.parent} cannot be written: {error.strerror}; give another folder") from error
+        raise InputError(f"{what} cannot be written: {error.strerror}; give another folder") from error
 
 
 def try_lock(file: IO[str], kind: int) -> bool:
@@ -192,10 +220,10 @@ def refuse_inside(folder: Path, data: str) -> None:
     """Refuse to write into a folder of images: what is written would be taken for data the next time.
 
     Raises:
-        InputError: the folder is DATA or lies in it.
+        InputError: the folder is DATA or lies in it; `digits` lies nowhere.
     """
     images, written = Path(data).resolve(), folder.resolve()
-    if images.is_dir() and written.is_relative_to(images):
+    if data not in ("", "digits") and images.is_dir() and written.is_relative_to(images):
         raise InputError(
             f"{folder} lies inside the images in {images}, and would be taken for some of them; "
             f"give a folder outside, such as --out {images.parent / (images.name + '-' + written.name)}"

@@ -18,6 +18,13 @@ def spelled_out(text: str) -> str:
     return text.translate(CONTROL_CHARACTERS)
 
 
+def abridged(text: str, longest: int) -> str:
+    """A text of at most about so many characters: of a longer one its beginning and its end, and how long it is."""
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest // 2]} … {text[-longest // 4 :]} ({len(text):,} characters)"
+
+
 class PlainConsole(Console):
     """A console on which no name of a class or file can move the cursor, clear the screen or colour what follows."""
 

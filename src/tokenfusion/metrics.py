@@ -72,7 +72,9 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Bi
 def bootstrap_ece(confidence: ArrayLike, correct: ArrayLike, resamples: int = 200, seed: int = 0) -> list[float]:
     """The 95 % interval of the expected calibration error over images drawn anew with replacement: [low, high].
 
-    Resampling adds to the gaps as sampling did, so that the percentiles are mirrored at the error that was found.
+    Resampling adds to the gaps as sampling did, so that the percentiles are mirrored at the error that was found. Where
+    all images are right, or all wrong, images drawn anew are too: then the interval reaches to the gaps between mean
+    confidence and the ends of Wilson's interval of the accuracy.
 
     Args:
         confidence, correct: as in `reliability`.
@@ -83,8 +85,13 @@ def bootstrap_ece(confidence: ArrayLike, correct: ArrayLike, resamples: int = 20
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct)
     drawn = (random.integers(0, len(correct), len(correct)) for _ in range(resamples))
     errors = [reliability(confidence[rows], correct[rows]).ece for rows in drawn]
-    low, high = np.quantile(errors, [0.025, 0.975])
-    return [max(2 * found - float(high), 0.0), max(2 * found - float(low), 0.0)]
+    lower, upper = (float(end) for end in np.quantile(errors, [0.025, 0.975]))
+    low, high = max(2 * found - upper, 0.0), max(2 * found - lower, 0.0)
+    if correct.all() or not correct.any():
+        mean, ends = float(confidence.mean()), wilson_interval(int(correct.sum()), len(correct))
+        low = min(low, max(ends[0] - mean, mean - ends[1], 0.0))
+        high = max(high, *(abs(end - mean) for end in ends))
+    return [low, high]
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:

@@ -5,6 +5,7 @@ chosen from. Average precision is computed here, because an interval needs it fo
 scikit-learn would sort the scores anew; a test holds the two equal.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,7 +67,8 @@ def mean_of(values: Floats) -> float | None:
 def bootstrap_map(scores: Floats, labels: Bools, resamples: int = RESAMPLES, seed: int = 0) -> list[float] | None:
     """The 95 % interval of the mAP over images drawn anew with replacement: [low, high].
 
-    None where no image has a class. A class that a resample has no image of is left out of that resample's mean.
+    None where no image has a class. A class that a resample has no image of is left out of that resample's mean. Where
+    all resamples agree, as they do when every ranking is perfect, it is Wilson's interval of that share of the images.
 
     Source: Efron, Better Bootstrap Confidence Intervals, 1987: the percentile interval.
     """
@@ -80,8 +82,10 @@ def bootstrap_map(scores: Floats, labels: Bools, resamples: int = RESAMPLES, see
         rows = np.stack([average_precision(s, y, counts) for s, y in zip(scores.T, labels.T, strict=True) if y.any()])
         drawn = ~np.isnan(rows)
         means.append(np.where(drawn, rows, 0).sum(0) / np.maximum(drawn.sum(0), 1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return [float(low), float(high)]
+    low, high = (float(end) for end in np.quantile(np.concatenate(means), [0.025, 0.975]))
+    if high - low < 1e-12:
+        low, high = wilson_interval(int(low * images), images)[0], wilson_interval(math.ceil(high * images), images)[1]
+    return [low, high]
 
 
 def tune_thresholds(scores: Floats, labels: Bools) -> Floats:

@@ -1,11 +1,12 @@
 """What the command does with its options before a verb sees them: refuse fractions, fill in from recipe and preset."""
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from cyclopts import App, ArgumentCollection, CycloptsError, CycloptsPanel, UnusedCliTokensError
+from cyclopts import App, Argument, ArgumentCollection, CycloptsError, CycloptsPanel, UnusedCliTokensError
 from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter, HelpPanel
 
@@ -29,11 +30,21 @@ REMEDIES = {
 AUTO_OPTIONS = {f"--{name.replace('_', '-')}" for name in AUTO_FIELDS}
 
 
-SEVERAL: dict[str, Callable[[str], bool]] = {
-    "--img-size": lambda word: is_number(word),
-    "--loggers": lambda word: word in ("wandb", "mlflow"),
+WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+"""Endings of files that a model may begin with."""
+SEVERAL: dict[str, Callable[[str, int], bool]] = {
+    "--img-size": lambda word, _: is_number(word),
+    "--loggers": lambda word, _: word in ("wandb", "mlflow"),
+    "--warm-start-from": lambda _, before: before < 2,
+    "--pretrained": lambda word, before: before < 2 and (word.endswith(WEIGHTS) or not seems_data(word)),
+    "--models": lambda word, _: not seems_data(word),
 }
-"""Options of several values, and which words are values of them."""
+"""Options of several values, and whether a word is one of them, given how many stand before it."""
+
+
+def seems_data(word: str) -> bool:
+    """Whether a word is DATA if it may be: it is there, or it is a pattern or address of shards."""
+    return word == "digits" or os.path.exists(word) or "://" in word or "{" in word
 
 
 def data_first(words: Sequence[str]) -> list[str]:
@@ -42,7 +53,7 @@ def data_first(words: Sequence[str]) -> list[str]:
     for option, is_value in SEVERAL.items():
         if option in ordered:
             start = end = ordered.index(option) + 1
-            while end < len(ordered) and is_value(ordered[end]):
+            while end < len(ordered) and not ordered[end].startswith("-") and is_value(ordered[end], end - start):
                 end += 1
             if start < end < len(ordered) and not ordered[end].startswith("-"):
                 ordered.insert(start - 1, ordered.pop(end))
@@ -124,8 +135,17 @@ def require_all(_app: App, commands: tuple[str, ...], arguments: ArgumentCollect
         *first, last = ("DATA" if name == "--data" else name for name in missing)
         names = f"{', '.join(first)} and {last} are" if first else f"{last} is"
         remedies = [REMEDIES[name] for name in missing if name in REMEDIES]
+        remedies += [took_all(argument) for argument in arguments if "--data" in missing and argument.name in SEVERAL]
+        remedies = [remedy for remedy in remedies if remedy]
         help_of_verb = f"`{' '.join(('tokenfusion', *commands, '--help'))}` says what to give"
         raise InputError(f"{names} missing; {'; '.join(remedies) or help_of_verb}")
+
+
+def took_all(argument: Argument) -> str:
+    """What to say of an option of several values that may have taken DATA for one; "" where it was not given."""
+    given = [token.value for token in argument.tokens if token.source == "cli"]
+    option = argument.name
+    return f"{option} took all words behind it, {given[-1]!r} the last: put DATA before {option}" if given else ""
 
 
 def explain_error(error: CycloptsError) -> "Panel | Text":

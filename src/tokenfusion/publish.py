@@ -10,10 +10,10 @@ import torch
 from timm.models import filter_pretrained_cfg
 from torch import nn
 
-from tokenfusion.checkpoint import save_tensors
+from tokenfusion.checkpoint import checksum, contiguous_of, load_description, save_tensors
 from tokenfusion.classifier import Classifier, as_placed
 from tokenfusion.errors import InputError
-from tokenfusion.files import make_folder, read_json, write_json, write_text
+from tokenfusion.files import make_folder, own_folder, read_json, write_json, write_text
 from tokenfusion.hub import require_repo, send
 from tokenfusion.model_card import model_card
 from tokenfusion.models import default_config
@@ -41,8 +41,10 @@ def push(run: Path, repo: str, *, really: bool, public: bool) -> tuple[list[Path
         InputError: not a finished run, no name of a repository, or what `send` and `write_folder` refuse.
     """
     require_repo(repo)
-    files = write_folder(run, run / "hub", repo)
-    return files, send(files, repo, public=public, message=f"tokenfusion: {run.name}") if really else ""
+    load_description(run)  # makes no folder in what is no run
+    with own_folder(run / "hub") as folder:
+        files = write_folder(run, folder, repo)
+        return files, send(files, repo, public=public, message=f"tokenfusion: {run.name}") if really else ""
 
 
 def write_folder(run: Path, folder: Path, repo: str) -> list[Path]:
@@ -64,8 +66,10 @@ def write_folder(run: Path, folder: Path, repo: str) -> list[Path]:
     classifier = Classifier.load(run, torch.device("cpu"))
     make_folder(folder)
     weights, description, config, card = files = [folder / name for name in NAMES]
-    save_tensors(weights, classifier.model.state_dict())
-    write_json(description, read_json(run / "model.json", "train again with another --out"))
+    tensors = classifier.model.state_dict()
+    save_tensors(weights, tensors)
+    named = {"weights": checksum(contiguous_of(tensors))}  # an older run's tensors may have had other names
+    write_json(description, read_json(run / "model.json", "train again with another --out") | named)
     write_json(config, timm_config(classifier))
     images = require_parity(classifier, folder)
     if not card.exists():

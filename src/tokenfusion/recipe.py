@@ -30,6 +30,9 @@ class Reading:
     group_by: str = ""
     """Regular expression that finds a group in each image's name, by its first (...): images of a group, such as one
     patient's, stay on one side of the split."""
+    rare_classes: Literal["refuse", "train", "drop"] = "refuse"
+    """Classes with a single image, of which none can be held out: refuse the data, train on them all the same, or drop
+    them, which names them."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,9 @@ class Recipe:
     """Processes that augment images; 0 does it between steps. The result does not depend on it."""
     exclude: str = ""
     """CSV whose column path names images to leave out, such as the quarantine.csv that `tokenfusion check` writes."""
-    rare_classes: Literal["refuse", "train"] = "refuse"
-    """Classes with a single image, of which none can be held out: refuse the data, or train on them all the same."""
+    rare_classes: Literal["refuse", "train", "drop"] = "refuse"
+    """Classes with a single image, of which none can be held out: refuse the data, train on them all the same, or drop
+    them, which names them."""
     val_fraction: float = 0.2
     """Share of each class that is held out when the data has no split of its own."""
     max_skipped: float = 0.01

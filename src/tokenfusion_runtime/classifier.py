@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import BytesIO, IOBase
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from tokenfusion_runtime.abstain import SurestErrors
 from tokenfusion_runtime.engines import ENGINES, Engine
 from tokenfusion_runtime.errors import InputError, UnreadableImage
 from tokenfusion_runtime.files import read_file
-from tokenfusion_runtime.image import Pixels, opened, prepare, to_rgb
+from tokenfusion_runtime.image import Pixels, opened, pillow_image, prepare, to_rgb
 from tokenfusion_runtime.prediction import Answers, Floats, Prediction, cuts_for
 
 FORMAT = 1
 """Of exported folders; a reader refuses a newer one."""
-ImageLike = str | Path | bytes | np.ndarray | Image.Image
+ImageLike = str | Path | bytes | BytesIO | np.ndarray | Image.Image
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,13 @@ class ExportedClassifier:
         """Classify images, one prediction each, in order; an unreadable file gives a prediction with `error`.
 
         Args:
-            images: paths, bytes of files, arrays (H, W), (H, W, 3) or (H, W, 4) uint8, or PIL images; one or several.
+            images: paths, an image file's bytes or BytesIO, arrays uint8 (H, W), (H, W, 3) RGB or (H, W, 4), or PIL
+                images; one or several.
             topk: how many classes to name.
             batch_size: images in the graph at once.
             abstain: the largest share of wrong answers; see `SurestErrors.cut`.
         """
-        several = [images] if isinstance(images, str | Path | bytes | np.ndarray | Image.Image) else images
-        return list(self.iter_predictions(several, topk=topk, batch_size=batch_size, abstain=abstain))
+        return list(self.iter_predictions(as_several(images), topk=topk, batch_size=batch_size, abstain=abstain))
 
     def iter_predictions(
         self, images: Iterable[ImageLike], *, topk: int = 5, batch_size: int = 64, abstain: float | None = None
@@ -112,28 +113,35 @@ class ExportedClassifier:
             return path, str(error)
 
     def decode(self, image: ImageLike) -> Image.Image:
-        """Any way to give an image, as RGB."""
-        if isinstance(image, str | Path | bytes):
-            with opened(
-                image if isinstance(image, bytes) else read_file(image), self.description["max_pixels"]
-            ) as file:
+        """Any way to give an image, as RGB.
+
+        Raises:
+            UnreadableImage: it is damaged or too large.
+            InputError: it is none of these ways.
+        """
+        limit = self.description["max_pixels"]
+        if isinstance(image, str | Path | bytes | BytesIO):
+            with opened(content_of(image), limit) as file:
                 return to_rgb(file)
-        return to_rgb(from_array(image) if isinstance(image, np.ndarray) else image)
+        try:
+            return to_rgb(pillow_image(image, limit))
+        except InputError:
+            raise
+        except (OSError, ValueError, SyntaxError) as error:  # its file is read only now
+            raise UnreadableImage(f"damaged image: {error}") from error
 
 
-def from_array(pixels: np.ndarray) -> Image.Image:
-    """An array as an image.
+def as_several(images: Any) -> Iterable[Any]:
+    """One image or several, as several; what holds bytes or is an open file is one."""
+    one = isinstance(images, ImageLike | bytearray | memoryview | IOBase) or not isinstance(images, Iterable)
+    return [images] if one else images
 
-    Raises:
-        InputError: it is none.
-    """
-    channels = pixels.shape[2:] in ((), (1,), (3,), (4,))
-    if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not channels:
-        raise InputError(
-            f"an array of shape {pixels.shape} and type {pixels.dtype} is not an image; "
-            "give uint8 (H, W), (H, W, 3) or (H, W, 4)"
-        )
-    return Image.fromarray(pixels.squeeze(2) if pixels.shape[2:] == (1,) else pixels)
+
+def content_of(image: str | Path | bytes | BytesIO) -> bytes:
+    """The bytes of an image file."""
+    if isinstance(image, bytes | BytesIO):
+        return image if isinstance(image, bytes) else image.getvalue()
+    return read_file(image)
 
 
 def load(folder: str | Path, *, threads: int = 0) -> ExportedClassifier:
@@ -173,7 +181,7 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{path} cannot be read: {error.strerror}; give the folder that `tokenfusion export --out` wrote"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); export again") from error
     version = description.get("export_format") if isinstance(description, dict) else None
     if not isinstance(version, int):

@@ -1,12 +1,13 @@
 """Images as a person sees them, by Pillow alone: the rules that training and every prediction share."""
 
+import ctypes
 import math
 import os
 import struct
 import threading
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import BytesIO
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from tokenfusion_runtime.errors import UnreadableImage
+from tokenfusion_runtime.errors import InputError, UnreadableImage
 
 Pixels = NDArray[np.uint8]
 
@@ -32,6 +33,8 @@ FORMATS = [name for name in WANTED if name in Image.OPEN]
 
 MAX_SIDE = 2**16
 """Longest side that is decoded: of a line of pixels, resizing would make a picture that fits into no memory."""
+LARGE = 2**24
+"""Pixels from which on images are decoded one at a time: each takes about ten bytes a pixel while it is decoded."""
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -59,10 +62,11 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     try:
         with pillow_limit_lifted(), Image.open(BytesIO(with_end(data, max_pixels)), formats=FORMATS) as image:
             refuse_large(image.height, image.width, max_pixels)
-            if image.format == "PNG":  # whose checksums decoding alone does not look at; verifying uses an image up
-                Image.open(BytesIO(data), formats=["PNG"]).verify()
-                refuse_missing_rows(data, image)
-            yield image
+            with alone_if_large(image.height * image.width):
+                if image.format == "PNG":  # whose checksums decoding alone does not look at; verifying uses it up
+                    Image.open(BytesIO(data), formats=["PNG"]).verify()
+                    refuse_missing_rows(data, image)
+                yield image
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:
@@ -83,7 +87,39 @@ def with_end(data: bytes, max_pixels: int) -> bytes:
     endings = (b"\xff\xd9", b"\x55" * 4096 + b"\xff\xd9")
     one, other = (Image.open(BytesIO(body + ending), formats=["JPEG"]) for ending in endings)
     refuse_large(one.height, one.width, max_pixels)
-    return body + endings[0] if np.array_equal(np.asarray(one), np.asarray(other)) else data
+    with alone_if_large(one.height * one.width):
+        return body + endings[0] if np.array_equal(np.asarray(one), np.asarray(other)) else data
+
+
+large_lock = threading.RLock()
+large = threading.local()
+
+
+@contextmanager
+def alone_if_large(pixels: int) -> Iterator[None]:
+    """Decode a large image while no other one is, and within `large_ones_alone` until that ends."""
+    with ExitStack() as here:
+        if pixels > LARGE:
+            held = getattr(large, "until", here)
+            held.enter_context(large_lock)
+            held.callback(give_back_memory)
+        yield
+
+
+def give_back_memory() -> None:
+    """Let glibc give freed memory back to the system, which otherwise stays with the thread that had it."""
+    if os.name == "posix" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)
+
+
+@contextmanager
+def large_ones_alone() -> Iterator[None]:
+    """Decode an image and make it small: if it is a large one, no other is in memory meanwhile."""
+    with ExitStack() as large.until:
+        try:
+            yield
+        finally:
+            del large.until
 
 
 def refuse_large(height: int, width: int, max_pixels: int) -> None:
@@ -125,6 +161,36 @@ def refuse_missing_rows(data: bytes, image: Image.Image) -> None:
         raise UnreadableImage(f"damaged image: its rows end after {found:,} of {wanted:,} bytes")
 
 
+def pillow_image(image: object, max_pixels: int) -> Image.Image:
+    """An array, or an image of Pillow's as it is.
+
+    Args:
+        image: uint8 (H, W), (H, W, 1), (H, W, 3) of RGB, or (H, W, 4); or a PIL image.
+        max_pixels: largest height × width that is taken.
+
+    Raises:
+        UnreadableImage: it has too many pixels, or a PIL image none.
+        InputError: it is something else.
+    """
+    if isinstance(image, np.ndarray):
+        if not image.size or image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in CHANNELS:
+            raise InputError(
+                f"an array of shape {image.shape} and type {image.dtype} is not an image; "
+                "give uint8 (H, W), (H, W, 3) or (H, W, 4)"
+            )
+        image = Image.fromarray(image.squeeze(2) if image.shape[2:] == (1,) else image)
+    if not isinstance(image, Image.Image):
+        raise InputError(
+            f"{type(image).__name__} is not an image; give a path, bytes, a uint8 array (H, W, 3) of RGB or a PIL image"
+        )
+    refuse_large(image.height, image.width, max_pixels)
+    return image
+
+
+CHANNELS = ((), (1,), (3,), (4,))
+"""What may stand behind an array's height and width."""
+
+
 def orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8; upright where the metadata is damaged."""
     try:
@@ -147,7 +213,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # converting copies
 
 
 def prepare(image: Image.Image, preprocess: dict[str, Any]) -> Pixels:
@@ -189,6 +256,15 @@ def centre(image: Image.Image, height: int, width: int) -> Image.Image:
 
 lifted_lock = threading.Lock()
 lifted = 0
+
+
+def forget_threads() -> None:
+    """In a child of fork no other thread goes on, and what they held would be waited for forever."""
+    global lifted_lock, large_lock, lifted
+    lifted_lock, large_lock, lifted = threading.Lock(), threading.RLock(), 0
+
+
+os.register_at_fork(after_in_child=forget_threads)
 pillow_limit: int | None = None
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from tokenfusion_runtime.prediction import Prediction
 
@@ -28,7 +29,7 @@ def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: i
     for prediction in predictions:
         failed += bool(prediction.error)
         if output == "json":
-            print(json.dumps(prediction.to_dict(), ensure_ascii=False, allow_nan=False), flush=True)
+            print(as_json(prediction.to_dict()), flush=True)
         elif output == "csv":
             cells = csv_cells(prediction) or [""] * len(columns)
             writer.writerow([prediction.path, *cells, prediction.error])
@@ -37,9 +38,20 @@ def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: i
     return failed
 
 
+def visible(text: str) -> str:
+    r"""A text whose characters that cannot be printed are spelled out, such as \x1b."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def as_json(value: Any) -> str:
+    r"""JSON on a line in which what could move a terminal's cursor is written as \u009b, which means the same."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
 def print_row(cells: Sequence[str], widths: list[int]) -> None:
     """Print a row at once; columns are as wide as the widest cell so far, and what is not printable is spelled out."""
-    shown = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in cell) for cell in cells]
+    shown = list(map(visible, cells))
     widths[:] = map(max, widths, map(len, shown))
     print("  ".join(map(str.ljust, shown, widths)).rstrip(), flush=True)
 

@@ -333,7 +333,7 @@ def test_paths_that_are_gone_are_counted(data, tmp_path):
 def test_the_report_never_lies_inside_the_data(command, data):
     status, _, errors = command("check", data, "--out", data / "found")
     assert status == 2
-    assert "lies inside the data" in errors
+    assert "lies inside the images" in errors
     assert not (data / "found").exists()
 
 

@@ -74,6 +74,11 @@ def test_holms_correction():
     assert holm([0.6, 0.9]) == [1.0, 1.0]
 
 
+def test_equals_are_all_on_the_pareto_front():
+    points = {"a": (1.0, 0.7), "b": (1.0, 0.7), "c": (2.0, 0.7)}
+    assert pareto_front(points) == ["a", "b"]
+
+
 def test_the_pareto_front_leaves_out_what_is_beaten():
     points = {"dear": (9.0, 0.9), "worse": (5.0, 0.7), "cheap": (1.0, 0.7), "middle": (4.0, 0.8), "as dear": (9.0, 0.8)}
     assert pareto_front(points) == ["cheap", "middle", "dear"]

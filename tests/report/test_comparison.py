@@ -14,7 +14,7 @@ from tokenfusion.compare.statistics import pareto_front
 from tokenfusion.errors import InputError
 from tokenfusion.metrics import t_interval
 from tokenfusion.report import write_comparison
-from tokenfusion.report.comparison_plots import accuracy_range, plot_cost, spread
+from tokenfusion.report.comparison_plots import accuracy_range, looks_of, plot_accuracy, plot_cost, spread
 from tokenfusion.report.comparison_summary import fusion_against_others, headline, overlap
 from tokenfusion.report.plots import standalone
 
@@ -153,6 +153,33 @@ def test_controls_are_compared_with_their_own_model_only() -> None:
         "It is better than cnn(b) (CNN parent, widened CNN parent, +31.00) and mean(a,b) (mean of the parents, +41.00)."
     )
     assert late.endswith("It is better than cnn(a) (CNN parent, +20.00) and mean(a,b) (mean of the parents, +40.00).")
+
+
+def test_models_that_are_level_are_all_named() -> None:
+    said = headline(comparison(model("a", [0.9, 0.8, 0.7]), model("b", [0.7, 0.8, 0.9]), model("c", [0.5, 0.6, 0.7])))
+    assert said.startswith("Of the 3 models with finished runs, a and b are level ahead: each names 80.00% ± 10.00% of")
+    assert "The next is c, 20.00 percentage points below" in said
+    both = headline(comparison(model("a", [0.8, 0.8]), model("b", [0.8, 0.8]), seeds=2))
+    assert "a and b are level ahead" in both
+    assert "The next is" not in both
+
+
+def colours_of(svg: str) -> dict[str, str]:
+    """The colour of the line that leads to each model's name."""
+    before = {name: svg[: svg.index(f">{name}</text>")] for name in (FUSED, CNN, VIT)}
+    return {name: re.findall(r"stroke: (var\(--series-\d\))", part)[-1] for name, part in before.items()}
+
+
+def test_a_model_has_one_colour_in_all_figures() -> None:
+    ranked_otherwise = [CLEAR[2], CLEAR[0], CLEAR[1]]
+    looks = looks_of(comparison(*ranked_otherwise))
+    assert len({colour for colour, _ in looks.values()}) == 3
+    in_one = plot_cost(comparison(*ranked_otherwise))
+    in_other = plot_accuracy({FUSED: [(1, 0.5)], VIT: [(1, 0.4)], CNN: [(1, 0.3)]}, looks)
+    assert len(set(colours_of(in_one).values())) == 3
+    assert colours_of(in_one) == colours_of(in_other)
+    many = looks_of({"models": [{"name": str(number)} for number in range(24)]})
+    assert len(set(many.values())) == 24
 
 
 def test_what_one_and_two_seeds_do_not_tell() -> None:

@@ -19,7 +19,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, dump_recipe
 from tokenfusion.report import write_report, write_risk_coverage
-from tokenfusion.report.run import MAX_MISTAKES, draw_heatmap
+from tokenfusion.report.run import MAX_MISTAKES, draw_heatmap, shortened
 
 SCRIPT = "<script>alert(1)</script>"
 CLASSES = ["cat", SCRIPT, "$x^{ & two\nlines", "unicorn"]
@@ -197,6 +197,28 @@ def test_many_classes_show_the_most_confused() -> None:
     assert heatmap.rows[1][2][1] == pytest.approx(4 / 13)
 
 
+def test_names_that_begin_alike_are_told_apart_and_explained_where_only_a_number_does() -> None:
+    names = ["Tomato___Late_blight_severe", "Tomato___Late_blight_mild!", *["x" * 40 + c + "y" * 20 for c in "ab"]]
+    heatmap = draw_heatmap(names, np.ones((4, 4), dtype=np.int64))
+    assert len(set(heatmap.labels)) == 4
+    assert [name for _, name in heatmap.told_by_number] == names[2:]
+    assert {label for label, _ in heatmap.told_by_number} < set(heatmap.labels)
+
+
+def test_letters_that_are_twice_as_wide_are_half_as_many() -> None:
+    assert shortened("番" * 13) == "番" * 13
+    assert shortened("番" * 20) == "番" * 6 + "…" + "番" * 6
+    assert shortened("a" * 27) == "a" * 12 + "…" + "a" * 13
+
+
+def test_mistakes_that_are_as_common_are_counted(run: Path) -> None:
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["confusion"] = [[6, 1, 0, 1], [1, 4, 0, 0], [0, 0, 3, 0], [0, 0, 0, 0]]
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert "for “$x^{ & two" not in Page(run).text["header"]
+    assert "1 time, as often as 2 other mistakes." in Page(run).text["header"]
+
+
 def test_mistakes_are_ordered_by_confidence(run: Path) -> None:
     asked: list[str] = []
 
@@ -256,7 +278,7 @@ def test_risk_against_coverage_is_drawn_where_it_was_measured(run: Path) -> None
     page = Page(run)
     assert "abstain 0.02" in page.text["risk"]
     assert any("wrong answers against" in label for label in page.attributes("aria-label"))
-    drawn = write_risk_coverage(run, evaluation).read_text()
+    drawn = write_risk_coverage(run).read_text()
     assert drawn.startswith("<svg xmlns")
     assert "Wrong answers (%)" in drawn
 
@@ -264,7 +286,8 @@ def test_risk_against_coverage_is_drawn_where_it_was_measured(run: Path) -> None
 def test_of_many_classes_the_riskiest_are_drawn_and_any_name_is_shown_as_it_is(run: Path) -> None:
     names = ["_hidden", "$x$", "<b>", *(f"class {n}" for n in range(9))]
     curves = {n: {"coverage": [1.0], "risk": [0.1], "area": 0.9 - k / 20} for k, n in enumerate(names)}
-    drawn = write_risk_coverage(run, {"multi_label": True, "risk_coverage": curves}).read_text()
+    (run / "evaluation.json").write_text(json.dumps({"multi_label": True, "risk_coverage": curves}))
+    drawn = write_risk_coverage(run).read_text()
     shown = [name for name in ("_hidden", "$x$", "&lt;b&gt;", *names[3:]) if f" {name}</text>" in drawn]
     assert shown == ["_hidden", "$x$", "&lt;b&gt;", *names[3:8]]
 

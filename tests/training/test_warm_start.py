@@ -81,8 +81,7 @@ def untrained_run(folder, name, **changes):
         for key, tensor in classifier.model.state_dict().items():
             if tensor.is_floating_point():
                 tensor.uniform_(0.5, 1.5) if key.endswith("var") else tensor.normal_(std=0.1)
-    classifier.save_description(folder)
-    classifier.save_weights(folder)
+    classifier.save(folder)
     return folder
 
 

@@ -33,7 +33,7 @@ from tokenfusion.analyze.inputs import open_run_or_model, output_folder
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_json
+from tokenfusion.files import own_folder, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, size_of
 
@@ -72,19 +72,20 @@ def analyze_collapse(
     Raises:
         InputError: the model or the data cannot be used, or as in `measure_collapse`.
     """
+    folder = output_folder(run_or_model, data, out, "collapse")
     classifier, images = open_run_or_model(run_or_model, data, num_images, progress)
     keep_freed_memory()
     batches = (
         classifier.to_input(batch) for batch, _ in eval_batches(images, classifier.preprocess, batch_size=PREPARED)
     )
     result = {"model": classifier.name} | measure_collapse(classifier.model, batches)
-    folder = output_folder(run_or_model, out, "collapse")
     pictures = torch.stack([classifier.preprocess.resize(images[i]) for i in range(min(PICTURES, len(images)))])
     features = feature_maps(classifier.model, classifier.to_input(pictures))
     result["feature_maps"] = [found.block for found in features]
     result["summary"] = " ".join([collapse_summary(result), *on_features(result)])
-    result["figures"] = write_figures(result, folder, pictures, features)
-    write_json(folder / "collapse.json", result)
+    with own_folder(folder):
+        result["figures"] = write_figures(result, folder, pictures, features)
+        write_json(folder / "collapse.json", result)
     return result, folder
 
 

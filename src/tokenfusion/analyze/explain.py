@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from tokenfusion.analyze.faithfulness import Probability, importance, measure_faithfulness
-from tokenfusion.analyze.inputs import open_run_or_model, refuse_multi_label
+from tokenfusion.analyze.inputs import open_run_or_model, refuse_inside_images, refuse_multi_label
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.saliency import saliency
 from tokenfusion.classifier import Classifier, batched
 from tokenfusion.data.dataset import printable
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_bytes, write_json
+from tokenfusion.files import own_folder, write_bytes, write_json
 from tokenfusion.hardware import autocast
 from tokenfusion.models.base import choose
 from tokenfusion.report.pictures import decode_named, png_of
@@ -102,15 +102,16 @@ def explain(
     named = list(expand(images))
     prepared = ((*one, "") for one in classifier.prepare_ahead(named)) if named else mistakes_of(run, classifier)
     folder = out or run / "explain" / ("" if named else "mistakes")
-    folder.mkdir(parents=True, exist_ok=True)
-    entries: list[dict[str, Any]] = []
-    for entry in explain_images(classifier, prepared, question, folder):
-        entries.append(entry)
-        if progress and named:
-            progress(len(entries), len(named))
-    measured = measure_run(run, faithfulness, question) if faithfulness else None
-    result = {"model": classifier.name, "method": question.method, "images": entries, "faithfulness": measured}
-    write_json(folder / "explain.json", result)
+    refuse_inside_images(folder, run)
+    with own_folder(folder):
+        entries: list[dict[str, Any]] = []
+        for entry in explain_images(classifier, prepared, question, folder):
+            entries.append(entry)
+            if progress and named:
+                progress(len(entries), len(named))
+        measured = measure_run(run, faithfulness, question) if faithfulness else None
+        result = {"model": classifier.name, "method": question.method, "images": entries, "faithfulness": measured}
+        write_json(folder / "explain.json", result)
     return result, folder
 
 

@@ -10,14 +10,28 @@ from tokenfusion.data.decoded import Images
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import choose_images, open_judged, output_of_class, read_readable
+from tokenfusion.files import refuse_inside
 from tokenfusion.recipe import Recipe, load_recipe
 
 
-def output_folder(run_or_model: str, out: Path | None, name: str) -> Path:
-    """Where results go, made if it is missing: `out` where given, else RUN/name, or `name` for a model's name."""
-    folder = out or (Path(run_or_model) / name if Path(run_or_model).is_dir() else Path(name))
-    folder.mkdir(parents=True, exist_ok=True)
+def output_folder(run_or_model: str, data: str | None, out: Path | None, name: str) -> Path:
+    """Where results go: `out` where given, else RUN/name, or `name` for a model's name.
+
+    Raises:
+        InputError: it lies inside the images.
+    """
+    run = Path(run_or_model)
+    folder = out or (run / name if run.is_dir() else Path(name))
+    refuse_inside_images(folder, run)
+    if data:
+        refuse_inside(folder, data)
     return folder
+
+
+def refuse_inside_images(folder: Path, run: Path) -> None:
+    """Refuse to write into the images that a run was trained on, InputError."""
+    if (run / "recipe.toml").exists():
+        refuse_inside(folder, str(load_recipe(run / "recipe.toml").get("data", "")))
 
 
 def refuse_multi_label(multi_label: bool, name: str) -> None:

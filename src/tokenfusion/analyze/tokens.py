@@ -23,7 +23,7 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_json
+from tokenfusion.files import own_folder, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, size_of
 
@@ -159,13 +159,14 @@ def analyze_tokens(
     Raises:
         InputError: the model or the data cannot be used, or as in `measure_tokens`.
     """
+    folder = output_folder(run_or_model, data, out, "tokens")
     classifier, images = open_run_or_model(run_or_model, data, num_images, progress)
     keep_freed_memory()
     result = {"model": classifier.name} | measure_tokens(classifier.model, PreparedBatches(classifier, images))
     result["summary"] = tokens_summary(result)
-    folder = output_folder(run_or_model, out, "tokens")
-    result["figures"] = draw(result, folder)
-    write_json(folder / "tokens.json", result)
+    with own_folder(folder):
+        result["figures"] = draw(result, folder)
+        write_json(folder / "tokens.json", result)
     return result, folder
 
 

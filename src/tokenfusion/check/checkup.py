@@ -24,8 +24,9 @@ from tokenfusion.data.exclude import leave_out
 from tokenfusion.data.groups import suspected_groups
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
+from tokenfusion.data.usable import without_rare
 from tokenfusion.errors import InputError
-from tokenfusion.files import make_folder, write_json
+from tokenfusion.files import own_folder, refuse_inside, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.recipe import Reading, Recipe
 
@@ -57,14 +58,25 @@ def check_data(
     """
     began = time.perf_counter()
     keep_freed_memory()
-    recipe = Recipe()
     folder = folder_for(data, out)
     dataset = open_dataset(data, reading=reading)
-    make_folder(folder)
+    with own_folder(folder):
+        result, excluded = look_at(dataset, img_size, progress, reading.rare_classes)
+        result = {"data": data} | result | {"seconds": round(time.perf_counter() - began, 1)}
+        write_quarantine(folder / "quarantine.csv", dataset, excluded)
+        write_json(folder / "check.json", result)
+        write_check(folder / "check.html", dataset, result, Recipe.max_pixels)
+    return result, folder
+
+
+def look_at(
+    dataset: Dataset, img_size: tuple[int, int], progress: Callable[[str, int, int], None], rare_classes: str
+) -> tuple[dict[str, Any], dict[int, str]]:
+    """All that is found, as check.json has it, and which images had better be left out, with the reasons."""
     judged = choose_judged(dataset.labels)
     searched = len(dataset) <= MAX_IMAGES
     compared = range(len(dataset)) if searched else set(judged.tolist())
-    inspections = inspect_images(dataset, recipe.max_pixels, compared, lambda *done: progress("reading images", *done))
+    inspections = inspect_images(dataset, Recipe.max_pixels, compared, lambda *done: progress("reading images", *done))
     exact = exact_duplicates(inspections)
     near = near_duplicates(inspections if searched else [], lambda *done: progress("comparing images", *done))
     progress("judging labels", 0, 1)
@@ -72,7 +84,6 @@ def check_data(
     progress("judging labels", 1, 1)
     excluded = quarantine(dataset, inspections, exact, [(pair.first, pair.second) for pair in near.pairs])
     result: dict[str, Any] = {
-        "data": data,
         "images": len(dataset),
         "understood": describe(dataset),
         "suspected": [line for line in [suspected_groups(dataset)] if line],
@@ -101,22 +112,17 @@ def check_data(
                 for dispute in judgement.disputes
             ],
         },
-        "crop": measure_crop(dataset.names, inspections, img_size, recipe.crop_pct),
+        "crop": measure_crop(dataset.names, inspections, img_size, Recipe().crop_pct),
         "quarantined": len(excluded),
-        "train_refuses": why_train_refuses(dataset, excluded),
-        "seconds": round(time.perf_counter() - began, 1),
+        "train_refuses": why_train_refuses(dataset, excluded, rare_classes),
     }
-    write_quarantine(folder / "quarantine.csv", dataset, excluded)
-    write_json(folder / "check.json", result)
-    write_check(folder / "check.html", dataset, result, recipe.max_pixels)
-    return result, folder
+    return result, excluded
 
 
 def folder_for(data: str, out: Path | None) -> Path:
     """The folder to write to; InputError where it lies inside the data."""
     folder = out or Path(f"check-{name_of(data)}")
-    if folder.resolve().is_relative_to(Path(data).resolve()) and data != "digits":
-        raise InputError(f"{folder} lies inside the data, which is left as it is; give a folder outside it with --out")
+    refuse_inside(folder, data)
     return folder
 
 
@@ -145,11 +151,12 @@ def judge(dataset: Dataset, inspections: list[Inspection], judged: np.ndarray) -
     )
 
 
-def why_train_refuses(dataset: Dataset, excluded: Iterable[int]) -> str:
+def why_train_refuses(dataset: Dataset, excluded: Iterable[int], rare_classes: str) -> str:
     """What `train` would say of the images that are left, such as that a class has none; empty where it takes them."""
     try:
         left = leave_out(dataset, {dataset.names[index] for index in excluded}, "quarantine.csv")
-        choose_split(left, Recipe.val_fraction, Recipe.seed)
+        left = without_rare(left) if rare_classes == "drop" else left
+        choose_split(left, Recipe.val_fraction, Recipe.seed, rare_classes)
     except InputError as error:
         return str(error)
     return ""

@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import choose_images, collect_logits, read_readable, write_predictions
-from tokenfusion.files import write_json
+from tokenfusion.files import make_folder, own_results, write_json
 from tokenfusion.metrics import evaluate_logits
 from tokenfusion.recipe import Recipe, load_recipe
 
@@ -39,9 +39,10 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     logits, labels = mean_log_probabilities([logits for logits, _ in several]), several[0][1]
     result = evaluate_logits(logits, labels, dataset.classes, skipped=len(skipped))
     result |= {"data": recipe.data, "split": split, "members": [run.name for run in runs]}
-    out.mkdir(parents=True, exist_ok=True)
-    write_predictions(out / "predictions.csv", dataset.classes, images.names, labels, logits.softmax(1))
-    write_json(out / "evaluation.json", result)
+    make_folder(out)
+    with own_results(out):
+        write_predictions(out / "predictions.csv", dataset.classes, images.names, labels, logits.softmax(1))
+        write_json(out / "evaluation.json", result)
     return result
 
 

@@ -141,7 +141,7 @@ def model_row(comparison: Comparison, contender: Contender, runs: Runs, failures
     counts = [comparison.counts[name] for name in contender.members or (contender.name,)]
     rows = list(runs.values())
     top1 = [row["top1"] for row in rows]
-    interval = t_interval(top1)
+    interval = t_interval(top1) if top1 and max(top1) - min(top1) > 1e-9 else None  # of equal seeds it has no width
     return {
         "name": contender.name,
         "role": contender.role,
@@ -152,7 +152,7 @@ def model_row(comparison: Comparison, contender: Contender, runs: Runs, failures
         "top1_mean": fmean(top1) if top1 else None,
         "top1_sd": stdev(top1) if len(top1) > 1 else None,
         "top1_ci95": [max(interval[0], 0.0), min(interval[1], 1.0)] if interval else None,
-        "top1_ci95_images": rows[0]["top1_ci95_images"] if len(rows) == 1 else None,
+        "top1_ci95_images": rows[0]["top1_ci95_images"] if rows and not interval else None,
         "images_per_s": median(row["images_per_s"] for row in rows) if rows else None,
         "minutes": fmean(row["minutes"] for row in rows) if rows else None,
         "peak_memory_mb": max(row["peak_memory_mb"] for row in rows) if rows else None,

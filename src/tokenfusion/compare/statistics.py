@@ -101,15 +101,15 @@ def mcnemar(right: Sequence[bool], reference: Sequence[bool]) -> dict[str, Any]:
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Names that no other beats in cost or accuracy without losing in the other, cheapest first.
+    """Names that no other beats in cost or accuracy without losing in the other, cheapest first; equals are all named.
 
     Args:
         points: (cost, accuracy) by name.
     """
     front: list[str] = []
-    best = -math.inf
-    for name, (_, accuracy) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
-        if accuracy > best:
+    last = (-math.inf, -math.inf)
+    for name, point in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if point[1] > last[1] or point == last:
             front.append(name)
-            best = accuracy
+            last = point
     return front

@@ -82,6 +82,8 @@ def methods(result: Mapping[str, Any]) -> list[str]:
     interval = f"Student's t over {finished} seeds" if finished > 1 else "Wilson, over the images of one seed"
     done = [test["method"] for test in result["tests"] if test["difference_mean"] is not None]
     tests = ", ".join(dict.fromkeys(done))
+    equal = [row["name"] for row in result["models"] if len(row["runs"]) > 1 and not row["top1_ci95"]]
+    interval += f"; of {', '.join(equal)}, whose seeds are all equal, Wilson over the images of one" * bool(equal)
     lines = [f"budget {result['budget']} a run; 95 % interval: {interval}"]
     if tests:
         many = f"; p is Holm's for {len(done)} tests, the intervals are each alone" * (len(done) > 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tokenfusion.data.decode import decode_image, refuse_large
 from tokenfusion.data.readers import Reader
-from tokenfusion.formatting import counted
+from tokenfusion.formatting import abridged, counted
 
 KINDS = (
     "a folder with a subfolder per class, Parquet files in the Hugging Face image layout, a CSV or JSONL with "
@@ -130,4 +130,5 @@ def printable(name: str) -> str:
 
 
 def quoted(names: Iterable[str]) -> str:
-    return ", ".join(repr(name) for name in names)
+    """Names for a message."""
+    return ", ".join(repr(abridged(name, 200)) for name in names)

@@ -18,7 +18,16 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion_runtime.errors import UnreadableImage
-from tokenfusion_runtime.image import EXTENSIONS, LFS_POINTER, is_image, opened, orientation, refuse_large, to_rgb
+from tokenfusion_runtime.image import (
+    EXTENSIONS,
+    LFS_POINTER,
+    is_image,
+    large_ones_alone,
+    opened,
+    orientation,
+    refuse_large,
+    to_rgb,
+)
 
 __all__ = ["EXTENSIONS", "LFS_POINTER", "UnreadableImage", "is_image", "refuse_large", "to_rgb"]
 
@@ -85,7 +94,8 @@ def decode_ahead(
 
     def attempt(item: Item) -> Decoded | UnreadableImage:
         try:
-            return decode(item)
+            with large_ones_alone():
+                return decode(item)
         except UnreadableImage as error:
             return error
 

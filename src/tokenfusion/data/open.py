@@ -10,7 +10,7 @@ from tokenfusion.data.folder import open_folder, read_tree
 from tokenfusion.data.groups import group_by
 from tokenfusion.data.ignored import why_ignored
 from tokenfusion.data.readers import refuse_pointer
-from tokenfusion.data.usable import require_usable, without_empty
+from tokenfusion.data.usable import require_usable, without_empty, without_rare
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
 from tokenfusion_runtime.walk import walk
@@ -41,10 +41,10 @@ def open_dataset(
             paths, or the list leaves nothing of a split; the message says which.
     """
     dataset = group_by(without_empty(require_usable(open_place(data, reading))), reading.group_by)
-    if not exclude:
-        return dataset
-    path = run / EXCLUDED if run and (run / EXCLUDED).exists() else Path(exclude)
-    return leave_out(dataset, paths_in(read_list(path), str(path)), exclude)
+    if exclude:
+        path = run / EXCLUDED if run and (run / EXCLUDED).exists() else Path(exclude)
+        dataset = leave_out(dataset, paths_in(read_list(path), str(path)), exclude)
+    return without_rare(dataset) if reading.rare_classes == "drop" else dataset
 
 
 def open_place(data: str | Path, reading: Reading) -> Dataset:

@@ -159,7 +159,7 @@ def read_features(schema: pa.Schema) -> Features:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         listed = {name: {"feature": f[0]} if isinstance(f, list) and f else f for name, f in features.items()}
         return {name: feature for name, feature in listed.items() if isinstance(feature, dict)}
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 

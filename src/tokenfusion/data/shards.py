@@ -26,7 +26,7 @@ from tokenfusion.data.readers import ByteRanges
 from tokenfusion.data.remote import THREADS, RemoteFile, download, find_files, has_ending, read_small, without_secrets
 from tokenfusion.data.sampler import OPEN_SHARDS
 from tokenfusion.data.split_names import split_in_name
-from tokenfusion.data.tar import refuse_damage
+from tokenfusion.data.tar import Header, refuse_damage
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
 from tokenfusion.recipe import Reading
@@ -200,7 +200,7 @@ def index_tar(name: str, file: BinaryIO) -> Index:
     labels: dict[str, int | str] = {}
     images: dict[str, str] = {}
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:
             for member in tar:
                 key, ending = split_name(member.name)
                 if not member.isreg() or member.issparse():
@@ -257,7 +257,7 @@ def label_of(name: str, data: bytes, ending: str) -> int | str | None:
         if ending == ".cls":
             return int(text) if text.lstrip("-").isdecimal() else text or None
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{name}: not readable as {'text' if ending == '.cls' else 'JSON'} ({error})") from error
     label = value.get("label") if isinstance(value, dict) else None
     if label is None or (isinstance(label, int | str) and not isinstance(label, bool)):
@@ -268,7 +268,7 @@ def label_of(name: str, data: bytes, ending: str) -> int | str | None:
 def is_webdataset(path: Path) -> bool:
     """Whether a tar's first files are images with labels beside them, rather than class folders."""
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=Header) as tar:
             files = [split_name(member.name) for member, _ in zip(tar, range(16), strict=False) if member.isreg()]
     except (tarfile.TarError, OSError):
         return False
@@ -356,7 +356,7 @@ def names_beside(data: str) -> tuple[str, ...]:
             continue
         try:
             names = parse(content.decode())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{without_secrets(url)}: cannot be read ({error}); give a name for each class") from error
         if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
             raise InputError(f"{without_secrets(url)}: must list the class names; it holds {quoted([str(names)[:60]])}")

@@ -30,7 +30,8 @@ def choose_split(dataset: Dataset, val_fraction: float, seed: int, rare_classes:
         dataset: the images; where it has no held-out part, one is drawn from its training images.
         val_fraction: share of each class that is held out, rounded to whole images, at least one.
         seed: decides which.
-        rare_classes: what to do about classes with a single image: "refuse" the data, or "train" on it.
+        rare_classes: "train" on classes with a single image rather than refuse the data; where they are to be dropped,
+            `open_dataset` has done it.
 
     Raises:
         InputError: there is only one class, or a class has no training image, or too few to hold one out.
@@ -168,9 +169,9 @@ def require_images(dataset: Dataset, candidates: np.ndarray, least: int) -> None
     few = [(name, count) for name, count in zip(dataset.classes, counts, strict=True) if count < least]
     if few:
         (name, count), *others = few
-        also = f" (so do {len(others)} more: {quoted(other for other, _ in others[:20])}{' ...' * (len(others) > 20)})"
+        also = f" (so do {len(others)} more: {quoted(other for other, _ in others)})"
         reason = "to train on" if least == 1 else "one to train on and one to hold out"
-        keep = ", or give --rare-classes train to hold none of it out" * (least == 2)
+        keep = ", or give --rare-classes train to hold none of it out, or drop to leave it out" * (least == 2)
         raise InputError(
             f"{dataset.where}: class {name!r} has {count} training images{also * bool(others)}; it needs at least "
             f"{least}, {reason}. Add images of it or remove the class{keep}"

@@ -16,7 +16,11 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": 
 """In the order in which they are tried."""
 SAMPLE_LINES = 50
 LONGEST_LINE = 2**20
-"""Most characters of a line of a JSONL."""
+"""Most bytes of a line."""
+LARGEST_JSON = 2**28
+"""Most bytes of a JSON that is one value."""
+SAMPLED = 2**20
+"""Bytes by which an encoding is guessed."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ def read_table(path: Path) -> Table:
         InputError: it cannot be read, or is none.
     """
     try:
+        refuse_large(path)
         text, encoding = decode_text(path.read_bytes())
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             return of_rows(path, [(f"{path}, line {line}", row) for line, row in read_jsonl(path, text)])
@@ -47,6 +52,26 @@ def read_table(path: Path) -> Table:
         return read_separated(path, text, encoding)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a text file, best in UTF-8") from error
+
+
+def refuse_large(path: Path) -> None:
+    """Refuse what would fill the memory, before it is read: a JSON that is one huge value, or a line without an end.
+
+    Raises:
+        InputError: naming the line.
+    """
+    if path.suffix.lower() == ".json":
+        if (size := path.stat().st_size) > LARGEST_JSON:
+            raise InputError(f"{path}: {size:,} bytes, more than {LARGEST_JSON:,} of one JSON; write a JSONL")
+        return
+    with path.open("rb") as file:
+        number, length = 1, 0
+        while part := file.readline(LONGEST_LINE):
+            length += len(part)
+            if length > LONGEST_LINE:
+                raise InputError(f"{path}, line {number}: more than {LONGEST_LINE:,} bytes; give an image a line")
+            if part.endswith(b"\n"):
+                number, length = number + 1, 0
 
 
 def decode_text(data: bytes) -> tuple[str, str]:
@@ -58,7 +83,7 @@ def decode_text(data: bytes) -> tuple[str, str]:
     except UnicodeDecodeError:
         from charset_normalizer import from_bytes
 
-        matches = from_bytes(data)
+        matches = from_bytes(data[: data.rfind(b"\n", 0, SAMPLED) + 1 or SAMPLED] if len(data) > SAMPLED else data)
         best = matches.best()
         if best is None:
             raise
@@ -122,8 +147,6 @@ def sniff(text: str, path: Path) -> str:
 def read_jsonl(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     rows = []
     for line, content in enumerate(text.split("\n"), start=1):
-        if len(content) >= LONGEST_LINE:
-            raise InputError(f"{path}, line {line}: more than {LONGEST_LINE:,} characters; give an object a line")
         if not content.strip():
             continue
         try:

@@ -27,6 +27,24 @@ LARGEST_FILE = 2**28
 """Most bytes of one image file in it."""
 
 
+LONGEST_NAME = 2**20
+"""Most bytes of a header that only names a file, which is read into memory whole."""
+NAMES = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+"""Types of such headers."""
+
+
+class Header(tarfile.TarInfo):
+    """A file's header, refused where a name would fill the memory."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> "Header":  # where tarfile lets one in
+        if self.size > LONGEST_NAME and self.type in NAMES:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes, more than {LONGEST_NAME:,}, for a name")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
 @dataclass
 class Members:
     """What a tar holds: image files by name, each with its offset and size in bytes, and what else lies in it."""
@@ -58,7 +76,7 @@ def open_tar(path: Path) -> Dataset:
 
 
 def read_plain(path: Path) -> tuple[Members, Blob]:
-    with tarfile.open(path, "r:") as tar:
+    with tarfile.open(path, "r:", tarinfo=Header) as tar:
         members = read_members(tar, lambda member: member.offset_data)
         refuse_damage(path, tar)
     return members, FileBlob(path)
@@ -83,7 +101,7 @@ def read_compressed(path: Path) -> tuple[Members, Blob]:
         data.write(file.read())
         return offset
 
-    with tarfile.open(path, "r|*") as tar:
+    with tarfile.open(path, "r|*", tarinfo=Header) as tar:
         members = read_members(tar, keep)
     return members, MemoryBlob(data.getvalue())
 

@@ -5,17 +5,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from tokenfusion.data.dataset import KINDS, Dataset, classes_in, quoted
+from tokenfusion.data.dataset import KINDS, Dataset, classes_in, held_out_name, quoted
 from tokenfusion.data.labels import looks_like, warn_of_lookalikes
 from tokenfusion.errors import InputError
+
+LONGEST_CLASS = 1000
+"""Most characters of a class's name: a longer one is a text, or a file that was put into the wrong column."""
 
 
 def require_usable(dataset: Dataset) -> Dataset:
     """The dataset, if it can be worked on.
 
     Raises:
-        InputError: there is no image, two classes have one name, some images name a split and others do not,
-            or held-out images have a label that the training images lack.
+        InputError: there is no image, two classes have one name, a name is no name, some images name a split and
+            others do not, or held-out images have a label that the training images lack.
     """
     where = dataset.where
     if not dataset.names:
@@ -24,6 +27,10 @@ def require_usable(dataset: Dataset) -> Dataset:
     twice = [name for name, count in Counter(dataset.classes).items() if count > 1]
     if twice:
         raise InputError(f"{where}: several classes are called {quoted(twice)}; give each its own name")
+    if long := next((name for name in dataset.classes if len(name) > LONGEST_CLASS), ""):
+        raise InputError(
+            f"{where}: {quoted([long])} is no name of a class; give one of up to {LONGEST_CLASS} characters"
+        )
     if "" in dataset.splits and any(dataset.splits):
         name = dataset.names[dataset.splits.index("")]
         raise InputError(f"{where}: {name!r} is in no split while others are; name one for all images or none")
@@ -41,6 +48,20 @@ def require_usable(dataset: Dataset) -> Dataset:
                 + f"add training images of them or take them out of {split}"
             )
     return dataset
+
+
+def without_rare(dataset: Dataset) -> Dataset:
+    """The dataset without the classes of which no image can be held out, for they have a single one; all are named."""
+    if dataset.multi_label or held_out_name(dataset):
+        return dataset
+    counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
+    rare, there = np.flatnonzero(counts < 2), np.flatnonzero(counts >= 2)
+    if not len(rare):
+        return dataset
+    left = dataset.subset(np.flatnonzero(counts[dataset.labels] >= 2))
+    note = f"dropped, for a single image cannot be held out too: {quoted(dataset.classes[label] for label in rare)}"
+    classes = tuple(dataset.classes[label] for label in there)
+    return replace(left, labels=np.searchsorted(there, left.labels), classes=classes, notes=(*left.notes, note))
 
 
 def without_empty(dataset: Dataset) -> Dataset:

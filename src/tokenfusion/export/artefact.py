@@ -10,12 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.export.gate import LIMITS, faults, held_out_images, measure, parity_lines
-from tokenfusion.files import make_folder, write_json, write_text
+from tokenfusion.files import lock, make_folder, refuse_inside, write_json, write_text
+from tokenfusion.recipe import load_recipe
 from tokenfusion.version import __version__
 from tokenfusion_runtime import classifier as runtime
 
@@ -53,6 +52,7 @@ def export(
     """
     require_possible(format, precision, batch)
     classifier = replace(Classifier.load(run), precision="fp32")
+    refuse_inside(out, str(load_recipe(run / "recipe.toml").get("data", "")))
     with new_folder(out) as folder:
         description = describe(classifier, run, format, precision, batch)
         images, labels, split = held_out_images(run, classifier)
@@ -110,9 +110,8 @@ def new_folder(out: Path) -> Iterator[Path]:
     """
     out = out.resolve()
     make_folder(out.parent)
-    lock = FileLock(out.parent / f".{out.name}.lock", timeout=0)
     try:
-        with lock:
+        with lock(out.parent / f".{out.name}.lock", out):
             if out.exists():
                 raise InputError(f"{out} exists; give another --out, or remove it")
             folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
@@ -122,8 +121,6 @@ def new_folder(out: Path) -> Iterator[Path]:
                 folder.rename(out)
             finally:
                 shutil.rmtree(folder, ignore_errors=True)
-    except Timeout as error:
-        raise InputError(f"another export is writing {out}; wait for it, or give another --out") from error
     except OSError as error:
         raise InputError(f"{out} could not be written: {error}; make room, or name another folder") from error
 

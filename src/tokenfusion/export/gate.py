@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.evaluate import as_outputs, choose_images, open_judged, output_of_class, read_readable
+from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion_runtime.image import prepare
 from tokenfusion_runtime.prediction import Floats
@@ -65,7 +66,8 @@ def measure(
     Returns:
         What `model.json` holds as `parity`: `n`, `probability_difference` (greatest), `label_agreement`,
         `accuracy_run` and `accuracy` (of multi-label models all classes of an image right), `accuracy_difference_ci95`
-        (paired, normal), `pixel_difference` (greatest between the run's resize and the runtime's, grey levels),
+        (paired, normal; without a change Wilson's of none to either side), `pixel_difference`
+        (greatest between the run's resize and the runtime's, grey levels),
         `batches`, and `differing`: names of the first images with other labels.
     """
     ours, theirs, pixels = [], [], 0
@@ -81,7 +83,7 @@ def measure(
     same = (said_by_run == said).reshape(len(run), -1).all(1)
     right_run, right = ((answers == labels).reshape(len(run), -1).all(1) for answers in (said_by_run, said))
     change = right.astype(float) - right_run
-    half = 1.96 * float(change.std()) / math.sqrt(len(change))
+    half = 1.96 * float(change.std()) / math.sqrt(len(change)) if change.any() else wilson_interval(0, len(change))[1]
     return {
         "n": len(run),
         "probability_difference": float(np.nan_to_num(np.abs(run - found), nan=1.0).max()),

@@ -113,6 +113,9 @@ def predict(
 
 def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool, abstain: float | None) -> None:
     """Print what a run says of images; exits with 1 if any could not be read."""
+    from rich.console import Console
+    from rich.progress import Progress
+
     from tokenfusion.classifier import Classifier
     from tokenfusion_runtime.files import expand
     from tokenfusion_runtime.output import print_predictions
@@ -122,8 +125,15 @@ def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool,
     classifier = Classifier.load(run)
     classifier = classifier.uncalibrated() if raw else classifier
     topk = min(topk, len(classifier.classes))
-    predictions = classifier.iter_predictions(expand(paths), topk=topk, abstain=abstain)
-    failed = print_predictions(predictions, output, topk=topk, multi_label=classifier.multi_label)
+    images, errors = expand(paths), Console(stderr=True, soft_wrap=True, highlight=False)
+    if errors.is_terminal and "-" not in paths:
+        images = list(images)
+    total = len(images) if isinstance(images, list) else None
+    above = sys.stdout.isatty()  # rows that go to the same terminal are printed above the bar
+    with Progress(console=errors, disable=not errors.is_terminal, transient=True, redirect_stdout=above) as bar:
+        found = classifier.iter_predictions(images, topk=topk, abstain=abstain)
+        predictions = bar.track(found, total=total, description="images")
+        failed = print_predictions(predictions, output, topk=topk, multi_label=classifier.multi_label)
     if failed:
         print(f"{failed} of the images could not be read", file=sys.stderr)
         sys.exit(1)

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenfusion.compare.table import comparison_table, gaps, methods
 from tokenfusion.errors import InputError
-from tokenfusion.files import read_json
+from tokenfusion.files import own_results, read_json
 from tokenfusion.formatting import counted
 from tokenfusion.report.comparison_summary import fusion_against_others, headline, rank
 from tokenfusion.report.page import write_page
@@ -46,10 +46,11 @@ def write_comparison(out: Path) -> Path:
     """
     if not (out / "comparison.json").is_file():
         raise InputError(f"{out} is no folder of a comparison (it has no comparison.json); give one")
-    result = read_json(out / "comparison.json", AGAIN)
-    check_comparison(result, out / "comparison.json")
     path = out / "report.html"
-    write_page(path, "comparison.html", comparison_values(result, read_curves(out, result)))
+    with own_results(out):
+        result = read_json(out / "comparison.json", AGAIN)
+        check_comparison(result, out / "comparison.json")
+        write_page(path, "comparison.html", comparison_values(result, read_curves(out, result)))
     return path
 
 
@@ -84,7 +85,7 @@ def check_comparison(result: Any, path: Path) -> None:
 
 def comparison_values(result: Mapping[str, Any], curves: Mapping[str, list[tuple[int, float]]]) -> dict[str, Any]:
     """What the template tells."""
-    from tokenfusion.report.comparison_plots import plot_accuracy, plot_cost
+    from tokenfusion.report.comparison_plots import looks_of, plot_accuracy, plot_cost
 
     heading, *rows = comparison_table(result)
     return {
@@ -95,7 +96,7 @@ def comparison_values(result: Mapping[str, Any], curves: Mapping[str, list[tuple
         "rows": list(zip(result["models"], rows, strict=True)),
         "methods": methods(result),
         "cost": plot_cost(result) if rank(result) else "",
-        "epochs": plot_accuracy(curves) if curves else "",
+        "epochs": plot_accuracy(curves, looks_of(result)) if curves else "",
         "gaps": gaps(result),
         "setting": list_setting(result),
     }

@@ -7,7 +7,7 @@ from markupsafe import Markup
 
 from tokenfusion.compare.contenders import FUSED
 from tokenfusion.report.comparison_summary import Row, interval, rank
-from tokenfusion.report.plots import GRID, HELD_OUT, SERIES, TEXT, TRAIN, drawing, over_epochs, to_svg
+from tokenfusion.report.plots import SERIES, TEXT, drawing, over_epochs, to_svg
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 WIDTH, LINE = 11.0, 0.22
 """Of a figure and of a line of text, in inches."""
 DASHES = ("-", "--", ":")
+Looks = Mapping[str, tuple[str, str]]
+"""Colour and dashes of each model, by its name."""
+
+
+def looks_of(result: Mapping[str, Any]) -> Looks:
+    """A colour and dashes for each model, the same in every figure: by its place among the models that were named."""
+    names = [row["name"] for row in result["models"]]
+    return {name: (SERIES[i % len(SERIES)], DASHES[i // len(SERIES) % len(DASHES)]) for i, name in enumerate(names)}
 
 
 def plot_cost(result: Mapping[str, Any]) -> Markup:
@@ -25,14 +33,14 @@ def plot_cost(result: Mapping[str, Any]) -> Markup:
     """
     from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
-    rows = {row["name"]: row for row in rank(result)}
+    rows, looks = {row["name"]: row for row in rank(result)}, looks_of(result)
     unit, name = (1e9, "billions") if max(row["macs"] for row in rows.values()) >= 1e9 else (1e6, "millions")
     costs = [row["macs"] / unit for row in rows.values()]
     with drawing(WIDTH, height_for(len(rows))) as (figure, axes):
         front = [rows[name] for name in result["pareto"]]
         axes.plot([r["macs"] / unit for r in front], [100 * r["top1_mean"] for r in front], "--", color=TEXT, lw=1.2)
         for row in rows.values():
-            draw_point(axes, row, row["macs"] / unit)
+            draw_point(axes, row, row["macs"] / unit, looks[row["name"]][0])
         axes.set_xscale("log")
         middle = (min(costs) * max(costs)) ** 0.5  # at least a factor of two, so that equal costs look equal
         axes.set_xlim(min(min(costs) / 1.1, middle / 1.5), max(max(costs) * 1.1, middle * 1.5))
@@ -41,16 +49,16 @@ def plot_cost(result: Mapping[str, Any]) -> Markup:
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
         axes.set(title="Top-1 accuracy (%)", xlabel=f"{name} of multiply-adds an image, logarithmic")
-        label_beside(axes, [(row["macs"] / unit, 100 * row["top1_mean"], name) for name, row in rows.items()])
+        points = [(row["macs"] / unit, 100 * row["top1_mean"], name) for name, row in rows.items()]
+        label_beside(axes, points, [looks[name] for name in rows])
         return to_svg(figure, "cost", "Top-1 accuracy against multiply-adds of each model")
 
 
-def draw_point(axes: "Axes", row: Row, cost: float) -> None:
-    """A model's mean and interval; fused models are diamonds of another colour."""
-    fused = row["name"].startswith(FUSED)
+def draw_point(axes: "Axes", row: Row, cost: float, colour: str) -> None:
+    """A model's mean and interval; fused models are diamonds."""
     low, high = interval(row)
     below, above = row["top1_mean"] - low, high - row["top1_mean"]
-    look: dict[str, Any] = {"color": TRAIN if fused else HELD_OUT, "fmt": "D" if fused else "o"}
+    look: dict[str, Any] = {"color": colour, "fmt": "D" if row["name"].startswith(FUSED) else "o"}
     axes.errorbar(
         cost, 100 * row["top1_mean"], [[100 * below], [100 * above]], capsize=3, elinewidth=1.2, markersize=6, **look
     )
@@ -66,23 +74,23 @@ def accuracy_range(rows: Sequence[Row]) -> tuple[float, float]:
     return 100 * (low - margin), 100 * (high + margin)
 
 
-def plot_accuracy(curves: Mapping[str, Sequence[tuple[int, float]]]) -> Markup:
+def plot_accuracy(curves: Mapping[str, Sequence[tuple[int, float]]], looks: Looks) -> Markup:
     """Held-out accuracy at each epoch, a line a model.
 
     Args:
         curves: of each model (epoch, accuracy), at least one.
+        looks: of the models' lines.
     """
     with drawing(WIDTH, height_for(len(curves))) as (figure, axes):
-        ends, looks = [], []
-        for i, (name, points) in enumerate(curves.items()):
-            colour, dashes = SERIES[i % len(SERIES)], DASHES[i // len(SERIES) % len(DASHES)]
+        ends = []
+        for name, points in curves.items():
+            colour, dashes = looks[name]
             at, values = [epoch for epoch, _ in points], [100 * accuracy for _, accuracy in points]
             axes.plot(at, values, dashes, color=colour, marker="o" if len(at) < 8 else "", markersize=4)
             ends.append((at[-1], values[-1], name))
-            looks.append((colour, dashes))
         axes.set(title="Held-out accuracy (%)")
         over_epochs(axes)
-        label_beside(axes, ends, looks)
+        label_beside(axes, ends, [looks[name] for name in curves])
         return to_svg(figure, "epochs", "Held-out accuracy of each model at each epoch")
 
 
@@ -91,9 +99,7 @@ def height_for(lines: int) -> float:
     return max(4.2, LINE * lines + 1.2)
 
 
-def label_beside(
-    axes: "Axes", points: Sequence[tuple[float, float, str]], looks: Sequence[tuple[str, str]] = ()
-) -> None:
+def label_beside(axes: "Axes", points: Sequence[tuple[float, float, str]], looks: Sequence[tuple[str, str]]) -> None:
     """Write names in a column right of the axes, as near to the height of their points as leaves room for each.
 
     Args:
@@ -104,8 +110,7 @@ def label_beside(
     low, high = axes.get_ylim()
     gap = LINE / (height_for(len(points)) - 1.0)
     heights = spread([(y - low) / (high - low) for _, y, _ in points], gap)
-    plain = [(GRID, "-")] * len(points)
-    for (x, y, name), height, (colour, dashes) in zip(points, heights, looks or plain, strict=True):
+    for (x, y, name), height, (colour, dashes) in zip(points, heights, looks, strict=True):
         line = {"arrowstyle": "-", "color": colour, "ls": dashes, "lw": 1, "relpos": (0, 0.5)}
         axes.annotate(
             name,

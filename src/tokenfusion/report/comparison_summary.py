@@ -8,6 +8,8 @@ from tokenfusion.compare.table import corrected_tests, p_text
 from tokenfusion.formatting import counted
 from tokenfusion.report.page import percent
 
+TIED = 1e-9
+"""Below which accuracies, which are steps of 1/n, differ by rounding alone."""
 SIGNIFICANT, CLAIM_SEEDS = 0.05, 5
 """Below which p, and from how many seeds on, a difference is called one."""
 Row = Mapping[str, Any]
@@ -60,12 +62,16 @@ def headline(result: Mapping[str, Any]) -> str:
     reached = f"names {percent(best['top1_mean'], 2)}{spread} of {counted(images, 'image')} correctly"
     if not others:
         return " ".join([f"Only {best['name']} has finished runs: it {reached}.", *cautions(result)])
-    sentences = [f"Of the {len(ranked)} models with finished runs, {best['name']} is ahead: it {reached}."]
-    nearest, first = others[0], result["models"][0]
-    sentences.append(f"The next is {nearest['name']}, {distance(result, nearest, best)}.")
+    level = [row for row in others if best["top1_mean"] - row["top1_mean"] < TIED]
+    ahead = f"{best['name']} is ahead: it"
+    if level:
+        ahead = f"{listed(row['name'] for row in [best, *level])} are level ahead: each"
+    sentences = [f"Of the {len(ranked)} models with finished runs, {ahead} {reached}."]
+    nearest, first = others[len(level) : len(level) + 1], result["models"][0]
+    sentences += [f"The next is {row['name']}, {distance(result, row, best)}." for row in nearest]
     if not first["runs"]:
         sentences.append(f"{first['name']}, with which tests compare, has no finished run.")
-    elif first not in (best, nearest):
+    elif first not in (best, *level, *nearest):
         sentences.append(f"{first['name']}, which was named first, is {distance(result, first, best)}.")
     if len(others) > 1:
         close = [row["name"] for row in others if not told_apart(result, best, row)]
@@ -76,7 +82,7 @@ def headline(result: Mapping[str, Any]) -> str:
 def distance(result: Mapping[str, Any], row: Row, best: Row) -> str:
     """How far a model is below the best, and whether that is more than chance."""
     gap = best["top1_mean"] - row["top1_mean"]
-    far = f"{100 * gap:.2f} percentage points below" if gap else "level with it"
+    far = f"{100 * gap:.2f} percentage points below" if gap > TIED else "level with it"
     test = tested(result, row, best)
     if test is None:
         return f"{far}; their 95% intervals {'overlap' if overlap(row, best) else 'do not overlap'}, without a test"

@@ -1,5 +1,7 @@
 """The report of a run: what it reached, where it errs, what it cost."""
 
+import unicodedata
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -7,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenfusion.checkpoint import weights_in_words
+from tokenfusion.checkpoint import load_description, weights_in_words
 from tokenfusion.data.dataset import printable
-from tokenfusion.files import write_text
+from tokenfusion.files import own_results, read_json, write_text
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.report.page import MAX_MISTAKES, Thumbnails, percent, picture, pictures_of, write_page
 from tokenfusion.report.pictures import overlays_of
-from tokenfusion.report.run_folder import LabelSetRow, PredictionRow, Results, read_results
+from tokenfusion.report.run_folder import AGAIN, LabelSetRow, PredictionRow, Results, read_results
 
 MAX_CONFUSED = 30
 """Classes that the confusion matrix shows at most."""
@@ -36,9 +38,11 @@ def write_report(run: Path, thumbnails: Thumbnails | None = None) -> Path:
         InputError: the folder is not a run, is incomplete or damaged, or is of a newer version.
     """
     path = run / "report.html"
-    results = read_results(run)
-    template = "multilabel.html" if results.model["multi_label"] else "report.html"
-    write_page(path, template, run_values(results, thumbnails))
+    load_description(run)
+    with own_results(run):
+        results = read_results(run)
+        template = "multilabel.html" if results.model["multi_label"] else "report.html"
+        write_page(path, template, run_values(results, thumbnails))
     return path
 
 
@@ -74,17 +78,14 @@ def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any
     }
 
 
-def write_risk_coverage(run: Path, evaluation: dict[str, Any]) -> Path:
-    """Draw risk against coverage into `risk_coverage.svg`, whole or not at all; its path.
-
-    Args:
-        run: a run folder.
-        evaluation: what `evaluation.json` holds.
-    """
+def write_risk_coverage(run: Path) -> Path:
+    """Draw risk against coverage, as `evaluation.json` has it, beside it into `risk_coverage.svg`; its path."""
     from tokenfusion.report.plots import plot_risk_coverage, standalone
 
     path = run / "risk_coverage.svg"
-    write_text(path, standalone(plot_risk_coverage(risk_curves(evaluation))))
+    with own_results(run):
+        evaluation = read_json(run / "evaluation.json", AGAIN)
+        write_text(path, standalone(plot_risk_coverage(risk_curves(evaluation))))
     return path
 
 
@@ -126,9 +127,12 @@ def one_class_sentences(results: Results, evaluation: dict[str, Any]) -> list[st
         as_rarely = f", and {counted(alike, 'other class')} as rarely" * bool(alike)
         truth, taken, count = commonest_confusion(np.array(evaluation["confusion"]))
         names = results.model["classes"]
+        others = int((off_diagonal(np.array(evaluation["confusion"])) == count).sum()) - 1
+        as_common = f", as often as {counted(others, 'other mistake')}" * bool(others)
         sentences += [
             f"It finds “{worst['name']}” least often, {worst['right']} of {worst['n']} times{as_rarely}.",
-            f"Its commonest mistake is to take “{names[truth]}” for “{names[taken]}”: {counted(count, 'time')}.",
+            f"Its commonest mistake is to take “{names[truth]}” for “{names[taken]}”: "
+            f"{counted(count, 'time')}{as_common}.",
         ]
     gap = float(np.mean([row.score for row in results.predictions])) - evaluation["top1"]
     sentences.append(
@@ -144,11 +148,13 @@ def multilabel_sentences(evaluation: dict[str, Any]) -> list[str]:
         return ["None of these images has any of the classes, so that there is no mAP."]
     measured = {name: row["ap"] for name, row in evaluation["per_class"].items() if row["ap"] is not None}
     worst = min(measured, key=lambda name: measured[name])
+    level = sum(ap == measured[worst] for ap in measured.values()) - 1
+    as_badly = f", and {counted(level, 'other class')} as badly" * bool(level)
     sentences = [
         f"Its mean average precision (mAP) is {percent(evaluation['map'], 2)}.",
         expectation(*evaluation["map_ci95"]),
         f"All classes are right in {percent(evaluation['exact_match'])} of the images.",
-        f"It ranks “{worst}” worst: average precision {percent(measured[worst])}.",
+        f"It ranks “{worst}” worst: average precision {percent(measured[worst])}{as_badly}.",
     ]
     if evaluation["cross_fitted"]:
         sentences.append(
@@ -174,9 +180,14 @@ def judged_on(trained_on: str, evaluation: dict[str, Any]) -> str:
 
 def commonest_confusion(confusion: NDArray[np.int64]) -> tuple[int, int, int]:
     """True class, predicted class and count of the commonest mistake."""
-    mistakes = confusion - np.diag(np.diag(confusion))
+    mistakes = off_diagonal(confusion)
     truth, taken = divmod(int(mistakes.argmax()), len(confusion))
     return truth, taken, int(mistakes[truth, taken])
+
+
+def off_diagonal(confusion: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The mistakes of a confusion matrix (K, K)."""
+    return confusion - np.diag(np.diag(confusion))
 
 
 def list_classes(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
@@ -195,12 +206,14 @@ class Heatmap(NamedTuple):
     Attributes:
         names: of the classes shown.
         labels: the same, short enough for a heading and all different.
+        told_by_number: label and name of those that only a number tells apart.
         total: classes before the choice.
         rows: count of each cell and its share of the true class's images.
     """
 
     names: list[str]
     labels: list[str]
+    told_by_number: list[tuple[str, str]]
     total: int
     rows: list[list[tuple[int, float]]]
 
@@ -218,18 +231,30 @@ def draw_heatmap(classes: list[str], confusion: NDArray[np.int64], limit: int = 
     shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
     cells = [[(int(confusion[i, j]), float(shares[i, j])) for j in chosen] for i in chosen]
     names = [classes[i] for i in chosen]
-    return Heatmap(names=names, labels=headings(names), total=len(classes), rows=cells)
+    labels = headings(names)
+    numbered = [(label, name) for label, name in zip(labels, names, strict=True) if label != shortened(name)]
+    return Heatmap(names=names, labels=labels, told_by_number=numbered, total=len(classes), rows=cells)
 
 
-def headings(names: list[str], longest: int = 26) -> list[str]:
-    """Names shortened in the middle, of which those that would then be the same are told apart by a number."""
-    ends = longest // 2
-    short = [name if len(name) <= longest else f"{name[: ends - 1]}…{name[-ends:]}" for name in names]
+def headings(names: list[str]) -> list[str]:
+    """Names shortened, of which those that would then be the same are told apart by a number."""
+    short = [shortened(name) for name in names]
     return [
         f"{name[: -len(number)]}{number}" if short.count(name) > 1 else name
         for index, name in enumerate(short)
         for number in [f"#{short[: index + 1].count(name)}"]
     ]
+
+
+def shortened(name: str, widest: int = 26) -> str:
+    """A name that is no wider than so many letters, shortened in the middle; a letter of Chinese is as wide as two."""
+    wide = ["WF".count(unicodedata.east_asian_width(letter)[0]) + 1 for letter in name]
+    if sum(wide) <= widest:
+        return name
+    half = widest // 2
+    start = sum(total <= half - 1 for total in accumulate(wide))
+    end = sum(total <= half for total in accumulate(reversed(wide)))
+    return f"{name[:start]}…{name[len(name) - end :]}"
 
 
 def worst_mistakes(predictions: list[PredictionRow]) -> list[PredictionRow]:

@@ -13,7 +13,7 @@ from tokenfusion.data.open import resolved
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import calibrated
 from tokenfusion.features import of_images
-from tokenfusion.files import lock_folder, make_folder, refuse_inside, write_text
+from tokenfusion.files import lock_folder, own_folder, refuse_inside, write_text
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models import create_model, require_known
 from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
@@ -90,8 +90,7 @@ def start(
                 require_unused(folder)
                 refuse_inside(folder, recipe.data)
                 require_weights(recipe)
-                make_folder(folder)
-                held.enter_context(lock_folder(folder))
+                held.enter_context(own_folder(folder))
                 claim(folder, recipe)
         return to_its_end(recipe, Run(folder, console, world), measure, listener)
 
@@ -323,6 +322,5 @@ def ship(setup: Setup, state: TrainState) -> Classifier:
     if not state.world.is_first:
         return of_images(shipped)
     shipped = of_images(calibrated(shipped, setup.held_out, setup.recipe.workers))
-    shipped.save_description(setup.run.folder)
-    shipped.save_weights(setup.run.folder)
+    shipped.save(setup.run.folder)
     return shipped

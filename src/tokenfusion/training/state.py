@@ -257,7 +257,7 @@ def read_progress(path: Path) -> Progress:
     Raises:
         InputError: it is damaged, or of another version.
     """
-    description = read_pointer(path)[1] if pointer_of(path).exists() else read_header(path)
+    description = read_pointer(path).description if pointer_of(path).exists() else read_header(path)
     for name in NO_LONGER_COUNTED:
         description.pop(name, None)
     try:

@@ -31,6 +31,7 @@ from tokenfusion.training import build, resume, start, step
 from tokenfusion.training import run as run_module
 from tokenfusion.training.distributed import launch as launch_module
 from tokenfusion.training.distributed import world
+from tokenfusion.training.distributed.fsdp import load_shards
 from tokenfusion.training.distributed.launch import Launch, first_host, processes, read_launch
 
 QUIET = Console(quiet=True)
@@ -360,6 +361,18 @@ def test_another_number_of_processes_reads_shared_weights_to_the_bit(whole_share
     shipped, expected = (load_tensors(path / "model.safetensors")[0] for path in (run, whole_shared))
     for name, tensor in expected.items():
         assert torch.equal(shipped[name], tensor), name
+
+
+def test_a_bit_that_flips_in_a_shared_checkpoint_is_noticed(whole_shared, tmp_path):
+    state = shutil.copytree(whole_shared / "state", tmp_path / "state")
+    part = max(state.glob("last.*/*.safetensors"))
+    data = bytearray(part.read_bytes())
+    data[-1] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(
+        InputError, match=r"last\.json is damaged: the files in last\.\d are not those that were written"
+    ):
+        load_shards(state / "last.safetensors", {}, [])
 
 
 def test_muon_is_refused_where_matrices_are_in_pieces(tmp_path):

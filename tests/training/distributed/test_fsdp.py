@@ -21,7 +21,7 @@ def test_a_pointer_to_another_folder_is_refused(tmp_path, folder):
 def test_a_pointer_names_one_of_two_folders(tmp_path):
     path = tmp_path / "last.safetensors"
     pointer_of(path).write_text(json.dumps({"folder": "last.1", "description": {"step": 3}}))
-    assert read_pointer(path) == (tmp_path / "last.1", {"step": 3})
+    assert read_pointer(path) == (tmp_path / "last.1", {"step": 3}, {})
     assert last_good(path).startswith("the last good checkpoint is kept")
 
 

@@ -7,9 +7,10 @@ folder and describes the run: the folder that is not named is written anew, and 
 import json
 import shutil
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -74,7 +75,16 @@ def slots_of(path: Path) -> tuple[Path, Path]:
     return path.with_suffix(".0"), path.with_suffix(".1")
 
 
-def read_pointer(path: Path) -> tuple[Path, dict[str, Any]]:
+class Pointer(NamedTuple):
+    """Where a sharded checkpoint is, and what it says of itself."""
+
+    folder: Path
+    description: dict[str, Any]
+    checksums: dict[str, int]
+    """CRC-32 of each file in the folder; older checkpoints have none."""
+
+
+def read_pointer(path: Path) -> Pointer:
     """The folder of a sharded checkpoint, and what it says of itself.
 
     Raises:
@@ -83,13 +93,33 @@ def read_pointer(path: Path) -> tuple[Path, dict[str, Any]]:
     pointer = pointer_of(path)
     try:
         saved = json.loads(pointer.read_text())
-        folder, description = path.with_name(saved["folder"]), dict(saved["description"])
+        folder = path.with_name(saved["folder"])
+        found = Pointer(folder, dict(saved["description"]), dict(saved.get("checksums", {})))
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise damaged(path, reason_of(error)) from error
     if folder not in slots_of(path):
         known = " or ".join(slot.name for slot in slots_of(path))
         raise damaged(path, f"its folder is {saved['folder']!r}, not {known}")
-    return folder, description
+    return found
+
+
+def checksums_of(folder: Path) -> dict[str, int]:
+    """CRC-32 of each file in a folder; each process reads its share of them, and all get all."""
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    mine = {path.name: crc_of(path) for path in sorted(folder.iterdir())[rank::size]}
+    parts: list[dict[str, int]] = [mine] * size
+    if size > 1:
+        dist.all_gather_object(parts, mine)
+    return {name: crc for part in parts for name, crc in part.items()}
+
+
+def crc_of(path: Path) -> int:
+    """CRC-32 of a file's bytes."""
+    crc = 0
+    with path.open("rb") as file:
+        while part := file.read(2**24):
+            crc = zlib.crc32(part, crc)
+    return crc
 
 
 def damaged(path: Path, reason: str) -> InputError:
@@ -116,7 +146,7 @@ def save_shards(path: Path, tensors: Mapping[str, Tensor], description: Mapping[
         InputError: it cannot be written; what was there before is intact.
     """
     pointer, first = pointer_of(path), dist.get_rank() == 0
-    before = read_pointer(path)[0] if pointer.exists() else None
+    before = read_pointer(path).folder if pointer.exists() else None
     folder = next(slot for slot in slots_of(path) if slot != before)
     try:
         if first:
@@ -128,13 +158,15 @@ def save_shards(path: Path, tensors: Mapping[str, Tensor], description: Mapping[
         if first:
             for file in (*folder.iterdir(), folder):
                 sync(file)
+        checksums = checksums_of(folder)
     except (OSError, CheckpointException) as error:
         raise InputError(
             f"{folder} could not be written: {reason_of(error)}; {last_good(path)} make room, "
             "then go on with `tokenfusion train --resume RUN`"
         ) from error
     if first:
-        write_json(pointer, {"folder": folder.name, "description": dict(description)})
+        saved = {"folder": folder.name, "description": dict(description), "checksums": checksums}
+        write_json(pointer, saved)
         path.unlink(missing_ok=True)  # of the same run by processes that did not share weights
         if before:
             shutil.rmtree(before, ignore_errors=True)
@@ -169,8 +201,10 @@ def load_shards(path: Path, own: Mapping[str, Tensor], parameters: list[Tensor])
     Raises:
         InputError: it is damaged, or of another model.
     """
-    folder, _ = read_pointer(path)
+    folder, _, checksums = read_pointer(path)
     try:
+        if checksums and checksums_of(folder) != checksums:
+            raise ValueError(f"the files in {folder.name} are not those that were written")
         reader = HuggingFaceStorageReader(str(folder))
         entries = reader.read_metadata().state_dict_metadata
         stored = with_present_names({name: name for name in entries}, own)  # by present name
