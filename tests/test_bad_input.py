@@ -154,13 +154,18 @@ def test_memory_that_does_not_suffice_is_said_without_a_traceback(command, run, 
     assert "give a smaller --batch-size or --img-size" in errors
 
 
+def put_weights(weights, run):
+    """Other weights for a run, as of a version that knew of no checksums."""
+    save_file(weights, run / "model.safetensors")
+    description = json.loads((run / "model.json").read_text())
+    (run / "model.json").write_text(json.dumps(description | {"weights": ""}))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite_are_refused(command, run, digit, value):
     weights = load_file(run / "model.safetensors")
     weights["vit.head.bias"][3] = value
-    save_file(weights, run / "model.safetensors")
-    description = json.loads((run / "model.json").read_text())
-    (run / "model.json").write_text(json.dumps(description | {"weights": ""}))  # as of a run that knew of no checksums
+    put_weights(weights, run)
     status, output, errors = command("predict", run, digit, "--format", "json")
     assert (status, output) == (2, "")
     assert "head.bias is not finite" in errors
@@ -169,7 +174,7 @@ def test_weights_that_are_not_finite_are_refused(command, run, digit, value):
 def test_scores_that_are_not_finite_are_no_prediction(command, run, digit):
     weights = load_file(run / "model.safetensors")
     weights["vit.head.weight"].fill_(3e38)
-    save_file(weights, run / "model.safetensors")
+    put_weights(weights, run)
     status, output, _ = command("predict", run, digit, "--format", "json")
     assert status == 1
     assert json.loads(output)["error"] == "the model's scores are not finite"

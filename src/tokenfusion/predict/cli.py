@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -91,7 +92,7 @@ def predict(
     from tokenfusion.predict.many import predict_many
 
     options = {name: value for name, value in counts.items() if value is not None}
-    understood = Reading(**{name: value for name, value in reading.items() if value is not None})
+    understood = replace(Reading(), **{name: value for name, value in reading.items() if value is not None})
     with show_progress() as progress:
         found = predict_many(
             run,
@@ -125,9 +126,9 @@ def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool,
     classifier = Classifier.load(run)
     classifier = classifier.uncalibrated() if raw else classifier
     topk = min(topk, len(classifier.classes))
-    images, errors = expand(paths), Console(stderr=True, soft_wrap=True, highlight=False)
-    if errors.is_terminal and "-" not in paths:
-        images = list(images)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    counted_ahead = errors.is_terminal and "-" not in paths
+    images = list(expand(paths)) if counted_ahead else expand(paths)
     total = len(images) if isinstance(images, list) else None
     above = sys.stdout.isatty()  # rows that go to the same terminal are printed above the bar
     with Progress(console=errors, disable=not errors.is_terminal, transient=True, redirect_stdout=above) as bar:
