@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -92,7 +91,7 @@ def predict(
     from tokenfusion.predict.many import predict_many
 
     options = {name: value for name, value in counts.items() if value is not None}
-    understood = replace(Reading(), **{name: value for name, value in reading.items() if value is not None})
+    understood = Reading(root=root or "", path_column=path_column or "", image_column=image_column or "")
     with show_progress() as progress:
         found = predict_many(
             run,
