@@ -23,6 +23,7 @@ from tokenfusion import Classifier
 from tokenfusion.classifier import batched
 from tokenfusion.data.unlabelled import find_parts
 from tokenfusion.files import write_json
+from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.predict.many import predict_many, prepare
 
 MODELS = ("tokenfusion_layerwise_tiny", "tokenfusion_early_small", "resnet50")
@@ -87,6 +88,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "predict.json")
     given = parser.parse_args()
     settings = {"batch_size": given.batch_size, "workers": given.workers, "repetitions": given.repetitions}
+    keep_freed_memory()  # as `predict --out` does
     before, rows = environment(), []
     for row in measure(given.models, given.data, given):
         rows.append(row)

@@ -5,6 +5,8 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 from tokenfusion.classifier import Prepared
 from tokenfusion.data.remote import Prefetcher
 from tokenfusion.data.unlabelled import NamedImage, Part
@@ -32,7 +34,8 @@ def prepared_ahead(
     room, ended = threading.Semaphore(waiting), threading.Event()
 
     def read() -> None:
-        with ThreadPoolExecutor(threads) as pool:
+        # each decodes alone, and leaves the threads that PyTorch computes with to the model
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for part in fetched_ahead(parts):
                 end: BaseException | None = None
                 try:

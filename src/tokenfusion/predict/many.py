@@ -17,6 +17,7 @@ from tokenfusion.data.open import is_path
 from tokenfusion.data.unlabelled import NamedImage, Part, find_parts
 from tokenfusion.errors import InputError
 from tokenfusion.files import FolderTaken, lock_folder, make_folder, refuse_inside, share_folder, write_json
+from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.hub import fetch, is_reference
 from tokenfusion.predict.ahead import prepared_ahead
 from tokenfusion.predict.table import Row, read_facts, schema_of, write_table
@@ -79,6 +80,7 @@ def predict_many(
         InputError: run, sources or folder cannot be used; or, once all others are written, some parts cannot be read.
     """
     launch = read_launch(os.environ)
+    keep_freed_memory()
     if batch_size < 1 or (workers is not None and workers < 1):
         raise InputError(f"batch_size={batch_size}, workers={workers}: give 1 or more")
     folder = fetch(run) if is_reference(run) else Path(run)
