@@ -83,8 +83,7 @@ def save_run(classifier: Classifier, folder: Path, images: int = 8) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         coarse = Image.fromarray(random.integers(0, 256, (7, 7, 3), dtype=np.uint8))
         coarse.resize((256, 256), Image.Resampling.BICUBIC).save(path)
-    classifier.save_description(folder)
-    classifier.save_weights(folder)
+    classifier.save(folder)
     recipe = Recipe(data=str(folder / "data"), model=classifier.name, img_size=classifier.preprocess.img_size)
     write_text(folder / "recipe.toml", dump_recipe(recipe))
     return folder

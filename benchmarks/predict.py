@@ -68,8 +68,7 @@ def measure(models: list[str], data: str, given: argparse.Namespace) -> Iterator
         batches = prepared(classifier, data, given.batch_size, given.in_memory)
         rates: dict[str, list[float]] = {"alone": [], "predict": []}
         with tempfile.TemporaryDirectory() as folder:
-            classifier.save_description(Path(folder))
-            classifier.save_weights(Path(folder))
+            classifier.save(Path(folder))
             for _ in range(given.repetitions):
                 rates["alone"].append(alone(classifier, batches))
                 rates["predict"].append(whole(Path(folder), data, given.batch_size, given.workers))

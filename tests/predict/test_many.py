@@ -31,8 +31,7 @@ def save_run(run: Path, seed: int = 0, **options) -> Path:
     classifier = Classifier.create("wide(vit_micro,0.1)", ("a", "b", "c"), img_size=(8, 8), precision="fp32", **options)
     errors = SurestErrors.among([0.5] * 400, [True] * 399 + [False])
     classifier = replace(classifier, temperature=0.5, surest_errors=(errors,) * (3 if options else 1))
-    classifier.save_description(run)
-    classifier.save_weights(run)
+    classifier.save(run)
     return run
 
 
