@@ -27,17 +27,17 @@ from tokenfusion.data.decoded import Images, read_images
 from tokenfusion.data.loader import TrainLoader, as_it_is
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.preprocess import Preprocess
-from tokenfusion.features import Decider, Rows, keep_features, of_kept
+from tokenfusion.features import Decider, Looked, Rows, keep_features, of_kept
 from tokenfusion.files import write_json
 from tokenfusion.hardware import hardware_name
 from tokenfusion.models.probe_fusion import ProbeFusion
+from tokenfusion.preset import KEPT_TOKENS
 from tokenfusion.probe import POOLED, TOKENS, fit_probe
-from tokenfusion.recipe import TUNED
 from tokenfusion.training.distributed.world import Requests
+from tokenfusion.training.linear_start import VOTERS, blocks_of, give_start, standardize
 from tokenfusion.training.objective import BatchMixing, CrossEntropy
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.setup import Run, Setup
-from tokenfusion.training.stages import VOTERS, blocks_of, give_start, standardize
 from tokenfusion.training.state import TrainState
 from tokenfusion.training.step import train_step
 
@@ -70,7 +70,7 @@ def seen(classifier: Classifier, data: str, split: str, count: int) -> tuple["Ch
     for start in range(0, len(order), CHUNK):
         images, _ = read_images(source, order[start : start + CHUNK], max_pixels=10**6, cache_bytes=2**30)
         clock = time.perf_counter()
-        rows.append(keep_features(classifier, images).rows)
+        rows.append(keep_features(classifier, images).rows.rows)
         labels.append(images.labels.numpy())
         print(split, start + len(images), f"{time.perf_counter() - clock:.1f} s", flush=True)
     return Chunks(rows), np.concatenate(labels)
@@ -90,6 +90,11 @@ class Chunks:
         return np.stack([self.parts[i // CHUNK][i % CHUNK] for i in indices])
 
 
+def looked(rows: np.ndarray) -> Looked:
+    """Kept rows as they are read, without the images."""
+    return Looked(None, Rows(Path(), rows), np.arange(len(rows)).reshape(1, -1))
+
+
 def draw(
     model: ProbeFusion, rows: Chunks, labels: np.ndarray, test: tuple, count: int, seed: int, operators: list[str]
 ):
@@ -98,9 +103,9 @@ def draw(
     chosen = np.sort(np.random.default_rng(seed).permutation(len(labels))[:count])
     some, known = rows[chosen], labels[chosen]
     clock = time.perf_counter()
-    standardize(model, some)
+    standardize(model, looked(some))
     voting = count <= VOTERS
-    blocks = blocks_of(model, some, voting)
+    blocks = blocks_of(model, looked(some), voting)
     probe = fit_probe({name: blocks[name] for name in ("cnn", "vit")}, POOLED, known, print)
     judged = judge_in_parts(model, probe, test, tokens=False)
     result = judged | {"probe_seconds": time.perf_counter() - clock}
@@ -122,7 +127,7 @@ def judge_in_parts(model: ProbeFusion, probe, test: tuple, tokens: bool) -> dict
     """Accuracies on the test images, some at a time."""
     rows, labels = test
     parts = [
-        probe.judge(blocks_of(model, rows[i : i + 1000], tokens), labels[i : i + 1000])
+        probe.judge(blocks_of(model, looked(rows[i : i + 1000]), tokens), labels[i : i + 1000])
         for i in range(0, len(labels), 1000)
     ]
     return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
@@ -140,7 +145,7 @@ def trained(start: ProbeFusion, rows: np.ndarray, labels: np.ndarray, test: tupl
     same |= {name: value for name, value in start.state_dict().items() if ".standardize." in name}
     model.load_state_dict(same, strict=False)
     model.freeze("cnn", "vit").set_gates(0.0)
-    recipe = Recipe(**TUNED | {"seed": seed, "precision": "fp32"})
+    recipe = Recipe(**KEPT_TOKENS | {"head_lr": 0.1, "seed": seed, "precision": "fp32"})
     names = [""] * len(labels)
     dataset = Dataset(
         where="",

@@ -7,7 +7,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 from tokenfusion import InputError, Recipe
-from tokenfusion.recipe import FIELDS, RANGES, dump_recipe, load_recipe, preset
+from tokenfusion.preset import preset
+from tokenfusion.recipe import FIELDS, RANGES, dump_recipe, load_recipe
 
 
 def test_a_recipe_survives_toml(tmp_path):

@@ -8,12 +8,12 @@ checked block by block: what a kill or a full disk leaves is gone on with. They 
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.cache import default_cache
 from tokenfusion.data.decoded import Images
-from tokenfusion.data.loader import eval_batches
+from tokenfusion.data.loader import Views, view_batches
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.readers import Reader
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
-from tokenfusion.hardware import autocast
+from tokenfusion.hardware import autocast, resolve_precision
 from tokenfusion.models.probe_fusion import ProbeFusion
 
 BLOCK = 64
@@ -40,7 +40,7 @@ class Rows(Reader):
 
     path: Path
     rows: np.ndarray
-    """float16 (N, F), mapped."""
+    """float16 (views · N, F), mapped: a row of every image as it is, then one of every image augmented, and so on."""
 
     def read(self, index: int) -> Tensor:
         return torch.from_numpy(self.rows[index])[:, None, None]
@@ -92,27 +92,64 @@ def of_images(classifier: Classifier) -> Classifier:
     return Classifier(**vars(classifier) | {"preprocess": Preprocess(**vars(classifier.preprocess))})
 
 
-def kept(images: Images, rows: Rows) -> Images:
-    """The images with rows in the place of pixels; they are told apart by their pixels' checksums as before."""
-    dataset = replace(images.dataset, reader=rows, rows=None, shards=None)
-    return Images(dataset, max_pixels=1, cached=True, checksums=images.checksums)
+@dataclass(frozen=True, eq=False)
+class Looked:
+    """Images, and what the parents saw of them.
+
+    Attributes:
+        images: N of them.
+        rows: what was seen of these, and perhaps of others.
+        which: int64 (views, N): the row of each image and view.
+    """
+
+    images: Images
+    rows: Rows
+    which: np.ndarray
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (views · N,), row by row."""
+        return np.tile(self.images.labels.numpy(), len(self.which))
+
+    def subset(self, indices: np.ndarray, views: int | None = None) -> "Looked":
+        """Some of the images, with all views or the first ones."""
+        return Looked(self.images.subset(indices), self.rows, self.which[:views, indices])
+
+    def as_images(self) -> Images:
+        """Rows in the place of the images, each view one of its own."""
+        each = self.images.subset(np.tile(np.arange(len(self.images)), len(self.which)))
+        dataset = replace(each.dataset, reader=self.rows, rows=self.which.ravel(), shards=None)
+        found = replace(each, dataset=dataset, max_pixels=1, cached=True)
+        found.weights = each.weights
+        return found
+
+    def batches(self, size: int = 512) -> Iterator[Tensor]:
+        """Rows in float32, (B, F), some at a time."""
+        which = self.which.ravel()
+        for start in range(0, len(which), size):
+            yield torch.from_numpy(self.rows.rows[which[start : start + size]]).float()
 
 
 def keep_features(
     classifier: Classifier,
     images: Images,
     *,
+    views: int = 1,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    seed: int = 0,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     folder: Path | None = None,
-) -> Rows:
+) -> Looked:
     """What a model's parents see of images, from disk where it was kept before.
 
     Args:
         classifier: of a `ProbeFusion`, whose parents are not trained.
         images: that were looked at, so that their pixels' checksums are known.
+        views: how often the parents look at each: once as it is, then augmented, each time anew.
+        augment, seed: makes a view of an image; what is random in it follows from the seed, the view and the image.
         workers: processes that decode what is not in memory.
-        progress: called with the number of images done, and of all.
+        progress: called with the number of views done, and of all.
         folder: where to keep rows; `features` in the cache of TOKENFUSION_CACHE when not given.
 
     Raises:
@@ -121,16 +158,23 @@ def keep_features(
     """
     model, cache = cast(ProbeFusion, classifier.model), default_cache()
     folder = folder or cache.folder / "features"
-    path = folder / f"{key_of(classifier, images)}.f16"
-    shape = len(images), model.row_length
+    if images.checksums is None:
+        raise InputError(
+            "images in shards are not looked at before training, and what frozen parents see of them cannot be kept; "
+            "give a folder, Parquet files or a tar, or leave out --tune"
+        )
+    how = [views, seed, vars(augment) if augment else None] if views > 1 else [1]
+    path = folder / f"{key_of(classifier, images.checksums, how)}.f16"
+    shape = views * len(images), model.row_length
     size = 2 * shape[0] * shape[1]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replace(cache, folder=folder).lock(path.stem):
             done = whole_rows(path, shape)
-            if done < len(images):
+            if done < shape[0]:
                 make_room(folder, size, cache.limit, path)
-                append_rows(classifier, images, path, done, workers, progress)
+                coming = Views(images, classifier.preprocess, augment, seed, range(done, shape[0]))
+                append_rows(classifier, coming, path, done, shape, workers, progress)
             os.utime(path)
             rows = Rows(path, np.memmap(path, np.float16, "c", shape=shape))  # stays, even if another makes room
     except OSError as error:
@@ -138,29 +182,20 @@ def keep_features(
             f"{path} could not be kept: {error.strerror}; what there is of it is gone on with: make room, or name "
             "another folder by TOKENFUSION_CACHE, then run the command again"
         ) from error
-    return rows
+    return Looked(images, rows, np.arange(shape[0]).reshape(views, -1))
 
 
-def key_of(classifier: Classifier, images: Images) -> str:
-    """A name for all that kept rows follow from: parents, preprocessing, arithmetic, and pixels in their order."""
-    if images.checksums is None:
-        raise InputError(
-            "images in shards are not looked at before training, and what frozen parents see of them cannot be kept; "
-            "give a folder, Parquet files or a tar, or leave out --tune"
-        )
+def key_of(classifier: Classifier, checksums: np.ndarray, how: list[Any]) -> str:
+    """A name for all that kept rows follow from: parents, preprocessing, views, arithmetic, and pixels in order."""
     digest = blake2b(digest_size=16)
     for name, tensor in classifier.model.state_dict().items():
         if name.startswith(("cnn.", "vit.")):
             digest.update(
                 name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             )
-    how = [
-        classifier.preprocess.to_dict(),
-        classifier.precision,
-        str(classifier.device),
-        classifier.name.partition(",")[0],
-    ]
-    digest.update(json.dumps(how).encode() + images.checksums.tobytes())
+    precision = resolve_precision(classifier.precision, classifier.device)
+    described = [classifier.preprocess.to_dict(), precision, str(classifier.device), classifier.name, *how]
+    digest.update(json.dumps(described).encode() + checksums.tobytes())
     return digest.hexdigest()
 
 
@@ -182,20 +217,20 @@ def whole_rows(path: Path, shape: tuple[int, int]) -> int:
 
 def append_rows(
     classifier: Classifier,
-    images: Images,
+    coming: Views,
     path: Path,
     done: int,
+    shape: tuple[int, int],
     workers: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
-    """Let the images that are missing pass the parents, a block at a time, each noted once it is on the disk."""
+    """Let the views that are missing pass the parents, a block at a time, each noted once it is on the disk."""
     notes = path.with_suffix(".json")
     checksums = json.loads(notes.read_text(encoding="utf-8"))[: done // BLOCK] if done else []
     with path.open("r+b" if done else "wb") as file:
-        file.truncate(2 * len(checksums) * BLOCK * row_length(classifier))
+        file.truncate(2 * done * shape[1])
         file.seek(0, os.SEEK_END)
-        remaining = range(len(checksums) * BLOCK, len(images))
-        for rows in seen_rows(classifier, images, remaining, workers):
+        for rows in seen_rows(classifier, coming, workers):
             block = rows.numpy().tobytes()
             file.write(block)
             file.flush()
@@ -203,19 +238,14 @@ def append_rows(
             checksums.append(zlib.crc32(block))
             write_json(notes, checksums)
             if progress is not None:
-                progress(min(len(checksums) * BLOCK, len(images)), len(images))
-
-
-def row_length(classifier: Classifier) -> int:
-    return cast(ProbeFusion, classifier.model).row_length
+                progress(min(len(checksums) * BLOCK, shape[0]), shape[0])
 
 
 @torch.inference_mode()
-def seen_rows(classifier: Classifier, images: Images, indices: Sequence[int], workers: int) -> Iterator[Tensor]:
-    """What the parents see, float16 (B, F), a block of images at a time."""
+def seen_rows(classifier: Classifier, coming: Views, workers: int = 0) -> Iterator[Tensor]:
+    """What the parents see, float16 (B, F), a block of views at a time."""
     model = cast(ProbeFusion, classifier.model.eval())
-    workers = 0 if images.cached else workers
-    for batch, _ in eval_batches(images, classifier.preprocess, batch_size=BLOCK, workers=workers, indices=indices):
+    for batch, _ in view_batches(coming, BLOCK, 0 if coming.images.cached else workers):
         with autocast(classifier.device, classifier.precision):
             yield model.keep(classifier.to_input(batch)).half().cpu()
 
@@ -238,9 +268,3 @@ def make_room(folder: Path, size: int, limit: int, path: Path) -> None:
             total -= os.path.getsize(other)
             for file in (other, other.with_suffix(".json")):
                 file.unlink()
-
-
-def batches_of(rows: np.ndarray, size: int = 512) -> Iterator[Tensor]:
-    """Kept rows in float32, (B, F), some at a time."""
-    for start in range(0, len(rows), size):
-        yield torch.from_numpy(rows[start : start + size]).float()

@@ -11,7 +11,8 @@ from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter, HelpPanel
 
 from tokenfusion.errors import InputError
-from tokenfusion.recipe import AUTO_FIELDS, load_recipe, preset
+from tokenfusion.preset import preset
+from tokenfusion.recipe import AUTO_FIELDS, load_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions

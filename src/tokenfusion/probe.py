@@ -66,19 +66,27 @@ class Probe:
     weights: dict[str, float]
     temperatures: dict[str, float]
 
-    def judge(self, blocks: Blocks, labels: np.ndarray) -> dict[str, float]:
-        """Accuracy of each part, of the mean of the parents' predictions, and of the mixture, on labels (N,)."""
+    def name_classes(self, blocks: Blocks) -> dict[str, np.ndarray]:
+        """The class (N,) that each part names, the mean of the parents' predictions, and the mixture."""
         logits = {
             name: joined(blocks, self.reads[name]) @ part.weight.T + part.bias for name, part in self.parts.items()
         }
         mean = sum(softmax(logits[name] / self.temperatures[name]) for name in ("cnn", "vit"))
         mixture = sum(blocks[name] @ weight.T for name, weight in self.weight.items()) + self.bias
-        judged = logits | {"mean": np.asarray(mean), "mixture": np.asarray(mixture)}
-        return {name: float((value.argmax(1) == labels).mean()) for name, value in judged.items()}
+        found = logits | {"mean": np.asarray(mean), "mixture": np.asarray(mixture)}
+        return {name: value.argmax(1) for name, value in found.items()}
+
+    def judge(self, blocks: Blocks, labels: np.ndarray) -> dict[str, float]:
+        """Accuracy of each part, of the mean of the parents' predictions, and of the mixture, on labels (N,)."""
+        return {name: float((named == labels).mean()) for name, named in self.name_classes(blocks).items()}
 
 
 def fit_probe(
-    blocks: Blocks, reads: dict[str, tuple[str, ...]], labels: np.ndarray, say: Callable[[str], None]
+    blocks: Blocks,
+    reads: dict[str, tuple[str, ...]],
+    labels: np.ndarray,
+    say: Callable[[str], None],
+    images: np.ndarray | None = None,
 ) -> Probe:
     """Fit the linear classifiers, C cross-validated, and mix them.
 
@@ -87,8 +95,9 @@ def fit_probe(
         reads: the blocks that each classifier reads: `POOLED`, or more.
         labels: int64 (N,), of which every class has one at least.
         say: told where a class has fewer images than there are folds.
+        images: int64 (N,): which image each row is a view of, so that all of its views lie in one fold.
     """
-    folds = folds_of(labels, say)
+    folds = folds_of(labels, say, np.arange(len(labels)) if images is None else images)
     aside = np.concatenate([held for _, held in folds]) if folds else np.zeros(0, dtype=np.int64)
     parts = {name: fit_linear(joined(blocks, names), labels, folds) for name, names in reads.items()}
     weights = dict(zip(parts, mixture([part.logits for part in parts.values()], labels[aside]), strict=True))
@@ -108,18 +117,22 @@ def joined(blocks: Blocks, names: tuple[str, ...]) -> np.ndarray:
     return np.concatenate([blocks[name] for name in names], axis=1) if len(names) > 1 else blocks[names[0]]
 
 
-def folds_of(labels: np.ndarray, say: Callable[[str], None]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Indices to fit on and to set aside, as many folds as the rarest class has images, none where it has one."""
+def folds_of(labels: np.ndarray, say: Callable[[str], None], images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit on and to set aside, as many folds as the rarest class has images, none where it has one."""
     from sklearn.model_selection import StratifiedKFold
 
-    rarest = int(np.bincount(labels)[np.unique(labels)].min())
+    _, first = np.unique(images, return_index=True)
+    own = labels[first]
+    rarest = int(np.bincount(own)[np.unique(own)].min())
     folds = min(FOLDS, rarest)
     if folds < FOLDS:
         how = f"is chosen by {folds} folds" if folds > 1 else f"is {FEW:g}, not chosen"
         say(f"a class has {counted(rarest, 'training image')}, fewer than {FOLDS} folds: the linear ones' C {how}")
     if folds < 2:
         return []
-    found = list(StratifiedKFold(folds, shuffle=True, random_state=0).split(labels, labels))
+    parts = StratifiedKFold(folds, shuffle=True, random_state=0).split(own, own)
+    held = [np.isin(images, images[first[part]]) for _, part in parts]
+    found = [(np.flatnonzero(~part), np.flatnonzero(part)) for part in held]
     return found[:1] if len(labels) >= ONE_FOLD else found
 
 

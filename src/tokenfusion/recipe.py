@@ -64,9 +64,13 @@ class Recipe:
     freeze: Literal["none", "cnn", "vit", "both"] = "none"
     """Parents of a fusion model whose weights stay as they are; what fuses and the head still learn."""
 
-    tune: Literal["", "probe", "fusion"] = ""
+    tune: Literal["", "probe", "fusion", "all", "auto"] = ""
     """How deep fuse(CNN,VIT,probe) of trained parents learns: probe fits a linear classifier on what both see, fusion
-    goes on from it with their tokens; not given, all weights learn from the images."""
+    goes on from it with their tokens, all from there with every weight; auto goes as deep as tune_minutes allow."""
+    tune_minutes: float = 10.0
+    """Minutes that tune=auto may take by its own estimate, from a few steps that are measured first."""
+    views: int = 1
+    """How often frozen parents look at each training image: once as it is, then augmented, each time anew."""
 
     epochs: int | Auto = 30
     """Passes over the training images; auto goes on until held-out accuracy stops improving, then lets lr fall to 0."""
@@ -83,6 +87,10 @@ class Recipe:
     """Learning rate of a fusion model's parents, or of all but the classifier of any other model, in units of lr."""
     head_lr: float = 1.0
     """Learning rate of the classifier, in units of lr."""
+    layer_decay: float = 1.0
+    """Learning rate of a backbone's layer, in units of that of the layer behind it, nearer to the classifier."""
+    fix_batchnorm: bool = False
+    """Leave BatchNorm's means and variances as they are, as those of pretrained weights; its scales still learn."""
     warmup_epochs: float = 1.0
     """Epochs over which the learning rate rises from 0 to its peak; then it falls along a cosine to 0."""
     weight_decay: float = 0.05
@@ -221,8 +229,6 @@ class Recipe:
 
 
 HUB = "hub"
-PRETRAINED_PAIR = "fuse(tf_efficientnet_lite0,vit_small_patch14_dinov2,late)"
-"""What begins with pretrained weights where no model is named; docs/pretrained.md says why these two."""
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 AUTO_FIELDS = ("epochs", "batch_size", "lr")
 """Fields that may be "auto"."""
@@ -236,8 +242,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "batch_size": (0, 1_000_000),
     "accumulate": (1, 1_000_000),
     "lr": (1e-12, 100),
+    "tune_minutes": (0, 100_000),
+    "views": (1, 1000),
     "backbone_lr": (0, 100),
     "head_lr": (0, 100),
+    "layer_decay": (0, 1),
     "warmup_epochs": (0, 100_000),
     "weight_decay": (0, 100),
     "clip_grad": (0, INFINITY),
@@ -303,51 +312,6 @@ def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
                 f"{name}={value!r} is of type {type(value).__name__}; give a value of type {kind.__name__}"
             )
     return result
-
-
-def preset(model: str, data: str, tune: str = "", pretrained: bool = False) -> dict[str, Any]:
-    """The fields that suit a model's size and the built-in data better than Recipe's defaults.
-
-    Args:
-        model: its name, or "" when none was given.
-        data, tune: as in Recipe.
-        pretrained: whether it begins with pretrained weights.
-    """
-    values: dict[str, Any] = {}
-    if pretrained and not model:
-        model = PRETRAINED_PAIR
-        values |= {"model": model, "img_size": (224, 224)}
-    if tune:
-        return {**values, **TUNED}
-    if data == "digits" and not model:
-        values |= {"model": "tokenfusion_early_micro"}
-    if data == "digits":  # 1,438 training images of 8×8 pixels; a mirrored digit is another sign
-        values |= {
-            "epochs": 40,
-            "hflip": 0.0,
-            "crop_scale": 0.6,
-            "warmup_epochs": 2.0,
-            "ema": 0.98,
-        }
-    elif model.endswith("_micro"):
-        values |= {"crop_scale": 0.7, "ema": 0.99}
-    return values
-
-
-TUNED: dict[str, Any] = {
-    "epochs": 8,
-    "batch_size": 64,
-    "optimizer": "adamw",
-    "lr": 1e-3,
-    "head_lr": 0.1,
-    "weight_decay": 0.1,
-    "warmup_epochs": 0.5,
-    "mixup": 0.4,
-    "label_smoothing": 0.0,
-    "crop_scale": 1.0,
-    "hflip": 0.0,
-}
-"""What suits training on kept tokens, from a linear classifier on (`benchmarks/pretrained.py`)."""
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

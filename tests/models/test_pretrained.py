@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import tokenfusion
 from tokenfusion import Classifier, InputError, create_model
 from tokenfusion.models.pretrained import fetch
-from tokenfusion.recipe import PRETRAINED_PAIR, preset
+from tokenfusion.preset import FINE_TUNING, PRETRAINED_PAIR, preset
 
 CNN, VIT = "test_efficientnet", "test_vit"
 
@@ -151,8 +151,9 @@ def test_a_run_says_which_weights_it_began_with_and_resumes_without_them(tmp_pat
 
 
 def test_without_a_model_a_pretrained_pair_is_chosen():
-    assert preset("", "photos", pretrained=True) == {"model": PRETRAINED_PAIR, "img_size": (224, 224)}
-    assert preset("resnet50", "photos", pretrained=True) == {}
+    chosen = preset("", "photos", pretrained=True)
+    assert (chosen["model"], chosen["img_size"], chosen["tune"]) == (PRETRAINED_PAIR, (224, 224), "auto")
+    assert preset("resnet50", "photos", pretrained=True) == FINE_TUNING
 
 
 class Hub(BaseHTTPRequestHandler):

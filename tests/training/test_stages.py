@@ -15,7 +15,6 @@ from tokenfusion.data.decoded import read_images
 from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import collect_logits, evaluate
 from tokenfusion.features import keep_features, of_kept
-from tokenfusion.features import kept as kept_images
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.training import Interrupted, resume, start
 
@@ -119,11 +118,11 @@ def test_a_run_resumed_equals_a_run_uninterrupted(parents, tmp_path):
 def test_what_was_kept_is_not_computed_again_and_decides_as_images_do(classifier, digits, monkeypatch):
     rows = keep_features(classifier, digits)
     expected, _ = collect_logits(classifier, digits)
-    found, labels = collect_logits(of_kept(classifier), kept_images(digits, rows))
+    found, labels = collect_logits(of_kept(classifier), rows.as_images())
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
     assert torch.equal(labels, digits.labels)
     monkeypatch.setattr(features, "append_rows", None)
-    assert np.array_equal(keep_features(classifier, digits).rows, rows.rows)
+    assert np.array_equal(keep_features(classifier, digits).rows.rows, rows.rows.rows)
 
 
 def test_rows_of_other_weights_or_pixels_are_never_used(classifier, digits, cache):
@@ -153,24 +152,24 @@ def test_a_full_disk_ends_clean_and_is_gone_on_with(classifier, digits, cache, m
     rows = keep_features(classifier, digits, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(128, 150), (150, 150)]  # the first block was safe
     again = keep_features(classifier, digits, folder=cache.parent / "elsewhere")
-    assert np.array_equal(rows.rows, again.rows)
+    assert np.array_equal(rows.rows.rows, again.rows.rows)
 
 
 def test_a_damaged_block_is_computed_again(classifier, digits):
-    rows = keep_features(classifier, digits)
+    rows = keep_features(classifier, digits).rows
     expected = rows.rows.copy()
     with rows.path.open("r+b") as file:
         file.seek(2 * 70 * expected.shape[1])
         file.write(b"\xff" * 10)
-    assert np.array_equal(keep_features(classifier, digits).rows, expected)
+    assert np.array_equal(keep_features(classifier, digits).rows.rows, expected)
 
 
 def test_rows_beyond_the_limit_are_refused_and_old_ones_make_room(classifier, digits, cache, monkeypatch):
     size = 2 * len(digits) * classifier.model.row_length
     monkeypatch.setenv("TOKENFUSION_CACHE_GB", str(1.5 * size / 2**30))
-    first = keep_features(classifier, digits).path
+    first = keep_features(classifier, digits).rows.path
     other, _ = read_images(open_dataset("digits"), range(1, 151), max_pixels=64, cache_bytes=2**20)
-    second = keep_features(classifier, other).path
+    second = keep_features(classifier, other).rows.path
     assert list(cache.glob("*.f16")) == [second] != [first]
     monkeypatch.setenv("TOKENFUSION_CACHE_GB", str(0.5 * size / 2**30))
     with pytest.raises(InputError, match=r"more than the .* GiB of the cache; allow more by TOKENFUSION_CACHE_GB"):

@@ -22,6 +22,7 @@ from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, 
 from tokenfusion.models.adapters import as_transformer
 from tokenfusion.models.exchange import Gate
 from tokenfusion.models.operators import AlignedAddition, Grids, regrid
+from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.token_fusion import Exchange, LateFusion, TokenFusion
 
 
@@ -139,6 +140,11 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Rollout:
         raise InputError(
             f"rollout cannot follow a {type(model).__name__}: its keys stand for cells of patches, and convolutions "
             "between its stages mix places; take --method gradcam"
+        )
+    if isinstance(model, ProbeFusion):
+        raise InputError(
+            f"rollout cannot follow {type(model).__name__}: it reads tokens of several layers by weights, not by "
+            "attention; take --method gradcam"
         )
     rollout = Rollout(head_reads_cls(model))
     with evaluating(model), record_attention(model, reduce=rollout.see), ExitStack() as stack:

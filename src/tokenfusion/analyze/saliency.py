@@ -19,6 +19,7 @@ from tokenfusion.analyze.tokens import attending, attention_by_token
 from tokenfusion.errors import InputError
 from tokenfusion.layers.tokens import size_of, tokens_to_map
 from tokenfusion.models.base import PaperModel, choose
+from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.token_fusion import JointEarlyFusion, LateFusion, LayerwiseFusion, TokenFusion
 
 Maps = dict[str, Tensor]
@@ -52,6 +53,8 @@ def cnn_point(model: TokenFusion) -> Point:
     """The last map of a fusion's CNN, where it becomes tokens."""
     if isinstance(model, LayerwiseFusion):
         return Point(f"exchanges.{len(model.exchanges) - 1}", 1)
+    if isinstance(model, ProbeFusion):
+        return Point("last_map", 0)
     if isinstance(model, LateFusion | JointEarlyFusion):
         return Point("pixel_source", 0)
     return Point("exchange", 1)

@@ -9,6 +9,7 @@ from torch import nn
 
 from tokenfusion.layers.tokens import TokenGroup, TokenLayout
 from tokenfusion.models.adapters import as_transformer
+from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.token_fusion import EarlyFusion, JointEarlyFusion, TokenFusion
 
 Grid = tuple[int, int]
@@ -36,6 +37,8 @@ class TokenSpan(NamedTuple):
 def token_spans(model: nn.Module, size: Grid) -> list[TokenSpan]:
     """Where a model's kinds of tokens meet: the operators of a late or layerwise fusion, else the blocks' inputs.
 
+    Of `fuse(CNN,VIT,probe)` it is what both parents see.
+
     An early fusion whose operator is not joint attention has one at the entrance, then blocks.
 
     Args:
@@ -47,6 +50,9 @@ def token_spans(model: nn.Module, size: Grid) -> list[TokenSpan]:
     """
     if not isinstance(model, TokenFusion):
         return block_spans(model, size)
+    if isinstance(model, ProbeFusion):  # all that decides reads what both parents see
+        kinds = (model.meeting_layout(size), (TokenGroup("pixel", model.cells(size)),))
+        return [span for argument, tokens in enumerate(kinds) for span in spans_in("sight", argument, tokens)]
     operators = [
         span
         for name, grid in model.operator_grids(size).items()

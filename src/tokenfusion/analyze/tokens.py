@@ -26,6 +26,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import own_folder, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, size_of
+from tokenfusion.models.probe_fusion import ProbeFusion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -123,8 +124,9 @@ def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
 
     Returns:
         `images`; `attention`: of each layer, how many tokens of each source CLS attends to, their share, and the share
-        of its attention that they get; `rollout`: the share of each source in what the head reads (`Rollout`); `top1`,
-        `loss`, `replaced` and `compared`, as `measure_ablation` gives them. Means over images, with 95 % intervals.
+        of its attention that they get; `rollout`: the share of each source in what the head reads (`Rollout`),
+        empty where weights rather than attention decide; `top1`, `loss`, `replaced` and `compared`, as
+        `measure_ablation` gives them. Means over images, with 95 % intervals.
 
     Raises:
         InputError: no image; no attention that can be seen; a model without a row of blocks, such as CMT or a CNN.
@@ -135,7 +137,7 @@ def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
     token_spans(model, size)  # refuses before anything is computed
     with evaluating(model):
         attention = measure_attention(model, batches)
-        rollout = measure_rollout(model, batches)
+        rollout = {} if isinstance(model, ProbeFusion) else measure_rollout(model, batches)
     return {"attention": attention, "rollout": rollout} | measure_ablation(model, batches)
 
 
@@ -182,7 +184,8 @@ def tokens_summary(result: dict[str, Any]) -> str:
         sentences.append(f"Of single layers, {worst['layer']} needs its {worst['tokens']} tokens most: {loses(worst)}.")
     sentences.append(on_attention(result["attention"]))
     shares = [f"{share['mean']:.0%} {source}" for source, share in result["rollout"].items()]
-    sentences.append(f"By rollout, what the head reads comes from {', '.join(shares)}.")
+    if shares:
+        sentences.append(f"By rollout, what the head reads comes from {', '.join(shares)}.")
     return " ".join(sentences)
 
 

@@ -56,6 +56,13 @@ class Images:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def subset(self, indices: np.ndarray) -> "Images":
+        """Some of the images, in the order of their indices."""
+        checksums = None if self.checksums is None else self.checksums[indices]
+        chosen = replace(self, dataset=self.dataset.subset(indices), checksums=checksums)
+        chosen.weights = None if self.weights is None else self.weights[indices]
+        return chosen
+
     def __getitem__(self, index: int) -> Tensor:
         try:
             image = self.dataset.decode(index, self.max_pixels)

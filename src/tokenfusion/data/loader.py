@@ -150,8 +150,18 @@ def eval_batches(
     Raises:
         InputError: an image has become unreadable, or a worker process has died.
     """
+    return once(ResizedImages(images, preprocess), indices, batch_size, workers)
+
+
+def view_batches(views: "Views", batch_size: int, workers: int = 0) -> Iterator[Batch]:
+    """Views of images, in order, once each; see `eval_batches`."""
+    return once(views, views.wanted, batch_size, workers)
+
+
+def once(dataset: TorchDataset[Batch], indices: Sequence[int] | None, batch_size: int, workers: int) -> Iterator[Batch]:
+    """Batches of a dataset in order, without what a random order would draw."""
     loader = WorkerLoader(
-        ResizedImages(images, preprocess),
+        dataset,
         batch_size=batch_size,
         sampler=indices,
         num_workers=workers,
@@ -237,6 +247,49 @@ class ResizedImages(TorchDataset[Batch]):
         except InputError as error:
             return error
         return stack(batch), self.images.labels[indices]
+
+
+class Views(TorchDataset[Batch]):
+    """Every image as a model is evaluated on it, then every one augmented, and so on: view v of image i is v · N + i.
+
+    Args:
+        images: N of them.
+        preprocess: gives the first view.
+        augment: gives each of the others; draws from torch's default generator.
+        seed: what is drawn follows from it, the view and the image.
+        wanted: numbers of the views that there is to be a batch of.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        preprocess: Preprocess,
+        augment: Callable[[Tensor], Tensor] | None,
+        seed: int,
+        wanted: Sequence[int],
+    ) -> None:
+        self.images, self.preprocess, self.wanted = images, preprocess, wanted
+        self.augmented = None if augment is None else AugmentedImages(images, augment, seed)
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    def __getitems__(self, numbers: list[int]) -> Loaded:
+        state = torch.default_generator.get_state()
+        keys = [divmod(number, len(self.images)) for number in numbers]
+        try:
+            batch = [self.load(view, index) for view, index in keys]
+        except InputError as error:
+            return error
+        finally:
+            torch.default_generator.set_state(state)
+        return stack(batch), self.images.labels[[index for _, index in keys]]
+
+    def load(self, view: int, index: int) -> Tensor:
+        """One view of one image."""
+        if self.augmented is None or not view:
+            return self.preprocess.resize(self.images[index])
+        return self.augmented.load((view, index), index)
 
 
 def stack(images: list[Tensor]) -> Tensor:

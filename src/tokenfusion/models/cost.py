@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -85,6 +86,7 @@ def native_size(name: str) -> Size:
         return input_size(create_model(name))
 
 
+@lru_cache(maxsize=64)  # a run writes its description more than once
 def count_model(
     name: str, *, num_classes: int | None = None, in_chans: int = 3, img_size: Size | None = None
 ) -> tuple[Counts, Size]:

@@ -44,6 +44,13 @@ class Seen(NamedTuple):
     tokens: Tensor
 
 
+class Sight(nn.Module):
+    """S as it is: a place for hooks."""
+
+    def forward(self, tokens: Tensor, pixels: Tensor) -> Seen:
+        return Seen(pixels, tokens)
+
+
 class ProbeFusion(TokenFusion):
     """logits = W z + b + T t + V(a u): a linear classifier on both parents' means, and what their tokens add to it.
 
@@ -56,6 +63,7 @@ class ProbeFusion(TokenFusion):
         self.classes = vit.num_classes
         vit.reset_classifier(0)
         del self.readout  # the head reads means
+        self.last_map, self.sight = nn.Identity(), Sight()  # where the CNN's last map and S can be looked at
         depth = len(vit.blocks)
         self.read_layers = sorted({depth * 5 // 6 - 1, depth - 1} - {-1})
         self.prefix = int("cls" in vit.prefix)
@@ -75,7 +83,8 @@ class ProbeFusion(TokenFusion):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to [z; t; a u]."""
-        return self.meet(self.observe(images), self.cells(size_of(images)))
+        pixels, tokens = self.observe(images)
+        return self.meet(self.sight(tokens, pixels), self.cells(size_of(images)))
 
     def observe(self, images: Tensor) -> Seen:
         """Images (B, in_chans, H, W) to S, which does not change while the parents are frozen.
@@ -94,7 +103,9 @@ class ProbeFusion(TokenFusion):
         seen = torch.cat(layers, dim=2)
         patches = tokens_to_map(seen[:, len(self.vit.prefix) :], self.vit.grid(size))
         tokens = torch.cat([seen[:, : self.prefix], pooled(patches, cells)], dim=1)
-        pixels = torch.cat([pooled(feature_map.float(), cells) for feature_map in self.cnn.maps(images)[-2:]], dim=2)
+        *_, before, last = self.cnn.maps(images)
+        maps = before, self.last_map(last)
+        pixels = torch.cat([pooled(feature_map.float(), cells) for feature_map in maps], dim=2)
         return Seen(pixels.clamp(-HALF, HALF), tokens)
 
     def meet(self, seen: Seen, cells: Grid) -> Tensor:
@@ -130,7 +141,7 @@ class ProbeFusion(TokenFusion):
             return features
         ends = [self.num_features, self.num_features + self.row_length]
         means, placed, fused = features.tensor_split(ends, dim=1)
-        return self.head(means) + self.votes(placed) + self.read_fused(fused)
+        return self.head(means.contiguous()) + self.votes(placed) + self.read_fused(fused)
 
     def decide(self, rows: Tensor) -> Tensor:
         """What `keep` made of images, (B, F), to logits."""

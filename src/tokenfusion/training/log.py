@@ -18,6 +18,7 @@ class Log:
         done: records of the epochs that a checkpoint holds; TensorBoard drops what it has from the last of them on.
         recipe: the run's settings, for the services.
         say: how to tell a person that a service fails.
+        before: records of the run's stages that are done, which those of this one follow.
 
     Raises:
         InputError: a service cannot be used.
@@ -29,18 +30,32 @@ class Log:
         done: Sequence[Record],
         recipe: Mapping[str, Any] | None = None,
         say: Callable[[str], None] = print,
+        before: Sequence[Record] = (),
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         recipe = recipe or {}
+        self.before = before
+        done = self.following(done)
         self.path = run / "metrics.jsonl"
         self.events = SummaryWriter(str(run / "events"), purge_step=int(done[-1]["step"]) if done else None)
         self.loggers = Loggers(recipe.get("loggers", ()), run, recipe, say)
         if done:  # a kill may have come between the checkpoint and this
-            self.write(done)
+            self.write_all(done)
 
     def write(self, records: Sequence[Record]) -> None:
         """Write all the records to the files, and the last to TensorBoard; send those that are new."""
+        self.write_all(self.following(records))
+
+    def following(self, records: Sequence[Record]) -> Sequence[Record]:
+        """The records of the stages before, and these, whose epochs and steps are counted on from there."""
+        if not self.before:
+            return records
+        last = self.before[-1]
+        own = [record | {name: last[name] + record[name] for name in ("epoch", "step")} for record in records]
+        return [*self.before, *own]
+
+    def write_all(self, records: Sequence[Record]) -> None:
         self.write_files(records)
         last = records[-1]
         for name, value in last.items():

@@ -10,6 +10,7 @@ from types import FrameType
 
 from torch import nn
 
+from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import Batch
 from tokenfusion.evaluate import collect_logits
 from tokenfusion.hardware import peak_memory_mb
@@ -76,16 +77,20 @@ def fit(setup: Setup, state: TrainState, tell: Listener, log: Log | None) -> Non
                 raise Interrupted
 
 
-def end_at_start(setup: Setup, state: TrainState, log: Log | None) -> None:
-    """A run that ends as it began: its only record is what the held-out images say of it."""
+def end_at_start(setup: Setup, state: TrainState, log: Log) -> None:
+    """A run that ends as it began: its only record is what training and held-out images say of it."""
     progress = state.progress
     if not progress.finished:
-        loss, score = validate(setup, state, state.gather_shipped())
-        progress.end_epoch({"epoch": 0, "step": 0, "val_loss": loss, f"val_{setup.loss.score}": score})
+        shipped, clock = state.gather_shipped(), perf_counter()
+        progress.loss_sum, score = validate(setup, state, shipped, setup.batches.images)
+        progress.seen, progress.seconds = 1, perf_counter() - clock
+        record = epoch_record(setup, state, shipped, *validate(setup, state, shipped))
+        rate = len(setup.batches.images) / progress.seconds
+        known = {"epoch": 0, "lr": 0.0, f"train_{setup.loss.train_score}": score, "images_per_s": rate}
+        progress.end_epoch(record | known)
         progress.finished = True
         state.save(setup.run.checkpoint)
-        if log:
-            log.write(progress.records)
+        log.write(progress.records)
 
 
 def rest_of_epoch(setup: Setup, state: TrainState) -> Iterator[Batch]:
@@ -94,14 +99,15 @@ def rest_of_epoch(setup: Setup, state: TrainState) -> Iterator[Batch]:
         yield from setup.batches.epoch(state.progress.epoch, start=state.progress.step_in_epoch)
 
 
-def validate(setup: Setup, state: TrainState, shipped: nn.Module) -> tuple[float, float]:
-    """Loss and score (accuracy or mAP) of the shipped weights on the held-out images."""
-    count, world = len(setup.held_out), state.world
+def validate(setup: Setup, state: TrainState, shipped: nn.Module, images: Images | None = None) -> tuple[float, float]:
+    """Loss and score (accuracy or mAP) of the shipped weights on the held-out images, or on others."""
+    images = setup.held_out if images is None else images
+    count, world = len(images), state.world
     size = -(-count // world.size)  # of a share; the last ones are filled up with the last image
     share = [min(index, count - 1) for index in range(world.rank * size, (world.rank + 1) * size)]
     classifier = replace(setup.classifier, model=shipped)
-    logits, _ = collect_logits(classifier, setup.held_out, workers=setup.recipe.workers, indices=share)
-    return setup.loss.judge(world.gather(logits)[:count], setup.held_out.labels)
+    logits, _ = collect_logits(classifier, images, workers=setup.recipe.workers, indices=share)
+    return setup.loss.judge(world.gather(logits)[:count], images.labels)
 
 
 def epoch_record(setup: Setup, state: TrainState, shipped: nn.Module, val_loss: float, val_score: float) -> Record:

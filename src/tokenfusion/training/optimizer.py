@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from timm.models import group_parameters
 from timm.optim.muon import Muon
 from torch import nn
 
@@ -42,7 +43,26 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def lr_scales(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     """Each parameter's learning rate in units of the recipe's, by name: one for the backbone (the parents of a fusion
-    model), one for the classifier; what fuses learns at the recipe's own."""
+    model), smaller by `layer_decay` with each layer that is between it and the classifier, one for the classifier; what
+    fuses learns at the recipe's own."""
+    scales = part_scales(model, recipe)
+    if recipe.layer_decay == 1:
+        return scales
+    behind = layers_behind(model)
+    return {name: scale * recipe.layer_decay ** behind[name] for name, scale in scales.items()}
+
+
+def layers_behind(model: nn.Module) -> dict[str, int]:
+    """How many layers each parameter, by its name, has between it and the classifier, as timm groups them."""
+    if isinstance(model, TokenFusion):
+        return {name: model.layers_behind(name) for name, _ in model.named_parameters()}
+    layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+    last = max(layers.values())
+    return {name: last - layers[name] for name, _ in model.named_parameters()}
+
+
+def part_scales(model: nn.Module, recipe: Recipe) -> dict[str, float]:
+    """As `lr_scales`, the same for all layers of a part."""
     if isinstance(model, TokenFusion):
         scales = {"cnn": recipe.backbone_lr, "vit": recipe.backbone_lr, "fusion": 1.0, "head": recipe.head_lr}
         return {name: scales[model.part_of(name)] for name, _ in model.named_parameters()}

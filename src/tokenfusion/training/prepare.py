@@ -1,4 +1,4 @@
-"""From a recipe to all that the loop needs, a function a stage: data, split, model, weights, images, loader, objective,
+"""From a recipe to all that the loop needs, a function a step: data, split, model, weights, images, loader, objective,
 optimizer. The model comes before the images are decoded, so that one that cannot be built is refused in seconds."""
 
 import copy
@@ -20,7 +20,7 @@ from tokenfusion.data.open import open_dataset
 from tokenfusion.data.sampler import Share
 from tokenfusion.data.split import Split, choose_split, never_held_out, read_split, write_split
 from tokenfusion.errors import InputError
-from tokenfusion.features import Decider
+from tokenfusion.features import Decider, KeptClassifier
 from tokenfusion.files import write_text
 from tokenfusion.formatting import counted
 from tokenfusion.models.probe_fusion import ProbeFusion
@@ -28,6 +28,8 @@ from tokenfusion.recipe import Recipe, dump_recipe
 from tokenfusion.training.distributed.ddp import average_gradients
 from tokenfusion.training.distributed.fsdp import is_saved, shard
 from tokenfusion.training.distributed.sync_norm import globalize_norms
+from tokenfusion.training.identity import Identity
+from tokenfusion.training.linear_start import require_tunable
 from tokenfusion.training.model import build
 from tokenfusion.training.objective import (
     BatchMixing,
@@ -38,17 +40,17 @@ from tokenfusion.training.objective import (
 )
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.recovery import Unreadable, read_skipped_file
-from tokenfusion.training.setup import Run, Setup
-from tokenfusion.training.stages import observe, require_tunable
+from tokenfusion.training.setup import Run, Setup, begun
 from tokenfusion.training.state import TrainState
 from tokenfusion.training.tune.batch_size import choose_batch_size, more_than_there_are
+from tokenfusion.training.tune.depth import choose_depth
 from tokenfusion.training.tune.rate import choose_lr
 from tokenfusion.training.warm_start import refuse_seen, warm_start
 from tokenfusion.training.watch import Measure, make_watch, require_measurable
 
 
 def prepare(recipe: Recipe, run: Run, measure: Measure | None) -> Setup:
-    """All stages but the last, `make_state`, which comes once what is saved of the run was compared.
+    """All steps but the last, `make_state`, which comes once what is saved of the run was compared.
 
     Args:
         recipe: what to train, on what, and how.
@@ -65,9 +67,10 @@ def prepare(recipe: Recipe, run: Run, measure: Measure | None) -> Setup:
     begin_weights(classifier, source, parts, recipe, run)
     training, held_out = decode_images(source, parts, recipe, run)
     balance(training, recipe, run)
-    if recipe.tune:
-        classifier, training, held_out = observe(classifier, training, held_out, recipe, run)
-    settled, batches = make_loader(training, classifier, recipe, run)
+    settled = choose_depth(recipe, classifier, training, len(held_out), run.say) if recipe.tune == "auto" else recipe
+    settled, batches = make_loader(training, classifier, settled, run)
+    if not recipe.tune:
+        say_batches(batches, run)
     setup = make_setup(batches, held_out, classifier, settled, run, measure)
     if "lr" in recipe.autos:
         setup = replace(setup, recipe=choose_lr(setup))
@@ -78,7 +81,7 @@ def prepare(recipe: Recipe, run: Run, measure: Measure | None) -> Setup:
 
 def dump_measured(recipe: Recipe, given: Recipe) -> str:
     """A recipe as TOML, with a first line that says which of its numbers were chosen by measuring."""
-    measured = ", ".join(name for name in given.autos if name not in recipe.autos)
+    measured = ", ".join([name for name in given.autos if name not in recipe.autos] + ["tune"] * (given.tune == "auto"))
     return f"# Chosen by measuring: {measured}.\n{dump_recipe(recipe)}"
 
 
@@ -108,7 +111,7 @@ def settle_split(source: Dataset, recipe: Recipe, run: Run) -> Split:
 
 def build_model(source: Dataset, recipe: Recipe, run: Run, measure: Measure | None) -> Classifier:
     """The model with random or pretrained weights, BatchNorm over all processes."""
-    begins = not is_saved(run.checkpoint)
+    begins = not begun(run)
     classifier = build(recipe, source.classes, source.multi_label, loaded=begins)
     if recipe.pretrained and not begins:
         classifier = replace(classifier, began_with=tuple(load_description(run.folder)["began_with"]))
@@ -122,7 +125,7 @@ def build_model(source: Dataset, recipe: Recipe, run: Run, measure: Measure | No
 
 def begin_weights(classifier: Classifier, source: Dataset, parts: Split, recipe: Recipe, run: Run) -> None:
     """The parents' trained weights in the place of random ones, before the first step."""
-    if recipe.warm_start_from and not is_saved(run.checkpoint):
+    if recipe.warm_start_from and not begun(run):
         refuse_seen(recipe, source, parts)
         warm_start(classifier, recipe.warm_start_from, run.say)
 
@@ -199,7 +202,9 @@ def make_loader(training: Images, classifier: Classifier, recipe: Recipe, run: R
     batch_size = recipe.batch_size_for(len(training), run.world.size)
     batches = TrainLoader(
         training,
-        as_it_is if recipe.tune else Augment.from_recipe(recipe, classifier.preprocess.img_size),
+        as_it_is
+        if isinstance(classifier, KeptClassifier)
+        else Augment.from_recipe(recipe, classifier.preprocess.img_size),
         batch_size=batch_size,
         seed=recipe.seed,
         workers=recipe.workers,
@@ -209,9 +214,13 @@ def make_loader(training: Images, classifier: Classifier, recipe: Recipe, run: R
     )
     if batch_size > len(training):
         run.say(more_than_there_are(batch_size, len(training)))
-    each = counted(min(batch_size, len(training)), "image")
-    run.say(f"{counted(batches.steps_per_epoch, 'step')} an epoch, of {each} each")
     return recipe, batches
+
+
+def say_batches(batches: TrainLoader, run: Run) -> None:
+    """How long an epoch is."""
+    each = counted(batches.batch_size, "image")
+    run.say(f"{counted(batches.steps_per_epoch, 'step')} an epoch, of {each} each")
 
 
 def make_setup(
@@ -230,7 +239,7 @@ def make_setup(
 
 
 def make_state(setup: Setup) -> TrainState:
-    """The last stage: the optimiser and the average beside the model, before the first step.
+    """The last step: the optimiser and the average beside the model, before the first step.
 
     Processes spread the model over themselves, or exchange gradients; all of them come here together.
     """
@@ -242,7 +251,20 @@ def make_state(setup: Setup) -> TrainState:
         return TrainState(spread, make_optimizer(spread, recipe), recipe.ema, keep_best, spread, world, spare=network)
     called = (
         Decider(network)
-        if isinstance(network, ProbeFusion) and recipe.tune
+        if isinstance(network, ProbeFusion) and isinstance(setup.classifier, KeptClassifier)
         else average_gradients(setup.classifier, world)
     )
     return TrainState(network, make_optimizer(network, recipe), recipe.ema, keep_best, called, world)
+
+
+def begin(setup: Setup, identity: Identity) -> TrainState:
+    """A run's state: what is saved of it, or else its first; all processes make it together."""
+    run, state = setup.run, make_state(setup)
+    run.checkpoint.parent.mkdir(exist_ok=True)
+    if is_saved(run.checkpoint):
+        state.load(run.checkpoint)
+        run.say(state.change_processes())
+    elif run.world.is_first:
+        setup.classifier.save_description(run.folder)
+    state.progress.identity, state.progress.key = identity, ""
+    return state

@@ -28,6 +28,7 @@ class Update:
         images_per_s: training images a second in this epoch.
         record: after an epoch its line of `metrics.jsonl`, held-out loss and score included; None after a step.
         seconds_left: after an epoch, until the last one, at most; 0 after a step.
+        stage: of a run that is trained in stages, the one that these are numbers of.
     """
 
     step: int
@@ -39,6 +40,7 @@ class Update:
     images_per_s: float
     record: Record | None = None
     seconds_left: float = 0.0
+    stage: str = ""
 
 
 Listener = Callable[[Update], object]
@@ -93,8 +95,9 @@ class Display:
 def epoch_line(update: Update, record: Record) -> str:
     """What is printed of an epoch done."""
     minutes, seconds = divmod(round(update.seconds_left), 60)
+    stage = f"{update.stage}, " * bool(update.stage)
     return (
-        f"epoch {record['epoch']}/{update.epochs}  "
+        f"{stage}epoch {record['epoch']}/{update.epochs}  "
         f"train loss {record['train_loss']:.3f} {scores(record, 'train_')}  "
         f"held-out loss {record['val_loss']:.3f} {scores(record, 'val_')}  "
         f"{record['images_per_s']:,.0f} images/s  {minutes}:{seconds:02d} left"

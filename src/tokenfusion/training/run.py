@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tokenfusion.checkpoint import load_description, resume_command
+from tokenfusion.checkpoint import load_description, load_tensors, resume_command
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import EXCLUDED
 from tokenfusion.data.open import resolved
@@ -23,10 +23,11 @@ from tokenfusion.training.distributed.world import READ, World
 from tokenfusion.training.identity import Identity, differences, find_moved_data, first_key, identity_of
 from tokenfusion.training.log import Log, send_rest
 from tokenfusion.training.loggers import require_installed
-from tokenfusion.training.loop import Interrupted, end_at_start, fit
-from tokenfusion.training.prepare import make_state, prepare
+from tokenfusion.training.loop import Interrupted, fit
+from tokenfusion.training.prepare import begin, prepare
 from tokenfusion.training.progress import Display, Listener, Update
-from tokenfusion.training.setup import CHECKPOINT, Run, Setup
+from tokenfusion.training.setup import CHECKPOINT, START, Run, Setup
+from tokenfusion.training.stages import forget_stages, train_in_stages
 from tokenfusion.training.state import TrainState, read_progress
 from tokenfusion.training.watch import Measure
 
@@ -197,6 +198,8 @@ def recipe_of(folder: Path) -> Recipe:
     if (folder / "model.json").exists():
         load_description(folder)  # refuses a run of a newer version
     recipe, saved = Recipe(**load_recipe(path)), folder / CHECKPOINT
+    if (folder / START).exists():
+        return find_moved_data(recipe, load_tensors(folder / START)[1], folder)
     return find_moved_data(recipe, read_progress(saved).identity, folder) if is_saved(saved) else recipe
 
 
@@ -221,23 +224,30 @@ def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, listener: List
     world.require_same("images", {"a checkpoint": saved} | identity["images"], SAME_DATA)
     if world.is_first:
         note_data(run.folder, setup.recipe)
+    with Display(run.console, setup.loss.train_score) as display:
+
+        def tell(update: Update) -> None:
+            display(update)
+            if listener:
+                listener(update)
+
+        if setup.recipe.tune:
+            classifier = ship(*train_in_stages(setup, identity, tell))
+            forget_stages(run.folder)
+            return classifier
+        return ship(setup, train_at_once(setup, identity, tell))
+
+
+def train_at_once(setup: Setup, identity: Identity, tell: Listener) -> TrainState:
+    """All weights from the images, by one process or several."""
+    world = setup.run.world
     state = begin(setup, identity)
     world.require_same("checkpoint", {"steps done": state.progress.step}, SAME_DATA)
-
-    def tell(update: Update) -> None:
-        display(update)
-        if listener:
-            listener(update)
-
     log = None
     try:
         if world.is_first:
-            log = Log(run.folder, state.progress.records, asdict(setup.recipe), run.say)
-        with Display(run.console, setup.loss.train_score) as display:
-            if setup.recipe.tune == "probe":
-                end_at_start(setup, state, log)
-            else:
-                fit(setup, state, tell, log)
+            log = Log(setup.run.folder, state.progress.records, asdict(setup.recipe), setup.run.say)
+        fit(setup, state, tell, log)
     except Interrupted:
         if world.is_first:
             raise
@@ -246,7 +256,7 @@ def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, listener: List
         setup.batches.close()
         if log:
             log.close(state.progress.finished)
-    return ship(setup, state)
+    return state
 
 
 def refuse_alone(recipe: Recipe, world: World) -> None:
@@ -281,7 +291,10 @@ def require_same_run(setup: Setup) -> Identity:
     run, training, held_out = setup.run, setup.batches.images, setup.held_out
     what = (setup.recipe, setup.classifier.classes, training, held_out)
     now = identity_of(*what, run.folder)
-    if is_saved(run.checkpoint):
+    if setup.recipe.tune:
+        if (run.folder / START).exists():
+            refuse_changes(differences(load_tensors(run.folder / START)[1], now), run)
+    elif is_saved(run.checkpoint):
         began = read_progress(run.checkpoint)
         steps = setup.batches.steps_per_epoch
         if began.step_in_epoch > steps or began.step > (began.epoch + 1) * steps:
@@ -293,25 +306,17 @@ def require_same_run(setup: Setup) -> Identity:
             changed = differences(began.identity, now)
         else:
             changed = [] if began.key == first_key(*what) else ["its images or fields of its recipe"]
-        if changed:
-            raise InputError(
-                f"{run.folder} cannot go on: {', '.join(changed)} are not those that the run began with; put them back "
-                f"(fields stand in {run.folder / 'recipe.toml'}), or train a new run"
-            )
+        refuse_changes(changed, run)
     return now
 
 
-def begin(setup: Setup, identity: Identity) -> TrainState:
-    """A run's state: what is saved of it, or else its first; all processes make it together."""
-    run, state = setup.run, make_state(setup)
-    run.checkpoint.parent.mkdir(exist_ok=True)
-    if is_saved(run.checkpoint):
-        state.load(run.checkpoint)
-        run.say(state.change_processes())
-    elif run.world.is_first:
-        setup.classifier.save_description(run.folder)
-    state.progress.identity, state.progress.key = identity, ""
-    return state
+def refuse_changes(changed: list[str], run: Run) -> None:
+    """Refuse to go on where something is not as it was when the run began."""
+    if changed:
+        raise InputError(
+            f"{run.folder} cannot go on: {', '.join(changed)} are not those that the run began with; put them back "
+            f"(fields stand in {run.folder / 'recipe.toml'}), or train a new run"
+        )
 
 
 def ship(setup: Setup, state: TrainState) -> Classifier:

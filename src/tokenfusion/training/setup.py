@@ -9,30 +9,39 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.recipe import Recipe
+from tokenfusion.training.distributed.fsdp import is_saved
 from tokenfusion.training.distributed.world import World
 from tokenfusion.training.objective import BatchMixing, Loss
 from tokenfusion.training.watch import Watch
 
 CHECKPOINT = Path("state", "last.safetensors")
 """Where a run folder keeps all that it needs to go on."""
+START = Path("state", "start.safetensors")
+"""Where a run that is trained in stages keeps what all of them start from: the parents, and the linear classifier."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a run writes, whom it tells, and with which processes it trains."""
+    """Where a run writes, whom it tells, and with which processes it trains; `stage` has a checkpoint of its own."""
 
     folder: Path
     console: Console
     world: World = World()  # noqa: RUF009 - frozen
+    stage: str = CHECKPOINT.stem
 
     @property
     def checkpoint(self) -> Path:
-        return self.folder / CHECKPOINT
+        return (self.folder / CHECKPOINT).with_stem(self.stage)
 
     def say(self, text: str) -> None:
         """Print a line, unless there is nothing to say."""
         if text:
             self.console.print(text, highlight=False, soft_wrap=True)
+
+
+def begun(run: Run) -> bool:
+    """Whether a run's weights are in its folder."""
+    return is_saved(run.checkpoint) or (run.folder / START).exists()
 
 
 @dataclass(frozen=True)

@@ -1,165 +1,240 @@
-"""Training on what frozen parents see: every image passes them once, a linear classifier starts, what fuses goes on.
+"""Training in stages, each from where the one before it ended.
 
-`--tune probe` ends with the linear classifier; `--tune fusion` goes on from it, in the same loop as any run, whose
-"images" are the rows that are kept of them.
+    probe    linear classifiers on what both frozen parents see of every image (`linear_start.py`)
+    fusion   what fuses, on the tokens that are kept of them, its gates closed at first
+    all      every weight, on the images (a linear classifier first, then all weights: arXiv 2202.10054)
+
+A part of the training images is set aside to say which stages are worth it: each is first tried without that part, and
+one that names no more of it correctly than what it started from is left out. What is kept is then trained on all
+training images. Every stage has a checkpoint of its own, so that a resumed run passes through those that are done.
 """
 
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
-import torch
 from rich.progress import Progress as ProgressBar
+from torch import Tensor, nn
 
-from tokenfusion.checkpoint import load_tensors, load_weights_exactly
+from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.augment import Augment
 from tokenfusion.data.decoded import Images
-from tokenfusion.errors import InputError
-from tokenfusion.features import KeptClassifier, Rows, batches_of, keep_features, kept, of_kept
-from tokenfusion.files import write_json
+from tokenfusion.data.split import choose_split
+from tokenfusion.features import Looked, keep_features, of_kept
+from tokenfusion.files import read_json, write_json
 from tokenfusion.formatting import counted
+from tokenfusion.models.fused_model import PARENTS
 from tokenfusion.models.probe_fusion import ProbeFusion
-from tokenfusion.probe import POOLED, TOKENS, Blocks, Probe, fit_probe
+from tokenfusion.preset import ON_KEPT_TOKENS
 from tokenfusion.recipe import Recipe
-from tokenfusion.training.distributed.fsdp import is_saved
-from tokenfusion.training.setup import Run
+from tokenfusion.training.identity import Identity
+from tokenfusion.training.linear_start import fit_start, judge_start
+from tokenfusion.training.log import Log
+from tokenfusion.training.loop import end_at_start, fit, validate
+from tokenfusion.training.prepare import begin, make_loader, make_setup, say_batches
+from tokenfusion.training.progress import Listener
+from tokenfusion.training.setup import CHECKPOINT, START, Setup
+from tokenfusion.training.state import Record, TrainState
 
-VOTERS = 5_000
-"""Of so many images at most every token's vote is fitted at once; of more, training finds it."""
-TOKEN_SCALE = 0.25
-"""Of standardised tokens beside means: their weights are penalised the more."""
-PROBE_BYTES = 2**30
-"""Largest features that a linear classifier is fitted on; of more images, as many as fit are drawn."""
-
-
-def require_tunable(classifier: Classifier, source: Dataset, recipe: Recipe, run: Run) -> None:
-    """Refuse what cannot be tuned in stages.
-
-    Raises:
-        InputError: the model does not start from a linear classifier, its parents are not trained, several processes
-            train, or an image has any number of classes.
-    """
-    if not recipe.tune:
-        return
-    reasons = {
-        f"{recipe.model} does not start from a linear classifier; give --model fuse(CNN,VIT,probe)": not isinstance(
-            classifier.model, ProbeFusion
-        ),
-        "its parents would be random; give --warm-start-from with two runs": not recipe.warm_start_from,
-        "an image has any number of classes here, and the linear classifier gives one; leave out --tune": (
-            source.multi_label
-        ),
-        f"every={recipe.every} looks at attention to images, of which the parents' was seen before; give 0": (
-            recipe.every > 0
-        ),
-        "its batch size and learning rate are not chosen by measuring; give numbers": bool(
-            {"lr", "batch_size"} & set(recipe.autos)
-        ),
-        "every image is seen once, by one process; train without torchrun": run.world.size > 1,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise InputError(f"tune={recipe.tune}: {reason}")
+STAGES = {"probe": (), "fusion": ("fusion",), "all": ("fusion", "all")}
+"""What follows the linear classifier, by the recipe's `tune`."""
+IN_WORDS = {"probe": "the linear classifier", "fusion": "fusion on kept tokens", "all": "fine-tuning of all weights"}
+ASIDE = 0.2
+"""Share of the training images that is set aside."""
+JUDGED = "stages.json"
+"""What the images that were set aside say of each stage."""
+Weights = dict[str, Tensor]
 
 
-def observe(
-    classifier: Classifier, training: Images, held_out: Images, recipe: Recipe, run: Run
-) -> tuple[KeptClassifier, Images, Images]:
-    """What the parents see of the images in the images' place; a new run's head starts as the linear classifier.
+def train_in_stages(setup: Setup, identity: Identity, tell: Listener) -> tuple[Setup, TrainState]:
+    """Pass the stages of a recipe.
+
+    Args:
+        setup: of training on images; its model has the parents' weights, or is that of a run that goes on.
+        identity: what the run is trained on and by.
+        tell: told of every step and epoch.
 
     Returns:
-        The classifier of what is kept, and the training and held-out images as it takes them.
+        The last stage that is kept, and what it ended with.
+
+    Raises:
+        InputError, Interrupted: as `loop.fit`.
     """
-    model = cast(ProbeFusion, classifier.model).freeze("cnn", "vit")
-    if is_saved(run.checkpoint):
-        tensors = load_tensors(run.checkpoint)[0]
-        own = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
-        load_weights_exactly(model, own, run.checkpoint)
-    rows = []
+    run, recipe = setup.run, setup.recipe
+    model = cast(ProbeFusion, setup.classifier.model).freeze(*PARENTS)
+    begins = not (run.folder / START).exists()
+    if not begins:
+        load_weights_exactly(model, load_tensors(run.folder / START)[0], run.folder / START)
+    training, held_out = look(setup)
+    if begins:
+        probe = fit_start(model, training, recipe.tune != "probe", run)
+        judge_start(model, probe, held_out, run)
+        setup.classifier.save_description(run.folder)
+        (run.folder / START).parent.mkdir(exist_ok=True)
+        save_tensors(run.folder / START, model.state_dict(), identity)
+    start = weights_of(model)
+    kept = choose_stages(setup, training, identity, tell) if STAGES[recipe.tune] else ()
+    return train_kept(setup, kept, start, training, held_out, identity, tell)
+
+
+def look(setup: Setup) -> tuple[Looked, Looked]:
+    """Let the parents look at training and held-out images, and keep what they see."""
+    run, recipe, classifier = setup.run, setup.recipe, setup.classifier
+    augment = Augment.from_recipe(recipe, classifier.preprocess.img_size)
+    looked = []
     with ProgressBar(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
-        for name, images in (("training", training), ("held-out", held_out)):
-            task = bar.add_task(f"parents look at {name} images", total=len(images))
-            rows.append(
+        for name, images, views in (
+            ("training", setup.batches.images, recipe.views),
+            ("held-out", setup.held_out, 1),
+        ):
+            task = bar.add_task(f"parents look at {name} images", total=views * len(images))
+            looked.append(
                 keep_features(
                     classifier,
                     images,
+                    views=views,
+                    augment=augment,
+                    seed=recipe.seed,
                     workers=recipe.workers,
                     progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
                 )
             )
-    run.say(f"what the parents see is kept in {rows[0].path.parent}")
-    if not is_saved(run.checkpoint):
-        start_from_probe(model, rows, training, held_out, recipe.tune == "fusion", run)
-    weights = training.weights
-    training, held_out = kept(training, rows[0]), kept(held_out, rows[1])
-    training.weights = weights
-    return of_kept(classifier), training, held_out
+    run.say(f"what the parents see is kept in {looked[0].rows.path.parent}")
+    return looked[0], looked[1]
 
 
-def start_from_probe(
-    model: ProbeFusion, rows: list[Rows], training: Images, held_out: Images, tokens: bool, run: Run
-) -> None:
-    """Fit the linear classifiers, write what they know to `probe.json`, and make them the model's start."""
-    standardize(model, rows[0].rows)
-    labels = training.labels.numpy()
-    chosen = drawn(len(labels), 4 * model.num_features, run)
-    voting = tokens and len(labels) <= VOTERS
-    reads = POOLED | (TOKENS if voting else {})
-    probe = fit_probe(blocks_of(model, rows[0].rows[chosen], voting), reads, labels[chosen], run.say)
-    judged = probe.judge(blocks_of(model, rows[1].rows, voting), held_out.labels.numpy())
-    write_json(run.folder / "probe.json", described(probe, judged))
-    told = {"cnn": "the CNN", "vit": "the transformer", "both": "both", "mean": "the mean of the two predictions"}
-    known = ", ".join(f"{name} {judged[key]:.2%}" for key, name in told.items())
-    run.say(f"linear classifiers on held-out images: {known}; their mixture, the start, {judged['mixture']:.2%}")
-    give_start(model, probe)
+def choose_stages(setup: Setup, training: Looked, identity: Identity, tell: Listener) -> tuple[str, ...]:
+    """Try the stages without the images that are set aside, and keep those that do better on them."""
+    run, path = setup.run, setup.run.folder / JUDGED
+    if path.exists():
+        return tuple(read_json(path, "remove it, and --resume judges the stages anew")["kept"])
+    rest, aside = set_aside(training.images, setup.recipe.seed)
+    if not len(aside):
+        run.say("no class has images enough to set some aside: the linear classifier stays as it is")
+        return ()
+    fitted, judged = training.subset(rest), training.subset(aside, views=1)
+    model = cast(ProbeFusion, setup.classifier.model)
+    fit_start(model, fitted, tokens=True, run=run)
+    run.say(f"{counted(len(aside), 'training image')} set aside say which stages are worth it")
+    weights = weights_of(model)
+    kept: list[str] = []
+    scores: dict[str, float] = {}
+    for stage in ("probe", *STAGES[setup.recipe.tune]):
+        tried = stage_setup(stage, setup, fitted, judged, weights, f"trial-{stage}")
+        state = begin(tried, identity)
+        if stage != "probe":
+            train_stage(tried, state, tell, None, f"{stage} on trial")
+        shipped = shipped_by(state)
+        _, scores[stage] = validate(tried, state, shipped)
+        best = max([scores["probe"], *(scores[other] for other in kept)])
+        if stage != "probe":
+            better = scores[stage] > best
+            run.say(verdict(stage, scores[stage], best, better))
+            kept += [stage] * better
+        if stage == "probe" or stage in kept:
+            weights = weights_of(shipped)
+    write_json(path, {"set_aside": len(aside), "accuracy": scores, "kept": kept})
+    return tuple(kept)
 
 
-def standardize(model: ProbeFusion, rows: np.ndarray) -> None:
-    """By what the training images' tokens and means are standardised."""
-    device = model.standardize.mean.device
-    for index, part in enumerate((model.pixel_source, model.token_source)):
-        part.standardize.fit(model.recall(batch.to(device))[index] for batch in batches_of(rows))
-    model.standardize.fit(model.means(model.recall(batch.to(device))) for batch in batches_of(rows))
+def verdict(stage: str, score: float, best: float, better: bool) -> str:
+    """Whether a stage is kept, and why."""
+    decided = "is kept" if better else "is left out, for it is no better"
+    return f"{IN_WORDS[stage]} {decided}: {score:.2%} of the images set aside, {best:.2%} without it"
 
 
-@torch.no_grad()
-def blocks_of(model: ProbeFusion, rows: np.ndarray, tokens: bool) -> Blocks:
-    """What linear classifiers read of kept rows: standardised means of each parent's tokens, and the tokens."""
-    device, found = model.standardize.mean.device, []
-    for batch in batches_of(rows):
-        seen = model.recall(batch.to(device))
-        means = model.standardize(model.means(seen)).tensor_split([model.channels[0]], dim=1)
-        parts = zip((model.pixel_source, model.token_source), seen, strict=True)
-        placed = [TOKEN_SCALE * source.standardize(part).flatten(1) for source, part in parts] if tokens else []
-        found.append([part.cpu().numpy() for part in (*means, *placed)])
-    names = ("cnn", "vit", "cnn_tokens", "vit_tokens")
-    return dict(zip(names, map(np.concatenate, zip(*found, strict=True)), strict=False))
+def set_aside(images: Images, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Training images to try stages on, and those to judge them by: of each class a share, groups kept together."""
+    everything = replace(images.dataset, splits=[""] * len(images), shards=None)
+    classes, counts = np.unique(everything.labels, return_counts=True)
+    if everything.groups is None and (len(classes) < 2 or counts.max() < 2):
+        return np.arange(len(images)), np.zeros(0, dtype=np.int64)
+    split = choose_split(everything, ASIDE, seed, "train")
+    return split.train, split.val
 
 
-def give_start(model: ProbeFusion, probe: Probe) -> None:
-    """Make the mixture of linear classifiers what the model computes."""
+def train_kept(
+    setup: Setup,
+    kept: Sequence[str],
+    weights: Weights,
+    training: Looked,
+    held_out: Looked,
+    identity: Identity,
+    tell: Listener,
+) -> tuple[Setup, TrainState]:
+    """Train the stages that are kept on all training images, the last into the run's own checkpoint."""
+    before: list[Record] = []
+    stages = kept or ("probe",)
+    for stage in stages:
+        name = CHECKPOINT.stem if stage == stages[-1] else stage
+        last = stage_setup(stage, setup, training, held_out, weights, name)
+        state = begin(last, identity)
+        log = Log(setup.run.folder, state.progress.records, asdict(setup.recipe), setup.run.say, before)
+        try:
+            if stage == "probe":
+                end_at_start(last, state, log)
+            else:
+                train_stage(last, state, tell, log, stage)
+        finally:
+            log.close(state.progress.finished)
+        weights, before = weights_of(shipped_by(state)), list(log.following(state.progress.records))
+    return last, state
 
-    def row(*names: str) -> torch.Tensor:
-        return torch.from_numpy(np.concatenate([probe.weight[name] for name in names], axis=1)).float()
 
-    votes = TOKEN_SCALE * row("cnn_tokens", "vit_tokens") if "cnn_tokens" in probe.weight else None
-    model.start_from(row("cnn", "vit"), torch.from_numpy(probe.bias).float(), votes)
+def stage_setup(
+    stage: str, setup: Setup, training: Looked, held_out: Looked, weights: Weights, checkpoint: str
+) -> Setup:
+    """What a stage is trained on and judged by, from where the one before it ended."""
+    recipe = stage_recipe(setup.recipe, stage)
+    run = replace(setup.run, stage=checkpoint)
+    model = cast(ProbeFusion, setup.classifier.model)
+    model.load_state_dict(weights)
+    classifier: Classifier = setup.classifier
+    if stage == "all":
+        model.freeze(*{"none": (), "both": PARENTS}.get(recipe.freeze, (recipe.freeze,)))
+        images, judged = training.images, held_out.images
+    else:
+        model.freeze(*PARENTS)
+        classifier = of_kept(classifier)
+        images, judged = training.as_images(), held_out.as_images()
+    recipe, batches = make_loader(images, classifier, recipe, run)
+    return make_setup(batches, judged, classifier, recipe, run, measure=None)
 
 
-def drawn(count: int, bytes_each: int, run: Run) -> np.ndarray:
-    """Which of so many images the linear classifiers are fitted on: all, or as many as memory is taken for."""
-    most = PROBE_BYTES // bytes_each
-    if count <= most:
-        return np.arange(count)
-    run.say(f"linear classifiers are fitted on {counted(most, 'image')} of {count:,}, drawn at random")
-    return np.sort(np.random.default_rng(0).choice(count, most, replace=False))
+def stage_recipe(recipe: Recipe, stage: str) -> Recipe:
+    """The fields of a recipe are those of its last stage; on the way there, tokens are trained on as suits them."""
+    return replace(recipe, **ON_KEPT_TOKENS) if stage == "fusion" and recipe.tune == "all" else recipe
 
 
-def described(probe: Probe, judged: dict[str, float]) -> dict[str, object]:
-    """What the linear classifiers know, as `probe.json` has it."""
-    return {
-        "held_out": judged,
-        "c": {name: part.c for name, part in probe.parts.items()},
-        "weights": probe.weights,
-        "temperatures": probe.temperatures,
-    }
+def train_stage(setup: Setup, state: TrainState, tell: Listener, log: Log | None, name: str) -> None:
+    """Pass a stage's epochs, or those that are left."""
+    try:
+        if not state.progress.finished:
+            setup.run.say(f"{name}:")
+            say_batches(setup.batches, setup.run)
+        fit(setup, state, lambda update: tell(replace(update, stage=name)), log)
+    finally:
+        setup.batches.close()
+
+
+def shipped_by(state: TrainState) -> nn.Module:
+    """The model with what a stage ends with."""
+    shipped = state.gather_shipped()
+    if state.best:
+        shipped.load_state_dict(state.best)
+    return shipped
+
+
+def weights_of(model: nn.Module) -> Weights:
+    """A copy of a model's weights and buffers."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def forget_stages(folder: Path) -> None:
+    """Remove the checkpoints of a finished run's stages but the last."""
+    for path in (folder / CHECKPOINT).parent.glob("*.safetensors"):
+        if path.name != CHECKPOINT.name:
+            path.unlink()

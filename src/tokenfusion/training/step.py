@@ -5,10 +5,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tokenfusion.data.loader import Batch
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import autocast
+from tokenfusion.recipe import Recipe
 from tokenfusion.training.distributed.ddp import gradients_exchanged
 from tokenfusion.training.distributed.fsdp import last_good, whole
 from tokenfusion.training.distributed.world import Requests
@@ -83,7 +85,7 @@ def train_step(setup: Setup, state: TrainState, batch: Batch, requests: Requests
     """
     recipe, model, progress, batches = setup.recipe, state.model, state.progress, setup.batches
     seed_step(recipe.seed, progress.step)
-    model.train()
+    learn(model, recipe)
     images, *others = batch
     mixed = setup.mixing(
         setup.classifier.to_input(images), *(some.to(setup.classifier.device, non_blocking=True) for some in others)
@@ -102,6 +104,15 @@ def train_step(setup: Setup, state: TrainState, batch: Batch, requests: Requests
         state.optimizer.step()
     state.optimizer.zero_grad()
     return mean_loss, right
+
+
+def learn(model: nn.Module, recipe: Recipe) -> None:
+    """Bring a model into the mode of training, but for BatchNorm's statistics where the recipe fixes them."""
+    model.train()
+    if recipe.fix_batchnorm:
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eval()
 
 
 def compute_gradients(setup: Setup, state: TrainState, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,9 +4,11 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
+from rich.console import Console
 
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset
@@ -19,9 +21,13 @@ from tokenfusion.formatting import counted, duration
 from tokenfusion.hardware import available_mb, default_device, hardware_name, resolve_precision
 from tokenfusion.recipe import Recipe
 from tokenfusion.training.distributed.launch import read_launch
+from tokenfusion.training.linear_start import require_tunable
+from tokenfusion.training.model import build
 from tokenfusion.training.recovery import OutOfMemory
 from tokenfusion.training.schedule import MAX_EPOCHS
+from tokenfusion.training.setup import Run
 from tokenfusion.training.tune.batch_size import choose_batch_size, more_than_there_are
+from tokenfusion.training.tune.depth import DepthPlan, depth_table, plan_depths
 from tokenfusion.training.tune.timing import open_probe
 
 STEPS = 4
@@ -161,17 +167,27 @@ def print_plan(recipe: Recipe, as_json: bool, write: Callable[[str], None], say:
     launch = read_launch(os.environ)
     if launch and launch.rank:
         return
-    if recipe.tune:
-        say(
-            f"tune={recipe.tune}: every image passes the parents once, and steps are taken on what is kept; the steps "
-            "measured here train on images, and take longer"
-        )
-    planned = plan(recipe, say)
+    planned: DepthPlan | Plan = plan_stages(recipe) if recipe.tune else plan(recipe, say)
     if as_json:
         write(json.dumps(asdict(planned), indent=2, ensure_ascii=False))
         return
-    for name, value in plan_table(planned, epochs_auto="epochs" in recipe.autos):
+    if isinstance(planned, DepthPlan):
+        table = depth_table(planned, auto=recipe.tune == "auto")
+    else:
+        table = plan_table(planned, epochs_auto="epochs" in recipe.autos)
+    for name, value in table:
         write(f"{name:<13} {value}")
+
+
+def plan_stages(recipe: Recipe) -> DepthPlan:
+    """What the stages of a run would take.
+
+    Raises:
+        InputError: the recipe or its data cannot be used.
+    """
+    source = open_dataset(recipe.data, recipe.exclude, reading=recipe.reading)
+    require_tunable(build(recipe, source.classes), source, recipe, Run(Path(), Console(quiet=True)))
+    return plan_depths(recipe, source, choose_split(source, recipe.val_fraction, recipe.seed, recipe.rare_classes))
 
 
 def plan_table(planned: Plan, epochs_auto: bool) -> list[tuple[str, str]]:

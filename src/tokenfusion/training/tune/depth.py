@@ -1,0 +1,212 @@
+"""How deep a model that starts from trained parents is trained: what each depth would take, by a few measured steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Literal, cast
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from tokenfusion.classifier import Classifier
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.decoded import Images, sample_images
+from tokenfusion.data.loader import TrainLoader, Views, as_it_is
+from tokenfusion.data.split import Split
+from tokenfusion.features import Decider, KeptClassifier, Looked, Rows, of_kept, seen_rows
+from tokenfusion.formatting import counted, duration
+from tokenfusion.hardware import default_device, hardware_name, resolve_precision
+from tokenfusion.models.fused_model import PARENTS
+from tokenfusion.models.probe_fusion import ProbeFusion
+from tokenfusion.preset import ON_KEPT_TOKENS, at_depth
+from tokenfusion.recipe import Recipe, number
+from tokenfusion.training.model import build
+from tokenfusion.training.objective import BatchMixing, make_loss
+from tokenfusion.training.optimizer import make_optimizer
+from tokenfusion.training.setup import Run, Setup
+from tokenfusion.training.state import TrainState
+from tokenfusion.training.tune.timing import every_epoch, time_steps
+
+Depth = Literal["probe", "fusion", "all"]
+DEPTHS: tuple[Depth, ...] = ("probe", "fusion", "all")
+FEWEST = 100
+"""Training images from which on a part of them can say whether more than a linear classifier is worth it."""
+TWICE = 1.8
+"""A stage is tried on four fifths of the training images before it is trained on all."""
+SAMPLE, STEPS = 64, 4
+"""Images that parents look at, and steps of each kind that are taken, to measure them."""
+LINES, VOTES = 0.02, 0.08
+"""Seconds an image and ten classes that linear classifiers take on means alone, and on every token too: a core, by
+`benchmarks/results/pretrained.json`."""
+
+
+@dataclass(frozen=True)
+class DepthPlan:
+    """What the depths of training would take.
+
+    Attributes:
+        model, data, views: as in Recipe.
+        hardware, precision: what was measured on, and in what arithmetic.
+        classes, training_images, held_out_images: of the data.
+        seconds: of each depth, about, with those before it.
+        tune: the depth that would be trained.
+        minutes: that auto may take.
+        looked_per_s: images a second that the parents look at.
+        kept_mb: MiB that are kept of what they see.
+    """
+
+    model: str
+    data: str
+    views: int
+    hardware: str
+    precision: str
+    classes: int
+    training_images: int
+    held_out_images: int
+    seconds: dict[Depth, float]
+    tune: Depth
+    minutes: float
+    looked_per_s: float
+    kept_mb: float
+
+
+def plan_depths(recipe: Recipe, source: Dataset, split: Split) -> DepthPlan:
+    """What the depths would take, for `--dry-run`."""
+    limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
+    sample = sample_images(source, split.train, SAMPLE, **limits)
+    return measure_depths(recipe, source.classes, sample, len(split.train), len(split.val))
+
+
+def choose_depth(
+    recipe: Recipe, classifier: Classifier, training: Images, held_out: int, say: Callable[[str], None]
+) -> Recipe:
+    """The recipe with the deepest training that fits into its minutes, said before it starts.
+
+    Args:
+        recipe: whose `tune` is auto.
+        classifier: of the run, which is left as it is.
+        training: images.
+        held_out: how many are held out.
+        say: told what each depth takes, and which it is.
+    """
+    sample = training.subset(np.arange(min(SAMPLE, len(training))))
+    planned = measure_depths(recipe, classifier.classes, sample, len(training), held_out)
+    say(depths_in_words(planned))
+    return at_depth(recipe, planned.tune)
+
+
+def measure_depths(recipe: Recipe, classes: tuple[str, ...], sample: Images, training: int, held_out: int) -> DepthPlan:
+    """Let the parents look at a sample, take a few steps of each kind, and count on from there.
+
+    Args:
+        recipe: of the run; its model is built anew with random weights, which cost the same.
+        classes: of the images.
+        sample: some training images.
+        training, held_out: how many images there are.
+    """
+    classifier = build(recipe, classes)
+    model = cast(ProbeFusion, classifier.model).freeze(*PARENTS)
+    rows = look_at(classifier, sample, len(sample))  # what is slow the first time
+    clock = perf_counter()
+    rows = look_at(classifier, sample, len(sample))
+    look = (perf_counter() - clock) / len(sample)
+    looked = Looked(sample, Rows(Path(), rows), np.arange(len(sample)).reshape(1, -1))
+    token_step = image_seconds(of_kept(classifier), looked.as_images(), on_tokens(recipe))
+    model.freeze()
+    image_step = image_seconds(classifier, sample, at_depth(recipe, "all"))
+    views, epochs = recipe.views * training, epochs_of(recipe)
+    lines = views * len(classes) / 10
+    probe = look * (views + held_out) + lines * LINES
+    fusion = look * (views + held_out) + TWICE * (lines * VOTES + epochs_of(on_tokens(recipe)) * views * token_step)
+    deepest = fusion + TWICE * epochs * training * image_step + epochs * look * (0.2 * training + held_out)
+    seconds: dict[Depth, float] = {"probe": probe, "fusion": fusion, "all": deepest}
+    return DepthPlan(
+        model=recipe.model,
+        data=recipe.data,
+        views=recipe.views,
+        hardware=hardware_name(default_device()),
+        precision=resolve_precision(recipe.precision, default_device()),
+        classes=len(classes),
+        training_images=training,
+        held_out_images=held_out,
+        seconds=seconds,
+        tune=deepest_within(recipe, seconds, training),
+        minutes=recipe.tune_minutes,
+        looked_per_s=1 / look,
+        kept_mb=2 * model.row_length * (views + held_out) / 2**20,
+    )
+
+
+def deepest_within(recipe: Recipe, seconds: dict[Depth, float], training: int) -> Depth:
+    """The recipe's depth, or of auto the deepest that its minutes and the number of images allow."""
+    if recipe.tune in DEPTHS:
+        return recipe.tune
+    allowed = DEPTHS if training >= FEWEST else DEPTHS[:1]
+    return next((depth for depth in allowed[::-1] if seconds[depth] <= 60 * recipe.tune_minutes), DEPTHS[0])
+
+
+def depths_in_words(planned: DepthPlan) -> str:
+    """What the depths would take, and why auto takes one of them."""
+    takes = ", ".join(f"{depth} {duration(seconds)}" for depth, seconds in planned.seconds.items())
+    few = planned.training_images < FEWEST
+    why = (
+        f"fewer than {FEWEST} training images cannot say whether more is better"
+        if few
+        else (
+            f"the deepest within tune_minutes={planned.minutes:g}"
+            if planned.seconds[planned.tune] <= 60 * planned.minutes
+            else f"none fits into tune_minutes={planned.minutes:g}, and this is the least"
+        )
+    )
+    return f"about {takes}; tune=auto takes {planned.tune}: {why}"
+
+
+def depth_table(planned: DepthPlan, auto: bool) -> list[tuple[str, str]]:
+    """A plan as names and values to read."""
+    images = f"{planned.training_images:,} training and {planned.held_out_images:,} held-out"
+    rate = f"{planned.looked_per_s:,.1f} images/s, {counted(planned.views, 'view')} of each training image"
+    return [
+        ("model", planned.model),
+        ("hardware", f"{planned.hardware}, {planned.precision}"),
+        ("images", f"{images} of {counted(planned.classes, 'class')}"),
+        ("looking", f"{rate}; {planned.kept_mb:,.0f} MB are kept"),
+        *((depth, f"about {duration(seconds)}") for depth, seconds in planned.seconds.items()),
+        ("tune", depths_in_words(planned).partition("; ")[2] if auto else planned.tune),
+    ]
+
+
+def on_tokens(recipe: Recipe) -> Recipe:
+    """The recipe of training on kept tokens."""
+    if recipe.tune == "auto":
+        return at_depth(recipe, "fusion")
+    return replace(recipe, **ON_KEPT_TOKENS) if recipe.tune == "all" else recipe
+
+
+def epochs_of(recipe: Recipe) -> int:
+    """Its epochs; of an open end, the default."""
+    return Recipe.epochs if recipe.epochs == "auto" else number(recipe.epochs)  # type: ignore[return-value]
+
+
+def look_at(classifier: Classifier, images: Images, count: int) -> np.ndarray:
+    """What the parents see of the first images, float16 (count, F)."""
+    views = Views(images, classifier.preprocess, None, 0, range(count))
+    return torch.cat(list(seen_rows(classifier, views))).numpy()
+
+
+def image_seconds(classifier: Classifier, images: Images, recipe: Recipe) -> float:
+    """Seconds that a training step takes for each of its images, loading included."""
+    model, tokens = classifier.model, isinstance(classifier, KeptClassifier)
+    size = min(recipe.batch_size_for(len(images)), len(images))
+    augment = as_it_is if tokens else Augment.from_recipe(recipe, classifier.preprocess.img_size)
+    loader = TrainLoader(images, augment, batch_size=size, seed=recipe.seed, workers=0)
+    mixing, loss = BatchMixing(recipe, len(classifier.classes)), make_loss(images, recipe)
+    setup = Setup(recipe, Run(Path(), Console(quiet=True)), classifier, loader, mixing, loss, images)
+    network = Decider(cast(ProbeFusion, model)) if tokens else model
+    state = TrainState(model, make_optimizer(model, recipe), recipe.ema, keep_best=False, network=network)
+    times = list(islice(time_steps(setup, state, every_epoch(loader)), STEPS))
+    return median(times[1:]) / size

@@ -1,0 +1,232 @@
+"""From pretrained weights to a run, through the depths of training: timm's small test models on a folder of photos."""
+
+import json
+import shutil
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import save_file
+
+from runs import assert_same, interrupt_at
+from tokenfusion import Classifier, InputError, Recipe
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.split import choose_split
+from tokenfusion.preset import FINE_TUNING, KEPT_TOKENS, at_depth, preset
+from tokenfusion.training import Interrupted, resume, start
+from tokenfusion.training.loop import fit
+from tokenfusion.training.tune.depth import Depth, deepest_within
+
+QUIET = Console(quiet=True)
+CNN, VIT = "test_efficientnet", "test_vit"
+MODEL = f"fuse({CNN},{VIT},probe,add)"
+
+
+def photo(path, label, number):
+    """An image whose brighter half tells its class, under noise."""
+    chance = np.random.default_rng([label, number])
+    pixels = chance.integers(0, 160, (36, 36, 3))
+    half = (slice(None, 18), slice(None)) if label == 0 else (slice(18, None), slice(None))
+    pixels[half if label < 2 else (slice(None), slice(None, 18))] += 60
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels.astype(np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    for label, name in enumerate(("above", "below", "left")):
+        for number in range(14):
+            photo(folder / name / f"{number}.png", label, number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Generated weights of a small CNN and a small transformer."""
+    folder, paths = tmp_path_factory.mktemp("weights"), []
+    for seed, name in enumerate((CNN, VIT)):
+        torch.manual_seed(seed)
+        paths.append(str(folder / f"{name}.safetensors"))
+        save_file(timm.create_model(name).state_dict(), paths[-1])
+    return tuple(paths)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENFUSION_CACHE", str(folder))
+        yield folder / "features"
+
+
+def recipe_of(photos, files, **changes):
+    values = {
+        "data": str(photos), "model": MODEL, "pretrained": files, "img_size": (64, 64), "tune": "all", "epochs": 2,
+        "batch_size": 8, "optimizer": "adamw", "lr": 1e-3, "backbone_lr": 0.1, "head_lr": 0.1, "layer_decay": 0.7,
+        "fix_batchnorm": True, "ema": 0.9, "precision": "fp32",
+    }  # fmt: skip
+    return Recipe(**values | changes)
+
+
+@pytest.fixture
+def keep_all(monkeypatch):
+    """Every stage is kept, whatever the images that are set aside say."""
+    rising = count()
+    monkeypatch.setattr("tokenfusion.training.stages.validate", lambda *_: (0.0, float(next(rising))))
+
+
+@pytest.fixture(scope="module")
+def deepest(photos, files, tmp_path_factory):
+    run, rising = tmp_path_factory.mktemp("runs") / "all", count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenfusion.training.stages.validate", lambda *_: (0.0, float(next(rising))))
+        start(recipe_of(photos, files), run, QUIET)
+    return run
+
+
+def test_a_run_through_all_stages_is_a_run_like_any_other(deepest, photos, tmp_path, command):
+    run = shutil.copytree(deepest, tmp_path / "run")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records] == list(range(1, len(records) + 1))
+    assert len(records) == KEPT_TOKENS["epochs"] + 2
+    assert json.loads((run / "stages.json").read_text())["kept"] == ["fusion", "all"]
+    assert [path.name for path in (run / "state").iterdir()] == ["last.safetensors"]
+    top1 = json.loads(command("evaluate", run, "--json")[1])["top1"]
+    assert top1 == pytest.approx(records[-1]["val_top1"])
+    image = photos / "left" / "0.png"
+    assert command("predict", run, image)[0] == 0
+    assert command("explain", run, image)[0] == 0
+    assert command("analyze", "tokens", run)[0] == 0
+    tokens = json.loads((run / "tokens" / "tokens.json").read_text())
+    assert {row["tokens"] for row in tokens["replaced"]} >= {"pixel", "patch"}
+    assert command("analyze", "collapse", run)[0] == 0
+    assert command("report", run)[0] == 0
+    assert command("train", "--resume", run)[0] == 0
+    described = json.loads((run / "model.json").read_text())
+    assert [file["model"] for file in described["began_with"]] == [CNN, VIT]
+
+
+def test_it_is_exported(deepest, tmp_path, command):
+    pytest.importorskip("onnx")
+    status, _, errors = command("export", deepest, "--out", tmp_path / "out", "--format", "pt2")
+    assert status == 0, errors
+
+
+def go_on(run, recipe, listener):
+    """Start a run, or resume it."""
+    if run.exists():
+        resume(run, QUIET, listener=listener)
+    else:
+        start(recipe, run, QUIET, listener=listener)
+
+
+@pytest.mark.usefixtures("keep_all")
+def test_interrupted_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepest, photos, files, tmp_path):
+    run, own = tmp_path / "run", [shutil.copy(path, tmp_path) for path in files]
+    stages = ["fusion on trial", "all on trial", "fusion", "all"]
+    for stage in stages:
+        stop = interrupt_at(3)
+
+        def listen(update, stage=stage, stop=stop):
+            assert update.stage in stages[: stages.index(stage) + 1]
+            if update.stage == stage:
+                stop(update)
+
+        with pytest.raises(Interrupted):
+            go_on(run, recipe_of(photos, tuple(own)), listen)
+        for path in own:
+            Path(path).unlink(missing_ok=True)  # a run goes on without the files that it began with
+    resume(run, QUIET)
+    assert_same(deepest, run)
+
+
+def test_what_is_no_better_on_the_images_set_aside_is_left_out(photos, files, tmp_path, monkeypatch):
+    run, said = tmp_path / "run", Console(record=True, width=200)
+    monkeypatch.setattr("tokenfusion.training.stages.validate", lambda *_: (0.0, 0.5))
+    start(recipe_of(photos, files, epochs=1), run, said)
+    text = said.export_text()
+    assert "fusion on kept tokens is left out, for it is no better: 50.00% of the images set aside, 50.00%" in text
+    assert "fine-tuning of all weights is left out" in text
+    assert json.loads((run / "stages.json").read_text())["kept"] == []
+    assert not Classifier.load(run).model.gate.weight.any()
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    known = json.loads((run / "probe.json").read_text())["held_out"]
+    assert [line["epoch"] for line in lines] == [0]
+    assert lines[0]["val_top1"] == pytest.approx(known["mixture"])
+
+
+def test_stages_are_tried_without_the_images_that_judge_them_nor_the_held_out_ones(
+    photos, files, tmp_path, monkeypatch
+):
+    seen = []
+
+    def watch(setup, *rest):
+        seen.append((setup.run.stage, set(setup.batches.images.names), set(setup.held_out.names)))
+        return fit(setup, *rest)
+
+    monkeypatch.setattr("tokenfusion.training.stages.fit", watch)
+    start(recipe_of(photos, files, epochs=1), tmp_path / "run", QUIET)
+    split = choose_split(source := open_dataset(str(photos)), 0.2, 0)
+    training, held_out = ({source.names[i] for i in part} for part in (split.train, split.val))
+    for stage, learned, judged in seen:
+        if stage.startswith("trial"):
+            assert learned | judged == training
+        else:
+            assert (learned, judged) == (training, held_out)
+        assert not learned & judged
+
+
+def test_views_are_kept_and_each_is_augmented_anew(photos, files, tmp_path):
+    run = tmp_path / "run"
+    start(recipe_of(photos, files, tune="probe", views=3), run, QUIET)
+    model = Classifier.load(run).model
+    assert json.loads((run / "probe.json").read_text())["held_out"].keys() >= {"cnn", "vit", "both", "mean"}
+    assert model.standardize.scale.any()
+
+
+def test_the_command_takes_the_depth_that_fits_and_says_so_first(photos, files, tmp_path, command):
+    run = tmp_path / "run"
+    words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64)
+    status, output, errors = command(*words, "--out", run)
+    assert status == 0, errors
+    assert "tune=auto takes probe: fewer than 100 training images cannot say whether more is better" in output
+    assert output.index("tune=auto takes") < output.index("linear classifiers on held-out images")
+    recipe = (run / "recipe.toml").read_text()
+    assert recipe.startswith("# Chosen by measuring: tune.")
+    assert 'tune = "probe"' in recipe
+    status, output, errors = command(*words, "--dry-run")
+    assert status == 0, errors
+    assert "tune=auto takes probe" in output
+    planned = json.loads(command(*words, "--tune", "all", "--dry-run", "--json")[1])
+    assert planned["tune"] == "all"
+    assert planned["seconds"]["probe"] < planned["seconds"]["fusion"] < planned["seconds"]["all"]
+
+
+@pytest.mark.parametrize(
+    ("minutes", "images", "depth"), [(10, 500, "all"), (5, 500, "fusion"), (0.1, 500, "probe"), (99, 50, "probe")]
+)
+def test_auto_takes_the_deepest_that_time_and_images_allow(minutes, images, depth):
+    seconds: dict[Depth, float] = {"probe": 60.0, "fusion": 120.0, "all": 400.0}
+    recipe = Recipe(model=MODEL, tune="auto", tune_minutes=minutes)
+    assert deepest_within(recipe, seconds, images) == depth
+
+
+def test_fields_that_nobody_gave_suit_the_depth_that_auto_takes():
+    filled = preset(MODEL, "photos", pretrained=True)
+    assert filled["tune"] == "auto"
+    recipe = Recipe("photos", model=MODEL, **filled | {"lr": 7e-4})
+    shallow, deep = at_depth(recipe, "fusion"), at_depth(recipe, "all")
+    assert (shallow.lr, shallow.epochs, shallow.ema, shallow.mixup) == (7e-4, KEPT_TOKENS["epochs"], 0.0, 0.4)
+    assert (deep.lr, deep.epochs, deep.ema) == (7e-4, FINE_TUNING["epochs"], FINE_TUNING["ema"])
+
+
+def test_views_that_would_all_be_alike_are_refused(photos, files, tmp_path):
+    recipe = recipe_of(photos, files, views=2, crop_scale=1.0, hflip=0.0)
+    with pytest.raises(InputError, match="views=2 of an image are all the same; give a --crop-scale below 1"):
+        start(recipe, tmp_path / "run", QUIET)
