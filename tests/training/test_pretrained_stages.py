@@ -107,6 +107,9 @@ def test_a_run_through_all_stages_is_a_run_like_any_other(deepest, photos, tmp_p
     assert {row["tokens"] for row in tokens["replaced"]} >= {"pixel", "patch"}
     assert command("analyze", "collapse", run)[0] == 0
     assert command("report", run)[0] == 0
+    page = (run / "report.html").read_text()
+    assert "Fusing is" in page
+    assert "kept: fusion on kept tokens and fine-tuning of all weights" in page
     assert command("train", "--resume", run)[0] == 0
     described = json.loads((run / "model.json").read_text())
     assert [file["model"] for file in described["began_with"]] == [CNN, VIT]

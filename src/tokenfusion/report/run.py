@@ -15,6 +15,7 @@ from tokenfusion.files import own_results, read_json, write_text
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.report.page import MAX_MISTAKES, Thumbnails, percent, picture, pictures_of, write_page
+from tokenfusion.report.parents import parents_of
 from tokenfusion.report.pictures import overlays_of
 from tokenfusion.report.run_folder import AGAIN, LabelSetRow, PredictionRow, Results, read_results
 
@@ -71,6 +72,7 @@ def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any
     correct = [row.label == row.prediction for row in results.predictions]
     return values | {
         "classes": list_classes(evaluation),
+        "parents": parents_of(results),
         "heatmap": draw_heatmap(results.model["classes"], np.array(evaluation["confusion"])),
         "reliability": plot_reliability(reliability(scores, correct)),
         "wrong": correct.count(False),
