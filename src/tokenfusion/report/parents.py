@@ -76,9 +76,7 @@ def verdict(right: dict[str, np.ndarray]) -> str:
         mean = (
             "and more than the mean of the parents' predictions too"
             if beyond
-            else (
-                f"but averaging the two parents' predictions names {right[WAYS['mean']].sum()}, which chance may explain"
-            )
+            else (f"but the mean of the parents' predictions names {right[WAYS['mean']].sum()}: maybe by chance")
         )
         return f"Fusing is worth it here: {known[0].lower()}{known[1:]} ({likely(chance)}), {mean}."
     reason = "this run is no better" if gain <= 0 else f"so small a difference may be chance ({likely(chance)})"
