@@ -322,7 +322,7 @@ def test_models_lists_costs(command):
         (["train", "digits", "--img-size", "8", "9", "10", "--out", "x"], "give a height and a width"),
         (["train", "digits", "--batch-size", "128", "--accumulate", "3", "--out", "x"], "try batch_size="),
         (["train", "digits", "--recipe", "no.toml", "--out", "x"], "recipe no.toml"),
-        (["train", "digits", "--resume", "x"], "leave out --data"),
+        (["train", "digits", "--lr", "1", "--resume", "x"], "leave out --lr"),
         (["train", "--resume", "x"], "not a run"),
         (["evaluate", "no-such-run"], "is not a folder"),
         (["evaluate", "."], "is not a run"),

@@ -19,11 +19,13 @@ from tokenfusion.metrics import (
     evaluate_logits,
     fit_temperature,
     reliability,
+    share_interval,
     wilson_interval,
 )
+from tokenfusion.multilabel import evaluate_multilabel
 
 KEYS = [
-    *("n", "top1", "top5", "top1_ci95", "loss", "ece", "ece_ci95", "ece_raw", "risk_coverage"),
+    *("n", "groups", "top1", "top5", "top1_ci95", "loss", "ece", "ece_ci95", "ece_raw", "risk_coverage"),
     *("temperature", "per_class", "confusion", "skipped"),
 ]
 
@@ -199,3 +201,41 @@ def test_refusals_say_what_and_what_to_do() -> None:
         evaluate_logits(logits, labels, ["cat", "dog"])
     with pytest.raises(ValueError, match="2 different class names"):
         evaluate_logits(logits, labels, ["cat", "dog", "cat"])
+
+
+def test_images_of_one_group_widen_an_interval():
+    random = np.random.default_rng(0)
+    right = random.random(40) < 0.7  # one a group, and ten times the same
+    groups = np.repeat(np.arange(40), 10)
+    alone, together = share_interval(right), share_interval(np.repeat(right, 10), groups)
+    as_if_alone = share_interval(np.repeat(right, 10))
+    assert together == pytest.approx(alone, abs=0.04)
+    assert together[1] - together[0] > 2 * (as_if_alone[1] - as_if_alone[0])
+    each = share_interval(right, np.arange(40))  # groups of one are images
+    assert each == pytest.approx(alone, abs=0.04)
+
+
+def test_an_interval_of_groups_that_are_all_right_is_that_of_so_many_groups():
+    assert share_interval(np.ones(50, bool), np.arange(50) // 10) == wilson_interval(5, 5)
+    assert share_interval(np.zeros(50, bool), np.arange(50) // 10) == wilson_interval(0, 5)
+
+
+@pytest.mark.parametrize("multi_label", [False, True])
+def test_every_interval_of_an_evaluation_is_of_whole_groups(multi_label):
+    random = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(30, 3, generator=random), torch.randint(0, 3, (30,), generator=random)
+    if multi_label:
+        labels = torch.nn.functional.one_hot(labels, 3).bool()
+
+    def judge(repeats, groups):
+        some, truth = logits.repeat_interleave(repeats, 0), labels.repeat_interleave(repeats, 0)
+        if not multi_label:
+            return evaluate_logits(some, truth, "abc", groups=groups)
+        return evaluate_multilabel(some, truth, (some > 0).numpy(), "abc", [0.5] * 3, groups=groups)
+
+    once, alike = judge(1, None), judge(8, np.repeat(np.arange(30), 8))
+    assert (once["groups"], alike["groups"]) == (None, 30)
+    names = ("map_ci95", "exact_match_ci95") if multi_label else ("top1_ci95", "ece_ci95")
+    for name in names:
+        (low, high), (as_one_low, as_one_high) = judge(8, None)[name], alike[name]
+        assert as_one_high - as_one_low > 1.5 * (high - low), name

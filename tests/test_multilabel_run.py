@@ -99,6 +99,7 @@ def test_other_images_are_judged_by_the_shipped_thresholds(run, data, tmp_path):
     rows = data.read_text().splitlines()[1:101]
     other.write_text("path,labels\n" + "\n".join(f"images/{row}" for row in rows))
     result = evaluate(run, str(other))
+    assert result["n"] + result["trained_on"] == 100
     assert not result["cross_fitted"]
     rows = list(csv.DictReader((run / "predictions.csv").open()))
     found = Classifier.load(run).predict([tmp_path / row["path"] for row in rows])
@@ -114,7 +115,7 @@ def test_data_of_fewer_classes_in_another_order_fits(run, data, tmp_path):
     cells = ["|".join(name for name in ("high", "even") if name in cell.split("|")) for _, cell in rows]
     lines = [f"images/{path},{cell}" for (path, _), cell in zip(rows, cells, strict=True)]
     (tmp_path / "some.csv").write_text("path,labels\n" + "\n".join(lines))
-    result = evaluate(run, str(tmp_path / "some.csv"))
+    result = evaluate(run, str(tmp_path / "some.csv"), with_training_images=True)
     assert result["per_class"]["loop"]["n"] == 0
     assert result["per_class"]["loop"]["ap"] is None
     assert result["per_class"]["even"]["n"] == sum("even" in cell for cell in cells)

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from tokenfusion.data.decode import ValueRange
+from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_atomic
 from tokenfusion.hardware import Precision
@@ -184,6 +186,15 @@ def load_description(run: Path) -> dict[str, Any]:
     if fault:
         raise InputError(f"{path} {fault}; it is damaged, train again with another --out")
     return description
+
+
+def value_range_of(run: Path) -> ValueRange | None:
+    """What a run takes for black and white in images of more than 8 bits; None where its images had none.
+
+    Raises:
+        InputError: not a run, or damaged; see `load_description`.
+    """
+    return Preprocess.from_dict(load_description(run)["preprocess"]).value_range
 
 
 def fault_of(description: dict[str, Any]) -> str:

@@ -27,7 +27,7 @@ from tokenfusion.checkpoint import (
     resume_command,
     save_tensors,
 )
-from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, to_rgb
+from tokenfusion.data.decode import UnreadableImage, ValueRange, decode_ahead, decode_image, to_rgb
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
@@ -260,7 +260,8 @@ class Classifier:
 
         Args:
             images: paths, an image file's bytes or BytesIO, arrays (H, W), (H, W, 3) RGB or (H, W, 4) RGBA of uint8
-                (OpenCV gives BGR: turn it by `[..., ::-1]`), or PIL images; one or a sequence.
+                (OpenCV gives BGR: turn it by `[..., ::-1]`), or PIL images; one or a sequence. Of a model with a value
+                range also arrays (H, W) of other numbers.
             topk: how many classes to name.
             batch_size: images in the model at once.
             abstain: the largest share of wrong answers; where the model is too unsure for that, it names no class
@@ -305,7 +306,7 @@ class Classifier:
         """An image's path, and its prepared pixels or why there are none."""
         path = str(image) if isinstance(image, str | Path) else ""
         try:
-            return path, self.preprocess.resize(decode(image, self.max_pixels))
+            return path, self.preprocess.resize(decode(image, self.max_pixels, self.preprocess.value_range))
         except UnreadableImage as error:
             return path, str(error)
 
@@ -344,7 +345,7 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def decode(image: ImageLike, max_pixels: int) -> Tensor:
+def decode(image: ImageLike, max_pixels: int, value_range: ValueRange | None = None) -> Tensor:
     """Any way to give an image, as uint8 (3, H, W); files and arrays go through the decoder that training uses.
 
     Raises:
@@ -352,10 +353,10 @@ def decode(image: ImageLike, max_pixels: int) -> Tensor:
         InputError: it is none of these ways.
     """
     if isinstance(image, str | Path | bytes | BytesIO):
-        return decode_image(content_of(image), max_pixels=max_pixels)
-    pillow = pillow_image(image, max_pixels)
+        return decode_image(content_of(image), max_pixels=max_pixels, value_range=value_range)
+    pillow = pillow_image(image, max_pixels, value_range)
     try:
-        return transforms.pil_to_tensor(to_rgb(pillow))
+        return transforms.pil_to_tensor(to_rgb(pillow, value_range))
     except UnreadableImage:
         raise
     except (OSError, ValueError, SyntaxError) as error:  # its file is read only now

@@ -66,7 +66,7 @@ def train(
     recipe
         TOML file with any of these options; `data` and `model` may be among them.
     resume
-        Run folder to go on with, as if it had never stopped.
+        Run folder to go on with, as if it had never stopped; where its images have moved, give DATA (and --root).
     dry_run
         Print steps, memory, time and checkpoint size from a few measured steps, and write nothing; --out is not needed.
     as_json
@@ -89,7 +89,7 @@ def train(
     assert run is not None
     try:
         if resume:
-            training.resume(run, console, watch_collapse)
+            training.resume(run, console, watch_collapse, data=settings.data, root=settings.root)
         else:
             training.start(settings, run, console, watch_collapse)
     except training.Interrupted:
@@ -109,9 +109,14 @@ def evaluate(
     /,
     *,
     split: Literal["train", "val", "test"] | None = None,
+    root: str = "",
+    out: Path | None = None,
+    with_training_images: Annotated[bool, Parameter(negative="")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a trained run on images it has not seen; writes RUN/evaluation.json.
+
+    Images that the run was trained on are known by their pixels, wherever they lie, and left out.
 
     Example: tokenfusion evaluate runs/photos
 
@@ -123,6 +128,12 @@ def evaluate(
         Labelled images of the same classes; the run's own held-out images when not given.
     split
         Part of the data; by default val, else test, else everything.
+    root
+        Folder that the paths in a list start at.
+    out
+        Folder to write to, where RUN cannot be written; RUN when not given.
+    with_training_images
+        Judge images that the run was trained on too.
     as_json
         Print evaluation.json instead of a summary.
     """
@@ -131,15 +142,14 @@ def evaluate(
     from tokenfusion.report import write_risk_coverage
 
     with counting("reading images") as progress:
-        result = evaluate_run(run, data, split, progress)
-    drawn = write_risk_coverage(run)
+        result = evaluate_run(run, data, split, progress, root=root, out=out, with_training_images=with_training_images)
+    drawn = write_risk_coverage(out or run)
     skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])
     lines = [f"{counted(result['n'], 'image')} ({result['split']}){skipped}"]
     lines += [f"  skipped {image['path']}: {image['reason']}" for image in result["unreadable"][:5]]
     lines += evaluation_summary(result)
-    lines.append(
-        f"written to {run / 'evaluation.json'} and {drawn.name}; next: tokenfusion report {shlex.quote(str(run))}"
-    )
+    next_step = f"; next: tokenfusion report {shlex.quote(str(run))}" * (out is None)
+    lines.append(f"written to {(out or run) / 'evaluation.json'} and {drawn.name}{next_step}")
     show(result, as_json, lines=lines)
 
 

@@ -1,7 +1,10 @@
 """How good a trained run is, on images it has not seen."""
 
+import os
+import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -12,23 +15,32 @@ import torch
 from torch import Tensor
 
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, surest_errors
-from tokenfusion.checkpoint import weights_in_words
+from tokenfusion.checkpoint import value_range_of, weights_in_words
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decoded import Images, Skipped, read_images
+from tokenfusion.data.groups import group_by
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.open import open_dataset, resolved
-from tokenfusion.data.split import read_split, stratified
+from tokenfusion.data.open import open_dataset, require_place, resolved
+from tokenfusion.data.split import Split, read_split, stratified
 from tokenfusion.errors import InputError
-from tokenfusion.files import own_results, write_csv, write_json
+from tokenfusion.files import make_folder, own_results, write_csv, write_json
 from tokenfusion.metrics import evaluate_logits, require_finite, risk_coverage
 from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, sigmoid_scores, tune_thresholds
 from tokenfusion.recipe import Recipe, load_recipe
+from tokenfusion.trained_on import load_trained_on
 from tokenfusion_runtime.prediction import sureness
 
 
 def evaluate(
-    run: Path, data: str | None = None, split: str | None = None, progress: Callable[[int, int], None] | None = None
+    run: Path,
+    data: str | None = None,
+    split: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    root: str = "",
+    out: Path | None = None,
+    with_training_images: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run; write `evaluation.json`, and `predictions.csv` with a line per image.
 
@@ -37,28 +49,39 @@ def evaluate(
         data: labelled images of the run's classes; the run's own held-out images when not given.
         split: "train", "val" or "test" of data that has such parts; by default val, else test, else everything.
         progress: called with (images read, images in all).
+        root: folder that the paths of `data` start at, where that is a list; its own when not given.
+        out: folder to write to; the run's own when not given.
+        with_training_images: whether images that the run was trained on are judged too; they are told by their pixels,
+            and left out otherwise, but where they are the run's own and `split` asks for them.
 
     Returns:
         What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split` and the `unreadable` images;
-        of multi-label runs see `multilabel.evaluate_multilabel`. `cross_fitted`: whether these are the held-out images
-        that temperature and thresholds were fitted on, so that each half of them is judged by those of the other half.
+        of multi-label runs see `multilabel.evaluate_multilabel`. `own`: whether these are the run's own images.
+        `trained_on`: how many images the run was trained on, None where that is not known, and
+        `trained_on_left_out`. `cross_fitted`: whether these are the held-out images that temperature and thresholds
+        were fitted on, so that each half of them is judged by those of the other half.
 
     Raises:
-        InputError: the run or the data cannot be used, or the data has classes that the model does not know.
+        InputError: the run or the data cannot be used, the data has classes that the model does not know, or nothing
+            is left of it.
     """
     classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
-    source, data, own = open_judged(run, recipe, data)
+    out = require_writable(run, out)
+    source, data, own = open_judged(run, recipe, data, root)
     refuse_other_kind(source, classifier)
     to_output = output_of_class(source, classifier.classes)
-    name, indices = choose_images(source, run, own=own, split=split)
-    images, skipped = read_readable(source, indices, recipe, name, progress)
+    keep = with_training_images
+    judged = judged_images(run, recipe, source, own=own, split=split, keep=keep, progress=progress)
+    images, skipped, name, own = judged.images, judged.skipped, judged.split, judged.own
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = as_outputs(labels, to_output, len(classifier.classes))
-    predictions = run / "predictions.csv"
+    predictions = out / "predictions.csv"
     cross_fit = own and name == ("val" if (run / "split.csv").exists() else held_out_name(source))
+    groups = images.dataset.groups
     if classifier.multi_label:
         chosen = choose_classes(classifier, logits, labels, cross_fit)
-        result = evaluate_multilabel(logits, labels, chosen, classifier.classes, classifier.thresholds, len(skipped))
+        thresholds = classifier.thresholds
+        result = evaluate_multilabel(logits, labels, chosen, classifier.classes, thresholds, len(skipped), groups)
         result |= {"multi_label": True, "risk_coverage": risk_by_class(classifier, logits, labels, chosen)}
         write = partial(write_label_sets, predictions, classifier.classes, images.names, labels, chosen, logits)
     else:
@@ -66,25 +89,118 @@ def evaluate(
         temperatures = torch.full((len(labels),), classifier.temperature)
         if cross_fit and classifier.surest_errors:  # where an older version fitted none, there is none to be fair about
             temperatures = cross_fitted_temperatures(logits, labels)
-        result = evaluate_logits(logits, labels, classifier.classes, len(skipped), temperatures)
+        result = evaluate_logits(logits, labels, classifier.classes, len(skipped), temperatures, groups)
         scores = (logits / temperatures[:, None]).softmax(1)
         write = partial(write_predictions, predictions, classifier.classes, images.names, labels, scores)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
-    result |= {"cross_fitted": cross_fit, "data": data, "split": name, "unreadable": unreadable}
+    result |= {"cross_fitted": cross_fit, "data": data, "split": name, "own": own, "unreadable": unreadable}
+    result |= {"trained_on": judged.trained_on, "trained_on_left_out": judged.left_out}
     result |= {"began_with": list(classifier.began_with)}
-    with own_results(run):
+    with own_results(out):
         write()
-        write_json(run / "evaluation.json", result)
+        write_json(out / "evaluation.json", result)
     return result
 
 
-def open_judged(run: Path, recipe: Recipe, data: str | None) -> tuple[Dataset, str, bool]:
-    """The data to judge a run by, what it is called, and whether it is the run's own, as it is where none is given."""
+def require_writable(run: Path, out: Path | None) -> Path:
+    """The folder to write to, which is made where it is missing; refused before anything is judged."""
+    if out is not None:
+        make_folder(out)
+    if not os.access(out or run, os.W_OK):
+        raise InputError(f"{out or run} cannot be written; give another folder by --out DIR")
+    return out or run
+
+
+def open_judged(run: Path, recipe: Recipe, data: str | None, root: str = "") -> tuple[Dataset, str, bool]:
+    """The data to judge a run by, what it is called, and whether it is the run's own, as it is where none is given.
+
+    Raises:
+        InputError: it cannot be opened, or the run's own images are not where they were.
+    """
     own = not data or resolved(data) == resolved(recipe.data)
     name = recipe.data if not data or own else resolved(data)
-    # columns are called as they were
-    reading = recipe.reading if own else replace(recipe.reading, root="", rare_classes="refuse")
-    return open_dataset(name, recipe.exclude if own else "", run, reading), name, own
+    reading = recipe.reading
+    if root or not own:
+        reading = replace(reading, root=root and os.path.abspath(root))
+    if own:
+        require_place(name, f"tokenfusion train --resume {shlex.quote(str(run))} --data NEW")
+        source = open_dataset(name, recipe.exclude, run, reading)
+    else:  # columns are called as they were, and images too where its names have groups
+        source = open_dataset(name, reading=replace(reading, group_by="", rare_classes="refuse"))
+        if reading.group_by:
+            with suppress(InputError):
+                source = group_by(source, reading.group_by)
+    return replace(source, value_range=value_range_of(run)), name, own
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The images that a run is judged by."""
+
+    images: Images
+    skipped: list[Skipped]
+    split: str
+    own: bool
+    """Whether they are the run's own, wherever they lie now."""
+    trained_on: int | None
+    """How many of the data's images the run was trained on; None where that is not known."""
+    left_out: bool
+    """Whether these are left out."""
+
+
+def judged_images(
+    run: Path,
+    recipe: Recipe,
+    source: Dataset,
+    *,
+    own: bool,
+    split: str | None,
+    keep: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Judged:
+    """Read the images to judge a run by: known by their pixels, those that it was trained on are left out.
+
+    The run's own held-out images are judged whatever they look like, and so are they where they have moved.
+
+    Args:
+        run: its folder.
+        recipe: of the run, for its limits.
+        source: the data.
+        own: whether that is the run's own.
+        split: as in `evaluate`.
+        keep: whether to judge images too that the run was trained on.
+        progress: called with (images read, images in all).
+
+    Raises:
+        InputError: nothing can be read, or the run was trained on all of it.
+    """
+    known, parts = load_trained_on(run), None if own or keep else moved_split(run, source)
+    if parts is not None:
+        name, indices = choose_images(source, run, own=True, split=split)
+        images, skipped = read_readable(source, indices, recipe, name, progress)
+        if name == "val" and known.are_held_out(images):
+            return Judged(images, skipped, name, True, len(parts.train), True)
+    name, indices = choose_images(source, run, own=own, split=split)
+    images, skipped = read_readable(source, indices, recipe, name, progress)
+    own, met = own or known.are_held_out(images), known.met(images)
+    seen = None if met is None else int(met.sum())
+    if own or keep or met is None or not seen:
+        return Judged(images, skipped, name, own, seen, False)
+    if seen == len(images):
+        raise InputError(
+            f"the run was trained on all {seen:,} images of {source.where} that are to be judged; give others, or "
+            "--with-training-images to judge it by them all the same"
+        )
+    images = images.subset(np.flatnonzero(~met))
+    own = known.are_held_out(images)
+    return Judged(images, skipped, "val" if own and name == "all" else name, own, seen, True)
+
+
+def moved_split(run: Path, source: Dataset) -> Split | None:
+    """The split that a run wrote, if names and labels of other data agree with it."""
+    with suppress(InputError):
+        return read_split(run / "split.csv", source)
+    return None
 
 
 def refuse_other_kind(source: Dataset, classifier: Classifier) -> None:
@@ -232,7 +348,20 @@ def write_label_sets(
 def evaluation_summary(result: dict[str, Any]) -> list[str]:
     """What an evaluation found, in a few lines."""
     began = [f"began with {weights_in_words(files)}"] if (files := result.get("began_with")) else []
-    return [*scores_in_words(result), *began]
+    return [*training_images_in_words(result), *scores_in_words(result), *began]
+
+
+def training_images_in_words(result: dict[str, Any]) -> list[str]:
+    """How many of the data's images the run was trained on, where it is the run's own training images that are not
+    asked for; a line at most."""
+    seen = result.get("trained_on", 0)
+    if seen is None:
+        return [] if result["own"] else ["whether the run was trained on some of these images is not known"]
+    if not seen or (result["own"] and result["split"] == "train"):
+        return []
+    left_out = result["trained_on_left_out"]
+    what = "left out; --with-training-images judges them too" if left_out else "judged too, which flatters it"
+    return [f"the run was trained on {seen:,} of {result['n'] + seen * left_out:,} images: {what}"]
 
 
 def scores_in_words(result: dict[str, Any]) -> list[str]:
@@ -240,7 +369,7 @@ def scores_in_words(result: dict[str, Any]) -> list[str]:
     if not result.get("multi_label"):
         low, high = result["top1_ci95"]
         top5 = f", top-5 {result['top5']:.2%}" * (len(result["per_class"]) > 5)
-        top1 = f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}){top5}"
+        top1 = f"top-1 {result['top1']:.2%} (95 % interval {low:.2%} to {high:.2%}{of_groups(result)}){top5}"
         low, high = result["ece_ci95"]
         ece = f"calibration error {result['ece']:.2%} (95 % interval {low:.2%} to {high:.2%})"
         answered = f"if only the surest half were answered, {risk_at(result['risk_coverage'], 0.5):.2%} would be wrong"
@@ -249,7 +378,7 @@ def scores_in_words(result: dict[str, Any]) -> list[str]:
         lines = ["none of the images has any of the classes, so that there is no mAP"]
     else:
         low, high = result["map_ci95"]
-        interval = f"95 % interval {low:.2%} to {high:.2%}"
+        interval = f"95 % interval {low:.2%} to {high:.2%}{of_groups(result)}"
         lines = [f"mAP {result['map']:.2%} ({interval}), loss {result['loss']:.4f}"]
     macro, micro = ("–" if value is None else f"{value:.2%}" for value in (result["f1_macro"], result["f1_micro"]))
     lines.append(f"F1 {macro} macro, {micro} micro; all classes right in {result['exact_match']:.2%} of the images")
@@ -261,6 +390,11 @@ def scores_in_words(result: dict[str, Any]) -> list[str]:
 def risk_at(curve: Mapping[str, list[float]], coverage: float) -> float:
     """The share of wrong answers where at least so many of the images are answered."""
     return next(risk for share, risk in zip(curve["coverage"], curve["risk"], strict=True) if share >= coverage)
+
+
+def of_groups(result: dict[str, Any]) -> str:
+    """That an interval is of whole groups, where it is."""
+    return f", of whole groups, {result['groups']:,} of them" if result.get("groups") else ""
 
 
 def calibrated(classifier: Classifier, images: Images, workers: int = 0) -> Classifier:

@@ -22,6 +22,8 @@ from tokenfusion.errors import InputError
 TEMPERATURE_BOUNDS = (0.05, 20.0)
 """Temperatures that are searched. Without a lower bound a classifier that is always right would be driven to 0."""
 
+RESAMPLES = 1000
+"""Of the bootstrap over groups."""
 CHUNK = 8192
 """Rows whose losses are computed in float64 at a time, so that memory does not grow with the data set."""
 
@@ -69,7 +71,13 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, bins: int = 15) -> Bi
     return Bins(edges, count, *(total / np.maximum(count, 1) for total in totals))
 
 
-def bootstrap_ece(confidence: ArrayLike, correct: ArrayLike, resamples: int = 200, seed: int = 0) -> list[float]:
+def bootstrap_ece(
+    confidence: ArrayLike,
+    correct: ArrayLike,
+    groups: NDArray[np.int64] | None = None,
+    resamples: int = 200,
+    seed: int = 0,
+) -> list[float]:
     """The 95 % interval of the expected calibration error over images drawn anew with replacement: [low, high].
 
     Resampling adds to the gaps as sampling did, so that the percentiles are mirrored at the error that was found. Where
@@ -78,20 +86,63 @@ def bootstrap_ece(confidence: ArrayLike, correct: ArrayLike, resamples: int = 20
 
     Args:
         confidence, correct: as in `reliability`.
+        groups: (N,), of images that show one thing: whole groups are drawn.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.4: the basic interval.
     """
     random, found = np.random.default_rng(seed), reliability(confidence, correct).ece
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct)
-    drawn = (random.integers(0, len(correct), len(correct)) for _ in range(resamples))
-    errors = [reliability(confidence[rows], correct[rows]).ece for rows in drawn]
+    members = members_of(groups, len(correct))
+    drawn = (random.integers(0, len(members), len(members)) for _ in range(resamples))
+    rows = (chosen if groups is None else np.concatenate([members[group] for group in chosen]) for chosen in drawn)
+    errors = [reliability(confidence[some], correct[some]).ece for some in rows]
     lower, upper = (float(end) for end in np.quantile(errors, [0.025, 0.975]))
     low, high = max(2 * found - upper, 0.0), max(2 * found - lower, 0.0)
     if correct.all() or not correct.any():
-        mean, ends = float(confidence.mean()), wilson_interval(int(correct.sum()), len(correct))
+        mean, ends = float(confidence.mean()), share_interval(correct, groups)
         low = min(low, max(ends[0] - mean, mean - ends[1], 0.0))
         high = max(high, *(abs(end - mean) for end in ends))
     return [low, high]
+
+
+def members_of(groups: NDArray[np.int64] | None, images: int) -> Sequence[Any]:
+    """The indices of each group's images, int64; of images without groups the images themselves."""
+    if groups is None:
+        return range(images)
+    _, numbers, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    return np.split(np.argsort(numbers, kind="stable"), np.cumsum(sizes)[:-1])
+
+
+def share_interval(right: ArrayLike, groups: NDArray[np.int64] | None = None, seed: int = 0) -> tuple[float, float]:
+    """The 95 % interval of the share of images that are right.
+
+    Images of one group, such as a patient's, are right or wrong together: whole groups are drawn anew with
+    replacement (cluster bootstrap, percentiles). Where all images are alike, resampling tells nothing, and the interval
+    is Wilson's of so many groups; without groups it is Wilson's of the images.
+
+    Args:
+        right: bool (N,).
+        groups: (N,), or None.
+
+    Returns:
+        (low, high) in [0, 1].
+
+    Source: Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8.
+    """
+    right = np.asarray(right, dtype=bool)
+    if groups is None:
+        return wilson_interval(int(right.sum()), len(right))
+    numbers = np.unique(groups, return_inverse=True)[1]
+    sizes, rights = np.bincount(numbers), np.bincount(numbers, weights=right)
+    if right.all() or not right.any():
+        return wilson_interval(len(sizes) * int(right.all()), len(sizes))
+    random = np.random.default_rng(seed)
+    shares = []
+    for _ in range(RESAMPLES):
+        counts = np.bincount(random.integers(0, len(sizes), len(sizes)), minlength=len(sizes))
+        shares.append(counts @ rights / (counts @ sizes))
+    low, high = np.quantile(shares, [0.025, 0.975])
+    return float(low), float(high)
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -234,7 +285,12 @@ def require_finite(logits: Tensor) -> None:
 
 
 def evaluate_logits(
-    logits: Tensor, labels: Tensor, classes: Sequence[str], skipped: int = 0, temperatures: Tensor | float = 1.0
+    logits: Tensor,
+    labels: Tensor,
+    classes: Sequence[str],
+    skipped: int = 0,
+    temperatures: Tensor | float = 1.0,
+    groups: NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
     """Judge a classifier by its logits on labelled images.
 
@@ -244,10 +300,12 @@ def evaluate_logits(
         classes: K different names, at least 2.
         skipped: images that could not be read; passed on, and counted in nothing else.
         temperatures: (N,), or one: what the logits are divided by for the scores that a user sees.
+        groups: (N,): which images show one thing, so that intervals are of whole groups; None where nothing says so.
 
     Returns:
         Values that JSON can hold, never NaN; shares are in [0, 1].
-        `n`: images. `top1`, `top5` (top-K where K < 5): accuracy. `top1_ci95`: [low, high], Wilson.
+        `n`: images; `groups`: of them, or None. `top1`, `top5` (top-K where K < 5): accuracy. `top1_ci95`: [low, high],
+        see `share_interval`.
         `loss`: cross-entropy of the logits, natural logarithm. `ece`, `ece_ci95`: expected calibration error of the
         scores in 15 bins, [low, high] by bootstrap. `ece_raw`: the same without temperature. `temperature`: which would
         suit these very images best, see fit_temperature. `risk_coverage`: see there.
@@ -277,12 +335,13 @@ def evaluate_logits(
     raw, confidence = ((logits / t).softmax(1).amax(1).numpy() for t in (1.0, column(temperatures)))
     return {
         "n": len(labels),
+        "groups": None if groups is None else len(np.unique(groups)),
         "top1": float(correct.mean()),
         "top5": (rank < 5).double().mean().item(),
-        "top1_ci95": list(wilson_interval(int(correct.sum()), len(labels))),
+        "top1_ci95": list(share_interval(correct, groups)),
         "loss": negative_log_likelihood(logits, labels),
         "ece": reliability(confidence, correct).ece,
-        "ece_ci95": bootstrap_ece(confidence, correct),
+        "ece_ci95": bootstrap_ece(confidence, correct, groups),
         "ece_raw": reliability(raw, correct).ece,
         "risk_coverage": risk_coverage(confidence, correct),
         "temperature": fit_temperature(logits, labels),

@@ -97,7 +97,9 @@ def results(evaluation: Mapping[str, Any] | None) -> str:
     if evaluation is None:
         return "## Results\n\nIt has not been measured on images that it was not trained on."
     data = Path(str(evaluation["data"]).rstrip("/")).name
-    head = f"## Results\n\nOn {evaluation['n']} images of `{data}` ({evaluation['split']}) that were not trained on"
+    judged = evaluation["split"] == "train" or (evaluation.get("trained_on") and not evaluation["trained_on_left_out"])
+    head = f"## Results\n\nOn {evaluation['n']} images of `{data}` ({evaluation['split']})"
+    head += ", some or all of which were trained on" if judged else " that were not trained on"
     skipped = f", {evaluation['skipped']} unreadable ones left out" if evaluation["skipped"] else ""
     return "\n\n".join([f"{head}{skipped}:", measures(evaluation), per_class(evaluation), calibration(evaluation)])
 

@@ -14,10 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenfusion.metrics import class_scores, require_finite, wilson_interval
+from tokenfusion.metrics import RESAMPLES, class_scores, require_finite, share_interval, wilson_interval
 
-RESAMPLES = 1000
-"""Of the bootstrap."""
 CHUNK = 4_000_000
 """Resamples × images that are in memory at once."""
 
@@ -64,8 +62,15 @@ def mean_of(values: Floats) -> float | None:
     return float(defined.mean()) if len(defined) else None
 
 
-def bootstrap_map(scores: Floats, labels: Bools, resamples: int = RESAMPLES, seed: int = 0) -> list[float] | None:
-    """The 95 % interval of the mAP over images drawn anew with replacement: [low, high].
+def bootstrap_map(
+    scores: Floats,
+    labels: Bools,
+    groups: NDArray[np.int64] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[float] | None:
+    """The 95 % interval of the mAP over images, or where there are groups (N,) whole groups, drawn anew with
+    replacement: [low, high].
 
     None where no image has a class. A class that a resample has no image of is left out of that resample's mean. Where
     all resamples agree, as they do when every ranking is perfect, it is Wilson's interval of that share of the images.
@@ -74,17 +79,20 @@ def bootstrap_map(scores: Floats, labels: Bools, resamples: int = RESAMPLES, see
     """
     if not labels.any():
         return None
-    random, images = np.random.default_rng(seed), len(labels)
+    random = np.random.default_rng(seed)
+    numbers = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    units = int(numbers.max()) + 1
     means = []
-    at_once = max(CHUNK // images, 1)
+    at_once = max(CHUNK // len(labels), 1)
     for start in range(0, resamples, at_once):
-        counts = random.multinomial(images, np.full(images, 1 / images), size=min(at_once, resamples - start))
+        drawn_units = random.multinomial(units, np.full(units, 1 / units), size=min(at_once, resamples - start))
+        counts = drawn_units[:, numbers]
         rows = np.stack([average_precision(s, y, counts) for s, y in zip(scores.T, labels.T, strict=True) if y.any()])
         drawn = ~np.isnan(rows)
         means.append(np.where(drawn, rows, 0).sum(0) / np.maximum(drawn.sum(0), 1))
     low, high = (float(end) for end in np.quantile(np.concatenate(means), [0.025, 0.975]))
     if high - low < 1e-12:
-        low, high = wilson_interval(int(low * images), images)[0], wilson_interval(math.ceil(high * images), images)[1]
+        low, high = wilson_interval(int(low * units), units)[0], wilson_interval(math.ceil(high * units), units)[1]
     return [low, high]
 
 
@@ -153,6 +161,7 @@ def evaluate_multilabel(
     classes: Sequence[str],
     thresholds: Sequence[float],
     skipped: int = 0,
+    groups: NDArray[np.int64] | None = None,
 ) -> dict[str, Any]:
     """Judge a classifier by its logits on images with any number of classes.
 
@@ -163,14 +172,15 @@ def evaluate_multilabel(
         classes: K different names.
         thresholds: K scores, passed on.
         skipped: images that could not be read; passed on, and counted in nothing else.
+        groups: (N,): which images show one thing, so that intervals are of whole groups; None where nothing says so.
 
     Returns:
         Values that JSON can hold, never NaN; shares are in [0, 1], and None where they are of nothing.
-        `n`: images. `map`: mean average precision of the classes that some image has. `map_ci95`: [low, high],
-        bootstrap over the images. `loss`: binary cross-entropy, mean over images and classes. `f1_macro`: mean of the
-        classes that some image has; `f1_micro`: of all decisions together. `exact_match`: share of images all of whose
-        classes are right; `exact_match_ci95`: Wilson. `per_class`: {name: {ap, f1, precision, recall, threshold, n}},
-        n images that have it. `skipped`.
+        `n`: images; `groups`: of them, or None. `map`: mean average precision of the classes that some image has.
+        `map_ci95`: [low, high], bootstrap over the images or groups. `loss`: binary cross-entropy, mean over images and
+        classes. `f1_macro`: mean of the classes that some image has; `f1_micro`: of all decisions together.
+        `exact_match`: share of images all of whose classes are right; `exact_match_ci95`: see `share_interval`.
+        `per_class`: {name: {ap, f1, precision, recall, threshold, n}}, n images that have it. `skipped`.
     """
     logits, truth = logits.double(), labels.numpy()
     ap = average_precisions(logits.numpy(), truth)  # of sigmoids, those near 1 would be equal
@@ -180,16 +190,17 @@ def evaluate_multilabel(
         name: {"ap": None if np.isnan(one) else float(one), "threshold": float(threshold)} | class_scores(*row)
         for name, one, threshold, *row in zip(classes, ap, thresholds, *counts, strict=True)
     }
-    exact = int((predictions == truth).all(1).sum())
+    exact = (predictions == truth).all(1)
     return {
         "n": len(labels),
+        "groups": None if groups is None else len(np.unique(groups)),
         "map": mean_of(ap),
-        "map_ci95": bootstrap_map(logits.numpy(), truth),
+        "map_ci95": bootstrap_map(logits.numpy(), truth, groups),
         "loss": image_losses(logits, labels).mean().item(),
         "f1_macro": mean_of(np.array([row["f1"] for row in per_class.values() if row["n"]], dtype=np.float64)),
         "f1_micro": class_scores(*(int(table.sum()) for table in tables))["f1"],
-        "exact_match": exact / len(labels),
-        "exact_match_ci95": list(wilson_interval(exact, len(labels))),
+        "exact_match": int(exact.sum()) / len(labels),
+        "exact_match_ci95": list(share_interval(exact, groups)),
         "per_class": per_class,
         "skipped": skipped,
     }

@@ -35,6 +35,7 @@ WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 """Endings of files that a model may begin with."""
 SEVERAL: dict[str, Callable[[str, int], bool]] = {
     "--img-size": lambda word, _: is_number(word),
+    "--value-range": lambda word, _: is_number(word),
     "--loggers": lambda word, _: word in ("wandb", "mlflow"),
     "--warm-start-from": lambda _, before: before < 2,
     "--pretrained": lambda word, before: before < 2 and (word.endswith(WEIGHTS) or not seems_data(word)),
@@ -54,7 +55,11 @@ def data_first(words: Sequence[str]) -> list[str]:
     for option, is_value in SEVERAL.items():
         if option in ordered:
             start = end = ordered.index(option) + 1
-            while end < len(ordered) and not ordered[end].startswith("-") and is_value(ordered[end], end - start):
+            while (
+                end < len(ordered)
+                and (is_number(ordered[end]) or not ordered[end].startswith("-"))
+                and is_value(ordered[end], end - start)
+            ):
                 end += 1
             if start < end < len(ordered) and not ordered[end].startswith("-"):
                 ordered.insert(start - 1, ordered.pop(end))
@@ -87,7 +92,8 @@ def with_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         return
     given = {argument.name.removeprefix("--"): [token.value for token in argument.tokens] for argument in arguments}
     if given.get("resume"):
-        others = [f"--{name}" for name, values in given.items() if values and name != "resume"]
+        moved = ("resume", "data", "root")  # where its images lie is no part of what a run is
+        others = [f"--{name}" for name, values in given.items() if values and name not in moved]
         if others:
             raise InputError(f"--resume goes on with the run's own recipe; leave out {', '.join(others)}")
         return

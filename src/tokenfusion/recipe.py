@@ -33,6 +33,12 @@ class Reading:
     rare_classes: Literal["refuse", "train", "drop"] = "refuse"
     """Classes with a single image, of which none can be held out: refuse the data, train on them all the same, or drop
     them, which names them."""
+    value_range: tuple[float, ...] = ()
+    """Lowest and highest value, black and white, of images of more than 8 bits; found in training images by default."""
+
+    def __post_init__(self) -> None:
+        if self.value_range:
+            require_value_range(self.value_range)
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,8 @@ class Recipe:
     group_by: str = ""
     """Regular expression that finds a group in each image's name, by its first (...): images of a group, such as one
     patient's, stay on one side of the split."""
+    value_range: tuple[float, ...] = ()
+    """Lowest and highest value, black and white, of images of more than 8 bits; found in training images by default."""
 
     model: str = "tokenfusion_early_tiny"
     """Name of the model; `tokenfusion models` lists them."""
@@ -201,6 +209,8 @@ class Recipe:
             if value != "auto" and not low <= value <= high:
                 auto = ", or auto" * (name in AUTO_FIELDS)
                 raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}{auto}")
+        if self.value_range:
+            require_value_range(self.value_range)
         if len(runs) not in (0, 2):
             raise InputError(
                 f"warm_start_from={runs} is no pair of run folders; give the CNN's and then the transformer's"
@@ -270,7 +280,11 @@ RANGES: dict[str, tuple[float, float]] = {
     "every": (0, 100_000),
 }
 
-LISTS = {int: "whole numbers, such as [128, 96]", str: 'texts, such as ["runs/cnn", "runs/vit"]'}
+LISTS = {
+    int: "whole numbers, such as [128, 96]",
+    float: "numbers, such as [0, 4095]",
+    str: 'texts, such as ["runs/cnn", "runs/vit"]',
+}
 """What a field that is a tuple may hold, by the type of its items."""
 
 
@@ -278,6 +292,13 @@ def number(value: Number | Auto) -> Number:
     """A field that may be "auto", once it is a number."""
     assert not isinstance(value, str)
     return value
+
+
+def require_value_range(values: tuple[Any, ...]) -> None:
+    """Refuse what is no range of values, InputError."""
+    numbers = all(type(value) in (int, float) and abs(value) < 1e30 for value in values)
+    if not numbers or len(values) != 2 or values[0] >= values[1]:
+        raise InputError(f"value_range={values} is no range; give its lowest and its highest value, such as 0 4095")
 
 
 def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
@@ -299,6 +320,7 @@ def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
         elif get_origin(kind) is tuple:
             items = value if isinstance(value, list | tuple) else (value,)
             item_kind = get_args(kind)[0]
+            items = [float(item) if item_kind is float and type(item) is int else item for item in items]
             if get_origin(item_kind) is Literal:
                 unknown = [item for item in items if item not in get_args(item_kind)]
                 if unknown:

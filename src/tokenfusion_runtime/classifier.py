@@ -16,7 +16,7 @@ from tokenfusion_runtime.abstain import SurestErrors
 from tokenfusion_runtime.engines import ENGINES, Engine
 from tokenfusion_runtime.errors import InputError, UnreadableImage
 from tokenfusion_runtime.files import read_file
-from tokenfusion_runtime.image import Pixels, opened, pillow_image, prepare, to_rgb
+from tokenfusion_runtime.image import Pixels, ValueRange, opened, pillow_image, prepare, to_rgb
 from tokenfusion_runtime.prediction import Answers, Floats, Prediction, cuts_for
 
 FORMAT = 1
@@ -48,6 +48,12 @@ class ExportedClassifier:
         """Whether an image has any number of classes, rather than one."""
         return bool(self.description["thresholds"])
 
+    @property
+    def value_range(self) -> ValueRange | None:
+        """What is black and white in images of more than 8 bits; None where the run had none."""
+        low_high = self.description["preprocess"].get("value_range")
+        return None if low_high is None else (low_high[0], low_high[1])
+
     def probabilities(self, images: Pixels) -> Floats:
         """Calibrated probabilities (B, K) of prepared images, uint8 (B, in_chans, h, w)."""
         fixed, count = self.description["batch"], len(images)
@@ -75,7 +81,7 @@ class ExportedClassifier:
 
         Args:
             images: paths, an image file's bytes or BytesIO, arrays uint8 (H, W), (H, W, 3) RGB or (H, W, 4), or PIL
-                images; one or several.
+                images; one or several. Of a model with a value range also arrays (H, W) of other numbers.
             topk: how many classes to name.
             batch_size: images in the graph at once.
             abstain: the largest share of wrong answers; see `SurestErrors.cut`.
@@ -122,9 +128,9 @@ class ExportedClassifier:
         limit = self.description["max_pixels"]
         if isinstance(image, str | Path | bytes | BytesIO):
             with opened(content_of(image), limit) as file:
-                return to_rgb(file)
+                return to_rgb(file, self.value_range)
         try:
-            return to_rgb(pillow_image(image, limit))
+            return to_rgb(pillow_image(image, limit, self.value_range), self.value_range)
         except InputError:
             raise
         except (OSError, ValueError, SyntaxError) as error:  # its file is read only now

@@ -18,6 +18,8 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from tokenfusion_runtime.errors import InputError, UnreadableImage
 
 Pixels = NDArray[np.uint8]
+ValueRange = tuple[float, float]
+"""The values of a deep image that become black and white."""
 
 EXTENSIONS = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"}
@@ -161,18 +163,23 @@ def refuse_missing_rows(data: bytes, image: Image.Image) -> None:
         raise UnreadableImage(f"damaged image: its rows end after {found:,} of {wanted:,} bytes")
 
 
-def pillow_image(image: object, max_pixels: int) -> Image.Image:
+def pillow_image(image: object, max_pixels: int, value_range: ValueRange | None = None) -> Image.Image:
     """An array, or an image of Pillow's as it is.
 
     Args:
-        image: uint8 (H, W), (H, W, 1), (H, W, 3) of RGB, or (H, W, 4); or a PIL image.
+        image: uint8 (H, W), (H, W, 1), (H, W, 3) of RGB, or (H, W, 4); or a PIL image; with a value range also any
+            numbers (H, W).
         max_pixels: largest height × width that is taken.
+        value_range: what becomes black and white of other numbers than uint8.
 
     Raises:
         UnreadableImage: it has too many pixels, or a PIL image none.
         InputError: it is something else.
     """
     if isinstance(image, np.ndarray):
+        if value_range is not None and image.ndim == 2 and image.size and image.dtype.kind in "uif":
+            refuse_large(image.shape[0], image.shape[1], max_pixels)
+            image = image if image.dtype == np.uint8 else scaled(image, value_range)
         if not image.size or image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in CHANNELS:
             raise InputError(
                 f"an array of shape {image.shape} and type {image.dtype} is not an image; "
@@ -199,22 +206,66 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of Pillow's modes as 8-bit RGB: upright, opaque on white, 16 bits scaled."""
+def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:
+    """Any of Pillow's modes as 8-bit RGB: upright, opaque on white, deeper values scaled.
+
+    Args:
+        image: as Pillow opens it.
+        value_range: of a gray image of more than 8 bits, what becomes black and white; without it these are 0 and
+            65535 of 16 bits, and unknown of floats and of 32 bits, which are refused.
+    """
     if image.mode in ("La", "RGBa"):  # colours that were multiplied by their opacity
         image = image.convert(image.mode.upper())
     sixteen_bits = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM")
-    if image.mode in ("I", "F") and not sixteen_bits:
-        raise UnreadableImage(f"values of mode {image.mode} have no defined white; convert it to 8 or 16 bits")
     if orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
-    if sixteen_bits:  # the high byte, which is also what Pillow makes of 16-bit RGB
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if is_deep(image):
+        image = Image.fromarray(in_eight_bits(image, value_range, sixteen_bits))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image.load()
     return image if image.mode == "RGB" else image.convert("RGB")  # converting copies
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image is gray and has more than 8 bits a pixel: 16, 32, or floats."""
+    return image.mode == "F" or image.mode.startswith("I")
+
+
+def in_eight_bits(image: Image.Image, value_range: ValueRange | None, sixteen_bits: bool) -> Pixels:
+    """The values of a deep image from black, 0, to white, 255; without a range only those of 16 bits are known."""
+    values = np.asarray(image)
+    if value_range is not None:
+        return scaled(values, value_range)
+    if not sixteen_bits:
+        raise UnreadableImage(
+            f"values of mode {image.mode} have no defined white; convert it to 8 or 16 bits, or train with "
+            "--value-range LOW HIGH"
+        )
+    return (values >> 8).astype(np.uint8)  # the high byte, which is also what Pillow makes of 16-bit RGB
+
+
+def scaled(values: NDArray[Any], value_range: ValueRange) -> Pixels:
+    """Values (H, W) of any type as uint8: of the range's two ends one is 0 and the other 255.
+
+    What lies beyond is cut off, and what is not a number is 0.
+
+    Raises:
+        UnreadableImage: no value is finite, none lies in the range, or more than half lie above it, as those of an
+            image in another unit do.
+    """
+    low, high = value_range
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise UnreadableImage("none of its values is a finite number")
+    if (finite < low).all() or (finite > high).mean() > 0.5:
+        raise UnreadableImage(
+            f"its values, {finite.min():.9g} to {finite.max():.9g}, lie outside the value range {low:.9g} to "
+            f"{high:.9g} of the training images; convert it to their unit, or train with another --value-range"
+        )
+    shares = (values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+    return np.rint(255 * np.nan_to_num(shares, nan=0.0).clip(0, 1)).astype(np.uint8)
 
 
 def prepare(image: Image.Image, preprocess: dict[str, Any]) -> Pixels:

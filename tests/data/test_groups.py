@@ -1,10 +1,13 @@
 """Images of one thing stay on one side of a split."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from runs import TINY
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.groups import suspected_groups
 from tokenfusion.data.open import open_dataset
@@ -67,3 +70,26 @@ def test_names_that_differ_by_a_counter_are_suspected(tmp_path: Path) -> None:
         for n in range(9):
             (tmp_path / "b" / c / f"{c}_{n}.png").write_bytes(b"x")  # numbered, and that is all
     assert suspected_groups(open_dataset(tmp_path / "b")) == ""
+
+
+def test_an_evaluation_says_that_its_interval_is_of_groups(command, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for c in ("ill", "well"):
+        (tmp_path / "x" / c).mkdir(parents=True)
+        for number in range(20):
+            pixels = random.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "x" / c / f"{c}p{number // 4}_{number % 4}.png")
+    run, words = tmp_path / "run", ("--model", TINY, "--img-size", 8, "--batch-size", 8, "--epochs", 1)
+    assert command("train", tmp_path / "x", "--group-by", r"/(\w+)_\d", *words, "--out", run)[0] == 0
+    status, output, _ = command("evaluate", run)
+    assert status == 0
+    assert ", of whole groups, 2 of them)" in output
+    assert command("report", run)[0] == 0
+    assert "of whole groups, 2 of them" in (run / "report.html").read_text()
+    assert json.loads((run / "evaluation.json").read_text())["groups"] == 2
+    for c in ("ill", "well"):  # other data, whose names tell no group
+        (tmp_path / "y" / c).mkdir(parents=True)
+        Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "y" / c / "z.png")
+    status, output, errors = command("evaluate", run, tmp_path / "y")
+    assert (status, errors) == (0, "")
+    assert "groups" not in output

@@ -108,3 +108,39 @@ def test_jsonl_that_cannot_be_used(line: str, reason: str, tmp_path: Path) -> No
     (tmp_path / "x.jsonl").write_text('{"path": "a.png", "label": "a"}\n' + line + "\n")
     with pytest.raises(InputError, match=f"line 2: .*{reason}"):
         open_dataset(tmp_path / "x.jsonl")
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.jsonl", "x.txt"])
+def test_a_huge_line_is_refused_before_it_is_read(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    with path.open("wb") as file:
+        file.write(b"path,label\na.png,a\n")
+        file.truncate(2**33)  # eight gigabytes of nothing, which the disk does not hold
+    with pytest.raises(InputError, match=r"line 3: more than 1,048,576 bytes"):
+        open_dataset(path)
+    with (tmp_path / "x.json").open("wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(InputError, match="8,589,934,592 bytes, more than 268,435,456 of one JSON; write a JSONL"):
+        open_dataset(tmp_path / "x.json")
+
+
+def test_long_cells_are_named_by_their_beginnings(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    long = "é" * 100_000
+    texts = {
+        "label.csv": f"path,label\na.png,{long}\nb.png,b\n",
+        "path.csv": f"path,label\n{long},a\nb.png,b\n",
+        "split.csv": f"path,label,split\na.png,a,{long}\nb.png,b,train\n",
+        "x.jsonl": json.dumps({"path": "a.png", "label": long}) + "\n",
+        "y.jsonl": json.dumps({"path": "a.png", "labels": [long]}) + "\n",
+        "z.jsonl": json.dumps({"path": "a.png", "label": "a", long: 1}) + "\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        status, output, errors = command("check", tmp_path / name, "--out", tmp_path / "out")
+        assert status == 2
+        assert len(output + errors) < 40_000, name
+    with pytest.raises(InputError, match=r"line 2: a label of 100,000 characters, 'é{40}' \.\.\.; mend the row"):
+        open_dataset(tmp_path / "label.csv")
+    (tmp_path / "long.csv").write_text(f"path,label\na.png,{long[:1001]}\nb.png,b\n")
+    with pytest.raises(InputError, match="is no name of a class; give one of up to 1000 characters"):
+        open_dataset(tmp_path / "long.csv")

@@ -341,3 +341,13 @@ def test_configurations_are_not_merged(tmp_path: Path) -> None:
     ):
         open_dataset(tmp_path)
     assert len(open_dataset(tmp_path / "small")) == 2
+
+
+def test_configurations_that_names_of_files_tell_are_not_merged(tmp_path: Path) -> None:
+    for name in ("en-train", "en-test-00000-of-00001", "fr-train", "fr-test"):
+        write_parquet(tmp_path / f"{name}.parquet", [b"x", b"x"], [0, 1], ["a", "b"])
+    with pytest.raises(InputError, match="files begin with 'en', 'fr', each with 'test', 'train'; move each into"):
+        open_dataset(tmp_path)
+    for name in ("fr-train", "fr-test"):
+        (tmp_path / f"{name}.parquet").unlink()
+    assert len(open_dataset(tmp_path)) == 4

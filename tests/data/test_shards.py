@@ -25,6 +25,7 @@ from tokenfusion.data.sampler import ShardOrder, Share
 from tokenfusion.data.shards import Shard, ShardRanges
 from tokenfusion.data.split import choose_split
 from tokenfusion.errors import InputError
+from tokenfusion.recipe import Reading
 
 SIZES = {"train-0.tar": 7, "train-1.tar": 5, "val-0.tar": 4}
 AUGMENT = Augment((8, 8), 3, crop_scale=0.5, hflip=0.5, trivial_augment=False)
@@ -428,3 +429,55 @@ def test_a_pattern_or_url_means_the_same_from_any_folder(tmp_path: Path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert resolved("train-{0..3}.tar") == f"{tmp_path}/train-{{0..3}}.tar"
     assert resolved("s3://bucket/train-{0..3}.tar") == "s3://bucket/train-{0..3}.tar"
+
+
+def test_what_shards_say_of_their_images_is_honoured(tmp_path: Path) -> None:
+    said = [("train", 2, "p"), ("Validation", 1, "q"), ("train", 0.5, "p"), ("test", 1, "r")]
+    (tmp_path / "tars").mkdir()
+    with tarfile.open(tmp_path / "tars" / "0.tar", "w") as tar:
+        for number, (split, weight, group) in enumerate(said):
+            add(tar, f"{number}.png", png(picture(number)))
+            text = {"label": "aabb"[number], "split": split, "weight": weight, "group": group}
+            add(tar, f"{number}.json", json.dumps(text).encode())
+    columns = {
+        "split": [s for s, _, _ in said],
+        "weight": [float(w) for _, w, _ in said],
+        "group": [g for *_, g in said],
+    }
+    files = [png(picture(number)) for number in range(4)]
+    write_parquet(tmp_path / "parquet" / "0.parquet", files, [0, 0, 1, 1], ["a", "b"], **columns)
+    for place in (tmp_path / "tars", f"file://{tmp_path / 'parquet'}"):
+        source = open_dataset(place)
+        assert source.splits == ["train", "val", "train", "test"]
+        assert source.weights is not None
+        assert source.groups is not None
+        assert source.weights.tolist() == [2, 1, 0.5, 1]
+        assert source.groups.tolist() == [0, 1, 0, 2]
+        assert [np.array_equal(pixels_of(source, n), picture(n)) for n in range(4)] == [True] * 4
+        assert open_dataset(place).splits == source.splits  # by the index that was kept
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [({"split": "monday"}, "split='monday' is not known"), ({"weight": -1}, "weight=-1 is no weight")],
+)
+def test_what_shards_say_and_nobody_understands_is_refused(
+    said: dict[str, object], reason: str, tmp_path: Path
+) -> None:
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add(tar, "0.png", png(picture(0)))
+        add(tar, "0.json", json.dumps({"label": "a"} | said).encode())
+    with pytest.raises(InputError, match=rf"0.tar/0.json: {reason}"):
+        open_dataset(tmp_path)
+
+
+def test_columns_of_shards_are_chosen_as_those_of_parquet(tmp_path: Path) -> None:
+    files, masks = ([png(picture(number + more)) for number in range(4)] for more in (0, 50))
+    write_parquet(tmp_path / "0.parquet", files, [0, 1, 0, 1], image="scan", mask=masks, kind=["x", "y", "y", "y"])
+    place = f"file://{tmp_path}"
+    masked = open_dataset(place, reading=Reading(image_column="mask", label_column="kind"))
+    assert masked.classes == ("x", "y")
+    assert np.array_equal(pixels_of(masked, 1), picture(51))
+    scans = open_dataset(place, reading=Reading(image_column="scan"))
+    assert scans.labels.tolist() == [0, 1, 0, 1]
+    assert np.array_equal(pixels_of(scans, 1), picture(1))

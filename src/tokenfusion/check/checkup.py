@@ -4,7 +4,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from tokenfusion.data.groups import suspected_groups
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.data.usable import without_rare
+from tokenfusion.data.value_range import with_value_range
 from tokenfusion.errors import InputError
 from tokenfusion.files import own_folder, refuse_inside, write_json
 from tokenfusion.hardware import keep_freed_memory
@@ -60,6 +61,9 @@ def check_data(
     keep_freed_memory()
     folder = folder_for(data, out)
     dataset = open_dataset(data, reading=reading)
+    training = np.array([i for i, split in enumerate(dataset.splits) if split in ("train", "")], dtype=np.int64)
+    dataset, values = with_value_range(dataset, training, reading.value_range, Recipe.max_pixels)
+    dataset = replace(dataset, notes=(*dataset.notes, *[values] * bool(values)))
     with own_folder(folder):
         result, excluded = look_at(dataset, img_size, progress, reading.rare_classes)
         result = {"data": data} | result | {"seconds": round(time.perf_counter() - began, 1)}
@@ -86,6 +90,7 @@ def look_at(
     result: dict[str, Any] = {
         "images": len(dataset),
         "understood": describe(dataset),
+        "value_range": dataset.value_range,
         "suspected": [line for line in [suspected_groups(dataset)] if line],
         "ignored": dataset.ignored,
         "splits": {name or "all": images for name, images in Counter(dataset.splits).items()},

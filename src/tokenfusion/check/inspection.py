@@ -6,6 +6,7 @@ from collections.abc import Callable, Container
 from dataclasses import dataclass
 from io import BytesIO
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -13,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image
-from tokenfusion_runtime.image import FORMATS, pillow_limit_lifted
+from tokenfusion_runtime.image import FORMATS, ValueRange, is_deep, pillow_limit_lifted
 
 SIDE = 48
 """Height and width of the thumbnails that images are compared by; their aspect is not kept."""
@@ -84,9 +85,9 @@ def inspect_image(dataset: Dataset, index: int, max_pixels: int, compared: bool)
     frames, colour = "", ""
     data = dataset.read(index)
     if isinstance(data, bytes):
-        image = decode_image(data, max_pixels=max_pixels)
+        image = decode_image(data, max_pixels=max_pixels, value_range=dataset.value_range)
         with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as file:
-            colour, frames = odd_colour(file, data), further_frames(file)
+            colour, frames = odd_colour(file, data) + beyond(file, dataset.value_range), further_frames(file)
     else:
         image = dataset.decode(index, max_pixels)
     height, width = image.shape[1:]
@@ -114,8 +115,22 @@ def odd_colour(image: Image.Image, data: bytes) -> str:
     # Pillow opens PNG and TIFF of 3 × 16 bits as RGB; only the header still tells
     depths = getattr(image, "tag_v2", {}).get(258, ())
     deep = (image.format == "PNG" and data[24] == 16) or max(depths, default=8) > 8
-    if deep or image.mode.startswith("I"):
+    if is_deep(image):
+        return {"F": "floats", "I": "integers"}.get(image.mode, "16 bits")
+    if deep:
         return "16 bits"
     if image.has_transparency_data:
         return "palette with transparency" if image.mode == "P" else "transparency"
     return ""
+
+
+def beyond(image: Image.Image, value_range: ValueRange | None) -> str:
+    """What of a deep image's values lies outside the value range and is cut off, or is no number; "" where none is."""
+    if value_range is None or not is_deep(image):
+        return ""
+    low, high = value_range
+    values = np.asarray(image)
+    finite = values[np.isfinite(values)]
+    share, broken = float(((finite < low) | (finite > high)).mean()), values.size - finite.size
+    said = f", {share:.2%} of its values ({finite.min():.9g} to {finite.max():.9g}) outside {low:.9g} to {high:.9g}"
+    return said * (share > 0) + f", {broken:,} values that are no finite numbers" * (broken > 0)

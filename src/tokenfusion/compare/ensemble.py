@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.open import open_dataset
-from tokenfusion.evaluate import choose_images, collect_logits, read_readable, write_predictions
+from tokenfusion.evaluate import choose_images, collect_logits, open_judged, read_readable, write_predictions
 from tokenfusion.files import make_folder, own_results, write_json
 from tokenfusion.metrics import evaluate_logits
 from tokenfusion.recipe import Recipe, load_recipe
@@ -32,13 +31,13 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         InputError: a run cannot be used.
     """
     recipe = Recipe(**load_recipe(runs[0] / "recipe.toml"))
-    dataset = open_dataset(recipe.data, recipe.exclude, runs[0], recipe.reading)
+    dataset, _, _ = open_judged(runs[0], recipe, None)
     split, indices = choose_images(dataset, runs[0], own=True, split=None)
     images, skipped = read_readable(dataset, indices, recipe, split)
     several = [collect_logits(Classifier.load(run), images, workers=recipe.workers) for run in runs]
     logits, labels = mean_log_probabilities([logits for logits, _ in several]), several[0][1]
-    result = evaluate_logits(logits, labels, dataset.classes, skipped=len(skipped))
-    result |= {"data": recipe.data, "split": split, "members": [run.name for run in runs]}
+    result = evaluate_logits(logits, labels, dataset.classes, skipped=len(skipped), groups=images.dataset.groups)
+    result |= {"own": True, "data": recipe.data, "split": split, "members": [run.name for run in runs]}
     make_folder(out)
     with own_results(out):
         write_predictions(out / "predictions.csv", dataset.classes, images.names, labels, logits.softmax(1))

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from tokenfusion.data.decode import decode_image, refuse_large
+from tokenfusion.data.decode import ValueRange, decode_image, refuse_large
 from tokenfusion.data.readers import Reader
 from tokenfusion.formatting import abridged, counted
 
@@ -52,6 +52,8 @@ class Dataset:
     """int64 (N,): which images show one thing and must stay on one side of a split; None where nothing says so."""
     excluded: str = ""
     """What was left out because a list says so, in words."""
+    value_range: ValueRange | None = None
+    """What becomes black and white of images of more than 8 bits; see `find_value_range`."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -94,7 +96,7 @@ class Dataset:
         """
         content = self.read(index)
         if isinstance(content, bytes):
-            return decode_image(content, max_pixels=max_pixels)
+            return decode_image(content, max_pixels=max_pixels, value_range=self.value_range)
         refuse_large(content.shape[1], content.shape[2], max_pixels)
         return content
 

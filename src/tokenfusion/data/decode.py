@@ -9,8 +9,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import BytesIO
 from typing import TypeVar
 
+import numpy as np
 import torch
 import torchvision.io  # noqa: F401 - loads torch.ops.image
 from PIL import Image
@@ -20,16 +22,20 @@ from torchvision.transforms.v2 import functional as F
 from tokenfusion_runtime.errors import UnreadableImage
 from tokenfusion_runtime.image import (
     EXTENSIONS,
+    FORMATS,
     LFS_POINTER,
+    ValueRange,
+    is_deep,
     is_image,
     large_ones_alone,
     opened,
     orientation,
+    pillow_limit_lifted,
     refuse_large,
     to_rgb,
 )
 
-__all__ = ["EXTENSIONS", "LFS_POINTER", "UnreadableImage", "is_image", "refuse_large", "to_rgb"]
+__all__ = ["EXTENSIONS", "LFS_POINTER", "UnreadableImage", "ValueRange", "is_image", "refuse_large", "to_rgb"]
 
 THREADS = min(4, os.cpu_count() or 1)
 """Threads that decode at the same time."""
@@ -40,15 +46,16 @@ Item = TypeVar("Item")
 Decoded = TypeVar("Decoded")
 
 
-def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
+def decode_image(data: bytes, *, max_pixels: int, value_range: ValueRange | None = None) -> Tensor:
     """Decode an image file as a person sees it.
 
-    EXIF orientation is applied, transparency lies on white, 16-bit values are scaled to 8 bits, gray becomes three
+    EXIF orientation is applied, transparency lies on white, deeper values are scaled to 8 bits, gray becomes three
     equal channels, and of an animation the first frame is taken.
 
     Args:
         data: the file's bytes.
         max_pixels: largest height × width that is decoded; the header decides, before any pixel is.
+        value_range: what becomes black and white of images of more than 8 bits; see `to_rgb`.
 
     Returns:
         uint8 tensor (3, H, W).
@@ -58,7 +65,24 @@ def decode_image(data: bytes, *, max_pixels: int) -> Tensor:
     """
     with opened(data, max_pixels) as image:
         pixels = decode_plain(data) if is_plain(image) else None
-        return F.pil_to_tensor(to_rgb(image)) if pixels is None else pixels
+        return F.pil_to_tensor(to_rgb(image, value_range)) if pixels is None else pixels
+
+
+def deep_values(data: bytes, *, max_pixels: int) -> np.ndarray | None:
+    """The values (H, W) of a gray image of more than 8 bits as they are stored; None of any other image.
+
+    Raises:
+        UnreadableImage: it is damaged or too large.
+    """
+    try:  # the header tells, and most images are not looked at further
+        with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
+            deep = is_deep(image)
+    except Exception:  # as in `opened`, whose caller hears the reason
+        return None
+    if not deep:
+        return None
+    with opened(data, max_pixels) as image:
+        return np.asarray(image)
 
 
 def is_plain(image: Image.Image) -> bool:

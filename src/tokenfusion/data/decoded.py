@@ -36,7 +36,7 @@ class Images:
     cached: bool = False
     """Whether the decoded images are in memory."""
     checksums: np.ndarray | None = None
-    """uint32 (N,): of the pixels as they were first read, by which an image that changes is noticed."""
+    """uint64 (N,): of the pixels as they were first read, by which an image is known, and one that changes noticed."""
     checked: bool = True
     """Whether every image was decoded once; where not, an unreadable one shows while training."""
     labels: Tensor = field(init=False)
@@ -132,7 +132,7 @@ def read_images(
     chosen = dataset.subset(readable)
     if keep:
         chosen = replace(chosen, reader=as_pixels(pixels, sizes), rows=None, shards=None)
-    found = Images(chosen, max_pixels, keep, np.array(checksums, dtype=np.uint32))
+    found = Images(chosen, max_pixels, keep, np.array(checksums, dtype=np.uint64))
     return found, skipped
 
 
@@ -155,8 +155,10 @@ def sample_images(dataset: Dataset, indices: np.ndarray, count: int, *, max_pixe
 
 
 def checksum(image: Tensor) -> int:
-    """CRC-32 of an image's pixels (3, H, W): of what is trained on, so that another date changes nothing."""
-    return zlib.crc32(image.permute(1, 2, 0).contiguous().numpy().data)
+    """CRC-32 and Adler-32 of an image's pixels (3, H, W), of 64 bits together: of what is trained on, so that another
+    date changes nothing, and no two of millions of images agree by chance."""
+    pixels = image.permute(1, 2, 0).contiguous().numpy().data
+    return zlib.crc32(pixels) << 32 | zlib.adler32(pixels)
 
 
 def require_every_class(images: Images, classes: tuple[str, ...]) -> None:

@@ -56,7 +56,7 @@ def open_place(data: str | Path, reading: Reading) -> Dataset:
     if names_shards(str(data)):
         from tokenfusion.data.shards import open_shards
 
-        return open_shards(str(data))
+        return open_shards(str(data), reading=reading)
     path = Path(data)
     if not os.path.exists(path):
         raise InputError(f"{path}: no such file or folder; {nearest(path)}")
@@ -88,7 +88,7 @@ def open_below(root: Path, reading: Reading) -> Dataset:
     if not tree.files and any(file.lower().endswith(".tar") for file in visible):
         from tokenfusion.data.shards import open_shards
 
-        return open_shards(str(root), visible)
+        return open_shards(str(root), visible, reading)
     return open_folder(root, files, tree)
 
 
@@ -115,10 +115,11 @@ def open_file(path: Path, reading: Reading) -> Dataset:
 
         return open_list(path, reading)
     if name.endswith(".tar"):
-        from tokenfusion.data.shards import is_webdataset, open_shards
+        from tokenfusion.data.shard_index import is_webdataset
+        from tokenfusion.data.shards import open_shards
 
         if is_webdataset(path):
-            return open_shards(str(path))
+            return open_shards(str(path), reading=reading)
     if name.endswith(TAR_ENDINGS):
         from tokenfusion.data.tar import open_tar
 
@@ -141,6 +142,12 @@ def resolved(data: str) -> str:
     if "{" in data and "://" not in data:
         return os.path.abspath(data)
     return str(Path(data).resolve()) if is_path(data) else data
+
+
+def require_place(data: str, remedy: str) -> None:
+    """Refuse images of a run that are not where they were, InputError; `remedy` says where they are now."""
+    if data != "digits" and not names_shards(data) and not os.path.exists(data):
+        raise InputError(f"{data}: no such file or folder; where the images have moved, say so by `{remedy}`")
 
 
 def nearest(path: Path) -> str:

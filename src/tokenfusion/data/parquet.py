@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import re
 import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
@@ -17,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenfusion.data.cache import default_cache
-from tokenfusion.data.dataset import Dataset, printable
+from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.ignored import describe_ignored
 from tokenfusion.data.labels import number_labels
@@ -25,7 +26,7 @@ from tokenfusion.data.parquet_layout import Layout, read_labels, read_layout, re
 from tokenfusion.data.readers import Reader, refuse_pointer
 from tokenfusion.data.remote import look_up
 from tokenfusion.data.rows import as_groups, as_weights, read_weight
-from tokenfusion.data.split_names import split_in_name, split_named
+from tokenfusion.data.split_names import SPLITS, split_in_name, split_named
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
 
@@ -191,8 +192,18 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
 def refuse_configs(root: Path, files: list[str]) -> None:
     """Refuse several data sets below one root, as Hugging Face's configurations are: one would be merged into another.
 
-    They are told by folders that hold the same split, or files of one name.
+    They are told by folders that hold the same split, or files of one name; and by names that begin differently and
+    have the same splits each, such as `en-train.parquet`, `en-test.parquet`, `fr-train.parquet`, `fr-test.parquet`.
     """
+    named: dict[str, set[str]] = {}
+    for file in files:
+        named.setdefault(before_split(file), set()).add(split_in_name(file))
+    (first, *others), splits = named, {*map(frozenset, named.values())}
+    if others and len(splits) == 1 and len(min(splits)) > 1:
+        raise InputError(
+            f"{root}: holds several data sets, whose files begin with {quoted([first, *others][:3])}, each with "
+            f"{quoted(sorted(min(splits)))}; move each into a folder of its own, and give one of them"
+        )
     seen: dict[tuple[str, str], str] = {}
     for file in files:
         parts = [part for part in Path(file).parts[:-1] if not split_named(part)]
@@ -204,6 +215,12 @@ def refuse_configs(root: Path, files: list[str]) -> None:
                 f"{root}: holds several data sets, in {other or '.'!r} and {config or '.'!r}, each with "
                 f"{split or os.path.basename(file)!r}; give one of them, such as {root / (config or other)}"
             )
+
+
+def before_split(file: str) -> str:
+    """What stands in a file's name before the word of its split: `en` in `en-train-00000-of-00001.parquet`."""
+    words = re.split(r"[-._\s]", os.path.basename(file).casefold())
+    return "-".join(words[: next((place for place, word in enumerate(words) if word in SPLITS), 0)])
 
 
 def named_as(first: Layout, layout: Layout, labels: list[Any]) -> list[Any]:

@@ -77,12 +77,13 @@ def resolve_paths(where: str, root: Path, paths: list[tuple[str, str]], rooted: 
             text = "/".join(parts_of(text)[cut:]) or text
         normal = inside(text, path, place, rooted)
         if not exists(root, normal):
-            if "\\" in text and exists(root, other := inside(text.replace("\\", "/"), path, place, rooted)):
-                normal, changed["backslashes read as /"] = other, changed["backslashes read as /"] + 1
-            for form in ("NFC", "NFD"):
-                if exists(root, other := unicodedata.normalize(form, normal)) and other != normal:
+            slashed = inside(text.replace("\\", "/"), path, place, rooted) if "\\" in text else normal
+            forms = [(unicodedata.normalize(form, some), some) for some in (normal, slashed) for form in ("NFC", "NFD")]
+            for other, some in [(slashed, slashed), *forms]:
+                if exists(root, other):
+                    changed["backslashes read as /"] += some is not normal
+                    changed["read in the other form of Unicode"] += other != some
                     normal = other
-                    changed["read in the other form of Unicode"] += 1
                     break
         result.append(normal)
     notes = [f"paths: {count:,} {what}" for what, count in changed.items() if count]

@@ -10,7 +10,9 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from tokenfusion.data.decode import ValueRange
 from tokenfusion.errors import InputError
+from tokenfusion.recipe import require_value_range
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -30,6 +32,8 @@ class Preprocess:
     """Share of the resized image's sides that the centre crop keeps."""
     interpolation: Interpolation = "bilinear"
     """How images are resized, antialiased either way."""
+    value_range: ValueRange | None = None
+    """What is black and white in images of more than 8 bits; None where no training image had more."""
 
     def __post_init__(self) -> None:
         if self.in_chans not in (1, 3):
@@ -43,6 +47,8 @@ class Preprocess:
             raise InputError(f"img_size={self.img_size}, crop_pct={self.crop_pct}: give height and width, and 0 to 1")
         if self.interpolation not in get_args(Interpolation):
             raise InputError(f"interpolation={self.interpolation!r} is not known; give bilinear or bicubic")
+        if self.value_range is not None:
+            require_value_range(self.value_range)
 
     def resize(self, image: Tensor) -> Tensor:
         """Resize so that the image covers `img_size / crop_pct`, keeping its aspect, and crop the centre.
@@ -76,8 +82,9 @@ class Preprocess:
         return pixels
 
     def to_dict(self) -> dict[str, Any]:
-        """Its fields as JSON has them."""
-        return {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        """Its fields as JSON has them; the value range only where there is one."""
+        fields = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
+        return {name: value for name, value in fields.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Preprocess":

@@ -7,48 +7,29 @@ a file of Parquet, images in any order, its row groups cannot give; its images a
 
 import json
 import os
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from tokenfusion.data.cache import Cache, default_cache
 from tokenfusion.data.dataset import Dataset, printable, quoted
-from tokenfusion.data.decode import EXTENSIONS
 from tokenfusion.data.labels import number_labels
 from tokenfusion.data.readers import ByteRanges
 from tokenfusion.data.remote import THREADS, RemoteFile, download, find_files, has_ending, read_small, without_secrets
+from tokenfusion.data.rows import as_groups, as_weights
 from tokenfusion.data.sampler import OPEN_SHARDS
+from tokenfusion.data.shard_index import INDEX_VERSION, Index, index_parquet, index_tar
 from tokenfusion.data.split_names import split_in_name
-from tokenfusion.data.tar import Header, refuse_damage
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
 from tokenfusion.recipe import Reading
 
 ENDINGS = (".tar", ".parquet")
-MAX_LABEL_BYTES = 2**20
-INDEX_VERSION = 1
-
-
-@dataclass
-class Index:
-    """What is known of a shard's images, one entry each."""
-
-    names: list[str] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    """Where each image file begins, in bytes: in the tar, or among the Parquet file's images one behind another."""
-    sizes: list[int] = field(default_factory=list)
-    labels: list[int | str] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
-    """Names of integer labels, where the shard has them."""
-    ignored: int = 0
-    version: int = INDEX_VERSION
 
 
 @dataclass(frozen=True)
@@ -59,6 +40,8 @@ class Shard:
     cache: Cache
     size: int
     """Of its images, in bytes."""
+    reading: Reading = Reading()  # noqa: RUF009 - frozen
+    """How its columns are called."""
 
     @property
     def is_fetched(self) -> bool:
@@ -69,7 +52,8 @@ class Shard:
         if not is_parquet(self.file):
             return open_shard(self.file, self.cache)
         room = self.size if self.file.local else self.size + self.file.size
-        return self.cache.open(f"{self.file.key}-images", room, lambda path: unpack(self.file, self.cache, path))
+        key = f"{self.file.key}-images{of_columns(self.reading)}"
+        return self.cache.open(key, room, lambda path: unpack(self.file, self.cache, path, self.reading))
 
     def failure(self, reason: str) -> InputError:
         return InputError(f"{self.file.shown} {reason}; check its disk, then --resume")
@@ -102,8 +86,14 @@ class ShardRanges(ByteRanges):
             )
 
 
-def open_shards(data: str, below: list[str] | None = None) -> Dataset:
-    """Open shards given as a pattern, a folder or a single one; see `find_files`. Their names tell the splits.
+def open_shards(
+    data: str,
+    below: list[str] | None = None,
+    reading: Reading = Reading(),  # noqa: B008 - frozen
+) -> Dataset:
+    """Open shards given as a pattern, a folder or a single one; see `find_files`.
+
+    What they say of an image's split goes before what their names tell.
 
     Raises:
         InputError: a shard is missing, damaged or cannot be reached, or an image has no label.
@@ -116,19 +106,27 @@ def open_shards(data: str, below: list[str] | None = None) -> Dataset:
             if has_ending(name, ENDINGS) and name.count("/") < 2 and os.path.basename(name)[0] != "."
         )
     files = find_files(data, ENDINGS, below)
-    indexes = list(read_indexes(files, cache))
+    indexes = list(read_indexes(files, cache, reading))
     names = [f"{file.name}/{name}" for file, index in zip(files, indexes, strict=True) for name in index.names]
     counts = [len(index.names) for index in indexes]
     numbers = np.repeat(np.arange(len(files)), counts)
     classes, labels = name_labels(data, names, indexes)
+    told = [
+        index.splits or [split_in_name(file.name)] * len(index.names)
+        for file, index in zip(files, indexes, strict=True)
+    ]
+    weights = [weight for index in indexes for weight in index.weights or [None] * len(index.names)]
+    groups = [group for index in indexes for group in index.groups or [""] * len(index.names)]
     return Dataset(
         where=without_secrets(data),
         names=names,
         labels=labels,
         classes=classes,
-        splits=[split_in_name(file.name) for file, count in zip(files, counts, strict=True) for _ in range(count)],
+        splits=[split for splits in told for split in splits],
+        weights=as_weights(without_secrets(data), names, weights),
+        groups=as_groups(groups),
         reader=ShardRanges(
-            blobs=[Shard(file, cache, sum(index.sizes)) for file, index in zip(files, indexes, strict=True)],
+            blobs=[Shard(file, cache, sum(index.sizes), reading) for file, index in zip(files, indexes, strict=True)],
             numbers=numbers,
             offsets=np.array([offset for index in indexes for offset in index.offsets], dtype=np.int64),
             sizes=np.array([size for index in indexes for size in index.sizes], dtype=np.int64),
@@ -157,7 +155,13 @@ def open_shard(shard: RemoteFile, cache: Cache) -> BinaryIO:
     return file
 
 
-def read_indexes(shards: list[RemoteFile], cache: Cache) -> Iterator[Index]:
+def of_columns(reading: Reading) -> str:
+    """An ending of names in the cache by which what was read of other columns is told apart."""
+    columns = (reading.image_column, reading.label_column)
+    return f"-{blake2b(repr(columns).encode(), digest_size=4).hexdigest()}" if any(columns) else ""
+
+
+def read_indexes(shards: list[RemoteFile], cache: Cache, reading: Reading) -> Iterator[Index]:
     """Each shard's index, as it was kept or by reading through the shard, a few at a time."""
     from rich.console import Console
     from rich.progress import track
@@ -165,22 +169,22 @@ def read_indexes(shards: list[RemoteFile], cache: Cache) -> Iterator[Index]:
     console = Console(stderr=True)
     pool = ThreadPoolExecutor(THREADS)
     try:
-        indexes = pool.map(lambda shard: read_index(shard, cache), shards)
+        indexes = pool.map(lambda shard: read_index(shard, cache, reading), shards)
         silent = len(shards) < 2 or not console.is_terminal
         yield from track(indexes, "indexing shards", len(shards), console=console, transient=True, disable=silent)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def read_index(shard: RemoteFile, cache: Cache) -> Index:
-    path = cache.folder / "indexes" / f"{shard.key}.json"
+def read_index(shard: RemoteFile, cache: Cache, reading: Reading) -> Index:
+    path = cache.folder / "indexes" / f"{shard.key}{of_columns(reading)}.json"
     with cache.lock(f"{shard.key}-index"):
         with suppress(OSError, ValueError, TypeError):
             index = Index(**json.loads(path.read_bytes()))
             if index.version == INDEX_VERSION:
                 return index
         with open_shard(shard, cache) as file:
-            index = (index_parquet if is_parquet(shard) else index_tar)(shard.shown, file)
+            index = index_parquet(shard.shown, file, reading) if is_parquet(shard) else index_tar(shard.shown, file)
         try:
             path.parent.mkdir(exist_ok=True)
         except OSError as error:
@@ -190,116 +194,6 @@ def read_index(shard: RemoteFile, cache: Cache) -> Index:
         write_text(path, json.dumps(asdict(index)))
     return index
 
-
-def index_tar(name: str, file: BinaryIO) -> Index:
-    """Go through the headers of a tar of `key.jpg` with `key.cls`, or with `key.json` that has a `label`.
-
-    Source: github.com/webdataset/webdataset. A key ends at the first dot behind its last slash.
-    """
-    index = Index()
-    labels: dict[str, int | str] = {}
-    images: dict[str, str] = {}
-    try:
-        with tarfile.open(fileobj=file, mode="r:", tarinfo=Header) as tar:
-            for member in tar:
-                key, ending = split_name(member.name)
-                if not member.isreg() or member.issparse():
-                    index.ignored += not member.isdir()
-                elif ending in EXTENSIONS:
-                    if key in images:
-                        raise InputError(f"{name}: {images[key]!r} and {member.name!r} are one sample; leave one out")
-                    images[key] = member.name
-                    index.offsets.append(member.offset_data)
-                    index.sizes.append(member.size)
-                elif ending in (".cls", ".json"):
-                    label = label_of(f"{name}/{member.name}", read_member(name, tar, member), ending)
-                    if label is not None and (ending == ".cls" or key not in labels):
-                        labels[key] = label
-                else:
-                    index.ignored += 1
-            refuse_damage(name, tar)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise InputError(
-            f"{name}: not a plain tar, or a truncated one ({error}); pack it again without compression, or take it away"
-        ) from error
-    for key, image in images.items():
-        if key not in labels:
-            raise InputError(
-                f"{name}: {image!r} has no label; beside key.jpg a shard needs key.cls, or key.json with a 'label'"
-            )
-        index.names.append(printable(image))
-        index.labels.append(labels[key])
-    return index
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A member's key, and its ending in lower case."""
-    folder, slash, file = name.rpartition("/")
-    key, dot, ending = file.partition(".")
-    return folder + slash + key, (dot + ending).lower()
-
-
-def read_member(name: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    if member.size > MAX_LABEL_BYTES:
-        raise InputError(f"{name}: {member.name!r} has {member.size} bytes, too many for a label; take it out")
-    file = tar.extractfile(member)
-    assert file is not None
-    data = file.read()
-    if len(data) < member.size:
-        raise tarfile.ReadError(f"it ends inside {member.name!r}")
-    return data
-
-
-def label_of(name: str, data: bytes, ending: str) -> int | str | None:
-    """What a `.cls` or `.json` says: an integer or a text; None for JSON without a label."""
-    try:
-        text = data.decode().strip()
-        if ending == ".cls":
-            return int(text) if text.lstrip("-").isdecimal() else text or None
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{name}: not readable as {'text' if ending == '.cls' else 'JSON'} ({error})") from error
-    label = value.get("label") if isinstance(value, dict) else None
-    if label is None or (isinstance(label, int | str) and not isinstance(label, bool)):
-        return label
-    raise InputError(f"{name}: label {label!r} is neither an integer nor a text")
-
-
-def is_webdataset(path: Path) -> bool:
-    """Whether a tar's first files are images with labels beside them, rather than class folders."""
-    try:
-        with tarfile.open(path, "r:", tarinfo=Header) as tar:
-            files = [split_name(member.name) for member, _ in zip(tar, range(16), strict=False) if member.isreg()]
-    except (tarfile.TarError, OSError):
-        return False
-    images = {key for key, ending in files if ending in EXTENSIONS}
-    return any(key in images and ending in (".cls", ".json") for key, ending in files)
-
-
-def index_parquet(name: str, file: BinaryIO) -> Index:
-    """Read through a Parquet file, a row group at a time."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    from tokenfusion.data.parquet import image_files
-    from tokenfusion.data.parquet_layout import read_labels, read_layout
-
-    try:
-        with pq.ParquetFile(file) as table:
-            layout = read_layout(name, table.schema_arrow, Reading())
-            if layout.several:
-                raise InputError(f"{name}: lists of labels are read from local Parquet files only; give their folder")
-            labels = read_labels(name, table, layout)
-            groups = (image_files(table, group, layout.image) for group in range(table.num_row_groups))
-            sizes = [size for images in groups for size in pc.binary_length(images).fill_null(0).to_pylist()]
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{name}: not readable as Parquet ({error}); replace it or take it away") from error
-    names = [str(row) for row in range(len(sizes))]
-    return Index(names, [0, *accumulate(sizes)][:-1], sizes, labels, list(layout.names))
-
-
-def unpack(shard: RemoteFile, cache: Cache, path: Path) -> None:
     """Write the images of a Parquet file one behind another."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -315,7 +209,38 @@ def unpack(shard: RemoteFile, cache: Cache, path: Path) -> None:
             download(shard, packed)
             source = packed.open("rb")
         with source, pq.ParquetFile(source) as table, path.open("wb") as file:
-            layout = read_layout(shard.shown, table.schema_arrow, Reading())
+            layout = read_layout(shard.shown, table.schema_arrow, reading)
+            for group in range(table.num_row_groups):
+                for value in image_files(table, group, layout.image):
+                    if value.is_valid:
+                        file.write(value.as_buffer())
+    except pa.ArrowException as error:
+        raise InputError(f"{shard.shown}: not readable as Parquet ({error}); replace it or take it away") from error
+    except OSError as error:
+        raise InputError(
+            f"{shard.shown} cannot be laid out in {cache.folder}: {error}; check the disks, make room, --resume"
+        ) from error
+    finally:
+        packed.unlink(missing_ok=True)
+
+
+def unpack(shard: RemoteFile, cache: Cache, path: Path, reading: Reading) -> None:
+    """Write the images of a Parquet file one behind another."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from tokenfusion.data.parquet import image_files
+    from tokenfusion.data.parquet_layout import read_layout
+
+    packed = path.with_name(f"{path.name}.packed")
+    try:
+        if shard.local:
+            source = open_shard(shard, cache)
+        else:
+            download(shard, packed)
+            source = packed.open("rb")
+        with source, pq.ParquetFile(source) as table, path.open("wb") as file:
+            layout = read_layout(shard.shown, table.schema_arrow, reading)
             for group in range(table.num_row_groups):
                 for value in image_files(table, group, layout.image):
                     if value.is_valid:

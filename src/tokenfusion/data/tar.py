@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.dataset import Dataset, printable
 from tokenfusion.data.decode import is_image
 from tokenfusion.data.folder import read_tree
 from tokenfusion.data.ignored import NO_IMAGE, is_dropping, why_ignored
@@ -69,6 +69,7 @@ def open_tar(path: Path) -> Dataset:
     top = folder_around(members)
     files = [name.removeprefix(top) for name in sorted(members.images)]
     tree = read_tree(files, [name.removeprefix(top) for name in sorted(members.folders) if name.startswith(top)])
+    tree.notes[:0] = [f"entered {printable(top[:-1])!r}, which holds everything"] * bool(top)
     tree.ignored |= {name.removeprefix(top): why_ignored(name) or NO_IMAGE for name in members.others}
     places = np.array([members.images[top + file] for file in tree.files], dtype=np.int64).reshape(-1, 2)
     reader = ByteRanges([blob], np.zeros(len(places), dtype=np.int64), places[:, 0], places[:, 1])

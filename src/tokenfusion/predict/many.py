@@ -197,8 +197,10 @@ def prepare(classifier: Classifier, image: NamedImage) -> Prepared:
     """An image's path, and its prepared pixels or why there are none."""
     try:
         content = image.read()
-        pixels = decode_image(content, max_pixels=classifier.max_pixels) if isinstance(content, bytes) else content
-        return image.path, classifier.preprocess.resize(pixels)
+        if isinstance(content, bytes):
+            low_high = classifier.preprocess.value_range
+            content = decode_image(content, max_pixels=classifier.max_pixels, value_range=low_high)
+        return image.path, classifier.preprocess.resize(content)
     except UnreadableImage as error:
         return image.path, str(error)
 

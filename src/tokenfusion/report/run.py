@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tokenfusion.checkpoint import load_description, weights_in_words
 from tokenfusion.data.dataset import printable
+from tokenfusion.evaluate import of_groups
 from tokenfusion.files import own_results, read_json, write_text
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
@@ -65,6 +66,7 @@ def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any
         return values
     values["judged_on"] = judged_on(results.recipe.data, evaluation)
     values["risk_coverage"] = (curves := risk_curves(evaluation)) and plot_risk_coverage(curves)
+    values["of_groups"] = of_groups(evaluation)
     if multi_label:
         wrong = [row for row in results.label_sets if row.labels != row.predictions]
         return values | {"wrong": len(wrong), "mistakes": worst_by_loss(wrong, thumbnails)}
@@ -121,7 +123,7 @@ def one_class_sentences(results: Results, evaluation: dict[str, Any]) -> list[st
     right = sum(row["right"] for row in rows)
     sentences = [
         f"It named {right} of them correctly: {percent(evaluation['top1'], 2)}.",
-        expectation(*evaluation["top1_ci95"]),
+        expectation(evaluation, "top1_ci95"),
     ]
     if right < evaluation["n"]:
         worst = min(rows, key=lambda row: row["right"] / row["n"])
@@ -154,7 +156,7 @@ def multilabel_sentences(evaluation: dict[str, Any]) -> list[str]:
     as_badly = f", and {counted(level, 'other class')} as badly" * bool(level)
     sentences = [
         f"Its mean average precision (mAP) is {percent(evaluation['map'], 2)}.",
-        expectation(*evaluation["map_ci95"]),
+        expectation(evaluation, "map_ci95"),
         f"All classes are right in {percent(evaluation['exact_match'])} of the images.",
         f"It ranks “{worst}” worst: average precision {percent(measured[worst])}{as_badly}.",
     ]
@@ -166,18 +168,25 @@ def multilabel_sentences(evaluation: dict[str, Any]) -> list[str]:
     return sentences
 
 
-def expectation(low: float, high: float) -> str:
+def expectation(evaluation: dict[str, Any], key: str) -> str:
     """What a 95 % interval says."""
-    return f"On other images like these, expect between {percent(low)} and {percent(high)} (95% interval)."
+    low, high = evaluation[key]
+    of = of_groups(evaluation)
+    return f"On other images like these, expect between {percent(low)} and {percent(high)} (95% interval{of})."
 
 
 def judged_on(trained_on: str, evaluation: dict[str, Any]) -> str:
     """Which images an evaluation is of, and whether they are what the model was trained on."""
-    split, data = evaluation["split"], evaluation["data"]
+    split, data, seen = evaluation["split"], evaluation["data"], evaluation.get("trained_on") or 0
     images = f"all images of {data}" if split == "all" else f"the {split} split of {data}"
-    if data != trained_on:
-        return f"{images}, which is other data than it was trained on"
-    return f"{images}, the very images it was trained on" if split in ("train", "all") else images
+    met = ""
+    if seen and evaluation["trained_on_left_out"]:
+        met = f", without {counted(seen, 'image')} that it was trained on"
+    elif seen:
+        met = f", {seen:,} of which it was trained on"
+    if not evaluation.get("own", data == trained_on):
+        return f"{images}{met}" if met else f"{images}, which is other data than it was trained on"
+    return f"{images}, the very images it was trained on" if split in ("train", "all") else f"{images}{met}"
 
 
 def commonest_confusion(confusion: NDArray[np.int64]) -> tuple[int, int, int]:

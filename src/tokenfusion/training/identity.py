@@ -7,6 +7,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.open import is_path
 from tokenfusion.recipe import FIELDS, NO_LONGER_KNOWN, Reading, Recipe
@@ -108,5 +110,5 @@ def fingerprint(*parts: Any) -> str:
 def pixels_of(images: Images) -> list[int] | None:
     """By what pixels are told: their checksums, or of images that are not read before training, their shards' sizes."""
     if images.checksums is not None:
-        return images.checksums.tolist()
+        return (images.checksums >> np.uint64(32)).tolist()  # the CRC-32 alone, as earlier versions had it
     return images.dataset.shard_sizes

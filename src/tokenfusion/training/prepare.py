@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.progress import Progress as ProgressBar
 from rich.progress import TaskID
 
-from tokenfusion.checkpoint import load_description, weights_in_words
+from tokenfusion.checkpoint import load_description, value_range_of, weights_in_words
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset, held_out_name
@@ -19,6 +19,7 @@ from tokenfusion.data.loader import TrainLoader, as_it_is
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.sampler import Share
 from tokenfusion.data.split import Split, choose_split, never_held_out, read_split, write_split
+from tokenfusion.data.value_range import with_value_range
 from tokenfusion.errors import InputError
 from tokenfusion.features import Decider, KeptClassifier
 from tokenfusion.files import write_text
@@ -62,6 +63,7 @@ def prepare(recipe: Recipe, run: Run, measure: Measure | None) -> Setup:
     """
     source = open_data(recipe, run)
     parts = settle_split(source, recipe, run)
+    source = settle_values(source, parts, recipe, run)
     classifier = build_model(source, recipe, run, measure)
     require_tunable(classifier, source, recipe, run)
     begin_weights(classifier, source, parts, recipe, run)
@@ -109,10 +111,21 @@ def settle_split(source: Dataset, recipe: Recipe, run: Run) -> Split:
     return parts
 
 
+def settle_values(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> Dataset:
+    """The images with one range of values where they have more than 8 bits: as the run began, or found anew."""
+    if begun(run):
+        return replace(source, value_range=value_range_of(run.folder))
+    source, line = with_value_range(source, parts.train, recipe.value_range, recipe.max_pixels)
+    run.say(line)
+    return source
+
+
 def build_model(source: Dataset, recipe: Recipe, run: Run, measure: Measure | None) -> Classifier:
     """The model with random or pretrained weights, BatchNorm over all processes."""
     begins = not begun(run)
     classifier = build(recipe, source.classes, source.multi_label, loaded=begins)
+    preprocess = replace(classifier.preprocess, value_range=source.value_range)
+    classifier = replace(classifier, preprocess=preprocess)
     if recipe.pretrained and not begins:
         classifier = replace(classifier, began_with=tuple(load_description(run.folder)["began_with"]))
     elif recipe.pretrained:

@@ -9,7 +9,7 @@ from rich.console import Console
 from tokenfusion.checkpoint import load_description, load_tensors, resume_command
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import EXCLUDED
-from tokenfusion.data.open import resolved
+from tokenfusion.data.open import require_place, resolved
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import calibrated
 from tokenfusion.features import of_images
@@ -17,6 +17,7 @@ from tokenfusion.files import lock_folder, own_folder, refuse_inside, write_text
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models import create_model, require_known
 from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
+from tokenfusion.trained_on import TRAINED_ON, load_trained_on, save_trained_on
 from tokenfusion.training.distributed.fsdp import is_saved
 from tokenfusion.training.distributed.launch import processes, versions
 from tokenfusion.training.distributed.world import READ, World
@@ -31,7 +32,7 @@ from tokenfusion.training.stages import forget_stages, train_in_stages
 from tokenfusion.training.state import TrainState, read_progress
 from tokenfusion.training.watch import Measure
 
-BEFORE_THE_FIRST_STEP = ("split.csv", "skipped.csv", "lr_range.json", EXCLUDED)
+BEFORE_THE_FIRST_STEP = ("split.csv", "skipped.csv", "lr_range.json", EXCLUDED, TRAINED_ON)
 """What a run folder may hold beside its recipe when training begins."""
 SAME_COMMAND = "start every process with the same command and the same installation"
 SAME_DATA = "let every process see the same data and the same run folder"
@@ -153,25 +154,37 @@ LOADERS_END = 10.0
 """Seconds in which loader processes end whose trainer was killed; PyTorch's look after it every 5."""
 
 
-def resume(folder: Path, console: Console, measure: Measure | None = None, listener: Listener | None = None) -> None:
+def resume(
+    folder: Path,
+    console: Console,
+    measure: Measure | None = None,
+    listener: Listener | None = None,
+    *,
+    data: str = "",
+    root: str = "",
+) -> None:
     """Go on with a run that was interrupted; of one that is finished, send its `loggers` what they lack.
 
     Args:
         folder: that `start` wrote.
         console, measure, listener: as in `start`.
+        data, root: where its images are now, if they have moved; taken where names, labels and pixels agree.
 
     Raises:
-        InputError: not a run, of a newer version, damaged, or its data has changed.
+        InputError: not a run, of a newer version, damaged, or its data is gone or has changed.
         Interrupted: Ctrl-C, once the state is saved.
     """
     with processes() as world, ExitStack() as held:
         console.quiet = console.quiet or not world.is_first
         with world.together("folder"):
-            recipe = recipe_of(folder)
-            finished = (folder / "model.safetensors").exists()
+            recipe, finished = recipe_of(folder), (folder / "model.safetensors").exists()
+            if data or root:
+                recipe = replace(recipe, data=resolved(data or recipe.data), root=root or recipe.root)
+            if data or not finished:
+                require_place(recipe.data, f"{resume_command(folder)} --data NEW")
             if world.is_first and not finished:
                 held.enter_context(lock_folder(folder, grace=LOADERS_END))
-            if world.is_first and recipe.data != load_recipe(folder / "recipe.toml")["data"]:
+            if world.is_first and not data and recipe.data != load_recipe(folder / "recipe.toml")["data"]:
                 console.print(f"the images were moved along with the run, to {recipe.data}")
         world.require_same("recipe", versions() | vars(recipe) | {"finished": finished}, SAME_COMMAND)
         run = Run(folder, console, world)
@@ -180,6 +193,8 @@ def resume(folder: Path, console: Console, measure: Measure | None = None, liste
             return
         run.say(f"{folder} is finished already")
         if world.is_first:
+            if data:
+                require_its_images(prepare(recipe, run, measure))
             note_data(folder, recipe)
             send_rest(folder, asdict(recipe), run.say)
 
@@ -203,10 +218,28 @@ def recipe_of(folder: Path) -> Recipe:
     return find_moved_data(recipe, read_progress(saved).identity, folder) if is_saved(saved) else recipe
 
 
+def require_its_images(setup: Setup) -> None:
+    """Refuse images that are not those that a finished run was trained on and judged by.
+
+    Raises:
+        InputError: naming what differs, or that nothing is left to compare with.
+    """
+    require_same_run(setup)
+    known, images = load_trained_on(setup.run.folder), setup.batches.images
+    met = known.met(images)
+    compared = is_saved(setup.run.checkpoint) and not setup.recipe.tune  # by what was saved
+    if not compared if met is None else not (met.all() and known.are_held_out(setup.held_out)):
+        raise InputError(
+            f"{setup.recipe.data} does not have the images that {setup.run.folder} was trained on, or it is not known "
+            "which these are; give the data that it was trained on"
+        )
+
+
 def note_data(folder: Path, recipe: Recipe) -> None:
     """Where a recipe's images were moved, say so in the recipe of the run, below the comments that stand above it."""
     path = folder / "recipe.toml"
-    if load_recipe(path)["data"] != recipe.data:
+    noted = load_recipe(path)
+    if (noted["data"], noted.get("root", "")) != (recipe.data, recipe.root):
         comments = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
         write_text(path, "\n".join([*comments, dump_recipe(recipe)]))
 
@@ -224,6 +257,7 @@ def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, listener: List
     world.require_same("images", {"a checkpoint": saved} | identity["images"], SAME_DATA)
     if world.is_first:
         note_data(run.folder, setup.recipe)
+        save_trained_on(run.folder, setup.batches.images, setup.held_out)
     with Display(run.console, setup.loss.train_score) as display:
 
         def tell(update: Update) -> None:

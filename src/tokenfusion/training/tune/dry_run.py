@@ -16,6 +16,7 @@ from tokenfusion.data.decoded import sample_images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
+from tokenfusion.data.value_range import with_value_range
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted, duration
 from tokenfusion.hardware import available_mb, default_device, hardware_name, resolve_precision
@@ -92,6 +93,9 @@ def plan(recipe: Recipe, say: Callable[[str], None]) -> Plan:
     processes = launch.size if launch else 1
     source = open_dataset(recipe.data, recipe.exclude, reading=recipe.reading)
     split = choose_split(source, recipe.val_fraction, recipe.seed, recipe.rare_classes)
+    source, line = with_value_range(source, split.train, recipe.value_range, recipe.max_pixels)
+    if line:
+        say(line)
     images, classes = len(split.train), len(source.classes)
     if "batch_size" in recipe.autos:
         recipe = choose_batch_size(recipe, classes, images, say)

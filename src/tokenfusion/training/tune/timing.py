@@ -24,6 +24,7 @@ from tokenfusion.data.loader import Batch, TrainLoader
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.readers import as_pixels
 from tokenfusion.data.split import choose_split
+from tokenfusion.data.value_range import with_value_range
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import default_device, keep_freed_memory, peak_memory_mb, resident_mb
 from tokenfusion.processes import die_of_interrupts, in_fresh_process
@@ -200,6 +201,7 @@ def own_steps(recipe: Recipe, threads: int) -> float:
     torch.set_num_threads(threads)
     source = open_dataset(recipe.data, recipe.exclude, reading=recipe.reading)
     indices = choose_split(source, recipe.val_fraction, recipe.seed, recipe.rare_classes).train
+    source, _ = with_value_range(source, indices, recipe.value_range, recipe.max_pixels)
     batch_size = min(recipe.batch_size_for(len(indices)), len(indices))
     limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
     images = sample_images(source, indices, 4 * batch_size, **limits)

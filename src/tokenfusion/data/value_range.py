@@ -1,0 +1,122 @@
+"""One range of values for images of more than 8 bits: as it is given, or found in a few of the training images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tokenfusion.data.dataset import Dataset, printable
+from tokenfusion.data.decode import ValueRange, decode_ahead, deep_values
+
+STRETCHES, LENGTH = 32, 8
+"""The images that are looked at: so many stretches of so many images each, so that few parts of a file are read."""
+RARE = 0.001
+"""Share of an image's values at either end that decide nothing, such as those of a sensor's broken pixels."""
+MOST_VALUES = 1_000_000
+"""Values of an image that its rare ones are told by."""
+EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp")
+"""Endings of files that never have more."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """The finite values of a deep image."""
+
+    name: str
+    least: float
+    greatest: float
+    low: float
+    high: float
+    """Without the rare ones."""
+    whole: bool
+    """Whether they are integers."""
+
+
+def with_value_range(
+    dataset: Dataset, indices: np.ndarray, given: Sequence[float], max_pixels: int
+) -> tuple[Dataset, str]:
+    """A dataset whose deep images are scaled by one range.
+
+    Args:
+        dataset: the images.
+        indices: which of them are trained on; a range is found in these, see `sample`.
+        given: the range that is asked for; empty to find one.
+        max_pixels: largest height × width that is decoded.
+
+    Returns:
+        the dataset, and what was found, in words; without a range and "" where no image has more than 8 bits.
+    """
+    looked_at = sample(indices, few_shards=dataset.shards is not None)
+    found = [value for _, value in decode_ahead(looked_at, lambda index: values_of(dataset, index, max_pixels))]
+    deep = [value for value in found if isinstance(value, Values)]
+    if given:
+        low_high = (float(given[0]), float(given[1]))
+        return replace(dataset, value_range=low_high), given_in_words(low_high, deep, len(looked_at))
+    if not deep:
+        return dataset, ""
+    low_high = find_range(deep)
+    share = f"{len(deep):,} of the {len(looked_at):,} training images looked at, which have more than 8 bits"
+    line = (
+        f"value range: {in_words(low_high)}, found in {share}; what lies beyond is cut off (--value-range sets another)"
+    )
+    return replace(dataset, value_range=low_high), line
+
+
+def sample(indices: np.ndarray, few_shards: bool = False) -> list[int]:
+    """Some of the indices, in stretches that are spread evenly; the first ones where these lie in shards."""
+    if few_shards or len(indices) <= STRETCHES * LENGTH:
+        return indices[: STRETCHES * LENGTH].tolist()
+    starts = np.linspace(0, len(indices) - LENGTH, STRETCHES).round().astype(np.int64)
+    return indices[np.unique(starts[:, None] + np.arange(LENGTH))].tolist()
+
+
+def values_of(dataset: Dataset, index: int, max_pixels: int) -> Values | None:
+    """What values an image has; None where it has 8 bits, or no finite value.
+
+    Raises:
+        UnreadableImage: it cannot be read.
+    """
+    name = dataset.names[index]
+    if name.lower().endswith(EIGHT_BITS):
+        return None
+    data = dataset.read(index)
+    values = deep_values(data, max_pixels=max_pixels) if isinstance(data, bytes) else None
+    return None if values is None else summary_of(name, values)
+
+
+def summary_of(name: str, values: np.ndarray) -> Values | None:
+    """The finite values (H, W) of an image in a few numbers; None where there are none."""
+    finite = values[np.isfinite(values)]
+    if not finite.size:
+        return None
+    some = finite[:: -(-finite.size // MOST_VALUES)]
+    low, high = np.quantile(some, RARE, method="lower"), np.quantile(some, 1 - RARE, method="higher")
+    whole = values.dtype.kind in "ui"
+    return Values(printable(name), float(finite.min()), float(finite.max()), float(low), float(high), whole)
+
+
+def find_range(deep: Sequence[Values]) -> ValueRange:
+    """The range that holds all the images' values but the rare ones.
+
+    Of integers from 0 on, it ends where so many bits do: at 4095 where the highest value is 3,000.
+    """
+    low, high = min(image.low for image in deep), max(image.high for image in deep)
+    if low >= 0 and all(image.whole for image in deep):
+        return 0.0, float(2 ** max(int(high).bit_length(), 1) - 1)
+    return low, high if high > low else low + 1
+
+
+def given_in_words(given: ValueRange, deep: Sequence[Values], looked_at: int) -> str:
+    """What a given range does to the images that were looked at."""
+    if not deep:
+        return f"value range: {in_words(given)} as given, though none of {looked_at:,} images has more than 8 bits"
+    beyond = [image for image in deep if image.least < given[0] or image.greatest > given[1]]
+    first = f", such as {beyond[0].name!r} with {in_words((beyond[0].least, beyond[0].greatest))}" if beyond else ""
+    return (
+        f"value range: {in_words(given)} as given; {len(beyond):,} of {len(deep):,} images looked at have values "
+        f"beyond it, which are cut off{first}"
+    )
+
+
+def in_words(value_range: ValueRange) -> str:
+    return f"{value_range[0]:.9g} to {value_range[1]:.9g}"
