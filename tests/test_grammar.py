@@ -8,6 +8,7 @@ from tokenfusion.options import SEVERAL, data_first
 VALUES = {
     "--img-size": ["32", "24"],
     "--loggers": ["wandb", "mlflow"],
+    "--value-range": ["-1000", "400"],
     "--warm-start-from": ["runs/cnn", "runs/vit"],
     "--pretrained": ["cnn.safetensors", "vit.safetensors"],
     "--models": ["resnet18", "fuse(a,b,late)"],
