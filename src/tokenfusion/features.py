@@ -194,7 +194,8 @@ def key_of(classifier: Classifier, checksums: np.ndarray, how: list[Any]) -> str
                 name.encode() + tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             )
     precision = resolve_precision(classifier.precision, classifier.device)
-    described = [classifier.preprocess.to_dict(), precision, str(classifier.device), classifier.name, *how]
+    layers = cast(ProbeFusion, classifier.model).read_layers
+    described = [classifier.preprocess.to_dict(), precision, str(classifier.device), classifier.name, layers, *how]
     digest.update(json.dumps(described).encode() + checksums.tobytes())
     return digest.hexdigest()
 

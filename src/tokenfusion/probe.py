@@ -26,6 +26,8 @@ POOLED = {"cnn": ("cnn",), "vit": ("vit",), "both": ("cnn", "vit")}
 """Linear classifiers of a probe, and the blocks of features that each reads: means of either parent's tokens."""
 TOKENS = {"cnn_tokens": ("cnn", "cnn_tokens"), "vit_tokens": ("vit", "vit_tokens")}
 """Those that a fusion adds: every token votes too, by a weight of its own place."""
+MEANS = {"mean": ("cnn", "vit"), "mean_tokens": ("cnn_tokens", "vit_tokens")}
+"""Means of two parts' predictions: of the parents alone, and of each with the votes of its own tokens."""
 
 Blocks = dict[str, np.ndarray]
 """Standardised features (N, f) by their block's name."""
@@ -56,7 +58,7 @@ class Probe:
         reads: the blocks that each part reads.
         parts: the linear classifiers.
         weights: of these in the mixture.
-        temperatures: that the parents' logits are divided by before their predictions are averaged.
+        temperatures: that the parts' logits are divided by before predictions are averaged.
     """
 
     weight: Blocks
@@ -67,13 +69,17 @@ class Probe:
     temperatures: dict[str, float]
 
     def name_classes(self, blocks: Blocks) -> dict[str, np.ndarray]:
-        """The class (N,) that each part names, the mean of the parents' predictions, and the mixture."""
+        """The class (N,) that each part names, means of the parents' predictions (`MEANS`), and the mixture."""
         logits = {
             name: joined(blocks, self.reads[name]) @ part.weight.T + part.bias for name, part in self.parts.items()
         }
-        mean = sum(softmax(logits[name] / self.temperatures[name]) for name in ("cnn", "vit"))
+        means = {
+            mean: np.mean([softmax(logits[name] / self.temperatures[name]) for name in names], axis=0)
+            for mean, names in MEANS.items()
+            if logits.keys() >= set(names)
+        }
         mixture = sum(blocks[name] @ weight.T for name, weight in self.weight.items()) + self.bias
-        found = logits | {"mean": np.asarray(mean), "mixture": np.asarray(mixture)}
+        found = logits | means | {"mixture": np.asarray(mixture)}
         return {name: value.argmax(1) for name, value in found.items()}
 
     def judge(self, blocks: Blocks, labels: np.ndarray) -> dict[str, float]:
@@ -108,7 +114,7 @@ def fit_probe(
         for block, columns in zip(reads[name], np.split(part.weight, ends, axis=1), strict=True):
             weight[block] += weights[name] * columns
     bias = np.sum([weights[name] * part.bias for name, part in parts.items()], axis=0)
-    temperatures = {name: 1 / mixture([parts[name].logits], labels[aside])[0] for name in ("cnn", "vit")}
+    temperatures = {name: 1 / mixture([part.logits], labels[aside])[0] for name, part in parts.items()}
     return Probe(weight, bias, reads, parts, weights, temperatures)
 
 

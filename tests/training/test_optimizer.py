@@ -3,13 +3,15 @@
 from itertools import pairwise
 
 import pytest
+import timm
 import torch
 
 from runs import small_recipe
-from tokenfusion import create_model
+from tokenfusion import Recipe, create_model
 from tokenfusion.training.objective import BatchMixing
-from tokenfusion.training.optimizer import make_optimizer, seed_step
+from tokenfusion.training.optimizer import lr_scales, make_optimizer, seed_step
 from tokenfusion.training.schedule import learning_rate
+from tokenfusion.training.step import learn
 
 
 def test_learning_rate_rises_linearly_then_falls_along_a_cosine():
@@ -158,3 +160,28 @@ def test_a_share_of_the_batches_is_mixed():
         mixed, targets = mixing(images, labels)
         untouched += torch.equal(mixed, images) and torch.equal(targets, torch.eye(2))
     assert 300 - 30 < untouched < 300 + 30  # more than three standard deviations
+
+
+def test_a_layer_learns_the_more_slowly_the_more_layers_are_behind_it():
+    recipe = Recipe(backbone_lr=0.5, layer_decay=0.7)
+    plain = lr_scales(timm.create_model("test_vit"), recipe)
+    assert plain["head.weight"] == 1.0
+    blocks = [plain[f"blocks.{i}.attn.qkv.weight"] for i in range(6)]
+    assert all(b == pytest.approx(a / 0.7) for a, b in pairwise(blocks))
+    assert plain["patch_embed.proj.weight"] < blocks[0]
+    fused = lr_scales(create_model("fuse(test_efficientnet,test_vit,probe)", num_classes=3, img_size=32), recipe)
+    assert fused["votes.weight"] == fused["head.weight"] == 1.0
+    assert fused["vit.model.blocks.0.attn.qkv.weight"] < fused["vit.model.blocks.5.attn.qkv.weight"] <= 0.5
+    assert lr_scales(timm.create_model("test_vit"), Recipe(backbone_lr=0.5))["pos_embed"] == 0.5
+
+
+def test_fixed_batchnorm_keeps_its_statistics_and_learns_its_scales():
+    model = create_model("resnet_micro")
+    learn(model, Recipe(fix_batchnorm=True))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model(torch.randn(4, 3, 32, 32)).sum().backward()
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert all(norm.weight.grad is not None for norm in norms)
+    learn(model, Recipe())
+    assert all(norm.training for norm in norms)

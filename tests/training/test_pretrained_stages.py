@@ -14,7 +14,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from runs import assert_same, interrupt_at
-from tokenfusion import Classifier, InputError, Recipe
+from tokenfusion import Classifier, InputError, Recipe, fuse
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.preset import FINE_TUNING, KEPT_TOKENS, at_depth, preset
@@ -233,3 +233,59 @@ def test_views_that_would_all_be_alike_are_refused(photos, files, tmp_path):
     recipe = recipe_of(photos, files, views=2, crop_scale=1.0, hflip=0.0)
     with pytest.raises(InputError, match="views=2 of an image are all the same; give a --crop-scale below 1"):
         start(recipe, tmp_path / "run", QUIET)
+
+
+def test_images_smaller_than_a_patch_gray_ones_and_rare_classes_are_trained_on(files, tmp_path):
+    for label, name in enumerate(("above", "below")):
+        for number in range(3):  # fewer than there are folds, and too few to set one aside
+            photo(path := tmp_path / "photos" / name / f"{number}.png", label, number)
+            Image.open(path).convert("L").resize((7, 5)).save(path)
+    said = Console(record=True, width=200)
+    recipe = recipe_of(tmp_path / "photos", files, in_chans=1, epochs=1)
+    start(recipe, tmp_path / "run", said)
+    assert "a class has 2 training images, fewer than 5 folds: the linear ones' C is chosen by 2 folds" in (
+        said.export_text()
+    )
+    model = Classifier.load(tmp_path / "run")
+    assert model.preprocess.in_chans == 1
+    assert model.predict(path)[0].label in ("above", "below")
+
+
+def test_an_image_size_below_a_patch_is_refused_by_its_own_reason(files, photos, tmp_path):
+    with pytest.raises(InputError, match=rf"img_size=\(32, 8\) is smaller than a patch of {VIT}; give a larger"):
+        start(recipe_of(photos, files, img_size=(32, 8), tune="probe"), tmp_path / "run", QUIET)
+    assert not (tmp_path / "run").exists()
+
+
+@torch.inference_mode()
+def test_a_transformer_without_cls_is_read_by_its_patches():
+    vit = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, class_token=False, global_pool="avg"
+    )
+    model = fuse(timm.create_model(CNN), vit, "probe", "add", num_classes=3, img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert model.prefix == 0
+    assert model.num_features == model.channels[0] + model.channels[1]
+    torch.testing.assert_close(model.decide(model.keep(images)), model(images))
+
+
+def test_classes_that_were_renamed_meanwhile_are_refused(photos, files, tmp_path):
+    own, run = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
+    recipe = recipe_of(own, files, tune="fusion")
+    with pytest.raises(Interrupted):
+        start(recipe, run, QUIET, listener=interrupt_at(1))
+    (own / "left").rename(own / "right")
+    split = (run / "split.csv").read_text()
+    (run / "split.csv").write_text(split.replace("left", "right"))
+    with pytest.raises(InputError, match=r"the classes.* are not those that the run began with"):
+        resume(run, QUIET)
+
+
+def test_fields_that_decide_are_compared_before_any_stage_goes_on(photos, files, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(Interrupted):
+        start(recipe_of(photos, files, tune="fusion"), run, QUIET, listener=interrupt_at(1))
+    text = (run / "recipe.toml").read_text()
+    (run / "recipe.toml").write_text(text.replace("weight_decay = 0.05", "weight_decay = 0.5"))
+    with pytest.raises(InputError, match=r"weight_decay=0\.5 \(it was 0\.05\)"):
+        resume(run, QUIET)

@@ -161,6 +161,11 @@ def create_from(path: str | Path, name: str, num_classes: int | None, arguments:
         except InputError:
             raise
         except (RuntimeError, LookupError, ValueError, AttributeError, AssertionError) as error:
+            if "sizes should be greater than 0" in str(error):  # of the positions' table
+                size = arguments.get("img_size")
+                raise InputError(
+                    f"img_size={size} is smaller than a patch of {name}; give a larger --img-size"
+                ) from error
             reasons.append(error)
             continue
         model.pretrained_cfg = model.default_cfg = {k: v for k, v in model.pretrained_cfg.items() if k != "state_dict"}
