@@ -57,6 +57,9 @@ def test_a_finished_run_of_the_first_house_is_judged_as_it_was(tmp_path, command
     after = json.loads((run / "evaluation.json").read_text())
     assert after["top1"] == before["top1"]
     assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
+    for words in (["report", run], ["push", run, "org/name"]):
+        assert command(*words)[0] == 0
+    assert "divide logits by 1." in (run / "hub" / "README.md").read_text()
 
 
 def test_an_interrupted_run_of_the_first_house_ends_as_it_would_have(tmp_path):

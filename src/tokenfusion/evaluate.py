@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, surest_errors
+from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, halves, surest_errors
 from tokenfusion.checkpoint import value_range_of, weights_in_words
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import Dataset, held_out_name
@@ -22,7 +22,7 @@ from tokenfusion.data.decoded import Images, Skipped, read_images
 from tokenfusion.data.groups import group_by
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.data.open import open_dataset, require_place, resolved
-from tokenfusion.data.split import Split, read_split, stratified
+from tokenfusion.data.split import Split, read_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import make_folder, own_results, write_csv, write_json
 from tokenfusion.metrics import evaluate_logits, require_finite, risk_coverage
@@ -305,9 +305,7 @@ def choose_classes(classifier: Classifier, logits: Tensor, labels: Tensor, cross
     scores = sigmoid_scores(logits / classifier.temperature)
     if not cross_fit:
         return scores >= np.array(classifier.thresholds)
-    fold = np.zeros(len(scores), dtype=np.int64)
-    fold[stratified(labels.numpy(), 0.5, seed=0)] = 1
-    return cross_fitted(scores, labels.numpy(), fold)
+    return cross_fitted(scores, labels.numpy(), halves(labels).numpy())
 
 
 def risk_by_class(classifier: Classifier, logits: Tensor, labels: Tensor, chosen: np.ndarray) -> dict[str, Any]:

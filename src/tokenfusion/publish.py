@@ -1,6 +1,5 @@
 """A finished run as a folder that tokenfusion, timm and transformers load, with a model card; sent to a hub."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -69,13 +68,13 @@ def write_folder(run: Path, folder: Path, repo: str) -> list[Path]:
     tensors = classifier.model.state_dict()
     save_tensors(weights, tensors)
     named = {"weights": checksum(contiguous_of(tensors))}  # an older run's tensors may have had other names
-    write_json(description, read_json(run / "model.json", "train again with another --out") | named)
+    described = load_description(run) | named
+    write_json(description, described)
     write_json(config, timm_config(classifier))
     images = require_parity(classifier, folder)
     if not card.exists():
         evaluation = run / "evaluation.json"
         measured = read_json(evaluation, "run `tokenfusion evaluate` again") if evaluation.exists() else None
-        described = json.loads(description.read_text(encoding="utf-8"))
         write_text(card, model_card(repo, described, load_recipe(run / "recipe.toml"), measured, images))
     return files
 

@@ -215,7 +215,7 @@ def test_a_local_shard_that_vanishes_or_changes_ends_the_run(folder: Path) -> No
     with pytest.raises(InputError, match=r"train-0.tar had \d+ bytes and has \d+ now"):
         source.decode(0, LIMIT)
     (folder / "train-0.tar").unlink()
-    with pytest.raises(InputError, match=r"train-0.tar cannot be read: No such file.*--resume"):
+    with pytest.raises(InputError, match=r"train-0.tar cannot be read: No such file.*; put it back"):
         source.decode(0, LIMIT)
 
 
@@ -291,7 +291,7 @@ def test_a_disk_that_fails_ends_training_with_the_name_of_the_shard(workers: int
     assert isinstance(source.reader, ShardRanges)
     for number, one in enumerate(source.reader.blobs):  # fails from 0 on
         source.reader.blobs[number] = replace(one, file=replace(one.file, url="/proc/self/mem", size=0))
-    with pytest.raises(InputError, match=r"/proc/self/mem cannot be read: \[Errno 5\].*--resume"):
+    with pytest.raises(InputError, match=r"/proc/self/mem cannot be read: \[Errno 5\].*; check its disk"):
         loaded(source, workers)
 
 

@@ -65,7 +65,7 @@ class Cache:
             lock.acquire()
         except Timeout as error:
             raise InputError(
-                f"{self.folder / name}.lock is held by another process for {LOCK_SECONDS:g} s; end it, then --resume"
+                f"{self.folder / name}.lock is held by another process for {LOCK_SECONDS:g} s; wait for it, or end it"
             ) from error
         except OSError as error:
             raise InputError(

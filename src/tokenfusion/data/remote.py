@@ -227,7 +227,7 @@ def persistently(action: Callable[[], Result], url: str, progress: Callable[[], 
             if wait is None:
                 raise InputError(
                     f"{shown}: failed {len(WAITS) + 1} times within {sum(WAITS):g} s, at last with "
-                    f"{reason(error)}; check the network and the access rights, then go on with --resume"
+                    f"{reason(error)}; check the network and the access rights"
                 ) from error
         time.sleep(wait)
     raise AssertionError("the last try returns or raises")

@@ -57,7 +57,7 @@ class Shard:
         return self.cache.open(key, room, lambda path: unpack(self.file, self.cache, path, self.reading))
 
     def failure(self, reason: str) -> InputError:
-        return InputError(f"{self.file.shown} {reason}; check its disk, then --resume")
+        return InputError(f"{self.file.shown} {reason}; check its disk")
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +149,7 @@ def open_shard(shard: RemoteFile, cache: Cache) -> BinaryIO:
     try:
         file = open(shard.url, "rb")  # noqa: SIM115 - the caller closes it
     except OSError as error:
-        raise InputError(f"{shard.url} cannot be read: {error.strerror}; put it back, then --resume") from error
+        raise InputError(f"{shard.url} cannot be read: {error.strerror}; put it back") from error
     if (size := os.fstat(file.fileno()).st_size) != shard.size:
         file.close()
         raise InputError(f"{shard.url} had {shard.size} bytes and has {size} now; put it back, or train a new run")
@@ -250,7 +250,7 @@ def unpack(shard: RemoteFile, cache: Cache, path: Path, reading: Reading) -> Non
         raise InputError(f"{shard.shown}: not readable as Parquet ({error}); replace it or take it away") from error
     except OSError as error:
         raise InputError(
-            f"{shard.shown} cannot be laid out in {cache.folder}: {error}; check the disks, make room, --resume"
+            f"{shard.shown} cannot be laid out in {cache.folder}: {error}; check the disks, and make room"
         ) from error
     finally:
         packed.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from tokenfusion.checkpoint import load_description
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.export.gate import LIMITS, faults, held_out_images, measure, parity_lines
@@ -54,7 +55,7 @@ def export(
     classifier = replace(Classifier.load(run), precision="fp32")
     refuse_inside(out, str(load_recipe(run / "recipe.toml").get("data", "")))
     with new_folder(out) as folder:
-        description = describe(classifier, run, format, precision, batch)
+        description = describe(run, format, precision, batch)
         images, labels, split = held_out_images(run, classifier)
         files = write_graph(classifier, run, folder, description)
         description |= {"files": files, "graph_sha256": runtime.hash_of([folder / name for name in files])}
@@ -125,16 +126,11 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise InputError(f"{out} could not be written: {error}; make room, or name another folder") from error
 
 
-def describe(classifier: Classifier, run: Path, format: str, precision: str, batch: int | None) -> dict[str, Any]:
+def describe(run: Path, format: str, precision: str, batch: int | None) -> dict[str, Any]:
     """What `model.json` holds of the classifier; graph and parity are added when they are known."""
-    trained = json.loads((run / "model.json").read_text(encoding="utf-8"))
+    trained = load_description(run)
     kept = ("name", "classes", "preprocess", "max_pixels", "multi_label", "thresholds", "temperature", "surest_errors")
-    saved = {key: trained.get(key) for key in kept} | {
-        "thresholds": list(classifier.thresholds),
-        "multi_label": classifier.multi_label,
-        "temperature": classifier.temperature,
-        "surest_errors": trained.get("surest_errors", []),
-    }
+    saved = {key: trained[key] for key in kept}
     weights = runtime.hash_of([run / "model.safetensors"])
     return (
         {"export_format": runtime.FORMAT, "format": format, "precision": precision, "batch": batch}

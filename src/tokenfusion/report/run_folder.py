@@ -99,7 +99,7 @@ def read_results(run: Path) -> Results:
         model=model,
         epochs=epochs,
         lr_range=read_lr_range(run / "lr_range.json"),
-        skipped=read_skipped(run / "skipped.csv"),
+        skipped=[image for path in sorted(run.glob("skipped*.csv")) for image in read_skipped(path)],
         evaluation=evaluation,
         predictions=predictions,
         label_sets=label_sets,
@@ -176,10 +176,8 @@ def names(cell: str) -> tuple[str, ...]:
 
 
 def read_skipped(path: Path) -> list[Skipped]:
-    """The rows of skipped.csv; none where the file is missing."""
+    """The images that a process of the run has noted as unreadable."""
     columns = ("path", "label", "split", "reason")
-    if not path.is_file():
-        return []
     return [Skipped(*(row[name] for name in columns)) for row in read_csv(path, columns)]
 
 

@@ -32,7 +32,7 @@ from tokenfusion.training.stages import forget_stages, train_in_stages
 from tokenfusion.training.state import TrainState, read_progress
 from tokenfusion.training.watch import Measure
 
-BEFORE_THE_FIRST_STEP = ("split.csv", "skipped.csv", "lr_range.json", EXCLUDED, TRAINED_ON)
+BEFORE_THE_FIRST_STEP = ("split.csv", "skipped.csv", "lr_range.json", "probe.json", EXCLUDED, TRAINED_ON)
 """What a run folder may hold beside its recipe when training begins."""
 SAME_COMMAND = "start every process with the same command and the same installation"
 SAME_DATA = "let every process see the same data and the same run folder"
