@@ -1,8 +1,10 @@
 """What is exported answers as its run does, without torch, or is refused."""
 
+import io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion import Classifier, InputError
+from tokenfusion.data.decode import decode_image
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.export import artefact
 from tokenfusion.export.deployable import trace
@@ -23,7 +26,9 @@ from tokenfusion.models import create_model
 from tokenfusion.models.fuse import FUSABLE, fuse
 from tokenfusion_runtime import load
 from tokenfusion_runtime.__main__ import main
-from tokenfusion_runtime.image import prepare
+from tokenfusion_runtime.classifier import hash_of
+from tokenfusion_runtime.engines import arithmetic
+from tokenfusion_runtime.image import opened, prepare, to_rgb
 
 NUMBERS = r" *[0-9]+\.[0-9]+%?"
 
@@ -79,7 +84,7 @@ def test_it_answers_without_torch_in_its_imports(exported, digit):
     code = (
         "import sys\nfrom tokenfusion_runtime.__main__ import main\n"
         f"assert main([{str(exported)!r}, {str(digit)!r}]) == 0\n"
-        "assert not {'torch', 'torchvision', 'timm', 'scipy', 'tokenfusion'} & set(sys.modules)\n"
+        "assert not {'torch', 'torchvision', 'timm', 'scipy', 'tokenfusion', 'PIL.PdfImagePlugin'} & set(sys.modules)\n"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0], file=sys.stderr)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(artefact.__file__).parents[2])}
@@ -88,14 +93,33 @@ def test_it_answers_without_torch_in_its_imports(exported, digit):
     assert int(done.stderr.split()[-1]) < 200_000  # kB
 
 
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("crop_pct", "in_chans"), [(1.0, 3), (0.875, 3), (0.875, 1)])
 @pytest.mark.parametrize("size", [(64, 48), (400, 30), (33, 500), (20, 21)])
-def test_its_resize_is_within_a_grey_level_of_the_runs(size, crop_pct, in_chans):
+def test_its_resize_is_within_a_grey_level_of_the_runs(size, crop_pct, in_chans, interpolation):
     values = (0.5,) * in_chans
-    preprocess = Preprocess((32, 40), in_chans, values, values, crop_pct)
+    preprocess = Preprocess((32, 40), in_chans, values, values, crop_pct, interpolation)
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     expected = preprocess.resize(F.pil_to_tensor(Image.fromarray(pixels))).numpy().astype(int)
     assert np.abs(prepare(Image.fromarray(pixels), preprocess.to_dict()) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("options", [{"quality": 95, "subsampling": 0}, {"quality": 75}, {}])
+def test_its_jpeg_decoder_is_within_a_grey_level_of_the_runs(options):
+    """Of what looks like a photograph, smooth with edges, upright and turned, in colour and grey."""
+    random = np.random.default_rng(0)
+    for number in range(12):
+        coarse = Image.fromarray(random.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        picture = coarse.resize((201 + number, 150), Image.Resampling.BICUBIC).convert(
+            "L" if number % 4 == 3 else "RGB"
+        )
+        picture.paste(picture.crop((0, 0, 40, 40)), (100, 60))
+        file = io.BytesIO()
+        picture.save(file, "JPEG", **options)
+        run = decode_image(file.getvalue(), max_pixels=10**6).permute(1, 2, 0).numpy().astype(int)
+        with opened(file.getvalue(), 10**6) as image:
+            found = np.asarray(to_rgb(image)).astype(int)
+        assert np.abs(found - run).max() <= 1
 
 
 @pytest.mark.parametrize(("format", "precision"), [("openvino", "int8"), ("pt2", "fp32")])
@@ -227,6 +251,53 @@ def turned(graph):
     return graph
 
 
+class Linear(torch.nn.Module):
+    """A classifier of a line and 60 kB."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = torch.nn.Linear(192, 80)
+
+    def forward(self, images):
+        return self.head(images.flatten(1))
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino", "pt2"])
+def test_a_full_disk_leaves_nothing_behind(tmp_path, format):
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    pytest.importorskip("openvino", reason="the extra `export` is not installed")
+    preprocess = Preprocess((8, 8), 3, (0.5,) * 3, (0.5,) * 3)
+    classifier = Classifier("linear", Linear(), tuple(map(str, range(80))), preprocess, torch.device("cpu"))
+    description = {"format": format, "precision": "fp32", "batch": 1}
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, limits[1]))
+    try:
+        with (
+            pytest.raises(InputError, match=r"out could not be written: .*; make room, or name another folder"),
+            artefact.new_folder(tmp_path / "out") as folder,
+        ):
+            artefact.write_graph(classifier, tmp_path, folder, description)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} <= {".out.lock"}
+
+
+def test_an_export_abstains_where_the_run_does(exported, trained):
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (8, 8), dtype=np.uint8) for _ in range(60)]
+    run = Classifier.load(trained).predict(images, abstain=0.05)
+    found = load(exported).predict(images, abstain=0.05)
+    assert {prediction.abstains for prediction in found} == {True, False}
+    differing = [one for one, other in zip(found, run, strict=True) if one.abstains != other.abstains]
+    assert len(differing) <= 2  # bfloat16 in the run
+
+
+def test_an_engine_says_what_it_runs_where_the_cpu_lacks_bf16():
+    assert arithmetic("bf16", ["FP32", "BF16"]) == ("bf16", "")
+    assert arithmetic("bf16", ["FP32", "INT8"]) == ("f32", "this CPU has no bf16; the classifier runs in fp32")
+    assert arithmetic("fp32", ["FP32", "BF16"]) == ("f32", "")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -265,6 +336,17 @@ def test_a_folder_whose_parts_do_not_fit_is_refused(copied, digit, capsys, chang
     (copied / "model.json").write_text(json.dumps(description | change))
     assert main([str(copied), str(digit)]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_graph_that_its_engine_cannot_read_is_refused(copied, digit, capsys):
+    """As one of a newer engine, which belongs to its model.json."""
+    description = json.loads((copied / "model.json").read_text())
+    (copied / "model.onnx").write_bytes(b"of the future" * 99)
+    description["graph_sha256"] = hash_of([copied / "model.onnx"])
+    (copied / "model.json").write_text(json.dumps(description))
+    assert main([str(copied), str(digit)]) == 2
+    assert "copied cannot be run: " in (said := capsys.readouterr().err)
+    assert "update the engine, or export again" in said
 
 
 def test_a_damaged_graph_is_refused(copied, digit, capsys):

@@ -168,8 +168,11 @@ def load(folder: str | Path, *, threads: int = 0) -> ExportedClassifier:
     require_whole(folder, description)
     try:
         run, note = engine(folder / description["files"][0], description["precision"], threads)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
+    except InputError:
+        raise
+    except Exception as error:  # engines raise whatever they like
+        lines = [line.strip() for line in str(error).splitlines() if not line.startswith("Exception from ")]
+        reason = next(filter(None, lines), type(error).__name__)[:300].rstrip(".")
         raise InputError(f"{folder} cannot be run: {reason}; update the engine, or export again") from error
     return ExportedClassifier(description, run, note)
 

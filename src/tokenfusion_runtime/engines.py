@@ -1,6 +1,6 @@
 """The engines that run an exported graph: uint8 (B, C, h, w) in, probabilities float32 (B, K) out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +31,22 @@ def openvino_engine(graph: Path, precision: str, threads: int) -> tuple[Engine, 
     except ImportError as error:
         raise InputError(missing("openvino", "openvino")) from error
 
-    core, note = openvino.Core(), ""
-    wanted = "bf16" if precision == "bf16" else "f32"
-    if wanted == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        wanted, note = "f32", "this CPU has no bf16; the classifier runs in fp32"
-    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": wanted, "PERFORMANCE_HINT": "LATENCY"}
+    core = openvino.Core()
+    hint, note = arithmetic(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
     compiled = core.compile_model(str(graph), "CPU", config)
     return lambda images: compiled(images)[0], note
+
+
+def arithmetic(precision: str, capabilities: Sequence[str]) -> tuple[str, str]:
+    """What OpenVINO computes in on a CPU of these capabilities, and what to say where that is not what was asked."""
+    if precision != "bf16":
+        return "f32", ""
+    if "BF16" in capabilities:
+        return "bf16", ""
+    return "f32", "this CPU has no bf16; the classifier runs in fp32"
 
 
 def missing(package: str, extra: str) -> str:

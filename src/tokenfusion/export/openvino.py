@@ -1,7 +1,6 @@
 """OpenVINO, by way of ONNX: `convert_model` of a module traces with TorchScript, which fails on oneDNN's layers."""
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,11 @@ def save_openvino(graph: Any, classifier: Classifier, run: Path, path: Path, des
         description: JSON, with batch and precision: fp16 halves the weights; bf16 is a choice of the engine, made when
             the folder is loaded.
     """
-    import onnx
     import openvino
 
     saved = json.loads(description)
-    with quiet(), tempfile.TemporaryDirectory() as folder:
-        onnx.save(graph, Path(folder) / "model.onnx")
-        model = openvino.convert_model(Path(folder) / "model.onnx")
+    with quiet():
+        model = openvino.Core().read_model(graph.SerializeToString())
         if saved["precision"] == "int8":
             import nncf
 
@@ -35,4 +32,7 @@ def save_openvino(graph: Any, classifier: Classifier, run: Path, path: Path, des
                 model, nncf.Dataset(batches), subset_size=len(batches), model_type=nncf.ModelType.TRANSFORMER
             )
         model.set_rt_info(json.dumps(saved), ["tokenfusion"])
-        openvino.save_model(model, path, compress_to_fp16=saved["precision"] in ("fp16", "bf16"))
+        try:
+            openvino.save_model(model, path, compress_to_fp16=saved["precision"] in ("fp16", "bf16"))
+        except RuntimeError as error:  # its stream's, as on a full disk
+            raise OSError(str(error)) from error

@@ -1,5 +1,6 @@
 """PyTorch's own archive of an exported program, which needs torch and neither this package nor its models."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,10 @@ def save_pt2(classifier: Classifier, batch: int | None, path: Path, description:
     Raises:
         InputError: the model cannot be traced.
     """
+    archive = io.BytesIO()  # torch's own writer ends the process on a full disk
     with quiet():
-        torch.export.save(trace(classifier, batch), path, extra_files={"tokenfusion.json": description})
+        torch.export.save(trace(classifier, batch), archive, extra_files={"tokenfusion.json": description})
+    path.write_bytes(archive.getbuffer())
 
 
 def pt2_engine(path: Path) -> Engine:
