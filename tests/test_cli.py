@@ -29,7 +29,7 @@ def test_help_of_the_command_and_of_every_verb(command):
     status, output, _ = command("--help")
     assert status == 0
     verbs = [name for name in app if not name.startswith("-")]
-    assert len(verbs) == 12
+    assert len(verbs) == 13
     for words in (*([verb] for verb in verbs), ["analyze", "collapse"], ["analyze", "tokens"]):
         assert words[0] in output
         status, help_text, _ = command(*words, "--help")

@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -287,6 +288,43 @@ def push(
     files, address = push_run(run, repo, really=send, public=public)
     for line in listing(files, address, repo, public):
         console.print(line)
+
+
+@app.command
+def similar(
+    run: Path,
+    images: Annotated[list[str], Parameter(name="IMAGE")],
+    /,
+    *,
+    topk: int = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Show the training images that are nearest to an image, by what the run's pretrained parents see.
+
+    Example: tokenfusion similar runs/photos new/cat.jpg
+
+    Parameters
+    ----------
+    run
+        Folder that `train` wrote, of a model fuse(CNN,VIT,probe).
+    images
+        Image files.
+    topk
+        How many training images to show of each.
+    as_json
+        Print JSON instead of a table.
+    """
+    from tokenfusion.analyze.similar import similar as find_similar
+
+    if topk < 1:
+        raise InputError(f"--topk {topk} shows no image; give 1 or more")
+    with counting("parents look at training images") as progress:
+        found = find_similar(run, images, topk, progress)
+    pairs = [(image, other) for image, nearest in zip(images, found, strict=True) for other in nearest]
+    rows = [{"image": image} | asdict(other) for image, other in pairs]
+    table = [["image", "training image", "label", "likeness"]]
+    table += [[image, other.path, other.label, f"{other.likeness:.3f}"] for image, other in pairs]
+    show(rows, as_json, table)
 
 
 @app.command

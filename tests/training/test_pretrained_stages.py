@@ -115,6 +115,24 @@ def test_a_run_through_all_stages_is_a_run_like_any_other(deepest, photos, tmp_p
     assert [file["model"] for file in described["began_with"]] == [CNN, VIT]
 
 
+def test_the_most_similar_training_image_of_one_is_itself(deepest, photos, command):
+    names = [line.split(",") for line in (deepest / "split.csv").read_text().splitlines()]
+    path = next(row[0] for row in names if row[2] == "train")
+    status, output, errors = command("similar", deepest, photos / path, photos / path, "--topk", 3, "--json")
+    assert status == 0, errors
+    found = json.loads(output)
+    assert len(found) == 6
+    assert (found[0]["path"], found[0]["label"]) == (path, path.split("/")[0])
+    assert found[0]["likeness"] == pytest.approx(1, abs=1e-3)
+    assert found[0]["likeness"] > found[1]["likeness"] >= found[2]["likeness"]
+
+
+def test_what_keeps_nothing_to_compare_by_has_no_similar_images(trained, digit, command):
+    status, _, errors = command("similar", trained, digit)
+    assert status == 2
+    assert "which keeps nothing to compare images by; give a run of fuse(CNN,VIT,probe)" in errors
+
+
 def test_it_is_exported(deepest, tmp_path, command):
     pytest.importorskip("onnx")
     status, _, errors = command("export", deepest, "--out", tmp_path / "out", "--format", "pt2")

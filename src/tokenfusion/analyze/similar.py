@@ -1,0 +1,98 @@
+"""The training images that are nearest to an image, by what both parents of a `fuse(CNN,VIT,probe)` see of it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenfusion.classifier import Classifier
+from tokenfusion.data.split import choose_split, read_split
+from tokenfusion.errors import InputError
+from tokenfusion.evaluate import open_judged, read_readable
+from tokenfusion.features import keep_features
+from tokenfusion.models.probe_fusion import ProbeFusion
+from tokenfusion.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A training image.
+
+    Attributes:
+        path, label: of it.
+        likeness: cosine of the angle between what is seen of both images: 1 for the same.
+    """
+
+    path: str
+    label: str
+    likeness: float
+
+
+def similar(
+    run: Path, images: Sequence[str], topk: int = 5, progress: Callable[[int, int], None] | None = None
+) -> list[list[Neighbour]]:
+    """The nearest training images of each image.
+
+    What the parents see of the training images is taken from where training kept it, or else kept now.
+
+    Args:
+        run: a finished run folder of a model `fuse(CNN,VIT,probe)`.
+        images: paths.
+        topk: how many neighbours of each.
+        progress: called with images that the parents have looked at, and all.
+
+    Raises:
+        InputError: the run is of another model, its data is gone, or an image cannot be read.
+    """
+    classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
+    if not isinstance(classifier.model, ProbeFusion):
+        raise InputError(
+            f"{run} is a run of {classifier.name}, which keeps nothing to compare images by; give a run of "
+            "fuse(CNN,VIT,probe), such as one that --pretrained hub trains"
+        )
+    queries = means_of(classifier, prepared(classifier, images))
+    source, _, _ = open_judged(run, recipe, None)
+    path = run / "split.csv"
+    known = read_split(path, source) if path.exists() else choose_split(source, recipe.val_fraction, recipe.seed)
+    training, _ = read_readable(source, known.train, recipe, "train")
+    looked = keep_features(classifier, training, workers=recipe.workers, progress=progress)
+    seen = torch.cat([means_of_rows(classifier, batch) for batch in looked.batches()])
+    likeness, nearest = (queries @ seen.T).topk(min(topk, len(seen)), dim=1)
+    return [
+        [
+            Neighbour(training.names[i], source.classes[int(training.labels[i])], value)
+            for i, value in zip(*row, strict=True)
+        ]
+        for row in zip(nearest.tolist(), likeness.tolist(), strict=True)
+    ]
+
+
+def prepared(classifier: Classifier, images: Sequence[str]) -> Tensor:
+    """Images as a model is given them, uint8 (B, in_chans, h, w)."""
+    found = []
+    for path in images:
+        _, pixels = classifier.prepare(path)
+        if isinstance(pixels, str):
+            raise InputError(f"{path} cannot be read: {pixels}; give an image")
+        found.append(pixels)
+    return torch.stack(found)
+
+
+@torch.inference_mode()
+def means_of(classifier: Classifier, images: Tensor) -> Tensor:
+    """What is compared of prepared images, (B, F) of length 1."""
+    model = cast(ProbeFusion, classifier.model.eval())
+    return means_of_rows(classifier, model.keep(classifier.to_input(images)).cpu())
+
+
+@torch.inference_mode()
+def means_of_rows(classifier: Classifier, rows: Tensor) -> Tensor:
+    """The same of kept rows: standardised means of either parent, each of length 1, so that both count alike."""
+    model = cast(ProbeFusion, classifier.model)
+    means = model.standardize(model.means(model.recall(rows.to(classifier.device))))
+    parts = means.tensor_split([model.channels[0]], dim=1)
+    return torch.cat([torch.nn.functional.normalize(part, dim=1) for part in parts], dim=1).cpu() / np.sqrt(2)
