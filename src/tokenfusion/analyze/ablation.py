@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from tokenfusion.analyze.intervals import mean_interval, tango_interval
 from tokenfusion.analyze.record import evaluating
-from tokenfusion.analyze.token_spans import TokenSpan, block_spans, token_spans
+from tokenfusion.analyze.token_spans import TokenSpan, all_spans, token_spans
 from tokenfusion.layers.tokens import size_of
+from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.operators import Operator
-from tokenfusion.models.token_fusion import Exchange, LateFusion, TokenFusion
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 """Images (B, in_chans, H, W) as the model takes them, and their labels (B,); to be gone through several times."""
@@ -80,15 +80,12 @@ def whole_branch(model: nn.Module, size: tuple[int, int], source: str) -> list[T
     """Where to replace the tokens of a source so that nothing of them is left, in images (H, W): in all layers.
 
     Patches that pixels are exchanged with carry those as well from then on, and a gate leads past the operators: they
-    are replaced where they enter, before the first exchange, or before the first block of a late fusion.
+    are replaced where they enter (`FusedModel.entrance`), but where the blocks themselves carry both kinds.
     """
     mine = [span for span in token_spans(model, size) if span.source == source]
-    if source == "pixel" or not isinstance(model, TokenFusion):
+    if source == "pixel" or not isinstance(model, FusedModel) or model.joint:
         return mine
-    if isinstance(model, LateFusion):
-        return [next(span for span in block_spans(model, size) if span.source == source)]
-    around = mine[0].module.removesuffix(".operator")
-    return mine if around == mine[0].module else [mine[0]._replace(module=around)]
+    return [span for span in all_spans(dict([model.entrance(size)])) if span.source == source]
 
 
 @contextmanager
@@ -100,15 +97,14 @@ def replaced(model: nn.Module, means: Mapping[TokenSpan, Tensor]) -> Iterator[No
     """
     with ExitStack() as stack:
         for span, mean in means.items():
-            module = model.get_submodule(span.module)
-            for handle in replace_in(module, span, mean):
+            for handle in replace_in(model, span, mean):
                 stack.callback(handle.remove)
         yield
 
 
-def replace_in(module: nn.Module, span: TokenSpan, mean: Tensor) -> Iterator[Any]:
+def replace_in(model: nn.Module, span: TokenSpan, mean: Tensor) -> Iterator[Any]:
     """Hook a module so that it meets a vector in the place of some tokens; gives the hooks' handles."""
-    changes: list[Tensor] = []
+    module, changes = model.get_submodule(span.module), list[Tensor]()
 
     def replace(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         tokens = inputs[span.argument].clone()
@@ -125,10 +121,12 @@ def replace_in(module: nn.Module, span: TokenSpan, mean: Tensor) -> Iterator[Any
         return update + changes.pop()
 
     yield module.register_forward_pre_hook(replace)
-    if isinstance(module, Exchange):  # the strategy adds its gated update to the tokens that entered: X + a dX
-        yield module.gate.register_forward_hook(enter)
     if isinstance(module, Operator):
         yield module.register_forward_hook(update)
+    elif isinstance(model, FusedModel):  # a strategy adds a gated update to the tokens as they were before: X + a dX
+        for gate, before in model.gates().items():
+            if before == span.module:
+                yield model.get_submodule(gate).register_forward_hook(enter)
 
 
 def token_means(

@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenfusion.analyze.faithfulness import Probability, importance, measure_faithfulness
 from tokenfusion.analyze.inputs import open_run_or_model, refuse_inside_images, refuse_multi_label
 from tokenfusion.analyze.record import evaluating
-from tokenfusion.analyze.saliency import saliency
+from tokenfusion.analyze.saliency import require_readable, saliency
 from tokenfusion.classifier import Classifier, batched
 from tokenfusion.data.dataset import printable
 from tokenfusion.data.loader import eval_batches
@@ -99,6 +99,7 @@ def explain(
     refuse_multi_label(classifier.multi_label, str(run))
     if question.of_class:
         choose(dict.fromkeys(classifier.classes), question.of_class, "class")
+    require_readable(classifier.model, classifier.preprocess.img_size, question.method)
     named = list(expand(images))
     prepared = ((*one, "") for one in classifier.prepare_ahead(named)) if named else mistakes_of(run, classifier)
     folder = out or run / "explain" / ("" if named else "mistakes")

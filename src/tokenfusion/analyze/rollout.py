@@ -9,7 +9,7 @@ Letters: B batch, H heads, N query tokens, M key tokens, S tokens that entered, 
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -20,10 +20,9 @@ from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evalu
 from tokenfusion.errors import InputError
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, size_of
 from tokenfusion.models.adapters import as_transformer
-from tokenfusion.models.exchange import Gate
-from tokenfusion.models.operators import AlignedAddition, Grids, regrid
-from tokenfusion.models.probe_fusion import ProbeFusion
-from tokenfusion.models.token_fusion import Exchange, LateFusion, TokenFusion
+from tokenfusion.models.exchange import Gate, PixelSource
+from tokenfusion.models.fused_model import FusedModel
+from tokenfusion.models.operators import Grids
 
 
 class Origin(NamedTuple):
@@ -84,8 +83,11 @@ class Rollout:
         self.state |= dict(zip(queries, torch.split(mixed, counts, dim=1), strict=True))
 
     def see(self, record: AttentionRecord) -> None:
-        """Follow a recorded map, the mean over its heads."""
-        self.follow(record.name.rpartition(".")[0], record.layout, record.map.mean(1))
+        """Follow a recorded map, the mean over its heads; of learned queries their mean, which CLS is told."""
+        layout, maps = record.layout, record.map.mean(1)
+        if layout.queries[0].source == "query":
+            layout, maps = AttentionLayout(layout.keys[:1], layout.keys), maps.mean(1, keepdim=True)
+        self.follow(record.name.rpartition(".")[0], layout, maps)
 
     def head(self) -> Tensor:
         """What the head reads is made of, (B, S): CLS, the mean of several (with DeiT's "dist"), or of patches."""
@@ -133,86 +135,84 @@ def attention_rollout(model: nn.Module, images: Tensor) -> Rollout:
     """Follow images (B, in_chans, H, W) through a model.
 
     Raises:
-        InputError: no attention that can be seen, or attention between tokens that do not stay the same on the way.
+        InputError: as in `require_followed`.
     """
-    pooled = any(group.source == "pooled" for layout in attention_layouts(model).values() for group in layout.keys)
-    if pooled:
-        raise InputError(
-            f"rollout cannot follow a {type(model).__name__}: its keys stand for cells of patches, and convolutions "
-            "between its stages mix places; take --method gradcam"
-        )
-    if isinstance(model, ProbeFusion):
-        raise InputError(
-            f"rollout cannot follow {type(model).__name__}: it reads tokens of several layers by weights, not by "
-            "attention; take --method gradcam"
-        )
-    rollout = Rollout(head_reads_cls(model))
+    size = size_of(images)
+    require_followed(model, size)
+    rollout = Rollout(head_reads(model) == "cls")
     with evaluating(model), record_attention(model, reduce=rollout.see), ExitStack() as stack:
-        if isinstance(model, TokenFusion):
-            rollout.enter(model.token_layout(size_of(images)), len(images))
-            follow_fusion(rollout, model, size_of(images), stack)
+        if isinstance(model, FusedModel):
+            rollout.enter(model.token_layout(size), len(images))
+            follow_fusion(rollout, model, size, stack)
         model(images)
     return rollout
 
 
-def head_reads_cls(model: nn.Module) -> bool:
-    """Whether a model's head reads CLS; taken to where its transformer is of an unknown kind."""
-    try:
-        return as_transformer(model.vit if isinstance(model, TokenFusion) else model).reads == "cls"
-    except InputError:
-        return True
-
-
-def follow_fusion(rollout: Rollout, model: TokenFusion, size: tuple[int, int], stack: ExitStack) -> None:
-    """Hook what no attention map tells of: pixels that enter, tokens that are added, and gates.
+def require_followed(model: nn.Module, size: tuple[int, int]) -> None:
+    """Refuse a model that rollout cannot follow, for images (H, W).
 
     Raises:
-        InputError: an operator that neither attends nor adds at the same place.
+        InputError: no attention that can be seen; tokens that do not stay the same on the way; an operator that neither
+            attends nor adds shares of tokens; a head that weighs every token for each class by itself.
     """
-    attentions = attention_layouts(model)
-    for name in model.operator_grids(size):
-        attends = any(attention.startswith(f"{name}.") for attention in attentions)
-        if not (attends or isinstance(operator := model.get_submodule(name), AlignedAddition)):
-            raise InputError(
-                f"rollout cannot follow a {type(operator).__name__}: it has no attention; take --method gradcam"
-            )
+    name, layouts, reason = type(model).__name__, attention_layouts(model, size), ""
+    if any(group.source == "pooled" for layout in layouts.values() for group in layout.keys):
+        reason = "its keys stand for cells of patches, and convolutions between its stages mix places"
+    if isinstance(model, FusedModel):
+        if model.reads == "votes":
+            reason = "its head weighs every token anew for each class, which are no shares"
+        for operator, pixels in model.operator_grids(size).items():
+            module: Any = model.get_submodule(operator)
+            attends = any(attention.startswith(f"{operator}.") for attention in layouts)
+            if not attends and module.shares(Grids(pixels, pixels))[0] is None:
+                name, reason = type(module).__name__, "it has no attention"
+    if reason:
+        raise InputError(f"rollout cannot follow a {name}: {reason}; take --method gradcam")
+
+
+def head_reads(model: nn.Module) -> str:
+    """What a model's head reads; CLS where its transformer is of an unknown kind."""
+    with suppress(InputError):
+        return model.reads if isinstance(model, FusedModel) else as_transformer(model).reads
+    return "cls"
+
+
+def follow_fusion(rollout: Rollout, model: FusedModel, size: tuple[int, int], stack: ExitStack) -> None:
+    """Hook what no attention map tells of: pixels that enter, tokens that are added, and gates."""
+    patches = model.token_layout(size)[-1:]
     alone: dict[str, Tensor] = {}
 
-    def begin(module: nn.Module, _inputs: Any) -> None:
-        if isinstance(module, Exchange):
-            rollout.state.pop("pixel", None)  # the next stage's pixels are other tokens
+    def begin(_module: nn.Module, _inputs: Any) -> None:
         alone.clear()
         alone.update(rollout.state)
 
+    def anew(_module: nn.Module, _inputs: Any) -> None:
+        rollout.state.pop("pixel", None)  # the next stage's pixels are other tokens
+
     def add(module: nn.Module, inputs: tuple[Tensor, Tensor, Grids], _output: Any) -> None:
-        (tokens, _, grids), patches = inputs, model.token_layout(size)[-1:]
-        pixels = (TokenGroup("pixel", grids.pixels),)
-        ways = [(AttentionLayout(patches, pixels), grids.pixels, grids.patches)]
-        if module.writes:
-            ways.append((AttentionLayout(pixels, patches), grids.patches, grids.pixels))
-        for layout, old, new in ways:
-            shares = regrid(torch.eye(old[0] * old[1])[None], old, new)  # (1, places of new, places of old)
-            rollout.follow(f"addition {id(module)}", layout, shares.expand(len(tokens), -1, -1))
+        pixels, of_pixels = (TokenGroup("pixel", inputs[2].pixels),), module.shares(inputs[2])  # type: ignore[operator]
+        ways = AttentionLayout(patches, pixels), AttentionLayout(pixels, patches)
+        for layout, shares in zip(ways, of_pixels, strict=True):
+            if shares is not None:
+                rollout.follow(f"addition {id(module)}", layout, shares.expand(len(inputs[0]), -1, -1))
 
     def weigh(module: Gate, _inputs: Any, _output: Any) -> None:
         opening = module.weight.detach().clamp(0, 1).mean().item()
-        for source, rows in alone.items():
-            rows = F.pad(rows, (0, rollout.state[source].shape[2] - rows.shape[2]))
+        for source in alone.keys() - {"pixel"}:
+            rows = F.pad(alone[source], (0, rollout.state[source].shape[2] - alone[source].shape[2]))
             rollout.state[source] = torch.lerp(rows, rollout.state[source], opening)
 
     def read_out(_module: nn.Module, inputs: tuple[Tensor, Tensor]) -> None:
-        alone.clear()
-        alone.update(rollout.state)
         tokens, pixels = model.token_layout(size), rollout.state["pixel"].shape[1]
         means = torch.full((len(inputs[0]), sum(group.count for group in tokens), pixels), 1 / pixels)
         rollout.follow("readout", AttentionLayout(tokens, (TokenGroup("pixel", (1, pixels)),)), means)
 
-    stack.callback(model.readout.gate.register_forward_pre_hook(read_out).remove)
-    first = model.operators[0] if isinstance(model, LateFusion) else None
+    for gate, before in model.gates().items():
+        stack.callback(model.get_submodule(before).register_forward_pre_hook(begin).remove)
+        stack.callback(model.get_submodule(gate).register_forward_hook(weigh).remove)
+    stack.callback(model.get_submodule("readout.gate").register_forward_pre_hook(read_out).remove)
     for module in model.modules():
-        if isinstance(module, Exchange) or module is first:
-            stack.callback(module.register_forward_pre_hook(begin).remove)
-        if isinstance(module, AlignedAddition):
-            stack.callback(module.register_forward_hook(add).remove)
-        if isinstance(module, Gate) and module.weight.ndim == 1:  # of tokens, not of maps
-            stack.callback(module.register_forward_hook(weigh).remove)
+        if isinstance(module, PixelSource):
+            stack.callback(module.register_forward_pre_hook(anew).remove)
+    for operator in model.operator_grids(size):
+        stack.callback(model.get_submodule(operator).register_forward_hook(add).remove)

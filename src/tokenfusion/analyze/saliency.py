@@ -13,14 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
-from tokenfusion.analyze.rollout import attention_rollout
+from tokenfusion.analyze.rollout import attention_rollout, require_followed
 from tokenfusion.analyze.token_spans import TokenSpan, block_spans
 from tokenfusion.analyze.tokens import attending, attention_by_token
 from tokenfusion.errors import InputError
 from tokenfusion.layers.tokens import size_of, tokens_to_map
 from tokenfusion.models.base import PaperModel, choose
-from tokenfusion.models.probe_fusion import ProbeFusion
-from tokenfusion.models.token_fusion import JointEarlyFusion, LateFusion, LayerwiseFusion, TokenFusion
+from tokenfusion.models.fused_model import FusedModel
 
 Maps = dict[str, Tensor]
 """A map (B, h, w) a branch."""
@@ -49,15 +48,9 @@ class Point(NamedTuple):
     channels: int | None = None
 
 
-def cnn_point(model: TokenFusion) -> Point:
-    """The last map of a fusion's CNN, where it becomes tokens."""
-    if isinstance(model, LayerwiseFusion):
-        return Point(f"exchanges.{len(model.exchanges) - 1}", 1)
-    if isinstance(model, ProbeFusion):
-        return Point("last_map", 0)
-    if isinstance(model, LateFusion | JointEarlyFusion):
-        return Point("pixel_source", 0)
-    return Point("exchange", 1)
+def cnn_point(model: FusedModel) -> Point:
+    """The last map of a fusion's CNN."""
+    return Point(f"cnn.stages.{len(model.cnn.stages) - 1}", channels=model.cnn.dims[-1])
 
 
 def feature_points(model: Any, size: tuple[int, int]) -> dict[str, Point]:
@@ -68,7 +61,7 @@ def feature_points(model: Any, size: tuple[int, int]) -> dict[str, Point]:
     Raises:
         InputError: the model names no features.
     """
-    points = {"cnn": cnn_point(model)} if isinstance(model, TokenFusion) else {}
+    points = {"cnn": cnn_point(model)} if isinstance(model, FusedModel) else {}
     with suppress(InputError):
         last = {span.source: span for span in block_spans(model, size) if span.source != "pixel"}
         return points | {BRANCH_OF[source]: Point(span.module, span.argument, span) for source, span in last.items()}
@@ -109,11 +102,11 @@ def grad_cam(model: nn.Module, images: Tensor, classes: Tensor) -> Maps:
             stack.callback(handle.remove)
         logits = model(images.detach().requires_grad_())  # of frozen weights too
         chosen = logits.gather(1, classes.to(logits.device)[:, None]).sum()
-        gradients = torch.autograd.grad(chosen, list(seen.values()))
-    maps = {}
-    for (branch, features), gradient in zip(seen.items(), gradients, strict=True):
-        maps[branch] = weighed(as_map(features, points[branch]), as_map(gradient, points[branch]))
-    return maps
+        gradients = torch.autograd.grad(chosen, [seen[branch] for branch in points])
+    return {
+        branch: weighed(as_map(seen[branch], point), as_map(gradient, point))
+        for (branch, point), gradient in zip(points.items(), gradients, strict=True)
+    }
 
 
 def as_map(features: Tensor, point: Point) -> Tensor:
@@ -167,6 +160,17 @@ METHODS: dict[str, Callable[[nn.Module, Tensor, Tensor], Maps]] = {
     "rollout": rollout_maps,
     "attention": attention_maps,
 }
+REFUSALS: dict[str, Callable[[nn.Module, tuple[int, int]], object]] = {
+    "gradcam": feature_points,
+    "rollout": require_followed,
+    "attention": attention_layouts,
+}
+"""What raises where a method cannot read a model for images (H, W), before any is looked at."""
+
+
+def require_readable(model: nn.Module, size: tuple[int, int], method: str) -> None:
+    """Refuse a method that cannot read a model, by an InputError with the reason, before any image is looked at."""
+    choose(REFUSALS, method, "method")(model, size)
 
 
 def saliency(model: nn.Module, images: Tensor, classes: Tensor, method: str = "gradcam", branch: str = "both") -> Maps:
@@ -190,7 +194,7 @@ def saliency(model: nn.Module, images: Tensor, classes: Tensor, method: str = "g
     wanted = {name: found for name, found in maps.items() if branch == "both" or name.startswith(branch)}
     if not wanted:
         reason = f"a {type(model).__name__} has no {branch}"
-        if isinstance(model, TokenFusion):
+        if isinstance(model, FusedModel):
             reason = f"no attention of this {type(model).__name__} reads its tokens, which are added"
         raise InputError(f"--branch {branch} cannot be shown: {reason}; take --branch both")
     for name, found in wanted.items():

@@ -3,14 +3,14 @@
 Letters: B batch, T tokens, C channels, h w grid.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import nn
 
-from tokenfusion.layers.tokens import TokenGroup, TokenLayout
+from tokenfusion.layers.tokens import TokenLayout
 from tokenfusion.models.adapters import as_transformer
-from tokenfusion.models.probe_fusion import ProbeFusion
-from tokenfusion.models.token_fusion import EarlyFusion, JointEarlyFusion, TokenFusion
+from tokenfusion.models.fused_model import FusedModel
 
 Grid = tuple[int, int]
 
@@ -35,11 +35,7 @@ class TokenSpan(NamedTuple):
 
 
 def token_spans(model: nn.Module, size: Grid) -> list[TokenSpan]:
-    """Where a model's kinds of tokens meet: the operators of a late or layerwise fusion, else the blocks' inputs.
-
-    Of `fuse(CNN,VIT,probe)` it is what both parents see.
-
-    An early fusion whose operator is not joint attention has one at the entrance, then blocks.
+    """Where a model's kinds of tokens meet (`FusedModel.meetings`); in the blocks of a transformer alone.
 
     Args:
         model: a fusion, or a transformer alone.
@@ -48,33 +44,25 @@ def token_spans(model: nn.Module, size: Grid) -> list[TokenSpan]:
     Raises:
         InputError: the model has no row of blocks over its patches.
     """
-    if not isinstance(model, TokenFusion):
-        return block_spans(model, size)
-    if isinstance(model, ProbeFusion):  # all that decides reads what both parents see
-        kinds = (model.meeting_layout(size), (TokenGroup("pixel", model.cells(size)),))
-        return [span for argument, tokens in enumerate(kinds) for span in spans_in("sight", argument, tokens)]
-    operators = [
-        span
-        for name, grid in model.operator_grids(size).items()
-        for argument, tokens in enumerate((model.token_layout(size), (TokenGroup("pixel", grid),)))
-        for span in spans_in(name, argument, tokens)
-    ]
-    return operators + block_spans(model, size) if isinstance(model, EarlyFusion | JointEarlyFusion) else operators
+    return all_spans(model.meetings(size)) if isinstance(model, FusedModel) else block_spans(model, size)
 
 
 def block_spans(model: nn.Module, size: Grid) -> list[TokenSpan]:
     """In the inputs of the transformer's blocks (CrossViT's stages), in order; arguments as in `token_spans`."""
-    vit: Any = as_transformer(model.vit if isinstance(model, TokenFusion) else model)
-    if hasattr(vit, "branch_layouts"):
-        layouts = vit.branch_layouts(size)
-    else:
-        layouts = (model.block_layout(size) if isinstance(model, TokenFusion) else vit.stream_layout(size),)
+    if isinstance(model, FusedModel):
+        return all_spans(model.block_layouts(size))
+    vit = as_transformer(model)
     names = {module: name for name, module in model.named_modules()}
+    return all_spans({names[block]: vit.branch_layouts(size) for block in vit.blocks})
+
+
+def all_spans(places: Mapping[str, tuple[TokenLayout, ...]]) -> list[TokenSpan]:
+    """The tokens that have a place in the image, in the first arguments of modules."""
     return [
         span
-        for block in vit.blocks
-        for argument, tokens in enumerate(layouts)
-        for span in spans_in(names[block], argument, tokens)
+        for module, arguments in places.items()
+        for number, tokens in enumerate(arguments)
+        for span in spans_in(module, number, tokens)
     ]
 
 

@@ -17,7 +17,7 @@ from tokenfusion.analyze.collapse_figures import STYLE, write_figure
 from tokenfusion.analyze.inputs import open_run_or_model, output_folder
 from tokenfusion.analyze.intervals import mean_interval
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
-from tokenfusion.analyze.rollout import attention_rollout, by_source
+from tokenfusion.analyze.rollout import attention_rollout, by_source, require_followed
 from tokenfusion.analyze.token_spans import token_spans
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
@@ -26,7 +26,6 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import own_folder, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, size_of
-from tokenfusion.models.probe_fusion import ProbeFusion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -71,9 +70,10 @@ def attending(layouts: Mapping[str, AttentionLayout]) -> str:
 def attention_by_token(maps: Tensor, layout: AttentionLayout, attends: str) -> dict[str, Tensor]:
     """What CLS or the patches give to each key, by the key's source: from maps (B, H, N, M), (B, tokens) each.
 
-    Nothing where none of them is among the queries.
+    Learned queries attend for CLS, which is told. Nothing where none of them is among the queries.
     """
-    rows = [maps[:, :, start:stop] for name, (start, stop) in ranges(layout.queries).items() if name.endswith(attends)]
+    kinds = ("cls", "query") if attends == "cls" else (attends,)
+    rows = [maps[:, :, start:stop] for name, (start, stop) in ranges(layout.queries).items() if name.endswith(kinds)]
     if not rows:
         return {}
     mean = torch.cat(rows, dim=2).mean((1, 2)).float().cpu()  # (B, M)
@@ -124,8 +124,8 @@ def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
 
     Returns:
         `images`; `attention`: of each layer, how many tokens of each source CLS attends to, their share, and the share
-        of its attention that they get; `rollout`: the share of each source in what the head reads (`Rollout`),
-        empty where weights rather than attention decide; `top1`, `loss`, `replaced` and `compared`, as
+        of its attention that they get; `rollout`: the share of each source in what the head reads (`Rollout`), empty
+        where that cannot be followed, `no_rollout` being the reason; `top1`, `loss`, `replaced` and `compared`, as
         `measure_ablation` gives them. Means over images, with 95 % intervals.
 
     Raises:
@@ -137,8 +137,19 @@ def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
     token_spans(model, size)  # refuses before anything is computed
     with evaluating(model):
         attention = measure_attention(model, batches)
-        rollout = {} if isinstance(model, ProbeFusion) else measure_rollout(model, batches)
-    return {"attention": attention, "rollout": rollout} | measure_ablation(model, batches)
+        refused = why_no_rollout(model, size)
+        rollout = {} if refused else measure_rollout(model, batches)
+    found = {"attention": attention, "rollout": rollout, "no_rollout": refused}
+    return found | measure_ablation(model, batches)
+
+
+def why_no_rollout(model: nn.Module, size: tuple[int, int]) -> str:
+    """Why rollout cannot follow a model for images (H, W); "" where it can."""
+    try:
+        require_followed(model, size)
+    except InputError as refusal:
+        return str(refusal).partition(";")[0]
+    return ""
 
 
 def analyze_tokens(
@@ -184,8 +195,11 @@ def tokens_summary(result: dict[str, Any]) -> str:
         sentences.append(f"Of single layers, {worst['layer']} needs its {worst['tokens']} tokens most: {loses(worst)}.")
     sentences.append(on_attention(result["attention"]))
     shares = [f"{share['mean']:.0%} {source}" for source, share in result["rollout"].items()]
-    if shares:
-        sentences.append(f"By rollout, what the head reads comes from {', '.join(shares)}.")
+    sentences.append(
+        f"By rollout, what the head reads comes from {', '.join(shares)}."
+        if shares
+        else f"Where it comes from is not said: {result['no_rollout']}."
+    )
     return " ".join(sentences)
 
 

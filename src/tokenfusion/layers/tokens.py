@@ -14,7 +14,8 @@ class TokenGroup:
 
     Attributes:
         source: "cls", "patch" or "pixel"; CrossViT tells its branches apart, as in "small_cls" and "large_patch";
-            "pooled" for CMT's keys, each of which stands for a cell of patches.
+            "pooled" for CMT's keys, each of which stands for a cell of patches; "query" for learned queries, which
+            CLS, the first of their keys, is told the answers of.
         grid: rows and columns that the tokens fill, row by row; None for tokens without a place.
         count: number of tokens.
     """

@@ -24,7 +24,7 @@ MAX_STAGES = 4
 
 
 class OneWayCNN(CNNBackbone):
-    """A CNN that gives its maps all at once: a stage returns its own, whatever map it is given.
+    """A CNN that gives its maps all at once, each of which passes a stage that leaves it as it is.
 
     Args:
         model: has timm's `forward_intermediates`; pruned to what the maps need.
@@ -37,15 +37,17 @@ class OneWayCNN(CNNBackbone):
         info: Any = model.feature_info
         self.indices = list(range(len(info)))[-stages:]
         last = [info[i] for i in self.indices]
-        super().__init__(nn.Identity(), [], [i["num_chs"] for i in last], [i["reduction"] for i in last])
+        stages_seen = [nn.Identity() for _ in last]
+        super().__init__(nn.Identity(), stages_seen, [i["num_chs"] for i in last], [i["reduction"] for i in last])
         model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)  # type: ignore[operator]
         self.model = model
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        return self.take(images, self.indices)
+        maps = self.take(images, self.indices)
+        return [stage(feature_map) for stage, feature_map in zip(self.stages, maps, strict=True)]
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.take(images, self.indices[-1:])[0]
+        return self.stages[-1](self.take(images, self.indices[-1:])[0])
 
     def take(self, images: Tensor, indices: list[int]) -> list[Tensor]:
         """The maps of some entries of the model's `feature_info`."""

@@ -147,3 +147,7 @@ class TokenBackbone(PaperModel):
     def stream_layout(self, img_size: Grid | None = None) -> TokenLayout:
         """What each of the tokens that fuse is."""
         return self.token_layout(img_size)
+
+    def branch_layouts(self, img_size: Grid | None = None) -> tuple[TokenLayout, ...]:
+        """What each token in a block's arguments is: of one stream, or of CrossViT's two branches."""
+        return (self.stream_layout(img_size),)

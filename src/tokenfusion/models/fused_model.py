@@ -44,6 +44,11 @@ class FusedModel(PaperModel):
     def head_hidden_size(self) -> int:  # type: ignore[override]
         return self.vit.head_hidden_size
 
+    @property
+    def reads(self) -> str:
+        """What the head reads: "cls", "patch" for the mean of the patches, or "votes" of all tokens for each class."""
+        return self.vit.reads
+
     def forward_head(self, features: Any, pre_logits: bool = False) -> Tensor:
         return self.vit.forward_head(features, pre_logits=pre_logits)
 
@@ -92,16 +97,35 @@ class FusedModel(PaperModel):
         """What each of the transformer's tokens that an operator takes is."""
         return self.token_layout(size)
 
-    def block_layout(self, size: Grid) -> TokenLayout:
-        """What each token that passes through the transformer's blocks is."""
-        pixels = (TokenGroup("pixel", self.map_grids(size)[-1]),) if self.joint else ()
-        return (*self.token_layout(size), *pixels)
+    def block_layouts(self, size: Grid) -> dict[str, tuple[TokenLayout, ...]]:
+        """The transformer's blocks by name, in order, and what each token in their first arguments is."""
+        layouts = self.vit.branch_layouts(size)
+        if self.joint:
+            layouts = ((*self.token_layout(size), TokenGroup("pixel", self.map_grids(size)[-1])),)
+        names = {module: name for name, module in self.named_modules()}
+        return {names[block]: layouts for block in self.vit.blocks}
+
+    def meetings(self, size: Grid) -> dict[str, tuple[TokenLayout, ...]]:
+        """Where both kinds of tokens can be met: modules by name, in order, and what their first arguments hold."""
+        patches = self.meeting_layout(size)
+        return {name: (patches, (TokenGroup("pixel", grid),)) for name, grid in self.operator_grids(size).items()}
+
+    def entrance(self, size: Grid) -> tuple[str, tuple[TokenLayout, ...]]:
+        """The last module that is given the patches while no other token carries anything of them, and what its first
+        arguments hold: where a change of the patches changes all that is made of them."""
+        return next(iter(self.block_layouts(size).items()))
+
+    def gates(self) -> dict[str, str]:
+        """The gates of what the transformer's tokens are told, by name, each with the module that is given the tokens
+        as they are before."""
+        return {"readout.gate": "readout"}
 
     def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
         size = img_size or self.img_size
         layouts = {f"vit.{name}": layout for name, layout in self.vit.attention_layouts(size).items()}
         if self.joint:
-            layouts = dict.fromkeys(layouts, AttentionLayout.among(self.block_layout(size)))
+            (both,) = next(iter(self.block_layouts(size).values()))
+            layouts = dict.fromkeys(layouts, AttentionLayout.among(both))
         for name, grid in self.operator_grids(size).items():
             operator, pixels = self.get_submodule(name), (TokenGroup("pixel", grid),)
             assert isinstance(operator, Operator)

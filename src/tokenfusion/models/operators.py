@@ -61,6 +61,11 @@ class Operator(nn.Module):
         """What each attention module's queries and keys are, by the module's name inside the operator."""
         return {}
 
+    def shares(self, grids: Grids) -> tuple[Tensor | None, Tensor | None]:
+        """What is added without attention: to each patch, shares of the pixels (h·w, P), and to each pixel, shares of
+        the patches (P, h·w); rows that sum to 1, None for nothing."""
+        return None, None
+
 
 class JointAttention(Operator):
     """[dX; dP] = block([X; P]) - [X; P], a transformer block over all tokens."""
@@ -149,6 +154,12 @@ class AlignedAddition(Operator):
         prefix = tokens.shape[1] - grids.patches[0] * grids.patches[1]
         to_patches = F.pad(regrid(pixels, grids.pixels, grids.patches), (0, 0, prefix, 0))
         return to_patches, regrid(tokens[:, prefix:], grids.patches, grids.pixels) if self.writes else None
+
+    def shares(self, grids: Grids) -> tuple[Tensor | None, Tensor | None]:
+        def means(old: Grid, new: Grid) -> Tensor:
+            return regrid(torch.eye(old[0] * old[1])[None], old, new)[0]
+
+        return means(grids.pixels, grids.patches), means(grids.patches, grids.pixels) if self.writes else None
 
 
 def regrid(tokens: Tensor, old: Grid, new: Grid) -> Tensor:

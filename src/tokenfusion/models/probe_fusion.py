@@ -45,7 +45,7 @@ class Seen(NamedTuple):
 
 
 class Sight(nn.Module):
-    """S as it is: a place for hooks."""
+    """S as it is: what looks at it, or replaces a part of it, does so here."""
 
     def forward(self, tokens: Tensor, pixels: Tensor) -> Seen:
         return Seen(pixels, tokens)
@@ -63,7 +63,7 @@ class ProbeFusion(TokenFusion):
         self.classes = vit.num_classes
         vit.reset_classifier(0)
         del self.readout  # the head reads means
-        self.last_map, self.sight = nn.Identity(), Sight()  # where the CNN's last map and S can be looked at
+        self.sight = Sight()
         depth = len(vit.blocks)
         self.read_layers = sorted({depth * 5 // 6 - 1, depth - 1} - {-1})
         self.prefix = int("cls" in vit.prefix)
@@ -103,9 +103,7 @@ class ProbeFusion(TokenFusion):
         seen = torch.cat(layers, dim=2)
         patches = tokens_to_map(seen[:, len(self.vit.prefix) :], self.vit.grid(size))
         tokens = torch.cat([seen[:, : self.prefix], pooled(patches, cells)], dim=1)
-        *_, before, last = self.cnn.maps(images)
-        maps = before, self.last_map(last)
-        pixels = torch.cat([pooled(feature_map.float(), cells) for feature_map in maps], dim=2)
+        pixels = torch.cat([pooled(feature_map.float(), cells) for feature_map in self.cnn.maps(images)[-2:]], dim=2)
         return Seen(pixels.clamp(-HALF, HALF), tokens)
 
     def meet(self, seen: Seen, cells: Grid) -> Tensor:
@@ -181,6 +179,10 @@ class ProbeFusion(TokenFusion):
         self.set_gates(0.0)
 
     @property
+    def reads(self) -> str:
+        return "votes"
+
+    @property
     def num_classes(self) -> int:  # type: ignore[override]
         return self.classes
 
@@ -211,7 +213,15 @@ class ProbeFusion(TokenFusion):
         return {"operator": self.cells(size)}
 
     def meeting_layout(self, size: Grid) -> TokenLayout:
-        return (*[TokenGroup("cls")] * self.prefix, TokenGroup("patch", self.cells(size)))
+        *others, patches = self.token_layout(size)
+        return (*others[: self.prefix], TokenGroup(patches.source, self.cells(size)))
+
+    def meetings(self, size: Grid) -> dict[str, tuple[TokenLayout, ...]]:
+        met = super().meetings(size)
+        return {"sight": met["operator"]} | met
+
+    def gates(self) -> dict[str, str]:
+        return {}
 
 
 def no_votes(numbers: int, num_classes: int) -> nn.Linear:

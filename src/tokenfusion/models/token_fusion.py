@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
 from tokenfusion.layers.positions import Grid
-from tokenfusion.layers.tokens import size_of
+from tokenfusion.layers.tokens import TokenLayout, size_of
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
 from tokenfusion.models.base import at_least, image_size
 from tokenfusion.models.exchange import Gate, PixelSource, ReadOut, WriteBack, coarser
@@ -116,6 +116,15 @@ class EarlyFusion(TokenFusion):
     def operator_grids(self, size: Grid) -> dict[str, Grid]:
         return {"exchange.operator": coarser(self.map_grids(size)[-1], self.vit.grid(size))}
 
+    def meetings(self, size: Grid) -> dict[str, tuple[TokenLayout, ...]]:
+        return super().meetings(size) | self.block_layouts(size)
+
+    def entrance(self, size: Grid) -> tuple[str, tuple[TokenLayout, ...]]:
+        return "exchange", (self.token_layout(size),)
+
+    def gates(self) -> dict[str, str]:
+        return {"exchange.gate": "exchange"} | super().gates()
+
     def forward_features(self, images: Tensor) -> Any:
         tokens, context = self.vit.embed(images)
         update, pixels, _ = self.run(self.exchange, tokens, self.cnn(images), self.vit.grid(size_of(images)))
@@ -134,6 +143,9 @@ class JointEarlyFusion(TokenFusion):
 
     def operator_grids(self, size: Grid) -> dict[str, Grid]:  # noqa: ARG002
         return {}
+
+    def meetings(self, size: Grid) -> dict[str, tuple[TokenLayout, ...]]:
+        return self.block_layouts(size)
 
     def forward_features(self, images: Tensor) -> Any:
         tokens, context = self.vit.embed(images)
@@ -164,6 +176,9 @@ class LateFusion(TokenFusion):
 
     def operator_grids(self, size: Grid) -> dict[str, Grid]:
         return {f"operators.{i}": self.map_grids(size)[-1] for i in range(len(self.operators))}
+
+    def gates(self) -> dict[str, str]:
+        return {"gate": "operators.0"} | super().gates()
 
     def forward_features(self, images: Tensor) -> Any:
         feature_map = self.cnn(images)
@@ -210,6 +225,12 @@ class LayerwiseFusion(TokenFusion):
     def operator_grids(self, size: Grid) -> dict[str, Grid]:
         patches = self.vit.grid(size)
         return {f"exchanges.{i}.operator": coarser(grid, patches) for i, grid in enumerate(self.map_grids(size))}
+
+    def entrance(self, size: Grid) -> tuple[str, tuple[TokenLayout, ...]]:
+        return "exchanges.0", (self.token_layout(size),)
+
+    def gates(self) -> dict[str, str]:
+        return {f"exchanges.{i}.gate": f"exchanges.{i}" for i in range(len(self.exchanges))} | super().gates()
 
     def forward_features(self, images: Tensor) -> Any:
         grid = self.vit.grid(size_of(images))
