@@ -95,7 +95,7 @@ def shipped(classifier: Classifier, run: Path, folder: Path) -> dict[str, Export
     for format, precision in SHIPPED:
         place = folder / f"{format} {precision}"
         place.mkdir(parents=True)
-        description = artefact.describe(classifier, run, format, precision, None)
+        description = artefact.describe(run, format, precision, None)
         inside, copy = json.dumps(description), onnx.load_from_string(graph)
         files = ["model.onnx"] if format == "onnx" else ["model.xml", "model.bin"]
         if format == "openvino":

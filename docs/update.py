@@ -243,12 +243,50 @@ def pays() -> str:
     )
 
 
+def shipped() -> str:
+    """How fast classifiers are as they are shipped, against the peer's eager fp32."""
+    if not (RESULTS / "export.json").exists():
+        return "Not measured yet: `python benchmarks/export.py --out benchmarks/results/export.json`."
+    found = load("export")
+    ways = ("ours eager fp32", "ours eager bf16", "ours openvino fp32", "ours openvino bf16", "ours openvino int8")
+    ways += ("ours onnx fp32", "ours onnx int8", "peer eager bf16", "peer openvino fp32", "peer openvino bf16")
+    ways += ("peer openvino int8",)
+    rows = []
+    for result in found["results"]:
+        for key in ("batch 1", "batch 8"):
+            against, peak = result[key]["times_the_peer"], result[key]["share_of_peak"]["ours openvino bf16"]
+            cells = [f"{against[way]:.2f}×" for way in ways]
+            rows.append([f"`{result['model']}`", result["peer"], key.removeprefix("batch "), *cells, f"{peak:.0%}"])
+    peaks = ", ".join(f"{gflops:,.0f} GFLOP/s in {precision}" for precision, gflops in found["peak_gflops"].items())
+    heading = ["model", "peer", "batch", *ways, "share of the bf16 peak"]
+    return (
+        f"Images per second over those of the peer in PyTorch, fp32, on {found['hardware']}, {found['threads']} "
+        f"threads; its fastest matrix products reach {peaks}. The share is that of `ours openvino bf16`.\n\n"
+        f"{table(heading, rows)}"
+    )
+
+
+def many() -> str:
+    """How much of the model's own throughput predicting many images reaches."""
+    if not (RESULTS / "predict.json").exists():
+        return "Not measured yet: `python benchmarks/predict.py DATA`."
+    found = load("predict")
+    rows = [
+        [f"`{row['model']}`", f"{row['alone']:.1f}", f"{row['predict']:.1f}", f"{row['share']:.1%}"]
+        for row in found["models"]
+    ]
+    heading = ["model", "images/s alone", "images/s of `predict --out`", "share (aim: 90%)"]
+    return f"At 224 px, batch {found['batch_size']}, on {found['hardware']}:\n\n{table(heading, rows)}"
+
+
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"pays": pays, "demo": demo, "results": results},
     DOCS / "models.md": {"models": models},
     DOCS / "stages.md": {"pretrained": pretrained},
     DOCS / "papers" / "README.md": {"published": published, "speed": speed},
     DOCS / "check.md": {"check": check},
+    DOCS / "export.md": {"shipped": shipped},
+    DOCS / "predict.md": {"many": many},
     DOCS / "scale.md": {"scaling_plan": scaling_plan, "distributed": distributed},
     results_page.PAGE: results_page.blocks(),
 }

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import evaluate
+from tokenfusion.export import artefact
 from tokenfusion.multilabel import tune_thresholds
 from tokenfusion.training import Interrupted, resume, start
 from tokenfusion_runtime.output import print_predictions
@@ -265,3 +267,15 @@ def test_runs_of_the_first_format_are_read_as_they_were(trained, tmp_path):
     del described["multi_label"], described["thresholds"]
     (run / "model.json").write_text(json.dumps(described | {"format": 1}))
     assert not Classifier.load(run).multi_label
+
+
+def test_its_export_answers_alike_and_leaves_the_same_classes_open(finished, data, tmp_path):
+    said = artefact.export(finished, tmp_path / "out", format="pt2")
+    assert said["parity"]["label_agreement"] == 1.0
+    assert said["thresholds"] == list(Classifier.load(finished).thresholds)
+    paths = [data.parent / f"{index}.png" for index in range(40)]
+    run = replace(Classifier.load(finished), precision="fp32").predict(paths, abstain=0.1)
+    exported = artefact.load(tmp_path / "out").predict(paths, abstain=0.1)
+    assert [dict(one.labels).keys() for one in exported] == [dict(one.labels).keys() for one in run]
+    assert [one.unsure for one in exported] == [one.unsure for one in run]
+    assert any(one.unsure for one in run)
