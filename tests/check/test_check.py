@@ -24,7 +24,7 @@ from tokenfusion.check.checkup import free_run
 from tokenfusion.check.crop import kept
 from tokenfusion.check.duplicates import exact_duplicates, near_duplicates
 from tokenfusion.check.inspection import Inspection, inspect_images
-from tokenfusion.check.labels import choose_judged, count_classes, disputed, judge_labels
+from tokenfusion.check.labels import choose_judged, count_classes, disputed, judge_labels, thumbnail_features
 from tokenfusion.check.quarantine import connected
 from tokenfusion.data.exclude import keep_list
 from tokenfusion.data.open import open_dataset
@@ -445,7 +445,7 @@ def test_a_flipped_label_of_an_easy_class_is_disputed():
     thumbnails += torch.randint(0, 30, thumbnails.shape, generator=torch.manual_seed(0)).to(torch.uint8)
     labels = np.arange(60) % 2
     labels[13] = 0
-    judgement = judge_labels(thumbnails, labels, np.arange(100, 160))
+    judgement = judge_labels(thumbnail_features(thumbnails), labels, np.arange(100, 160))
     assert [(d.image, d.suggestion) for d in judgement.disputes] == [(113, 1)]
 
 

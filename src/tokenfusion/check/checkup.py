@@ -15,9 +15,11 @@ import torch
 from tokenfusion.check.crop import measure_crop
 from tokenfusion.check.duplicates import MAX_IMAGES, exact_duplicates, near_duplicates
 from tokenfusion.check.inspection import Inspection, inspect_images
-from tokenfusion.check.labels import Judgement, choose_judged, count_classes, judge_labels
+from tokenfusion.check.labels import Judgement, choose_judged, count_classes, judge_labels, thumbnail_features
 from tokenfusion.check.quarantine import quarantine, write_quarantine
 from tokenfusion.check.report import write_check
+from tokenfusion.check.seen import build_parents, see_images
+from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.describe import describe
 from tokenfusion.data.exclude import leave_out
@@ -31,6 +33,8 @@ from tokenfusion.files import own_folder, refuse_inside, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.recipe import Reading, Recipe
 
+SEEN_C = 0.01
+"""Inverse strength of the penalty of a classifier on what pretrained parents see, the middle of `probe.CS`."""
 TINY, HUGE = 1 / 4, 8
 """Times the median image's shorter side, below which an image is tiny; times the longer one's, above which huge."""
 
@@ -41,6 +45,7 @@ def check_data(
     img_size: tuple[int, int],
     progress: Callable[[str, int, int], None],
     reading: Reading = Reading(),  # noqa: B008 - frozen
+    start: Recipe = Recipe(),  # noqa: B008 - frozen
 ) -> tuple[dict[str, Any], Path]:
     """Check labelled images; write `check.json`, `quarantine.csv` and `check.html`.
 
@@ -50,6 +55,7 @@ def check_data(
         img_size: height and width of the model's input, of which only the aspect matters.
         progress: called with (what is done, images done, images in all).
         reading: how to understand the data where it does not say.
+        start: where it names `pretrained` weights, labels are judged by what its model's parents see.
 
     Returns:
         what check.json holds, and the folder.
@@ -64,8 +70,9 @@ def check_data(
     training = np.array([i for i, split in enumerate(dataset.splits) if split in ("train", "")], dtype=np.int64)
     dataset, values = with_value_range(dataset, training, reading.value_range, Recipe.max_pixels)
     dataset = replace(dataset, notes=(*dataset.notes, *[values] * bool(values)))
+    parents = build_parents(start, dataset) if start.pretrained else None
     with own_folder(folder):
-        result, excluded = look_at(dataset, img_size, progress, reading.rare_classes)
+        result, excluded = look_at(dataset, img_size, progress, reading.rare_classes, parents)
         result = {"data": data} | result | {"seconds": round(time.perf_counter() - began, 1)}
         write_quarantine(folder / "quarantine.csv", dataset, excluded)
         write_json(folder / "check.json", result)
@@ -74,7 +81,11 @@ def check_data(
 
 
 def look_at(
-    dataset: Dataset, img_size: tuple[int, int], progress: Callable[[str, int, int], None], rare_classes: str
+    dataset: Dataset,
+    img_size: tuple[int, int],
+    progress: Callable[[str, int, int], None],
+    rare_classes: str,
+    parents: Classifier | None,
 ) -> tuple[dict[str, Any], dict[int, str]]:
     """All that is found, as check.json has it, and which images had better be left out, with the reasons."""
     judged = choose_judged(dataset.labels)
@@ -84,7 +95,7 @@ def look_at(
     exact = exact_duplicates(inspections)
     near = near_duplicates(inspections if searched else [], lambda *done: progress("comparing images", *done))
     progress("judging labels", 0, 1)
-    judgement = judge(dataset, inspections, judged)
+    judgement = judge(dataset, inspections, judged, parents, lambda *done: progress("parents look at images", *done))
     progress("judging labels", 1, 1)
     excluded = quarantine(dataset, inspections, exact, [(pair.first, pair.second) for pair in near.pairs])
     result: dict[str, Any] = {
@@ -109,6 +120,7 @@ def look_at(
         "labels": {
             "judged": judgement.judged,
             "model_accuracy": judgement.accuracy,
+            "judged_by": list(parents.began_with) if parents else [],
             "note": judgement.note,
             "disputes": [
                 known(dataset, dispute.image)
@@ -142,18 +154,29 @@ def free_run(data: str) -> Path:
     return next(free for free in chain([run], (Path(f"{run}-{n}") for n in count(2))) if not free.exists())
 
 
-def judge(dataset: Dataset, inspections: list[Inspection], judged: np.ndarray) -> Judgement:
-    """What a quick model says of the labels of some images."""
+def judge(
+    dataset: Dataset,
+    inspections: list[Inspection],
+    judged: np.ndarray,
+    parents: Classifier | None,
+    progress: Callable[[int, int], None],
+) -> Judgement:
+    """What a quick model says of the labels of some images: by thumbnails, or by what pretrained parents see."""
     if dataset.multi_label:
         return Judgement([], 0, None, "the images have any number of labels each")
     read = np.array([index for index in judged if not inspections[index].reason], dtype=np.int64)
-    thumbnails = [inspections[index].thumbnail for index in read]
-    return judge_labels(
-        torch.stack(thumbnails) if thumbnails else torch.empty(0),
-        dataset.labels[read],
-        read,
-        None if dataset.groups is None else dataset.groups[read],
-    )
+    if not len(read):
+        return judge_labels(np.empty((0, 0)), dataset.labels[read], read)
+    if parents is not None:
+        readable = np.array([i for i, image in enumerate(inspections) if not image.reason], dtype=np.int64)
+        features, order = see_images(parents, dataset, readable, progress)
+        features = features[np.argsort(order)][np.searchsorted(readable, read)]
+    else:
+        features = thumbnail_features(torch.stack([inspections[index].thumbnail for index in read]))
+    groups = None if dataset.groups is None else dataset.groups[read]
+    if parents is not None:
+        return judge_labels(features, dataset.labels[read], read, groups, c=SEEN_C, calibrate=True)
+    return judge_labels(features, dataset.labels[read], read, groups)
 
 
 def why_train_refuses(dataset: Dataset, excluded: Iterable[int], rare_classes: str) -> str:

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from tokenfusion.preset import PRETRAINED_PAIR
 from tokenfusion.recipe import Reading, Recipe
 
 
@@ -19,6 +20,8 @@ def check(
     *,
     out: Path | None = None,
     img_size: tuple[int, ...] = (224,),
+    pretrained: tuple[str, ...] = (),
+    model: str = PRETRAINED_PAIR,
     reading: Annotated[Reading, Parameter(name="*")] = Reading(),  # noqa: B008 - frozen
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
@@ -39,6 +42,11 @@ def check(
         Folder to write to, outside DATA; check-NAME here when not given.
     img_size
         Height and width that images will be resized to, or one number for both: what the crop cuts off depends on it.
+    pretrained
+        Judge labels by what pretrained parents see instead of thumbnails: hub, or the CNN's and the transformer's file.
+        What they see is kept, and `train --pretrained` of the same images begins with it.
+    model
+        With --pretrained, the model fuse(CNN,VIT,probe) whose parents they are.
     as_json
         Print check.json instead of a summary.
     """
@@ -46,9 +54,10 @@ def check(
     from tokenfusion.check.report import summarise
     from tokenfusion.formatting import counted, spelled_out
 
-    height, width = Recipe(img_size=img_size).img_size
+    start = Recipe(img_size=img_size, pretrained=pretrained, model=model)
+    height, width = start.img_size
     with show_progress() as progress:
-        result, folder = check_data(data, out, (height, width), progress, reading)
+        result, folder = check_data(data, out, (height, width), progress, reading, start)
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return

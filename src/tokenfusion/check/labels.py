@@ -1,6 +1,7 @@
 """Labels that a quick model disputes, and classes that are empty, rare or differ between splits.
 
-The model is a logistic regression on oriented gradients and coarse colours of thumbnails, each image judged by a model
+The model is a logistic regression on oriented gradients and coarse colours of thumbnails, or on what pretrained parents
+see (`seen.py`), each image judged by a model
 that has not seen it (5-fold cross-validation). Which labels are disputed follows confident learning (Northcutt et al.,
 "Confident learning", JAIR 2021): another class is likelier than it is on average for images of that class.
 """
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
+from tokenfusion.calibrate import choose_temperature
 from tokenfusion.check.duplicates import gray
 from tokenfusion.check.lucas_kanade import slopes
 from tokenfusion.formatting import counted
@@ -69,16 +71,25 @@ def choose_judged(labels: np.ndarray) -> np.ndarray:
 
 
 def judge_labels(
-    thumbnails: Tensor, labels: np.ndarray, indices: np.ndarray, groups: np.ndarray | None = None
+    features: np.ndarray,
+    labels: np.ndarray,
+    indices: np.ndarray,
+    groups: np.ndarray | None = None,
+    c: float = 0.003,
+    calibrate: bool = False,
 ) -> Judgement:
     """Cross-validate a quick model and find the labels that it strongly disputes.
 
     Args:
-        thumbnails: uint8 (N, 3, S, S).
+        features: float (N, F), such as `features_of` thumbnails.
         labels: int64 (N,).
         indices: int64 (N,), by which a Dispute names each image.
         groups: int64 (N,); images of one are judged by a model that has seen none of them.
+        c: inverse strength of the model's penalty.
+        calibrate: whether its probabilities are divided by the temperature that suits them best: a penalty makes them
+            the flatter the fewer images there are.
     """
+    from scipy.special import softmax
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold, cross_val_predict
     from sklearn.pipeline import make_pipeline
@@ -90,13 +101,15 @@ def judge_labels(
     known = np.unique(labels[chosen])
     if len(known) < 2:
         return Judgement([], 0, None, TOO_FEW)
-    features = np.concatenate([features_of(part).numpy() for part in torch.split(thumbnails[chosen], 512)])
-    model = make_pipeline(StandardScaler(), LogisticRegression(C=0.003, tol=1e-3, max_iter=1000))
+    model = make_pipeline(StandardScaler(), LogisticRegression(C=c, tol=1e-3, max_iter=1000))
     within = None if groups is None else groups[chosen]
     kind = StratifiedKFold if groups is None else StratifiedGroupKFold
     folds = kind(FOLDS, shuffle=True, random_state=0)
     given = np.searchsorted(known, labels[chosen])
-    scores = cross_val_predict(model, features, given, cv=folds, method="predict_proba", groups=within)
+    scores = cross_val_predict(model, features[chosen], given, cv=folds, method="predict_proba", groups=within)
+    if calibrate:
+        logits = np.log(scores.clip(1e-12))
+        scores = softmax(logits / choose_temperature(torch.from_numpy(logits), torch.from_numpy(given)), axis=1)
     disputes = [
         dispute._replace(image=int(indices[chosen[dispute.image]]), suggestion=int(known[dispute.suggestion]))
         for dispute in disputed(scores, given)
@@ -121,6 +134,11 @@ def disputed(scores: np.ndarray, labels: np.ndarray) -> list[Dispute]:
     found = np.flatnonzero((confident[rows, other] > 0) & (margin >= MARGIN))
     order = found[np.argsort(-margin[found])]
     return [Dispute(int(i), int(other[i]), float(scores[i, other[i]]), float(own[i])) for i in order]
+
+
+def thumbnail_features(thumbnails: Tensor) -> np.ndarray:
+    """As `features_of`, some at a time."""
+    return np.concatenate([features_of(part).numpy() for part in torch.split(thumbnails, 512)])
 
 
 def features_of(thumbnails: Tensor) -> Tensor:
