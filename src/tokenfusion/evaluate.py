@@ -91,7 +91,7 @@ def evaluate(
             temperatures = cross_fitted_temperatures(logits, labels)
         result = evaluate_logits(logits, labels, classifier.classes, len(skipped), temperatures, groups)
         scores = (logits / temperatures[:, None]).softmax(1)
-        write = partial(write_predictions, predictions, classifier.classes, images.names, labels, scores)
+        write = partial(write_predictions, predictions, classifier.classes, images.names, labels, scores, groups)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"cross_fitted": cross_fit, "data": data, "split": name, "own": own, "unreadable": unreadable}
     result |= {"trained_on": judged.trained_on, "trained_on_left_out": judged.left_out}
@@ -321,14 +321,22 @@ def risk_by_class(classifier: Classifier, logits: Tensor, labels: Tensor, chosen
     return {name: risk_coverage(values, right) for name, values, right in columns}
 
 
-def write_predictions(path: Path, classes: Sequence[str], names: Sequence[str], labels: Tensor, scores: Tensor) -> None:
-    """Write `path,label,prediction,score` for every image, given probabilities (N, K)."""
+def write_predictions(
+    path: Path,
+    classes: Sequence[str],
+    names: Sequence[str],
+    labels: Tensor,
+    scores: Tensor,
+    groups: np.ndarray | None = None,
+) -> None:
+    """Write `path,label,prediction,score` for every image, given probabilities (N, K); `group` too where there are."""
     best, predictions = (values.tolist() for values in scores.max(1))
+    group = [()] * len(names) if groups is None else [(number,) for number in groups.tolist()]
     rows = (
-        (name, classes[label], classes[prediction], f"{score:.6f}")
-        for name, label, prediction, score in zip(names, labels.tolist(), predictions, best, strict=True)
+        (name, classes[label], classes[prediction], f"{score:.6f}", *rest)
+        for name, label, prediction, score, rest in zip(names, labels.tolist(), predictions, best, group, strict=True)
     )
-    write_csv(path, ("path", "label", "prediction", "score"), rows)
+    write_csv(path, ("path", "label", "prediction", "score", *("group",) * (groups is not None)), rows)
 
 
 def write_label_sets(

@@ -1,10 +1,11 @@
 """Intervals, tests and the front, against numbers worked out by hand."""
 
 import math
+from statistics import variance
 
 import pytest
 
-from tokenfusion.compare.statistics import crossed_t, holm, mcnemar, paired_t, pareto_front
+from tokenfusion.compare.statistics import crossed_t, holm, mcnemar, paired_t, pareto_front, variance_of_mean
 from tokenfusion.metrics import t_interval
 
 
@@ -83,3 +84,14 @@ def test_the_pareto_front_leaves_out_what_is_beaten():
     points = {"dear": (9.0, 0.9), "worse": (5.0, 0.7), "cheap": (1.0, 0.7), "middle": (4.0, 0.8), "as dear": (9.0, 0.8)}
     assert pareto_front(points) == ["cheap", "middle", "dear"]
     assert pareto_front({}) == []
+
+
+def test_images_of_one_group_are_one_draw():
+    values, reference, alike = [0.5, 0.52], [0.48, 0.47], [0.5, -0.5, 0.12, 0.0] * 5
+    once = crossed_t(values, reference, alike)
+    ten_times = [value for value in alike for _ in range(10)]
+    groups = [number for number in range(len(alike)) for _ in range(10)]
+    assert crossed_t(values, reference, ten_times, groups)["ci95"] == pytest.approx(once["ci95"])
+    assert crossed_t(values, reference, ten_times)["p"] < once["p"]
+    assert "in 20 whole groups" in crossed_t(values, reference, ten_times, groups)["method"]
+    assert variance_of_mean([1.0, 2.0, 4.0], range(3)) == (pytest.approx(variance([1.0, 2.0, 4.0]) / 3), 3)

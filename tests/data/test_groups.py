@@ -87,6 +87,7 @@ def test_an_evaluation_says_that_its_interval_is_of_groups(command, tmp_path: Pa
     assert command("report", run)[0] == 0
     assert "of whole groups, 2 of them" in (run / "report.html").read_text()
     assert json.loads((run / "evaluation.json").read_text())["groups"] == 2
+    assert (run / "predictions.csv").read_text().startswith("path,label,prediction,score,group")
     for c in ("ill", "well"):  # other data, whose names tell no group
         (tmp_path / "y" / c).mkdir(parents=True)
         Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(tmp_path / "y" / c / "z.png")

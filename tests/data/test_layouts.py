@@ -151,10 +151,11 @@ def lists(draw: Callable[..., object]) -> tuple[Layout, str, bytes]:
         words = {split: rng.choice(TRAIN if split == "train" else HELD_OUT[split]) for split in words}
         head.append(rng.choice(("split", "Subset", "set", "partition")))
         rows = [[*row, words[photo.split]] for row, photo in zip(rows, layout.photos, strict=True)]
-    if rng.random() < 0.3:
+    named = rng.random() < 0.8
+    if named and rng.random() < 0.3:
         head.insert(0, "note")
         rows = [[f"n{number}", *row] for number, row in enumerate(rows)]
-    if rng.random() < 0.3:
+    if named and rng.random() < 0.3:
         objects = [dict(zip(head, row, strict=True)) for row in rows]
         text = "".join(json.dumps(row, ensure_ascii=rng.random() < 0.5) + "\n" for row in objects)
         return (
@@ -164,8 +165,8 @@ def lists(draw: Callable[..., object]) -> tuple[Layout, str, bytes]:
         )
     file = io.StringIO()
     separator = rng.choice((",", ";", "\t", "|"))
-    csv.writer(file, delimiter=separator, lineterminator=rng.choice(("\n", "\r\n"))).writerows([head, *rows])
-    text = (f"sep={separator}\n" if rng.random() < 0.2 else "") + file.getvalue()
+    csv.writer(file, delimiter=separator, lineterminator=rng.choice(("\n", "\r\n"))).writerows([head] * named + rows)
+    text = (f"sep={separator}\n" if named and rng.random() < 0.2 else "") + file.getvalue()
     fits = [encoding for encoding in ENCODINGS if can_be(text, encoding)]
     return layout, rng.choice(("x.csv", "x.txt", "x.tsv")), text.encode(rng.choice(fits))
 

@@ -36,11 +36,12 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     images, skipped = read_readable(dataset, indices, recipe, split)
     several = [collect_logits(Classifier.load(run), images, workers=recipe.workers) for run in runs]
     logits, labels = mean_log_probabilities([logits for logits, _ in several]), several[0][1]
-    result = evaluate_logits(logits, labels, dataset.classes, skipped=len(skipped), groups=images.dataset.groups)
+    groups = images.dataset.groups
+    result = evaluate_logits(logits, labels, dataset.classes, skipped=len(skipped), groups=groups)
     result |= {"own": True, "data": recipe.data, "split": split, "members": [run.name for run in runs]}
     make_folder(out)
     with own_results(out):
-        write_predictions(out / "predictions.csv", dataset.classes, images.names, labels, logits.softmax(1))
+        write_predictions(out / "predictions.csv", dataset.classes, images.names, labels, logits.softmax(1), groups)
         write_json(out / "evaluation.json", result)
     return result
 

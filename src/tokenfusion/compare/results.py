@@ -179,7 +179,8 @@ def test_against_first(comparison: Comparison, name: str, runs: Mapping[str, Run
     if any([row["path"] for row in run] != [row["path"] for row in lines[0][0]] for run in lines[0]):
         return {"name": name, **paired_t(values, of_first)}
     shares = [[fmean(of_image) for of_image in zip(*one, strict=True)] for one in (right, reference)]
-    return {"name": name, **crossed_t(values, of_first, [a - b for a, b in zip(*shares, strict=True)])}
+    groups = [row["group"] for row in lines[0][0]] if lines[0][0] and "group" in lines[0][0][0] else None
+    return {"name": name, **crossed_t(values, of_first, [a - b for a, b in zip(*shares, strict=True)], groups)}
 
 
 def refuse_different_images(comparison: Comparison, runs: Mapping[str, Runs]) -> None:

@@ -1,7 +1,7 @@
 """What several runs of a model say: intervals of differences, tests, and who is not beaten at any cost."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from statistics import fmean, variance
 from typing import Any
 
@@ -33,7 +33,10 @@ def paired_t(values: Sequence[float], reference: Sequence[float]) -> dict[str, A
 
 
 def crossed_t(
-    values: Sequence[float], reference: Sequence[float], per_image: Sequence[float] | None = None
+    values: Sequence[float],
+    reference: Sequence[float],
+    per_image: Sequence[float] | None = None,
+    groups: Sequence[Hashable] | None = None,
 ) -> dict[str, Any]:
     """Test whether two models differ where every run of either is judged by the same images; fields as in `paired_t`.
 
@@ -45,14 +48,16 @@ def crossed_t(
         values, reference: accuracy of each seed, two or more of each.
         per_image: of each image, the share of seeds that are right less that of the reference's; None where no
             predictions were kept, where images count as given.
+        groups: of each image, which show one thing; then whole groups are random, not their images.
     """
     from scipy.stats import t
 
     parts = [(variance(one) / len(one), len(one) - 1) for one in (values, reference)]
     images = "as given: their predictions were not kept"
     if per_image is not None:
-        parts.append((variance(per_image) / len(per_image), len(per_image) - 1))
-        images = f"{len(per_image):,} random too"
+        error2, units = variance_of_mean(per_image, groups or range(len(per_image)))
+        parts.append((error2, units - 1))
+        images = f"{len(per_image):,} random too" + f", in {units:,} whole groups" * (groups is not None)
     total, mean = sum(part for part, _ in parts), fmean(values) - fmean(reference)
     method = f"t over {len(values)} and {len(reference)} seeds (Welch), images {images}"
     if total < 1e-18:
@@ -61,6 +66,20 @@ def crossed_t(
     reach = float(t.ppf(0.975, freedom)) * error
     p = float(2 * t.sf(abs(mean) / error, freedom))
     return {"difference_mean": mean, "ci95": [mean - reach, mean + reach], "p": p, "method": method}
+
+
+def variance_of_mean(values: Sequence[float], groups: Iterable[Hashable]) -> tuple[float, int]:
+    """The variance of values' mean where whole groups of them were drawn, and how many groups there are, two or more.
+
+    Source: Cochran, Sampling Techniques, 1977, section 6.3: the ratio of two totals of clusters.
+    """
+    mean, sums = fmean(values), dict[Hashable, float]()
+    for value, group in zip(values, groups, strict=True):
+        sums[group] = sums.get(group, 0.0) + value - mean
+    units = len(sums)
+    if units < 2:
+        return 0.0, 2
+    return units / (units - 1) * sum(total**2 for total in sums.values()) / len(values) ** 2, units
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
