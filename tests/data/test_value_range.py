@@ -2,13 +2,14 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from making import LIMIT
+from making import LIMIT, add, write_parquet
 from PIL import Image
 
 from runs import TINY
@@ -195,3 +196,31 @@ def test_an_export_decodes_as_its_run(command, tmp_path) -> None:
         assert np.abs(np.asarray(theirs).astype(int) - np.asarray(ours).astype(int)).max() <= 1
     assert np.asarray(ours).max() > 200
     assert "outside the value range 0 to 1000" in str(exported.prepare(tiff((RAMP * 9000).astype("f4")))[1])
+
+
+@pytest.mark.parametrize("kind", ["shards", "parquet", "tar", "list"])
+def test_a_range_is_found_wherever_the_images_lie(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENFUSION_CACHE", str(tmp_path / "cache"))
+    values, names = (RAMP * 3000).astype("u2"), ("a", "b")
+    files = [tiff(np.roll(values, number)) for number in range(4)]
+    if kind == "parquet":
+        write_parquet(tmp_path / "x" / "0.parquet", [*files], [0, 1, 0, 1], [*names])
+    else:
+        (tmp_path / "x").mkdir()
+        with tarfile.open(tmp_path / "x" / "0.tar", "w") as tar:
+            for number, data in enumerate(files):
+                folder = "" if kind == "shards" else f"{names[number % 2]}/"
+                add(tar, f"{folder}{number}.tif", data)
+                if kind == "shards":
+                    add(tar, f"{number}.cls", names[number % 2].encode())
+    place = tmp_path / "x" / "0.tar" if kind == "tar" else tmp_path / "x"
+    if kind == "list":
+        with tarfile.open(tmp_path / "x" / "0.tar") as tar:
+            tar.extractall(tmp_path / "y", filter="data")
+        place = tmp_path / "y" / "x.csv"
+        place.write_text("path,label\n" + "".join(f"{'ab'[n % 2]}/{n}.tif,{'ab'[n % 2]}\n" for n in range(4)))
+    source = open_dataset(place)
+    source, line = with_value_range(source, np.arange(4), (), LIMIT)
+    assert source.value_range == (0, 4095)
+    assert "found in 4 of the 4" in line
+    assert source.decode(0, LIMIT)[0].max() == round(3000 / 4095 * 255)
