@@ -2,7 +2,9 @@
 
 import io
 import json
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +226,22 @@ def test_a_range_is_found_wherever_the_images_lie(kind: str, tmp_path: Path, mon
     assert source.value_range == (0, 4095)
     assert "found in 4 of the 4" in line
     assert source.decode(0, LIMIT)[0].max() == round(3000 / 4095 * 255)
+
+
+def test_colour_of_which_nearly_nothing_is_left_is_warned_of(tmp_path: Path) -> None:
+    for name, high in (("a", 4095), ("b", 65535)):
+        rows = b"".join(b"\0" + np.full((8, 3), high, ">u2").tobytes() for _ in range(8))
+        chunks = [
+            (b"IHDR", struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)),
+            (b"IDAT", zlib.compress(rows)),
+            (b"IEND", b""),
+        ]
+        packed = (struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(packed))
+    source = open_dataset(tmp_path)
+    assert with_value_range(source, np.array([0]), (), LIMIT)[1] == (
+        "warning: colour images of 16 bits (1 looked at) are nearly black, for the high byte of each channel is read, "
+        "and these end at 15 of 255; convert them to 8 bits"
+    )
+    assert with_value_range(source, np.arange(2), (), LIMIT) == (source, "")

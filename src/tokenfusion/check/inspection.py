@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.dataset import Dataset
-from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image
+from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, has_deep_channels
 from tokenfusion_runtime.image import FORMATS, ValueRange, is_deep, pillow_limit_lifted
 
 SIDE = 48
@@ -112,12 +112,9 @@ def odd_colour(image: Image.Image, data: bytes) -> str:
     """What a classifier does not see as it is stored: other colour spaces, more than 8 bits, transparency."""
     if image.mode in ("CMYK", "LAB", "HSV", "YCbCr"):
         return image.mode
-    # Pillow opens PNG and TIFF of 3 × 16 bits as RGB; only the header still tells
-    depths = getattr(image, "tag_v2", {}).get(258, ())
-    deep = (image.format == "PNG" and data[24] == 16) or max(depths, default=8) > 8
     if is_deep(image):
         return {"F": "floats", "I": "integers"}.get(image.mode, "16 bits")
-    if deep:
+    if has_deep_channels(image, data):
         return "16 bits"
     if image.has_transparency_data:
         return "palette with transparency" if image.mode == "P" else "transparency"

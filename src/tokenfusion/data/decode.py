@@ -101,6 +101,28 @@ def decode_plain(data: bytes) -> Tensor | None:
         return None
 
 
+def deep_colour(data: bytes, *, max_pixels: int) -> int | None:
+    """The greatest value, to 255, that is left of a colour image of 16 bits, of which Pillow gives the high bytes
+    alone; None of any other image.
+
+    Raises:
+        UnreadableImage: it is damaged or too large.
+    """
+    try:
+        with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
+            deep = has_deep_channels(image, data) and not is_deep(image)
+    except Exception:  # as in `deep_values`
+        return None
+    return int(decode_image(data, max_pixels=max_pixels).max()) if deep else None
+
+
+def has_deep_channels(image: Image.Image, data: bytes) -> bool:
+    """Whether a file has more than 8 bits a channel: Pillow opens PNG and TIFF of 3 × 16 bits as RGB, and only the
+    header still tells."""
+    depths = getattr(image, "tag_v2", {}).get(258, ())
+    return (image.format == "PNG" and data[24] == 16) or max(depths, default=8) > 8
+
+
 def decode_ahead(
     items: Iterable[Item], decode: Callable[[Item], Decoded], waiting: int = 2 * THREADS
 ) -> Iterator[tuple[Item, Decoded | UnreadableImage]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tokenfusion.data.dataset import Dataset, printable
-from tokenfusion.data.decode import ValueRange, decode_ahead, deep_values
+from tokenfusion.data.decode import ValueRange, decode_ahead, deep_colour, deep_values
 
 STRETCHES, LENGTH = 32, 8
 """The images that are looked at: so many stretches of so many images each, so that few parts of a file are read."""
@@ -14,6 +14,8 @@ RARE = 0.001
 """Share of an image's values at either end that decide nothing, such as those of a sensor's broken pixels."""
 MOST_VALUES = 1_000_000
 """Values of an image that its rare ones are told by."""
+DARK = 63
+"""Highest value, to 255, of colour images of 16 bits that are warned of: two bits or more are not used."""
 EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp")
 """Endings of files that never have more."""
 
@@ -49,17 +51,34 @@ def with_value_range(
     looked_at = sample(indices, few_shards=dataset.shards is not None)
     found = [value for _, value in decode_ahead(looked_at, lambda index: values_of(dataset, index, max_pixels))]
     deep = [value for value in found if isinstance(value, Values)]
+    dark = dark_in_words([value for value in found if isinstance(value, int)])
     if given:
         low_high = (float(given[0]), float(given[1]))
-        return replace(dataset, value_range=low_high), given_in_words(low_high, deep, len(looked_at))
+        return replace(dataset, value_range=low_high), given_in_words(
+            low_high, deep, len(looked_at)
+        ) + f"; {dark}" * bool(dark)
     if not deep:
-        return dataset, ""
+        return dataset, dark
     low_high = find_range(deep)
     share = f"{len(deep):,} of the {len(looked_at):,} training images looked at, which have more than 8 bits"
     line = (
         f"value range: {in_words(low_high)}, found in {share}; what lies beyond is cut off (--value-range sets another)"
     )
-    return replace(dataset, value_range=low_high), line
+    return replace(dataset, value_range=low_high), line + f"; {dark}" * bool(dark)
+
+
+def dark_in_words(greatest: Sequence[int]) -> str:
+    """A warning of colour images of 16 bits that use so few of them that nearly nothing is left; "" of others.
+
+    Args:
+        greatest: the greatest value of each, to 255.
+    """
+    if not greatest or max(greatest) > DARK:
+        return ""
+    return (
+        f"warning: colour images of 16 bits ({len(greatest):,} looked at) are nearly black, for the high byte of each "
+        f"channel is read, and these end at {max(greatest)} of 255; convert them to 8 bits"
+    )
 
 
 def sample(indices: np.ndarray, few_shards: bool = False) -> list[int]:
@@ -70,8 +89,9 @@ def sample(indices: np.ndarray, few_shards: bool = False) -> list[int]:
     return indices[np.unique(starts[:, None] + np.arange(LENGTH))].tolist()
 
 
-def values_of(dataset: Dataset, index: int, max_pixels: int) -> Values | None:
-    """What values an image has; None where it has 8 bits, or no finite value.
+def values_of(dataset: Dataset, index: int, max_pixels: int) -> Values | int | None:
+    """What values a gray image has, or where those of a colour image of 16 bits end, to 255; None where it has 8 bits,
+    or no finite value.
 
     Raises:
         UnreadableImage: it cannot be read.
@@ -80,8 +100,10 @@ def values_of(dataset: Dataset, index: int, max_pixels: int) -> Values | None:
     if name.lower().endswith(EIGHT_BITS):
         return None
     data = dataset.read(index)
-    values = deep_values(data, max_pixels=max_pixels) if isinstance(data, bytes) else None
-    return None if values is None else summary_of(name, values)
+    if not isinstance(data, bytes):
+        return None
+    values = deep_values(data, max_pixels=max_pixels)
+    return deep_colour(data, max_pixels=max_pixels) if values is None else summary_of(name, values)
 
 
 def summary_of(name: str, values: np.ndarray) -> Values | None:
