@@ -139,8 +139,8 @@ def test_long_cells_are_named_by_their_beginnings(tmp_path: Path, command: Calla
         status, output, errors = command("check", tmp_path / name, "--out", tmp_path / "out")
         assert status == 2
         assert len(output + errors) < 40_000, name
-    with pytest.raises(InputError, match=r"line 2: a label of 100,000 characters, 'é{40}' \.\.\.; mend the row"):
-        open_dataset(tmp_path / "label.csv")
+    with pytest.raises(InputError, match=r"line 2: a path of 100,000 characters, 'é{40}' \.\.\.; mend the row"):
+        open_dataset(tmp_path / "path.csv")
     (tmp_path / "long.csv").write_text(f"path,label\na.png,{long[:1001]}\nb.png,b\n")
     with pytest.raises(InputError, match="is no name of a class; give one of up to 1000 characters"):
         open_dataset(tmp_path / "long.csv")

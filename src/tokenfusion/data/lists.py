@@ -14,7 +14,7 @@ from tokenfusion.data.labels import clean_label
 from tokenfusion.data.paths import ListedPaths, exists, resolve_paths
 from tokenfusion.data.rows import as_groups, as_weights, read_weight
 from tokenfusion.data.split_names import FLAGS, SPLITS, TRUE, split_flagged, split_in_name, split_named, splits_in_words
-from tokenfusion.data.table import LONGEST_CELL, Table, read_table
+from tokenfusion.data.table import LONGEST_PATH, Table, read_table
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
 from tokenfusion.recipe import Reading
@@ -237,8 +237,8 @@ def require(row: dict[str, Any], name: str, where: str, role: str) -> str:
     if value is None or isinstance(value, dict | list) or str(value).strip() == "":
         called = role if plain(name) == role or name.startswith("column ") else name
         raise InputError(f"{where}: {called}={value!r}; every image needs a path and a label")
-    if len(str(value)) > LONGEST_CELL:
-        raise InputError(f"{where}: a {role} of {len(str(value)):,} characters, {str(value)[:40]!r} ...; mend the row")
+    if role == "path" and len(str(value)) > LONGEST_PATH:
+        raise InputError(f"{where}: a path of {len(str(value)):,} characters, {str(value)[:40]!r} ...; mend the row")
     return str(value).strip(" ") if role == "path" else str(value)
 
 
@@ -250,8 +250,6 @@ def labels_in(row: dict[str, Any], column: str, where: str) -> tuple[str, ...]:
     if both or not isinstance(names, list) or not all(isinstance(name, str | int) for name in names):
         raise InputError(f"{where}: labels={value!r}; give every image `labels` and none `label`: {SEVERAL}")
     texts = tuple(clean_label(name) for name in names)
-    if any(len(text) > LONGEST_CELL for text in texts):
-        raise InputError(f"{where}: a label has more than {LONGEST_CELL:,} characters; mend the row")
     if len(set(texts)) < len(texts) or any(name == "" or "|" in name for name in texts):
         raise InputError(f"{where}: labels={value!r}; name each label once, none empty and none with | in it")
     return texts

@@ -19,8 +19,8 @@ LONGEST_LINE = 2**20
 """Most bytes of a line."""
 LARGEST_JSON = 2**28
 """Most bytes of a JSON that is one value."""
-LONGEST_CELL = 4096
-"""Most characters of a path or a label; no file system takes a longer path."""
+LONGEST_PATH = 4096
+"""Most characters of a path; no file system takes a longer one."""
 SAMPLED = 2**20
 """Bytes by which an encoding is guessed."""
 
