@@ -123,7 +123,8 @@ def test_the_sample_is_bounded_and_spread() -> None:
     assert len(chosen) == STRETCHES * LENGTH
     assert (chosen[0], chosen[-1]) == (0, 99_999)
     assert sample(np.arange(7)) == list(range(7))
-    assert sample(np.arange(1000), few_shards=True) == list(range(STRETCHES * LENGTH))
+    assert sample(np.arange(1000), np.arange(1000) // 500) == list(range(STRETCHES * LENGTH))
+    assert sample(np.arange(7, 1000), np.arange(1000) // 10) == [7, 8, 9]
 
 
 @pytest.mark.parametrize("values", [(5.0,), (5.0, 5.0), (9.0, 1.0), (0.0, float("nan")), (0.0, float("inf")), (0, "9")])

@@ -48,7 +48,7 @@ def with_value_range(
     Returns:
         the dataset, and what was found, in words; without a range and "" where no image has more than 8 bits.
     """
-    looked_at = sample(indices, few_shards=dataset.shards is not None)
+    looked_at = sample(indices, dataset.shards)
     found = [value for _, value in decode_ahead(looked_at, lambda index: values_of(dataset, index, max_pixels))]
     deep = [value for value in found if isinstance(value, Values)]
     dark = dark_in_words([value for value in found if isinstance(value, int)])
@@ -81,9 +81,12 @@ def dark_in_words(greatest: Sequence[int]) -> str:
     )
 
 
-def sample(indices: np.ndarray, few_shards: bool = False) -> list[int]:
-    """Some of the indices, in stretches that are spread evenly; the first ones where these lie in shards."""
-    if few_shards or len(indices) <= STRETCHES * LENGTH:
+def sample(indices: np.ndarray, shards: np.ndarray | None = None) -> list[int]:
+    """Some of the indices, in stretches that are spread evenly; of images in shards (N,) those of the first one, for a
+    shard is fetched whole."""
+    if shards is not None:
+        indices = indices[shards[indices] == shards[indices[:1]]]
+    if shards is not None or len(indices) <= STRETCHES * LENGTH:
         return indices[: STRETCHES * LENGTH].tolist()
     starts = np.linspace(0, len(indices) - LENGTH, STRETCHES).round().astype(np.int64)
     return indices[np.unique(starts[:, None] + np.arange(LENGTH))].tolist()
