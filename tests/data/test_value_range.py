@@ -192,7 +192,7 @@ def test_an_export_decodes_as_its_run(command, tmp_path) -> None:
     words = ("--model", TINY, "--img-size", 8, "--batch-size", 8, "--epochs", 1, "--out", run)
     assert command("train", folder, *words)[0] == 0
     image, classifier = folder / "light" / "3.tif", Classifier.load(run)
-    exported = ExportedClassifier(describe(classifier, run, "onnx", "fp32", None), engine=lambda images: images)
+    exported = ExportedClassifier(describe(run, "onnx", "fp32", None), engine=lambda images: images)
     ours = classifier.prepare(image)[1]
     for given in (image, image.read_bytes(), np.asarray(Image.open(image)), Image.open(image)):
         theirs = exported.prepare(given)[1]
