@@ -28,6 +28,7 @@ from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split, never_held_out
 from tokenfusion.training import Interrupted
 from tokenfusion.training.state import fault_of, read_progress
+from tokenfusion_runtime.classifier import ExportedClassifier
 from tokenfusion_runtime.image import MAX_SIDE
 
 PIXELS = 100_000_000
@@ -56,6 +57,31 @@ def test_a_png_whose_rows_end_too_early_is_damaged(bits, colour, row):
         decode_image(png(32, 32, rows, bits, colour), max_pixels=PIXELS)
     black = (b"\0" + bytes(row)) * 32  # a picture may be black, to its last row
     decode_image(png(32, 32, black, bits, colour), max_pixels=PIXELS)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_a_jpeg_whose_data_ends_too_early_is_damaged_though_its_end_marker_is_there(mode, share, exported_decode):
+    whole = image_bytes("JPEG", (64, 64), mode)
+    cut = whole[: int(share * len(whole))] + b"\xff\xd9"
+    for decode_one in (lambda data: decode_image(data, max_pixels=PIXELS), exported_decode):
+        decode_one(whole)
+        with pytest.raises(UnreadableImage, match="damaged image"):
+            decode_one(cut)
+
+
+@pytest.fixture
+def exported_decode():
+    """How an exported classifier decodes."""
+    return ExportedClassifier({"max_pixels": PIXELS}, engine=None).decode
+
+
+def test_a_jpeg_may_be_gray_to_its_last_pixel(exported_decode):
+    file = io.BytesIO()
+    Image.new("RGB", (64, 40), (128, 128, 128)).save(file, "JPEG")
+    assert decode_image(file.getvalue(), max_pixels=PIXELS).unique().tolist() == [128]
+    assert exported_decode(file.getvalue()).getextrema() == ((128, 128),) * 3
+    decode_image(file.getvalue().removesuffix(b"\xff\xd9"), max_pixels=PIXELS)
 
 
 def test_an_interlaced_png_may_be_black_and_must_be_whole():
@@ -281,12 +307,19 @@ def test_bytes_are_images_and_other_things_are_one_kind_of_error(trained):
     assert all(other.topk == first.topk for other in others)
     assert classifier.predict(data) == [first]
     assert not classifier.predict(premultiplied)[0].error
-    wrong = (None, 3, torch.zeros(3, 8, 8), np.zeros((0, 0), dtype=np.uint8), np.zeros((4, 4)))
+    closed = io.BytesIO()
+    closed.close()
+    wrong = (None, 3, torch.zeros(3, 8, 8), np.zeros((0, 0), dtype=np.uint8), np.zeros((4, 4)), bytearray(data), closed)
+    exported = ExportedClassifier(
+        {"max_pixels": PIXELS, "surest_errors": [], "thresholds": [], "classes": []}, engine=None
+    )
     for thing in wrong:
-        with pytest.raises(InputError, match="is not an image"):
-            classifier.predict(thing)
-        with pytest.raises(InputError, match="is not an image"):
-            classifier.predict([thing])
+        for given in (thing, [thing]):
+            for one in (classifier, exported):
+                with pytest.raises(InputError, match="is not an image"):
+                    one.predict(given)
+    view = np.broadcast_to(np.uint8(1), (600_000, 600_000, 3))  # a terabyte, were it copied
+    assert "has a side that is not" in classifier.predict(view)[0].error
     assert "damaged" in classifier.predict(b"no image \x89PNG")[0].error or classifier.predict(b"no")[0].error
 
 

@@ -16,7 +16,7 @@ from tokenfusion_runtime.abstain import SurestErrors
 from tokenfusion_runtime.engines import ENGINES, Engine
 from tokenfusion_runtime.errors import InputError, UnreadableImage
 from tokenfusion_runtime.files import read_file
-from tokenfusion_runtime.image import Pixels, ValueRange, opened, pillow_image, prepare, to_rgb
+from tokenfusion_runtime.image import Pixels, ValueRange, opened, pillow_image, prepare, to_rgb, whole_rgb
 from tokenfusion_runtime.prediction import Answers, Floats, Prediction, cuts_for
 
 FORMAT = 1
@@ -127,8 +127,9 @@ class ExportedClassifier:
         """
         limit = self.description["max_pixels"]
         if isinstance(image, str | Path | bytes | BytesIO):
-            with opened(content_of(image), limit) as file:
-                return to_rgb(file, self.value_range)
+            content = content_of(image)
+            with opened(content, limit) as file:
+                return whole_rgb(file, content, self.value_range)
         try:
             return to_rgb(pillow_image(image, limit, self.value_range), self.value_range)
         except InputError:
@@ -145,9 +146,13 @@ def as_several(images: Any) -> Iterable[Any]:
 
 def content_of(image: str | Path | bytes | BytesIO) -> bytes:
     """The bytes of an image file."""
-    if isinstance(image, bytes | BytesIO):
-        return image if isinstance(image, bytes) else image.getvalue()
-    return read_file(image)
+    if isinstance(image, bytes):
+        return image
+    if not isinstance(image, BytesIO):
+        return read_file(image)
+    if image.closed:
+        raise InputError("a BytesIO that is closed is not an image; give its bytes, or close it later")
+    return image.getvalue()
 
 
 def load(folder: str | Path, *, threads: int = 0) -> ExportedClassifier:

@@ -7,7 +7,7 @@ import os
 import struct
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
 from typing import Any
@@ -139,6 +139,26 @@ def refuse_large(height: int, width: int, max_pixels: int) -> None:
         )
 
 
+def refuse_missing_blocks(data: bytes, last: Sequence[int]) -> None:
+    """Refuse a JPEG whose data ends before its last block, although its end marker is there: libjpeg makes up the rest.
+
+    Only an image whose last pixel is of the gray that it takes for it is looked at: what stands before the marker is
+    then part of the image, or not. A progressive JPEG that lacks a later scan has all its pixels, and is read.
+
+    Args:
+        data: the file's bytes.
+        last: the values of the image's last pixel.
+    """
+    end = data.rfind(b"\xff\xd9")
+    if any(value != 128 for value in last) or end < data.rfind(b"\xff\xda"):  # of one without a marker, see `with_end`
+        return
+    body = data[:end]
+    endings = (b"\xff\xd9", b"\x55" * 4096 + b"\xff\xd9")
+    one, other = (Image.open(BytesIO(body + ending), formats=["JPEG"]) for ending in endings)
+    if not np.array_equal(np.asarray(one), np.asarray(other)):
+        raise UnreadableImage("damaged image: its data ends before its last pixels")
+
+
 def refuse_missing_rows(data: bytes, image: Image.Image) -> None:
     """Refuse a PNG whose compressed rows end too early: Pillow leaves the rest black without a word.
 
@@ -181,8 +201,9 @@ def pillow_image(image: object, max_pixels: int, value_range: ValueRange | None 
         InputError: it is something else.
     """
     if isinstance(image, np.ndarray):
+        if image.ndim > 1 and image.size:
+            refuse_large(image.shape[0], image.shape[1], max_pixels)  # a view may be larger than the memory
         if value_range is not None and image.ndim == 2 and image.size and image.dtype.kind in "uif":
-            refuse_large(image.shape[0], image.shape[1], max_pixels)
             image = image if image.dtype == np.uint8 else scaled(image, value_range)
         if not image.size or image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in CHANNELS:
             raise InputError(
@@ -208,6 +229,15 @@ def orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # damaged metadata is no reason to lose the picture
         return 1
+
+
+def whole_rgb(image: Image.Image, data: bytes, value_range: ValueRange | None = None) -> Image.Image:
+    """An opened image file as `to_rgb` has it, refused where a JPEG's data ends too early."""
+    image.load()
+    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+        last = image.getpixel((image.width - 1, image.height - 1))
+        refuse_missing_blocks(data, last if isinstance(last, tuple) else [int(last or 0)])
+    return to_rgb(image, value_range)
 
 
 def to_rgb(image: Image.Image, value_range: ValueRange | None = None) -> Image.Image:

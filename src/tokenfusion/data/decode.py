@@ -32,7 +32,9 @@ from tokenfusion_runtime.image import (
     orientation,
     pillow_limit_lifted,
     refuse_large,
+    refuse_missing_blocks,
     to_rgb,
+    whole_rgb,
 )
 
 __all__ = ["EXTENSIONS", "LFS_POINTER", "UnreadableImage", "ValueRange", "is_image", "refuse_large", "to_rgb"]
@@ -65,7 +67,10 @@ def decode_image(data: bytes, *, max_pixels: int, value_range: ValueRange | None
     """
     with opened(data, max_pixels) as image:
         pixels = decode_plain(data) if is_plain(image) else None
-        return F.pil_to_tensor(to_rgb(image, value_range)) if pixels is None else pixels
+        if pixels is None:
+            return F.pil_to_tensor(whole_rgb(image, data, value_range))
+        refuse_missing_blocks(data, pixels[:, -1, -1].tolist())
+        return pixels
 
 
 def deep_values(data: bytes, *, max_pixels: int) -> np.ndarray | None:
