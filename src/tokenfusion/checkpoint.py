@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tokenfusion.data.decode import ValueRange
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_atomic
+from tokenfusion.files import NUMBER, Shape, fault_in, write_atomic
 from tokenfusion.hardware import Precision
 from tokenfusion.models.official import with_present_names
 
@@ -39,6 +39,13 @@ DESCRIPTION: dict[str, type] = {
     "weights": str,
 }
 """Fields of `model.json` and their types."""
+LISTS: dict[str, Shape] = {
+    "surest_errors": [{"images": int, "ranks": [int], "scores": [NUMBER]}],
+    "began_with": [{"model": str, "source": str, "sha256": str}],
+    "versions": {"*": str},
+    "thresholds": [NUMBER],
+}
+"""What its lists and objects hold."""
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any] | None = None) -> None:
@@ -208,6 +215,9 @@ def fault_of(description: dict[str, Any]) -> str:
     classes, precision = description["classes"], description["precision"]
     if not all(isinstance(name, str) for name in classes) or not len(classes) == len(set(classes)) > 0:
         return f"has classes={classes!r}, which are not different names"
+    for key, shape in LISTS.items():
+        if fault := fault_in(description[key], shape, key):
+            return f"has {fault}"
     thresholds, wanted = description["thresholds"], len(classes) if description["multi_label"] else 0
     if len(thresholds) != wanted or not all(isinstance(t, float | int) and 0 <= t <= 1 for t in thresholds):
         return f"has thresholds={thresholds!r}, which are not {wanted} scores from 0 to 1"

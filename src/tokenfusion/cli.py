@@ -1,6 +1,5 @@
 """The command `tokenfusion`: typed verbs that import what they need when they are called."""
 
-import json
 import os
 import shlex
 import signal
@@ -428,7 +427,7 @@ app.command(check)
 def show(result: Any, as_json: bool, table: Sequence[Sequence[str]] = (), lines: Sequence[str] = ()) -> None:
     """Print a result as JSON, or else as a table whose first line has the headings, and lines below it."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json_text(result, indent=2))
         return
     if table:
         from rich.table import Table

@@ -5,12 +5,14 @@ import errno
 import fcntl
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, Any, TypeAlias
 
 from tokenfusion.errors import InputError
 
@@ -240,6 +242,34 @@ def read_json(path: Path, remedy: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}); {remedy}") from error
+
+
+Shape: TypeAlias = "type | UnionType | tuple[Shape, ...] | list[Shape] | dict[str, Shape]"
+"""What a value of JSON must be: a type or one of several, a list of so many, a list of any length, or an object by its
+fields, of which `name?` may be missing, and `*` stands for all others."""
+NUMBER = int | float
+
+
+def fault_in(value: Any, shape: Shape, name: str = "it") -> str:
+    """What is wrong with a value of JSON, by the first place where it is not as it must be; "" where nothing is."""
+    parts: list[tuple[Any, Shape, str]] = []
+    if isinstance(shape, dict):
+        right = isinstance(value, dict)
+        fields = {key.rstrip("?"): inner for key, inner in shape.items()}
+        for key in (key for key in shape if right and key[-1] not in "?*" and key not in value):
+            return f"{name} lacks {key}"
+        known = [(key, fields.get(key, fields.get("*"))) for key in value] if right else []
+        parts = [(value[key], inner, f"{key} of {name}") for key, inner in known if inner is not None]
+    elif isinstance(shape, list | tuple):
+        right = isinstance(value, list) and (isinstance(shape, list) or len(value) == len(shape))
+        shapes = shape * len(value) if isinstance(shape, list) and right else shape
+        parts = [(one, inner, f"a part of {name}") for one, inner in zip(value, shapes, strict=True)] if right else []
+    else:
+        right = isinstance(value, shape) and (not isinstance(value, bool) or shape is bool)
+        right = right and not (isinstance(value, float) and not math.isfinite(value))
+    if not right:
+        return f"{name} is {value!s:.40}"
+    return next((fault for part in parts if (fault := fault_in(*part))), "")
 
 
 def read_json_lines(path: Path) -> list[Any]:

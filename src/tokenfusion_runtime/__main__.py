@@ -2,12 +2,13 @@
 
 import argparse
 import io
+import os
 import sys
 
 from tokenfusion_runtime.classifier import load
 from tokenfusion_runtime.errors import InputError
 from tokenfusion_runtime.files import expand
-from tokenfusion_runtime.output import print_predictions
+from tokenfusion_runtime.output import print_predictions, visible
 
 
 def main(words: list[str] | None = None) -> int:
@@ -19,6 +20,9 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--format", choices=["table", "json", "csv"], default="table")
     parser.add_argument("--abstain", type=float, help="largest share of wrong answers, such as 0.02")
     given = parser.parse_args(words)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # what was closed, as by `>&-`, is nowhere
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
     try:
@@ -29,8 +33,11 @@ def main(words: list[str] | None = None) -> int:
         predictions = classifier.iter_predictions(expand(given.paths), topk=topk, abstain=given.abstain)
         failed = print_predictions(predictions, given.format, topk=topk, multi_label=classifier.multi_label)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     if failed:
         print(f"{failed} of the images could not be read", file=sys.stderr)
     return 1 if failed else 0

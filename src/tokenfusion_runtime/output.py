@@ -29,7 +29,7 @@ def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: i
     for prediction in predictions:
         failed += bool(prediction.error)
         if output == "json":
-            print(as_json(prediction.to_dict()), flush=True)
+            print(json_text(prediction.to_dict()), flush=True)
         elif output == "csv":
             cells = csv_cells(prediction) or [""] * len(columns)
             writer.writerow([prediction.path, *cells, prediction.error])
@@ -43,10 +43,10 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
-def as_json(value: Any) -> str:
-    r"""JSON on a line in which what could move a terminal's cursor is written as \u009b, which means the same."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+def json_text(value: Any, indent: int | None = None) -> str:
+    r"""JSON in which what could move a terminal's cursor is written as \u009b, which means the same."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def print_row(cells: Sequence[str], widths: list[int]) -> None:

@@ -1,6 +1,5 @@
 """The verbs that look inside, `analyze` and `explain`; like the others they import what they need when called."""
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
+
+from tokenfusion_runtime.output import visible
 
 app = App(
     name="analyze",
@@ -133,9 +134,9 @@ def explain(
         result, folder = room.explain(run, images, question, out=out, faithfulness=faithfulness, progress=progress)
     failed = [image for image in result["images"] if "error" in image]
     for image in failed:
-        print(f"{image['path']}: {image['error']}", file=sys.stderr)
+        print(visible(f"{image['path']}: {image['error']}"), file=sys.stderr)
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json_text(result, indent=2))
     else:
         for line in room.faithfulness_summary(result["faithfulness"] or {}):
             print(line)
@@ -160,7 +161,7 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 def show(result: dict[str, Any], file: Path, lines: Sequence[str], as_json: bool) -> None:
     """Print a result as JSON, or as lines to read and where it was written."""
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json_text(result, indent=2))
         return
     for line in (*lines, f"written to {file}, with {', '.join(result['figures'])}"):
         print(line)

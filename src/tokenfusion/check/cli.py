@@ -1,6 +1,5 @@
 """The verb `check`; like the others it imports what it needs when it is called."""
 
-import json
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -59,7 +58,7 @@ def check(
     with show_progress() as progress:
         result, folder = check_data(data, out, (height, width), progress, reading, start)
     if as_json:
-        print(json.dumps(result, indent=2, ensure_ascii=False))
+        print(json_text(result, indent=2))
         return
     for line in summarise(result):
         print(spelled_out(line))

@@ -8,11 +8,11 @@ from typing import Any
 
 from tokenfusion.compare.table import comparison_table, gaps, methods
 from tokenfusion.errors import InputError
-from tokenfusion.files import own_results, read_json
+from tokenfusion.files import NUMBER, own_results, read_json
 from tokenfusion.formatting import counted
 from tokenfusion.report.comparison_summary import fusion_against_others, headline, rank
 from tokenfusion.report.page import write_page
-from tokenfusion.report.run_folder import AGAIN, NUMBER, FieldTypes, damaged, read_epochs, require_fields
+from tokenfusion.report.run_folder import AGAIN, FieldTypes, damaged, read_epochs, require_fields
 
 RESULT: FieldTypes = (
     dict.fromkeys(("data", "budget", "hardware", "precision"), str)

@@ -11,21 +11,60 @@ from typing import Any, NamedTuple, TypeVar
 from tokenfusion.checkpoint import load_description, resume_command
 from tokenfusion.data.decoded import Skipped
 from tokenfusion.errors import InputError
-from tokenfusion.files import read_json, read_json_lines
+from tokenfusion.files import NUMBER, Shape, fault_in, read_json, read_json_lines
 from tokenfusion.recipe import Recipe, load_recipe
 
 FieldTypes = Mapping[str, type | UnionType]
 """Fields of a JSON object, and what each is."""
-NUMBER = int | float
 AGAIN = "restore it, or train and evaluate again"
 """What to do where a file of a run is damaged."""
-EPOCH_KEYS = ("epoch", "lr", "train_loss", "val_loss", "seconds", "images_per_s")
-EVALUATION_KEYS = ("data", "split", "n", "loss", "per_class", "skipped")
-ONE_CLASS_KEYS = (*EVALUATION_KEYS, "top1", "top5", "top1_ci95", "ece", "temperature", "confusion")
-MULTILABEL_KEYS = (
-    *(*EVALUATION_KEYS, "map", "map_ci95", "f1_macro", "f1_micro"),
-    *("exact_match", "exact_match_ci95", "cross_fitted"),
-)
+SHARE = NUMBER | None
+"""None where it is one of nothing."""
+EPOCH: dict[str, Shape] = {
+    "epoch": int,
+    "lr": NUMBER,
+    "train_loss": SHARE,
+    "val_loss": SHARE,
+    "seconds": NUMBER,
+    "images_per_s": NUMBER,
+    "*": SHARE,
+}
+RISK: Shape = {"coverage": [NUMBER], "risk": [NUMBER], "area": NUMBER}
+CLASS: dict[str, Shape] = {"precision": SHARE, "recall": SHARE, "f1": SHARE, "n": int}
+EVALUATION: dict[str, Shape] = {"data": str, "split": str, "n": int, "loss": NUMBER, "skipped": int}
+ONE_CLASS: dict[str, Shape] = {
+    **EVALUATION,
+    "top1": NUMBER,
+    "top5": NUMBER,
+    "top1_ci95": (NUMBER, NUMBER),
+    "temperature": NUMBER,
+    "ece": NUMBER,
+    "ece_raw?": NUMBER,
+    "ece_ci95?": (NUMBER, NUMBER),
+    "per_class": {"*": CLASS},
+    "confusion": [[int]],
+    "risk_coverage?": RISK,
+}
+MULTILABEL: dict[str, Shape] = {
+    **EVALUATION,
+    "map": SHARE,
+    "map_ci95": list | None,
+    "f1_macro": SHARE,
+    "f1_micro": SHARE,
+    "exact_match": SHARE,
+    "exact_match_ci95": (NUMBER, NUMBER),
+    "cross_fitted": bool,
+    "per_class": {"*": CLASS | {"ap": SHARE, "threshold": NUMBER}},
+    "risk_coverage?": {"*": RISK},
+}
+LR_RANGE: dict[str, Shape] = {
+    "chosen": NUMBER,
+    "rule": str,
+    "rates": [NUMBER],
+    "losses": [NUMBER],
+    "smoothed": [NUMBER],
+}
+"""What a run's files must hold."""
 
 
 class PredictionRow(NamedTuple):
@@ -89,7 +128,7 @@ def read_results(run: Path) -> Results:
     predictions: list[PredictionRow] = []
     label_sets: list[LabelSetRow] = []
     if model["multi_label"]:
-        evaluation, label_sets = read_judged(run, model["classes"], MULTILABEL_KEYS, read_label_sets)
+        evaluation, label_sets = read_judged(run, model["classes"], MULTILABEL, read_label_sets)
     else:
         evaluation, predictions = read_evaluation(run, model["classes"])
     return Results(
@@ -108,20 +147,22 @@ def read_results(run: Path) -> Results:
 
 def read_evaluation(run: Path, classes: list[str]) -> tuple[dict[str, Any] | None, list[PredictionRow]]:
     """evaluation.json and the predictions.csv that belongs to it; None and nothing where there is no evaluation."""
-    return read_judged(run, classes, ONE_CLASS_KEYS, read_predictions)
+    return read_judged(run, classes, ONE_CLASS, read_predictions)
 
 
 def read_judged(
-    run: Path, classes: list[str], keys: tuple[str, ...], read: Callable[[Path], list[Row]]
+    run: Path, classes: list[str], shape: dict[str, Shape], read: Callable[[Path], list[Row]]
 ) -> tuple[dict[str, Any] | None, list[Row]]:
-    """An evaluation with certain fields, and what `read` makes of the predictions that belong to it."""
+    """An evaluation as it must be, and what `read` makes of the predictions that belong to it."""
     path = run / "evaluation.json"
     if not path.is_file():
         return None, []
     evaluation = read_json(path, AGAIN)
-    require(evaluation, keys, path)
+    require_shape(evaluation, shape, path)
     again = f"make both anew with `tokenfusion evaluate {shlex.quote(str(run))}`"
-    if list(evaluation["per_class"]) != classes or len(evaluation.get("confusion", classes)) != len(classes):
+    confusion = evaluation.get("confusion", [classes] * len(classes))
+    sizes = {len(evaluation["per_class"]), len(confusion), *map(len, confusion)}
+    if list(evaluation["per_class"]) != classes or sizes != {len(classes)}:
         raise InputError(f"{path} has other classes than model.json, so that it is of another model; {again}")
     if not (run / "predictions.csv").is_file():
         raise InputError(f"run {run} has evaluation.json but no predictions.csv, which is written with it; {again}")
@@ -139,7 +180,7 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     epochs = read_json_lines(path)
     for epoch in epochs:
         measured = ("train_exact_match", "val_map") if "val_map" in epoch else ("train_top1", "val_top1")
-        require(epoch, (*EPOCH_KEYS, *measured), path)
+        require_shape(epoch, EPOCH | dict.fromkeys(measured, SHARE), path)
     return epochs
 
 
@@ -148,7 +189,7 @@ def read_lr_range(path: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     tested: dict[str, Any] = read_json(path, AGAIN)
-    require(tested, ("chosen", "rule", "rates", "losses", "smoothed"), path)
+    require_shape(tested, LR_RANGE, path)
     return tested
 
 
@@ -205,6 +246,17 @@ def require(value: Any, keys: tuple[str, ...], path: Path) -> None:
     missing = [key for key in keys if not isinstance(value, dict) or key not in value]
     if missing:
         raise InputError(f"{path} is incomplete: it lacks {', '.join(missing)}; {AGAIN}")
+
+
+def require_shape(value: Any, shape: dict[str, Shape], path: Path) -> None:
+    """Refuse a file that lacks some of its fields, or holds what cannot stand there.
+
+    Raises:
+        InputError: it does.
+    """
+    require(value, tuple(key for key in shape if key[-1] not in "?*"), path)
+    if fault := fault_in(value, shape):
+        raise damaged(path, fault)
 
 
 def require_fields(value: Any, types: FieldTypes, path: Path) -> None:
