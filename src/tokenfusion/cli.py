@@ -22,6 +22,7 @@ from tokenfusion.formatting import PlainConsole, abridged, counted
 from tokenfusion.predict.cli import predict
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
+from tokenfusion_runtime.output import json_text
 
 for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # what was closed, as by `>&-`, is nowhere
     if getattr(sys, name) is None:

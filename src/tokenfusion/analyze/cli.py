@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from tokenfusion_runtime.output import visible
+from tokenfusion_runtime.output import json_text, visible
 
 app = App(
     name="analyze",

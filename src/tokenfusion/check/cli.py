@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from tokenfusion.preset import PRETRAINED_PAIR
 from tokenfusion.recipe import Reading, Recipe
+from tokenfusion_runtime.output import json_text
 
 
 def check(
