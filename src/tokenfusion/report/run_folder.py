@@ -179,7 +179,8 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     """A dict per line of metrics.jsonl."""
     epochs = read_json_lines(path)
     for epoch in epochs:
-        measured = ("train_exact_match", "val_map") if "val_map" in epoch else ("train_top1", "val_top1")
+        several = isinstance(epoch, dict) and "val_map" in epoch
+        measured = ("train_exact_match", "val_map") if several else ("train_top1", "val_top1")
         require_shape(epoch, EPOCH | dict.fromkeys(measured, SHARE), path)
     return epochs
 
