@@ -73,7 +73,7 @@ def test_a_jpeg_whose_data_ends_too_early_is_damaged_though_its_end_marker_is_th
 @pytest.fixture
 def exported_decode():
     """How an exported classifier decodes."""
-    return ExportedClassifier({"max_pixels": PIXELS}, engine=None).decode
+    return ExportedClassifier({"max_pixels": PIXELS, "preprocess": {}}, engine=None).decode
 
 
 def test_a_jpeg_may_be_gray_to_its_last_pixel(exported_decode):
@@ -311,7 +311,7 @@ def test_bytes_are_images_and_other_things_are_one_kind_of_error(trained):
     closed.close()
     wrong = (None, 3, torch.zeros(3, 8, 8), np.zeros((0, 0), dtype=np.uint8), np.zeros((4, 4)), bytearray(data), closed)
     exported = ExportedClassifier(
-        {"max_pixels": PIXELS, "surest_errors": [], "thresholds": [], "classes": []}, engine=None
+        {"max_pixels": PIXELS, "preprocess": {}, "surest_errors": [], "thresholds": [], "classes": []}, engine=None
     )
     for thing in wrong:
         for given in (thing, [thing]):
