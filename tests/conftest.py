@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+import children  # noqa: F401 - processes of their own are forked from one that has imported everything
 from runs import small_recipe
 from tokenfusion import cli
 

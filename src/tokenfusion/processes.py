@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def in_fresh_process(function: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
-    """Call a function in a new process that imports everything anew, and wait for its result.
+    """Call a function in a new process that holds nothing of this one, and wait for its result.
 
     Ctrl-C ends the process without a word; the caller's own KeyboardInterrupt is what is answered.
 
@@ -19,14 +19,25 @@ def in_fresh_process(function: Callable[P, T], *arguments: P.args, **options: P.
         BrokenProcessPool: the system stopped the process, most often for want of memory.
         Exception: what the function raises.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=die_of_interrupts) as process:
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the process answers it as it should
-        try:
-            run = process.submit(function, *arguments, **options)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        return run.result()
+    with fresh_process() as process:
+        return process.submit(function, *arguments, **options).result()
+
+
+def fresh_process() -> ProcessPoolExecutor:
+    """A process that holds nothing of this one, works off what it is given, and ends when the executor does.
+
+    It is forked by a server that runs nothing, where the system has such; who starts many may let that server import
+    before (`multiprocessing.set_forkserver_preload`). Ctrl-C in a terminal reaches it from here on.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    context = multiprocessing.get_context(method)
+    process = ProcessPoolExecutor(1, mp_context=context, initializer=die_of_interrupts)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the process answers it as it should
+    try:
+        process.submit(int).result()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return process
 
 
 def die_of_interrupts() -> None:

@@ -27,7 +27,7 @@ from tokenfusion.data.split import choose_split
 from tokenfusion.data.value_range import with_value_range
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import default_device, keep_freed_memory, peak_memory_mb, resident_mb
-from tokenfusion.processes import die_of_interrupts, in_fresh_process
+from tokenfusion.processes import fresh_process, in_fresh_process
 from tokenfusion.recipe import Recipe
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.model import build
@@ -108,8 +108,7 @@ def open_probe(recipe: Recipe, classes: int, steps: int) -> Iterator[Callable[[i
     Larger batches must come after smaller ones. A call raises OutOfMemory where they do not fit, and InputError where
     the model cannot be built or trained so.
     """
-    context = multiprocessing.get_context("spawn")
-    process = ProcessPoolExecutor(1, mp_context=context, initializer=die_of_interrupts)
+    process = fresh_process()
     on_cpu = default_device().type == "cpu"
     before_mb = (process.submit(resident_mb, "VmRSS").result() if on_cpu else None) or 0.0
 
