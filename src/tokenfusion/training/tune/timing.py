@@ -1,10 +1,8 @@
 """What a training step takes on this machine: real steps, timed in a process of their own."""
 
-import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
