@@ -5,6 +5,9 @@ import os
 import re
 import resource
 import signal
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +20,7 @@ import torch
 from children import begin
 from killing import WRITES, die_by
 from serving import add, picture, png, serving, write_shard
-from tokenfusion import Classifier, InputError
+from tokenfusion import Classifier, InputError, cli
 from tokenfusion.predict.many import MANIFEST, predict_many
 from tokenfusion_runtime.abstain import SurestErrors
 
@@ -369,6 +372,33 @@ def test_the_command_writes_instead_of_printing(command, untrained, photos, tmp_
         f"8 images, of which 1 could not be read, in 1 part in {tmp_path / 'out'}\n",
         "",
     )
+
+
+def press_ctrl_c(run: Path, source: Path, out: Path) -> None:
+    """The command, which is interrupted once a part is there."""
+
+    def wait_and_press() -> None:
+        while not any(out.glob("*.parquet")):
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Thread(target=wait_and_press, daemon=True).start()
+    sys.stderr = out.with_suffix(".txt").open("w", buffering=1)
+    sys.argv = ["tokenfusion", "predict", str(run), str(source), "--out", str(out), "--images-per-part", "1"]
+    cli.main()
+
+
+def test_ctrl_c_says_how_to_go_on(untrained, tmp_path):
+    source = tmp_path / "many"
+    source.mkdir()
+    for number in range(300):
+        (source / f"{number}.png").write_bytes(png(picture(0)))
+    process = begin(press_ctrl_c, untrained, source, tmp_path / "out")
+    process.join()
+    assert process.exitcode == 130
+    assert (tmp_path / "out.txt").read_text() == "\nstopped; the same command goes on\n"
+    assert not (tmp_path / "out" / MANIFEST).exists()
 
 
 @pytest.mark.parametrize(

@@ -92,19 +92,23 @@ def predict(
 
     options = {name: value for name, value in counts.items() if value is not None}
     understood = Reading(root=root or "", path_column=path_column or "", image_column=image_column or "")
-    with show_progress() as progress:
-        found = predict_many(
-            run,
-            sources,
-            out,
-            topk=topk,
-            abstain=abstain,
-            raw=raw,
-            embeddings=embeddings,
-            reading=understood,
-            progress=progress,
-            **options,
-        )
+    try:
+        with show_progress() as progress:
+            found = predict_many(
+                run,
+                sources,
+                out,
+                topk=topk,
+                abstain=abstain,
+                raw=raw,
+                embeddings=embeddings,
+                reading=understood,
+                progress=progress,
+                **options,
+            )
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     errors = f", of which {found['errors']:,} could not be read" * bool(found["errors"])
     print(f"{counted(found['images'], 'image')}{errors}, in {counted(len(found['parts']), 'part')} in {out}")
     if found["waiting"]:
