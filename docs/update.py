@@ -243,6 +243,21 @@ def pays() -> str:
     )
 
 
+def calibration() -> str:
+    """Calibration errors on held-out images, by where the temperature comes from."""
+    ways = {
+        "none": "raw scores",
+        "other half": "temperature of the other half",
+        "training images": "of training images",
+    }
+    rows = [
+        [run["data"], f"`{run['model']}`, {run['epochs']} epochs", f"{run['held_out']:,}"]
+        + ["{:.2%} ({:.2%} to {:.2%})".format(*run["ece"][way]) for way in ways]
+        for run in load("calibration")["runs"]
+    ]
+    return table(["data", "run", "held-out images", *ways.values()], rows)
+
+
 def shipped() -> str:
     """How fast classifiers are as they are shipped, against the peer's eager fp32."""
     if not (RESULTS / "export.json").exists():
@@ -285,7 +300,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "stages.md": {"pretrained": pretrained},
     DOCS / "papers" / "README.md": {"published": published, "speed": speed},
     DOCS / "check.md": {"check": check},
-    DOCS / "export.md": {"shipped": shipped},
+    DOCS / "export.md": {"calibration": calibration, "shipped": shipped},
     DOCS / "predict.md": {"many": many},
     DOCS / "scale.md": {"scaling_plan": scaling_plan, "distributed": distributed},
     results_page.PAGE: results_page.blocks(),
