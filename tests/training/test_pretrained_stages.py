@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import count
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -178,6 +179,10 @@ def go_on(run, recipe, listener):
 @pytest.mark.usefixtures("keep_all")
 def test_interrupted_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepest, photos, files, tmp_path):
     run, own = tmp_path / "run", [shutil.copy(path, tmp_path) for path in files]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tokenfusion.training.stages.judge_start", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):  # before the first checkpoint
+            go_on(run, recipe_of(photos, tuple(own)), None)
     stages = ["fusion on trial", "all on trial", "fusion", "all"]
     for stage in stages:
         stop = interrupt_at(3)
@@ -251,7 +256,7 @@ def test_the_command_takes_the_depth_that_fits_and_says_so_first(photos, files, 
     assert 'tune = "probe"' in recipe
     status, output, errors = command(*words, "--dry-run")
     assert status == 0, errors
-    assert "tune=auto takes probe" in output
+    assert "auto takes probe: fewer than 100 training images" in output
     planned = json.loads(command(*words, "--tune", "all", "--dry-run", "--json")[1])
     assert planned["tune"] == "all"
     assert planned["seconds"]["probe"] < planned["seconds"]["fusion"] < planned["seconds"]["all"]

@@ -176,7 +176,7 @@ def depth_table(planned: DepthPlan, auto: bool) -> list[tuple[str, str]]:
         ("images", f"{images} of {counted(planned.classes, 'class')}"),
         ("looking", f"{rate}; {planned.kept_mb:,.0f} MB are kept"),
         *((depth, f"about {duration(seconds)}") for depth, seconds in planned.seconds.items()),
-        ("tune", depths_in_words(planned).partition("; ")[2] if auto else planned.tune),
+        ("tune", depths_in_words(planned).partition("; tune=")[2] if auto else planned.tune),
     ]
 
 
