@@ -128,3 +128,14 @@ def test_a_lock_that_is_a_link_is_refused_and_what_it_leads_to_stays_whole(tmp_p
         with pytest.raises(InputError, match="cannot be written"), take(tmp_path):
             pass
     assert (tmp_path / "precious").read_text() == "kept"
+
+
+@pytest.mark.parametrize("words", ["explain RUN IMAGE", "analyze collapse RUN", "analyze tokens RUN", "export RUN"])
+def test_nothing_is_written_into_the_images_that_a_run_was_trained_on(command, run, data, digit, words):
+    recipe = run / "recipe.toml"
+    recipe.write_text(recipe.read_text().replace('data = "digits"', f"data = {json.dumps(str(data))}"))
+    places = {"RUN": run, "IMAGE": digit}
+    status, _, errors = command(*[places.get(word, word) for word in words.split()], "--out", data / "new")
+    assert status == 2
+    assert f"{data / 'new'} lies inside the images in {data}" in errors
+    assert not (data / "new").exists()

@@ -27,9 +27,12 @@ from tokenfusion.data.decode import UnreadableImage, decode_image
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split, never_held_out
 from tokenfusion.training import Interrupted
+from tokenfusion.training.distributed.world import Requests
+from tokenfusion.training.loop import stop_on_signals
 from tokenfusion.training.state import fault_of, read_progress
 from tokenfusion_runtime.classifier import ExportedClassifier
 from tokenfusion_runtime.image import MAX_SIDE
+from tokenfusion_runtime.output import json_text
 
 PIXELS = 100_000_000
 
@@ -286,6 +289,27 @@ def test_sighup_and_many_ctrl_c_at_once_save_the_run(tmp_path):
     with pytest.raises(Interrupted):
         train(tiny_recipe(), tmp_path / "run", progress=after_step(3, press))
     assert read_progress(tmp_path / "run" / "state" / "last.safetensors").step == 3
+
+
+def test_a_hangup_that_is_ignored_as_by_nohup_stops_nothing():
+    requests, before = Requests(), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals(requests, together=False):
+            signal.raise_signal(signal.SIGHUP)
+            assert not requests.stop
+            signal.raise_signal(signal.SIGTERM)
+            assert requests.stop
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_json_on_a_terminal_cannot_move_the_cursor_and_says_the_same():
+    value = {"\x1b[2J\x9b\u202e": ["Größe", "a\nb"]}
+    for indent in (None, 2):
+        text = json_text(value, indent)
+        assert json.loads(text) == value
+        assert not {"\x1b", "\x9b", "\u202e"} & set(text)
+        assert "Größe" in text
 
 
 @pytest.mark.parametrize(
