@@ -1,7 +1,8 @@
 """What was written before the house was rebuilt still loads, answers and resumes.
 
 `fixtures/first_house` holds two runs of one recipe, one of them stopped after 29 of 66 steps, and what the first
-house's fused models and parents computed with weights that follow from their names (`filled`).
+house's fused models and parents computed with weights that follow from their names (`filled`); `fixtures/probe.json.gz`
+what a probe did before its forward was written in the letters of its equation.
 """
 
 import gzip
@@ -21,7 +22,8 @@ from tokenfusion.checkpoint import load_weights_exactly
 from tokenfusion.training import resume
 
 OLD = Path(__file__).parent / "fixtures" / "first_house"
-MODELS = json.loads(gzip.decompress((OLD / "models.json.gz").read_bytes()))
+FILES = OLD / "models.json.gz", OLD.parent / "probe.json.gz"
+MODELS = {name: old for file in FILES for name, old in json.loads(gzip.decompress(file.read_bytes())).items()}
 
 
 def filled(name, shape):

@@ -328,6 +328,55 @@ def test_no_classes_leave_features():
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, model.num_features)
 
 
+def test_new_heads_of_a_probe_stand_where_the_model_does():
+    model = tokenfusion.fuse("resnet_micro", "vit_micro", "probe").double().eval()
+    features = model.forward_features(images(size=(32, 32)).double())
+    model.reset_classifier(3)
+    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+    assert not any(module.training for module in model.modules())
+    assert model.forward_head(features).shape == (2, 3)
+    with pytest.raises(InputError, match="num_classes=-1"):
+        model.reset_classifier(-1)
+    with pytest.raises(InputError, match="global_pool='avg' cannot be chosen"):
+        model.reset_classifier(2, "avg")
+    assert model.num_classes == 3
+    with torch.device("meta"):
+        moved = tokenfusion.fuse("resnet_micro", "vit_micro", "probe")
+    moved.reset_classifier(3)
+    assert {parameter.device.type for parameter in moved.parameters()} == {"meta"}
+    model.reset_classifier(0)
+    assert torch.equal(model.forward_head(features), features)
+
+
+def test_a_probe_is_its_equation():
+    """The module's docstring, written out for one image by loops and with arithmetic of its own."""
+    torch.manual_seed(0)
+    model = without_zeros(tokenfusion.fuse("resnet_micro", "vit_micro", "probe", "add", num_classes=CLASSES)).eval()
+    for standardize in (model.standardize, model.pixel_source.standardize, model.token_source.standardize):
+        standardize.fit([torch.randn(20, len(standardize.mean)) * 3 + 1])
+    with torch.no_grad():
+        seen = model.observe(images(1, (32, 32)))
+
+        def std(source, values):
+            return (values - source.mean) * source.scale
+
+        def mean_cls_mean(pixels, tokens):
+            return [pixels.mean(0), tokens[0], tokens[1:].mean(0)]
+
+        z = std(model.standardize, torch.cat(mean_cls_mean(seen.pixels[0], seen.tokens[0])))
+        sources = model.pixel_source, model.token_source
+        pixels, tokens = (std(source.standardize, part[0]) for source, part in zip(sources, seen, strict=True))
+        t = 0.01 * torch.cat([pixels.flatten(), tokens.flatten()])
+        p, x = (
+            source.norm(source.proj(part)) + source.positions.table[0]
+            for source, part in zip(sources, (pixels, tokens), strict=True)
+        )
+        dp, dx = x[1:], torch.cat([torch.zeros_like(x[:1]), p])  # of one grid here
+        u = torch.cat([model.norm(part) for part in mean_cls_mean(p + dp, x + dx)])
+        logits = model.head(z) + model.votes(t) + model.read_fused(model.gate.weight * u)
+        torch.testing.assert_close(model(images(1, (32, 32)))[0], logits)
+
+
 def test_registers_are_no_cls():
     transformer = VisionTransformer(**SMALL, class_token=False, reg_tokens=2, global_pool="avg")
     model = tokenfusion.fuse("resnet_micro", transformer, img_size=SIZE)

@@ -223,13 +223,18 @@ class PaperModel(Checkpointed):
         Raises:
             InputError: another pooling, since each paper here has its own; no number of classes.
         """
-        if global_pool or (global_pool == "" and num_classes):
-            why = "the paper fixes it" if global_pool else "the head reads what is pooled; give num_classes=0"
-            raise InputError(f"global_pool={global_pool!r} cannot be chosen: {why}, or leave it out")
+        require_own_pooling(global_pool, num_classes)
         self.global_pool = global_pool
         anchor = next(self.parameters())
         self.head = self.build_head(num_classes).to(anchor.device, anchor.dtype).train(self.training)
         self.num_classes = num_classes
+
+
+def require_own_pooling(global_pool: str | None, num_classes: int) -> None:
+    """Refuse another pooling than a paper's own; "" leaves it out, with 0 classes."""
+    if global_pool or (global_pool == "" and num_classes):
+        why = "the paper fixes it" if global_pool else "the head reads what is pooled; give num_classes=0"
+        raise InputError(f"global_pool={global_pool!r} cannot be chosen: {why}, or leave it out")
 
 
 def layers_behind(layers: Sequence[str], name: str) -> int:

@@ -3,14 +3,18 @@
 A fusion head from random weights loses to a straight line on few images. So the straight line is the model's head from
 the start, and what fuses adds to its logits through a gate: with the gate closed the model is the line, to the bit.
 
-    S = (P, X)   what the parents see: tokens of the CNN's last stages and of two of the transformer's layers,
-                 at the same places, the finer kind averaged to the other's grid
-    z            means of S, and CLS, each channel standardised
-    t            S itself, each channel standardised: every token votes, by weights of its own place
-    (dX, dP)     op(X, P), a fusion operator on the standardised tokens, projected to one width
-    u            means of X + dX and of P + dP, and CLS
+    S = (P, X)        what the parents see: tokens of the CNN's last two stages and of two of the transformer's layers,
+                      at the same places, the finer kind averaged to the other's grid
+    z = std([mean(P); X_cls; mean(X)])       their means, and CLS where there is one
+    P, X = drop(std(P)), drop(std(X))        the tokens, of which some are left out (zeros) while training
+    t = 0.01 [P; X]                          all of them in a row: every token votes, by weights of its own place
+    p, x = norm(A P) + e, norm(B X) + f      projected to one width, with learned places e and f
+    (dx, dp) = op(x, p)                      a fusion operator
+    u = norm([mean(p + dp); (x + dx)_cls; mean(x + dx)])
 
-    logits = W z + b + T t + V(a u),   W, b and T linear classifiers' (`probe.py`), a = 0 at the start
+    logits = W z + b + T t + V(a u)          W, b and T linear classifiers' (`probe.py`), a = 0 at the start
+
+    std(v) = (v - m) / s, channel by channel, m and s of the training images; each std and each norm is one of its own.
 """
 
 from collections.abc import Iterable
@@ -25,14 +29,14 @@ from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid, PositionTable
 from tokenfusion.layers.tokens import TokenGroup, TokenLayout, map_to_tokens, size_of, tokens_to_map
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
-from tokenfusion.models.base import linear_head
+from tokenfusion.models.base import at_least, linear_head, require_own_pooling
 from tokenfusion.models.exchange import Gate, coarser
 from tokenfusion.models.operators import Grids, Operator, regrid
 from tokenfusion.models.token_fusion import TokenFusion, added
 
 HALF = torch.finfo(torch.float16).max
 VOTE_SCALE = 0.01
-"""Of t, which has many times as many numbers as z: a step of one learning rate then moves the logits as much."""
+"""Scale of t, which has many times as many numbers as z: a step of one learning rate then moves the logits as much."""
 TOKEN_DROP = 0.2
 """Share of the tokens that are left out while what fuses is trained."""
 
@@ -54,6 +58,8 @@ class Sight(nn.Module):
 class ProbeFusion(TokenFusion):
     """logits = W z + b + T t + V(a u): a linear classifier on both parents' means, and what their tokens add to it.
 
+    The module's docstring has z, t and u; `meet` and `forward_head` are its lines.
+
     Args:
         cnn, vit, operator, **config: as in `TokenFusion`; the transformer's own head is dropped.
     """
@@ -71,15 +77,19 @@ class ProbeFusion(TokenFusion):
         grid = self.cells(self.img_size)
         self.pixel_source = TokenSource(self.channels[0], vit.dim, grid, prefix=0)
         self.token_source = TokenSource(self.channels[1], vit.dim, grid, self.prefix)
-        self.standardize = Standardize(self.num_features)
+        self.standardize = Standardize(self.num_means)
         self.drop = nn.Dropout1d(TOKEN_DROP)
         self.operator = self.make_operator(one_way=False)
-        groups = 2 + self.prefix
         self.norm = layer_norm(vit.dim)
-        self.gate = Gate((groups * vit.dim,), self.initial_gate)
-        self.read_fused = linear_head(groups * vit.dim, self.classes)
-        self.votes = no_votes(self.row_length, self.classes)
-        self.head = linear_head(self.num_features, self.classes)
+        self.gate = Gate(((2 + self.prefix) * vit.dim,), self.initial_gate)
+        self.add_heads()
+
+    def add_heads(self) -> None:
+        """New V, T, and W with b, for the classes that there are."""
+        means, places, fused = self.widths
+        self.read_fused = linear_head(fused, self.classes)
+        self.votes = no_votes(places, self.classes)
+        self.head = linear_head(means, self.classes)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to [z; t; a u]."""
@@ -94,6 +104,7 @@ class ProbeFusion(TokenFusion):
         """
         size = size_of(images)
         cells = self.cells(size)
+        pixels = torch.cat([pooled(feature_map.float(), cells) for feature_map in self.cnn.maps(images)[-2:]], dim=2)
         tokens, context = self.vit.embed(images)
         layers = []
         for index, block in enumerate(self.vit.blocks):
@@ -103,43 +114,41 @@ class ProbeFusion(TokenFusion):
         seen = torch.cat(layers, dim=2)
         patches = tokens_to_map(seen[:, len(self.vit.prefix) :], self.vit.grid(size))
         tokens = torch.cat([seen[:, : self.prefix], pooled(patches, cells)], dim=1)
-        pixels = torch.cat([pooled(feature_map.float(), cells) for feature_map in self.cnn.maps(images)[-2:]], dim=2)
         return Seen(pixels.clamp(-HALF, HALF), tokens)
 
     def meet(self, seen: Seen, cells: Grid) -> Tensor:
         """S, whose tokens stand on a grid of cells, to [z; t; a u]."""
-        means = self.standardize(self.means(seen))
-        sources = self.pixel_source, self.token_source
-        pixels, tokens = (self.drop(source.standardize(part)) for source, part in zip(sources, seen, strict=True))
-        placed = self.in_places(Seen(pixels, tokens), cells)
-        pixels, tokens = self.pixel_source(pixels, cells), self.token_source(tokens, cells)
-        token_update, pixel_update = self.run(self.operator, tokens, pixels, Grids(cells, cells))
-        fused = self.norm(self.groups(Seen(added(pixels, pixel_update), tokens + token_update)))
-        return torch.cat([means, placed, self.gate(fused.flatten(1))], dim=1)
-
-    def in_places(self, seen: Seen, cells: Grid) -> Tensor:
-        """Tokens in a row, (B, F), those of images of another size averaged to the places that votes are of."""
-        own = self.cells(self.img_size)
-        cls, patches = seen.tokens[:, : self.prefix], seen.tokens[:, self.prefix :]
-        parts = regrid(seen.pixels, cells, own), cls, regrid(patches, cells, own)
-        return VOTE_SCALE * torch.cat([part.flatten(1) for part in parts], dim=1)
-
-    def groups(self, seen: Seen) -> Tensor:
-        """Mean of the pixels, CLS where there is one, and the mean of the patches: (B, 2 or 3, C)."""
-        cls, patches = seen.tokens[:, : self.prefix], seen.tokens[:, self.prefix :]
-        return torch.cat([seen.pixels.mean(1, keepdim=True), cls, patches.mean(1, keepdim=True)], dim=1)
-
-    def means(self, seen: Seen) -> Tensor:
-        """What a linear classifier reads of S: the CNN's mean, then CLS and the mean of the patches."""
-        cls, patches = seen.tokens[:, : self.prefix], seen.tokens[:, self.prefix :]
-        return torch.cat([seen.pixels.mean(1), cls.flatten(1), patches.mean(1)], dim=1)
+        z = self.standardize(self.means(seen))
+        pixels = self.drop(self.pixel_source.standardize(seen.pixels))
+        tokens = self.drop(self.token_source.standardize(seen.tokens))
+        t = VOTE_SCALE * self.in_a_row(pixels, tokens, cells)
+        p, x = self.pixel_source(pixels, cells), self.token_source(tokens, cells)
+        dx, dp = self.run(self.operator, x, p, Grids(cells, cells))
+        u = self.norm(torch.stack(self.summary(added(p, dp), x + dx), dim=1)).flatten(1)
+        return torch.cat([z, t, self.gate(u)], dim=1)
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        if pre_logits:
+        """[z; t; a u] to W z + b + T t + V(a u)."""
+        if pre_logits or not self.num_classes:
             return features
-        ends = [self.num_features, self.num_features + self.row_length]
-        means, placed, fused = features.tensor_split(ends, dim=1)
-        return self.head(means.contiguous()) + self.votes(placed) + self.read_fused(fused)
+        z, t, gated_u = features.split(self.widths, dim=1)
+        return self.head(z.contiguous()) + self.votes(t) + self.read_fused(gated_u)
+
+    def summary(self, pixels: Tensor, tokens: Tensor) -> list[Tensor]:
+        """Mean of the pixels (B, c), CLS where there is one and the mean of the patches, (B, C) each."""
+        cls, patches = tokens[:, : self.prefix], tokens[:, self.prefix :]
+        return [pixels.mean(1), *cls.unbind(1), patches.mean(1)]
+
+    def means(self, seen: Seen) -> Tensor:
+        """What a linear classifier reads of S, in a row: (B, c + 2C), without CLS (B, c + C)."""
+        return torch.cat(self.summary(*seen), dim=1)
+
+    def in_a_row(self, pixels: Tensor, tokens: Tensor, cells: Grid) -> Tensor:
+        """All tokens, (B, F), those of images of another size averaged to the places that votes are of."""
+        own = self.cells(self.img_size)
+        cls, patches = tokens[:, : self.prefix], tokens[:, self.prefix :]
+        parts = regrid(pixels, cells, own), cls, regrid(patches, cells, own)
+        return torch.cat([part.flatten(1) for part in parts], dim=1)
 
     def decide(self, rows: Tensor) -> Tensor:
         """What `keep` made of images, (B, F), to logits."""
@@ -187,21 +196,34 @@ class ProbeFusion(TokenFusion):
         return self.classes
 
     @property
-    def num_features(self) -> int:  # type: ignore[override]
+    def num_means(self) -> int:
+        """Numbers of z."""
         return self.channels[0] + (1 + self.prefix) * self.channels[1]
 
     @property
+    def widths(self) -> list[int]:
+        """Numbers of z, t and u."""
+        return [self.num_means, self.row_length, self.gate.weight.numel()]
+
+    @property
+    def num_features(self) -> int:  # type: ignore[override]
+        return sum(self.widths)
+
+    @property
     def head_hidden_size(self) -> int:  # type: ignore[override]
-        return self.num_features + self.row_length + self.gate.weight.numel()
+        return self.num_features
 
-    def get_classifier(self) -> nn.Module:
-        return self.head
+    def get_classifier(self) -> Any:
+        """What reads z, t and u, as timm's distilled models give their two heads."""
+        return self.head, self.votes, self.read_fused
 
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:  # noqa: ARG002
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        require_own_pooling(global_pool, num_classes)
+        at_least(0, num_classes=num_classes)
         self.classes = num_classes
-        self.head = linear_head(self.num_features, num_classes)
-        self.read_fused = linear_head(self.gate.weight.numel(), num_classes)
-        self.votes = no_votes(self.row_length, num_classes)
+        self.add_heads()
+        for head in self.get_classifier():
+            head.to(self.gate.weight.device, self.gate.weight.dtype).train(self.training)
 
     def part_of(self, parameter: str) -> str:
         return "head" if parameter.startswith("head.") else super().part_of(parameter)
@@ -224,8 +246,10 @@ class ProbeFusion(TokenFusion):
         return {}
 
 
-def no_votes(numbers: int, num_classes: int) -> nn.Linear:
-    """A linear layer without a bias that starts as nothing."""
+def no_votes(numbers: int, num_classes: int) -> nn.Module:
+    """A linear layer without a bias that starts as nothing; nothing for 0 classes."""
+    if not num_classes:
+        return nn.Identity()
     votes = nn.Linear(numbers, num_classes, bias=False)
     nn.init.zeros_(votes.weight)
     return votes

@@ -74,7 +74,7 @@ def fit_start(model: ProbeFusion, looked: Looked, tokens: bool, run: Run) -> Pro
         run: told what cannot be done.
     """
     standardize(model, looked)
-    chosen = drawn(len(looked.labels), 4 * model.num_features, run)
+    chosen = drawn(len(looked.labels), 4 * model.num_means, run)
     some = Looked(looked.images, looked.rows, looked.which.reshape(1, -1)[:, chosen])
     voting = tokens and len(chosen) <= VOTERS and 4 * len(chosen) * model.row_length <= PROBE_BYTES
     blocks = blocks_of(model, some, voting)
