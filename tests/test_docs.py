@@ -9,6 +9,8 @@ import pytest
 
 from tokenfusion import options
 from tokenfusion.cli import app
+from tokenfusion.models.fuse import FUSABLE
+from tokenfusion.models.operators import OPERATORS
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "tokenfusion"
@@ -32,6 +34,12 @@ def test_files_that_a_page_names_exist(page):
     missing = {name for name in named - placed if not any((base / name).exists() for base in (ROOT, PACKAGE))}
     written = {"state/last.json"}  # in a run folder
     assert missing - written == set()
+
+
+def test_pages_on_fusing_name_every_strategy_and_operator():
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs" / "fuse.md").read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted([*FUSABLE, *OPERATORS])
+    assert {*FUSABLE, *OPERATORS} <= set(re.findall(r"\w+", (ROOT / "docs/papers/token_fusion.md").read_text()))
 
 
 def commands_of(page):
