@@ -131,7 +131,7 @@ class ProbeFusion(TokenFusion):
         """[z; t; a u] to W z + b + T t + V(a u)."""
         if pre_logits or not self.num_classes:
             return features
-        z, t, gated_u = features.split(self.widths, dim=1)
+        z, t, gated_u = torch.split(features, self.widths, dim=1)
         return self.head(z.contiguous()) + self.votes(t) + self.read_fused(gated_u)
 
     def summary(self, pixels: Tensor, tokens: Tensor) -> list[Tensor]:
@@ -184,7 +184,8 @@ class ProbeFusion(TokenFusion):
         """
         self.head.weight.copy_(weight)  # type: ignore[operator]
         self.head.bias.copy_(bias)  # type: ignore[operator]
-        self.votes.weight.copy_(torch.zeros_like(self.votes.weight) if votes is None else votes / VOTE_SCALE)
+        votes = torch.zeros(()) if votes is None else votes / VOTE_SCALE
+        self.votes.weight.copy_(votes)  # type: ignore[operator]
         self.set_gates(0.0)
 
     @property
