@@ -107,7 +107,7 @@ def test_a_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, strate
 @pytest.mark.parametrize("cnn", [*BOTH_WAYS, *ONE_WAY])
 def test_every_pair_fits(cnn):
     with torch.device("meta"):
-        parent = tokenfusion.create_model(cnn, img_size=SIZE)
+        parent = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {}))
         for vit in TRANSFORMERS:
             model = tokenfusion.fuse(copy.deepcopy(parent), TRANSFORMERS[vit](), img_size=SIZE)
             assert model(torch.empty(2, 3, SIZE, SIZE)).shape == (2, CLASSES), vit
