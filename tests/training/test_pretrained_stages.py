@@ -320,6 +320,15 @@ def test_a_transformer_without_cls_is_read_by_its_patches():
     torch.testing.assert_close(model.decide(model.keep(images)), model(images))
 
 
+@torch.inference_mode()
+def test_without_classes_it_gives_what_a_head_would_read():
+    vit = timm.create_model(VIT, num_classes=0, img_size=32)
+    model = fuse(timm.create_model(CNN), vit, "probe", "add", img_size=32).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert model.num_classes == 0
+    assert torch.equal(model(images), model.forward_features(images))
+
+
 def test_classes_that_were_renamed_meanwhile_are_refused(photos, files, tmp_path):
     own, run = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
     recipe = recipe_of(own, files, tune="fusion")

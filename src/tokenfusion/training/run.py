@@ -106,6 +106,7 @@ def require_weights(recipe: Recipe) -> None:
     if recipe.pretrained:
         create_model(
             recipe.model,
+            num_classes=2,  # any number: some weights have none
             in_chans=recipe.in_chans,
             img_size=recipe.img_size or None,  # type: ignore[arg-type]
             pretrained=recipe.pretrained,
