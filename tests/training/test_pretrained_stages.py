@@ -316,7 +316,7 @@ def test_a_transformer_without_cls_is_read_by_its_patches():
     model = fuse(timm.create_model(CNN), vit, "probe", "add", num_classes=3, img_size=32).eval()
     images = torch.randn(2, 3, 32, 32)
     assert model.prefix == 0
-    assert model.num_features == model.channels[0] + model.channels[1]
+    assert model.standardize.mean.shape == (model.channels[0] + model.channels[1],)
     torch.testing.assert_close(model.decide(model.keep(images)), model(images))
 
 
