@@ -43,7 +43,6 @@ LISTS: dict[str, Shape] = {
     "surest_errors": [{"images": int, "ranks": [int], "scores": [NUMBER]}],
     "began_with": [{"model": str, "source": str, "sha256": str}],
     "versions": {"*": str},
-    "thresholds": [NUMBER],
 }
 """What its lists and objects hold."""
 
