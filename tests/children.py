@@ -8,7 +8,7 @@ server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
     [
         *("tokenfusion.training", "tokenfusion.cli", "tokenfusion.predict.many"),
-        *("torch.utils.tensorboard", "torch.distributed"),
+        *("scipy.optimize", "torch.utils.tensorboard", "torch.distributed"),
     ]
 )
 

@@ -380,7 +380,9 @@ def press_ctrl_c(run: Path, source: Path, out: Path) -> None:
     def wait_and_press() -> None:
         while not any(out.glob("*.parquet")):
             time.sleep(0.001)
-        os.kill(os.getpid(), signal.SIGINT)
+        while True:  # Python drops one that comes while an object is deleted; a person presses again
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.5)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=wait_and_press, daemon=True).start()
