@@ -326,6 +326,30 @@ def test_images_that_are_paths_alone_are_refused_in_words(tmp_path: Path) -> Non
         open_dataset(path)
 
 
+@pytest.mark.parametrize("statistics", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "value", "reason"),
+    [
+        (pa.struct({"bytes": pa.null(), "path": pa.string()}), {"path": "a.png"}, "holds paths instead of image files"),
+        (pa.struct({"bytes": pa.binary(), "path": pa.string()}), {"path": "a.png"}, "holds paths instead of image"),
+        (pa.binary(), None, "column 'image' is empty in all 70 rows"),
+    ],
+)
+def test_a_column_without_any_image_file_is_refused(
+    kind: pa.DataType, value: Any, reason: str, statistics: bool, tmp_path: Path
+) -> None:
+    table = pa.table({"image": pa.array([value] * 70, kind), "label": ["a", "b"] * 35})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=35, write_statistics=statistics)
+    with pytest.raises(InputError, match=reason):
+        open_dataset(tmp_path / "x.parquet")
+
+
+def test_one_image_file_without_statistics_is_enough(tmp_path: Path) -> None:
+    table = pa.table({"image": images_of(*[None] * 69, b"1"), "label": ["a", "b"] * 35})
+    pq.write_table(table, tmp_path / "x.parquet", row_group_size=35, write_statistics=False)
+    assert len(open_dataset(tmp_path / "x.parquet").names) == 70
+
+
 def test_a_label_of_minus_one_is_no_class(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"'x.parquet:2' has label -1, which stands for no label"):
         open_dataset(write(tmp_path / "x.parquet", image=images_of(b"1", b"2", b"3"), label=[0, 1, -1]))

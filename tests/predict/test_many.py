@@ -374,6 +374,31 @@ def test_the_command_writes_instead_of_printing(command, untrained, photos, tmp_
     )
 
 
+@pytest.mark.parametrize("name", ["list.csv", "data.parquet", "shard.tar"])
+def test_what_holds_images_is_predicted_with_out_alone_and_that_is_said(command, untrained, tmp_path, name):
+    (tmp_path / name).write_text("path\nphotos/0.png\n")
+    status, _, errors = command("predict", untrained, tmp_path / name)
+    assert status == 1
+    assert f"{name} is no image; to predict the images that it names or holds, give --out DIR" in errors
+
+
+@pytest.mark.usefixtures("photos")
+def test_a_list_of_which_most_files_are_not_there_is_refused(command, untrained, tmp_path):
+    (tmp_path / "list.csv").write_text("path\nphotos/0\nphotos/2\nphotos/8.png\n")
+    status, _, errors = command("predict", untrained, tmp_path / "list.csv", "--out", tmp_path / "out")
+    assert status == 2
+    assert "3 of 3 paths do not exist, the first are 'photos/0'" in " ".join(errors.split())
+    assert "exists with .png" in " ".join(errors.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_fails_where_no_image_can_be_read(command, untrained, tmp_path):
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    status, output, errors = command("predict", untrained, tmp_path / "0.png", "--out", tmp_path / "out")
+    assert (status, output) == (1, f"1 image, of which 1 could not be read, in 1 part in {tmp_path / 'out'}\n")
+    assert errors == f"no image could be read; the column error in {tmp_path / 'out'} says why\n"
+
+
 def press_ctrl_c(run: Path, source: Path, out: Path) -> None:
     """The command, which is interrupted once a part is there."""
 

@@ -161,17 +161,24 @@ def checksum(image: Tensor) -> int:
     return zlib.crc32(pixels) << 32 | zlib.adler32(pixels)
 
 
-def require_every_class(images: Images, classes: tuple[str, ...]) -> None:
+def require_every_class(images: Images, classes: tuple[str, ...], skipped: Sequence[Skipped] = ()) -> None:
     """Refuse training images among which a class has none that is readable.
 
+    Args:
+        images: the readable ones.
+        classes: every class.
+        skipped: the images that could not be read.
+
     Raises:
-        InputError: naming those classes.
+        InputError: naming those classes, and why the first of their images could not be read.
     """
     present = classes_in(images.labels.numpy())
     missing = [name for label, name in enumerate(classes) if label not in present]
     if missing:
+        first = next((image for image in skipped if image.split == "train" and image.label in missing), None)
+        why = f" (the first is {first.path}: {first.reason})" if first else ""
         raise InputError(
-            f"no readable training image of class {quoted(missing)}; replace the damaged files or remove the class"
+            f"no readable training image of class {quoted(missing)}{why}; replace the damaged files or remove the class"
         )
 
 

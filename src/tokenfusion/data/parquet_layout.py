@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenfusion.data.columns import KNOWN, asked, choose, plain
@@ -212,18 +213,34 @@ def read_splits(path: Path | str, values: Sequence[Any], layout: Layout) -> list
 
 
 def refuse_paths_alone(path: Path | str, file: pq.ParquetFile, column: str) -> None:
-    """Refuse a column whose structs name files elsewhere, and hold none; by its statistics, without reading it."""
-    name = f"{column}.bytes"
-    for group in range(file.num_row_groups):
-        chunks = file.metadata.row_group(group)
-        for index in range(chunks.num_columns):
-            chunk = chunks.column(index)
-            if chunk.path_in_schema == name:
-                statistics = chunk.statistics
-                if statistics is None or not statistics.has_null_count or statistics.null_count < chunk.num_values:
-                    return
-    if file.metadata.num_rows and pa.types.is_struct(file.schema_arrow.field(column).type):
+    """Refuse a column that holds no image file at all, as where its structs name files elsewhere.
+
+    Its statistics tell or, without these, the first row that holds one.
+
+    Raises:
+        InputError: no row holds one.
+    """
+    rows, structs = file.metadata.num_rows, pa.types.is_struct(file.schema_arrow.field(column).type)
+    name = f"{column}.bytes" if structs else column
+    if not rows or any(holds_any(file, group, name) for group in range(file.num_row_groups)):
+        return
+    if structs:
         raise InputError(
-            f"{path}: column {column!r} holds paths instead of image files in all {file.metadata.num_rows:,} rows; "
+            f"{path}: column {column!r} holds paths instead of image files in all {rows:,} rows; "
             "embed the files, or give a folder with a metadata.csv of file_name and label"
         )
+    raise InputError(f"{path}: column {column!r} is empty in all {rows:,} rows; it must hold image files")
+
+
+def holds_any(file: pq.ParquetFile, group: int, name: str) -> bool:
+    """Whether a column, `struct.field` of a struct, has a value in a row group."""
+    chunks = file.metadata.row_group(group)
+    for chunk in map(chunks.column, range(chunks.num_columns)):
+        if chunk.path_in_schema == name and chunk.statistics is not None and chunk.statistics.has_null_count:
+            return bool(chunk.statistics.null_count < chunk.num_values)
+    for batch in file.iter_batches(batch_size=64, row_groups=[group], columns=[name], use_threads=False):
+        values = batch.column(0)
+        values = pc.struct_field(values, name.rpartition(".")[2]) if pa.types.is_struct(values.type) else values
+        if values.null_count < len(values):
+            return True
+    return False

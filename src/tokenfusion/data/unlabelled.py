@@ -22,7 +22,7 @@ from tokenfusion.data.decode import UnreadableImage, is_image
 from tokenfusion.data.ignored import why_ignored
 from tokenfusion.data.lists import METADATA
 from tokenfusion.data.open import LIST_ENDINGS, TAR_ENDINGS, names_shards, nearest
-from tokenfusion.data.paths import resolve_paths
+from tokenfusion.data.paths import ListedPaths, exists, resolve_paths
 from tokenfusion.data.readers import read_file, refuse_pointer
 from tokenfusion.data.remote import RemoteFile, find_files, has_ending, look_up
 from tokenfusion.data.shards import ENDINGS, is_parquet, open_shard
@@ -145,7 +145,11 @@ def look_below(root: str) -> tuple[list[RemoteFile], list[NamedImage]]:
 
 
 def names_in_list(path: Path, reading: Reading) -> list[str]:
-    """The image files that a list names, each once, as they can be opened from here."""
+    """The image files that a list names, each once, as they can be opened from here.
+
+    Raises:
+        InputError: the list cannot be read, or most of its files do not exist.
+    """
     table = read_table(path)
     column = path_column(table, reading.path_column) if table.rows else ""
     root = Path(reading.root) if reading.root else path.parent
@@ -158,7 +162,10 @@ def names_in_list(path: Path, reading: Reading) -> list[str]:
     found = (
         cell if os.path.isabs(cell) and not reading.root else os.path.join(root, next(resolved)) for _, cell in rows
     )
-    return list(dict.fromkeys(found))
+    names = list(dict.fromkeys(found))
+    missing = tuple(printable(name.removeprefix(f"{root}/")) for name in names if not exists(root, name))
+    ListedPaths(root, names, str(path), missing).require_there()
+    return names
 
 
 def part_of_images(number: int, images: list[NamedImage]) -> Part:

@@ -36,7 +36,7 @@ def predict(
 ) -> None:
     """Classify images. A score says how often such an answer is right: it is calibrated on held-out images.
 
-    Without --out it exits with 1 if any image could not be read; the others are classified all the same.
+    It exits with 1 if any image could not be read, with --out if none could; the others are classified all the same.
 
     Example: tokenfusion predict runs/photos new/*.jpg --format json
 
@@ -113,6 +113,9 @@ def predict(
     print(f"{counted(found['images'], 'image')}{errors}, in {counted(len(found['parts']), 'part')} in {out}")
     if found["waiting"]:
         print(f"{counted(found['waiting'], 'part')} are left to other processes")
+    if found["images"] and found["errors"] == found["images"]:
+        print(f"no image could be read; the column error in {out} says why", file=sys.stderr)
+        sys.exit(1)
 
 
 def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool, abstain: float | None) -> None:
@@ -121,6 +124,8 @@ def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool,
     from rich.progress import Progress
 
     from tokenfusion.classifier import Classifier
+    from tokenfusion.data.open import LIST_ENDINGS, TAR_ENDINGS
+    from tokenfusion.data.remote import has_ending
     from tokenfusion_runtime.files import expand
     from tokenfusion_runtime.output import print_predictions
 
@@ -140,6 +145,9 @@ def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool,
         failed = print_predictions(predictions, output, topk=topk, multi_label=classifier.multi_label)
     if failed:
         print(f"{failed} of the images could not be read", file=sys.stderr)
+        held = next((path for path in paths if has_ending(path, (*LIST_ENDINGS, ".parquet", *TAR_ENDINGS))), "")
+        if held:
+            print(f"{held} is no image; to predict the images that it names or holds, give --out DIR", file=sys.stderr)
         sys.exit(1)
 
 

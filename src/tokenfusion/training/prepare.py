@@ -176,7 +176,7 @@ def decode_images(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tu
     if skipped and run.world.is_first:
         write_skipped(run.folder / "skipped.csv", skipped)
         run.say(f"set aside {counted(len(skipped), 'unreadable image')}, listed in {run.folder / 'skipped.csv'}")
-    require_every_class(training, source.classes)
+    require_every_class(training, source.classes, skipped)
     refuse_damage(parts, training, held_out, skipped, recipe)
     where = "kept in memory" if training.cached else f"over cache_mb={recipe.cache_mb}, so decoded anew each epoch"
     where = where if training.checked else "in shards, decoded as they are drawn"
