@@ -44,6 +44,15 @@ def counts(source: Dataset) -> dict[str, int]:
         *[("Training", "train"), ("train_set", "train"), ("Test Set", "test"), ("testset", "test"), ("val2017", "val")],
         *[(" VALID ", "val"), ("hold-out", "val"), ("Dev", "val"), ("eval", "test"), ("Validation Data", "val")],
         *[("trainer", ""), ("trains", ""), ("invalid", ""), ("contest", ""), ("test results", ""), ("", "")],
+        *[
+            ("01_train", "train"),
+            ("Train (1)", "train"),
+            ("traindata", "train"),
+            ("test20", "test"),
+            ("trainA", "train"),
+        ],
+        *[("x_test", "test"), ("valid.v1", "val"), ("Train_Set_Folder", "train"), ("TestFolder", "test")],
+        *[("ＴＲＡＩＮ", "train"), ("PublicTest", "test"), ("Hold_Out", "val"), ("training_shoes", "")],
     ],
 )
 def test_names_of_splits(name: str, split: str) -> None:
@@ -56,6 +65,37 @@ def test_folders_of_splits_are_understood_and_said(tmp_path: Path) -> None:
     assert source.classes == ("a", "b")
     assert "splits: Training -> train (6), Testing -> test (6)" in describe(source)
     assert describe(source)[0] == "data: 12 images of 2 classes, a 6, b 6"
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        *[("seg_train", "seg_test"), ("seg_train/seg_train", "seg_test/seg_test"), ("asl_train", "asl_test")],
+        *[("01_train", "02_val"), ("Train (1)", "Test (1)"), ("train_256", "val_256"), ("train.v1", "valid.v1")],
+    ],
+)
+def test_folders_that_differ_by_the_word_of_a_split(one: str, two: str, tmp_path: Path) -> None:
+    source = open_dataset(files(tmp_path, *(f"{part}/{c}/1.png" for part in (one, two) for c in "ab")))
+    assert source.classes == ("a", "b")
+    assert Counter(source.splits)["train"] == 2
+    assert f"splits: {one.split('/')[0]} -> train (2), {two.split('/')[0]} -> " in "\n".join(describe(source))
+
+
+def test_folders_beside_those_of_splits_that_share_their_other_words_are_ignored(tmp_path: Path) -> None:
+    names = [f"{part}/{part}/{c}/1.png" for part in ("seg_train", "seg_test") for c in "ab"]
+    source = open_dataset(files(tmp_path / "1", *names, "seg_pred/seg_pred/1.png"))
+    assert (source.classes, source.ignored) == (("a", "b"), 1)
+    shoes = [f"{kind}_shoes/{size}/1.png" for kind in ("training", "running") for size in "ab"]
+    assert open_dataset(files(tmp_path / "2", *shoes)).classes == ("running_shoes", "training_shoes")
+
+
+@pytest.mark.parametrize(("one", "two"), [("fold_1", "fold_2"), ("data", "backup")])
+def test_classes_that_hold_the_same_folders_are_warned_of(one: str, two: str, tmp_path: Path) -> None:
+    source = open_dataset(files(tmp_path, *(f"{part}/{c}/1.png" for part in (one, two) for c in ("cat", "dog"))))
+    (warning,) = (line for line in describe(source) if line.startswith("warning"))
+    assert "are taken for classes, but all hold the same folders 'cat', 'dog'" in warning
+    apart = open_dataset(files(tmp_path / "apart", "bus/day1/1.png", "bus/day2/1.png", "car/day1/1.png"))
+    assert not any(line.startswith("warning") for line in describe(apart))
 
 
 def test_splits_below_classes_and_wrappers_in_splits(tmp_path: Path) -> None:
@@ -239,6 +279,14 @@ def test_the_image_folder_layout(kind: str, tmp_path: Path) -> None:
     assert counts(source) == {"red": 3, "grün": 3}
     assert Counter(source.splits) == {"train": 4, "test": 2}
     assert ("not named in the metadata", 2) in source.ignored_because
+
+
+@pytest.mark.parametrize(("one", "two"), [("trainset", "testset"), ("train2017", "test2017"), ("Train", "Hold-Out")])
+def test_splits_of_image_folders_are_named_as_those_of_classes(one: str, two: str, tmp_path: Path) -> None:
+    for part in (one, two):
+        files(tmp_path / part, *(path for path, _ in ROWS))
+        (tmp_path / part / "metadata.csv").write_text(lines(head="file_name,label"))
+    assert Counter(open_dataset(tmp_path).splits) == {"train": 6, "val" if two == "Hold-Out" else "test": 6}
 
 
 def test_the_rarest_of_many_classes_are_named(tmp_path: Path) -> None:

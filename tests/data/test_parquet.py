@@ -43,8 +43,21 @@ def test_one_parquet_file(tmp_path: Path, pets: Tree) -> None:
     assert open_dataset(tmp_path / "train.parquet").splits == ["train", "train"]
 
 
+@pytest.mark.parametrize("names", [("trainset", "testset"), ("trainset/0", "testset/0"), ("train2017", "test2017")])
+def test_parquet_files_of_joined_names_are_splits(names: tuple[str, str], tmp_path: Path, pets: Tree) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_parquet(tmp_path / f"{name}.parquet", [png(pets["cat/1.png"])] * 2, [0, 1], ["a", "b"])
+    assert sorted(open_dataset(tmp_path).splits) == ["test", "test", "train", "train"]
+
+
 @pytest.mark.parametrize(
-    ("name", "split"), [("val/0.parquet", "val"), ("validation-x.parquet", "val"), ("trainer.parquet", "")]
+    ("name", "split"),
+    [
+        *[("val/0.parquet", "val"), ("validation-x.parquet", "val"), ("trainer.parquet", "")],
+        *[("trainset.parquet", "train"), ("val2017.parquet", "val"), ("testset/0.tar", "test")],
+        *[("hold-out.parquet", "val"), ("seg_test.parquet", "test"), ("Hold-Out/metadata.csv", "val")],
+    ],
 )
 def test_split_of_a_parquet_name(name: str, split: str) -> None:
     assert split_in_name(name) == split

@@ -1,5 +1,6 @@
 """A subfolder per class, below folders of splits or above them, or without any."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.ignored import OUTSIDE, describe_ignored, is_dropping, why_ignored
 from tokenfusion.data.labels import clean_label
 from tokenfusion.data.readers import Paths
-from tokenfusion.data.split_names import split_named, splits_in_words
+from tokenfusion.data.split_names import splits_in_words, splits_named
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
 
@@ -48,6 +49,8 @@ class Plan:
     """Folders around everything, which say nothing."""
     split: int | None = None
     label: int = 0
+    names: Mapping[str, str] = field(default_factory=dict)
+    """The splits that folders name."""
 
     def places(self, place: list[str]) -> tuple[str, str] | None:
         """A file's split and class by their folders' names, None where it lies outside; "" stands for no split."""
@@ -96,7 +99,7 @@ def read_tree(files: list[str], folders: list[str]) -> Tree:
     for file in files:
         place = file.split("/")
         found = None if reasons[file] else plan.places(place)
-        split = "" if found is None or plan.split is None else split_named(found[0])
+        split = "" if found is None else plan.names.get(found[0], "")
         if found is None or (plan.split is not None and not split):
             tree.ignored[file] = reasons[file] or OUTSIDE
             continue
@@ -125,52 +128,53 @@ def understand(images: list[list[str]], tree: Tree) -> Plan:
         inside = [place for place in images if len(place) > len(top) + 1 and tuple(place[: len(top)]) == top]
         depth = len(top)
         tops = {place[depth] for place in inside}
-        if has_splits(inside, depth, tree):
-            return Plan(top, split=depth, label=enter_splits(inside, depth, tree))
-        if below_classes(inside, depth):
-            return Plan(top, split=depth + 1, label=depth)
+        if names := splits_above(inside, depth, tree):
+            return Plan(top, split=depth, label=enter_splits(inside, depth, names, tree), names=names)
+        if names := splits_below(inside, depth):
+            return Plan(top, split=depth + 1, label=depth, names=names)
         (lone,) = tops if len(tops) == 1 else ("",)
         direct = any(len(place) == depth + 2 for place in inside)
         if not lone or direct:
+            warn_of_parts(inside, depth, tree)
             return Plan(top, label=depth)
         top = (*top, lone)
         note = f"entered {printable('/'.join(top))!r}, which holds everything"
         tree.notes[:] = [line for line in tree.notes if not line.startswith("entered ")] + [note]
 
 
-def has_splits(images: list[list[str]], depth: int, tree: Tree) -> bool:
-    """Whether the folders at a depth are parts of the data, not classes.
+def splits_above(images: list[list[str]], depth: int, tree: Tree) -> Mapping[str, str]:
+    """The splits that the folders at a depth name, where these are parts of the data; empty where they are classes.
 
-    They are where two of them or more name splits, or all do, and the folders of classes lie in one; a lone folder
-    `train` beside others that hold images is a class.
+    They are parts where two of them or more name splits, or all do, and the folders of classes lie in one; a lone
+    folder `train` beside others that hold images is a class.
     """
     tops = {place[depth] for place in images}
     deep = {place[depth] for place in images if len(place) > depth + 2}
-    named = {name: split_named(name) for name in tops if split_named(name)}
+    named = splits_named(sorted(tops))
     if not named:
-        return False
+        return {}
     if len(named) == len(tops) or len(set(named.values())) > 1:
         if deep & named.keys():
-            return True
+            return named
         if len(named) > 1:
             raise InputError(
                 f"{quoted(sorted(named))} are names of splits, but images lie in them without class folders; "
                 "make a folder per class in each, or give a CSV that labels them"
             )
-        return False
+        return {}
     if deep & named.keys():
         others = sorted(tops - named.keys())
         tree.notes.append(
             f"{quoted(sorted(named))} is taken for a class, because it stands beside {quoted(others[:3])}, which name "
             "no split"
         )
-    return False
+    return {}
 
 
-def enter_splits(images: list[list[str]], depth: int, tree: Tree) -> int:
+def enter_splits(images: list[list[str]], depth: int, names: Mapping[str, str], tree: Tree) -> int:
     """At which depth the classes lie below splits: where each split holds one folder alone, such as `train/images/cat`
     and `val/images/cat`, these are entered."""
-    named = [place for place in images if split_named(place[depth]) and len(place) > depth + 2]
+    named = [place for place in images if place[depth] in names and len(place) > depth + 2]
     label = depth + 1
     while True:
         below = {(place[depth], place[label]) for place in named}
@@ -181,11 +185,26 @@ def enter_splits(images: list[list[str]], depth: int, tree: Tree) -> int:
         label += 1
 
 
-def below_classes(images: list[list[str]], depth: int) -> bool:
-    """Whether splits lie below the classes, `cat/train/1.jpg`: every folder there names one, and there are two."""
-    places = [place[depth + 1] if len(place) > depth + 2 else "" for place in images]
-    splits = {split_named(name) for name in places}
-    return "" not in splits and len(splits) > 1 and len({place[depth] for place in images}) > 1
+def splits_below(images: list[list[str]], depth: int) -> Mapping[str, str]:
+    """The splits that lie below the classes, `cat/train/1.jpg`: every folder there names one, and there are two."""
+    places = {place[depth + 1] if len(place) > depth + 2 else "" for place in images}
+    names = splits_named(sorted(places))
+    several = len(set(names.values())) > 1 and len({place[depth] for place in images}) > 1
+    return names if several and places == names.keys() else {}
+
+
+def warn_of_parts(images: list[list[str]], depth: int, tree: Tree) -> None:
+    """Warn where all folders of classes hold the same folders, as `fold_1` and `fold_2` of one data set do."""
+    held: dict[str, set[str]] = {}
+    for place in images:
+        held.setdefault(place[depth], set()).add(place[depth + 1] if len(place) > depth + 2 else "")
+    first = next(iter(held.values()), set())
+    if len(held) > 1 and len(first) > 1 and "" not in first and all(other == first for other in held.values()):
+        tree.notes.append(
+            f"warning: {quoted(sorted(held)[:3])} are taken for classes, but all hold the same folders "
+            f"{quoted(sorted(first)[:3])}; where these are the classes, give one of the folders, or call them train "
+            "and val"
+        )
 
 
 def note_empty(tree: Tree, plan: Plan, folders: list[str]) -> None:
@@ -194,7 +213,7 @@ def note_empty(tree: Tree, plan: Plan, folders: list[str]) -> None:
     for folder in folders:
         place = folder.split("/")
         found = plan.places([*place, ""]) if len(place) == max(plan.label, plan.split or 0) + 1 else None
-        if found is None or any(map(is_dropping, place)) or (plan.split is not None and not split_named(found[0])):
+        if found is None or any(map(is_dropping, place)) or (plan.split is not None and found[0] not in plan.names):
             continue
         if clean_label(found[1]) not in tree.classes:
             empty.add(clean_label(found[1]))

@@ -2,7 +2,6 @@
 
 import mmap
 import os
-import re
 import threading
 from bisect import bisect_right
 from collections import Counter, OrderedDict
@@ -26,7 +25,7 @@ from tokenfusion.data.parquet_layout import Layout, read_labels, read_layout, re
 from tokenfusion.data.readers import Reader, refuse_pointer
 from tokenfusion.data.remote import look_up
 from tokenfusion.data.rows import as_groups, as_weights, read_weight
-from tokenfusion.data.split_names import SPLITS, split_in_name, split_named
+from tokenfusion.data.split_names import SPLITS, split_in_name, split_named, words_of
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
 
@@ -219,7 +218,7 @@ def refuse_configs(root: Path, files: list[str]) -> None:
 
 def before_split(file: str) -> str:
     """What stands in a file's name before the word of its split: `en` in `en-train-00000-of-00001.parquet`."""
-    words = re.split(r"[-._\s]", os.path.basename(file).casefold())
+    words = words_of(os.path.basename(file))
     return "-".join(words[: next((place for place, word in enumerate(words) if word in SPLITS), 0)])
 
 
