@@ -49,7 +49,7 @@ def open_image_folder(root: Path, lists: Sequence[str], files: Sequence[str], re
     """
     tables = []
     for name in lists:
-        table = parquet_table(root / name) if name.endswith(".parquet") else read_table(root / name)
+        table = metadata_table(root / name, reading)
         folder = os.path.dirname(name)
         tables.append((folder, table, split_in_name(folder) if folder else ""))
     dataset = from_tables(str(root), root, tables, reading)
@@ -71,22 +71,19 @@ def metadata_lists(files: Sequence[str]) -> list[str]:
 
 def names_images(path: Path, reading: Reading) -> bool:
     """Whether a metadata file labels images; one that only describes images in class folders does not."""
-    table = parquet_table(path) if path.suffix == ".parquet" else read_table(path)
+    table = metadata_table(path, reading)
     known = {plain(name) for name in table.columns}
     labelled = reading.label_column or known & {*KNOWN["label"], *KNOWN["labels"]}
     return bool(known & {"filename", "filenames"} and table.rows and labelled)
 
 
-def parquet_table(path: Path) -> Table:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+def metadata_table(path: Path, reading: Reading) -> Table:
+    """The table in a list of the image-folder layout, whichever kind it is."""
+    if path.suffix != ".parquet":
+        return read_table(path)
+    from tokenfusion.data.parquet_cells import read_parquet_table
 
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{path}: not readable as Parquet ({error}); replace it or take it away") from error
-    rows = [(f"{path}, row {number}", row) for number, row in enumerate(table.to_pylist())]
-    return Table(str(path), tuple(table.schema.names), rows)
+    return read_parquet_table(path, reading)
 
 
 class Row(NamedTuple):

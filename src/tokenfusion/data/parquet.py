@@ -21,6 +21,7 @@ from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.ignored import describe_ignored
 from tokenfusion.data.labels import number_labels
+from tokenfusion.data.parquet_cells import read_cells
 from tokenfusion.data.parquet_layout import Layout, read_labels, read_layout, read_splits, refuse_paths_alone
 from tokenfusion.data.readers import Reader, refuse_pointer
 from tokenfusion.data.remote import look_up
@@ -159,7 +160,7 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
                 tables.append(read_table(root / name, file, layout.image))
                 count = sum(tables[-1].rows)
                 columns = [column for column in (layout.split, layout.weight, layout.group) if column]
-                cells = file.read(columns=columns, use_threads=False).to_pydict() if columns else {}
+                cells = read_cells(root / name, file, columns)
         except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             raise InputError(f"{root / name}: not readable as Parquet ({error}); replace it or take it away") from error
         names += [f"{printable(name)}:{row}" for row in range(count)]

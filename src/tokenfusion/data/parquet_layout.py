@@ -14,6 +14,7 @@ from tokenfusion.data.columns import KNOWN, asked, choose, plain
 from tokenfusion.data.dataset import quoted
 from tokenfusion.data.labels import clean_label
 from tokenfusion.data.split_names import FLAGS, split_flagged, split_named
+from tokenfusion.data.table import refuse_twice
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
 
@@ -71,8 +72,9 @@ def read_layout(path: Path | str, schema: pa.Schema, reading: Reading) -> Layout
     """The columns of a file.
 
     Raises:
-        InputError: there is no column of images or of labels, or it is not clear which.
+        InputError: there is no column of images or of labels, it is not clear which, or two are of one name.
     """
+    refuse_twice(path, schema.names)
     features = read_features(schema)
     image = image_column(path, schema, features, reading.image_column)
     label = asked(str(path), schema.names, reading.label_column, "--label-column") or label_column(

@@ -161,6 +161,7 @@ def index_parquet(name: str, file: BinaryIO, reading: Reading) -> Index:
     import pyarrow.parquet as pq
 
     from tokenfusion.data.parquet import image_files
+    from tokenfusion.data.parquet_cells import read_cells
     from tokenfusion.data.parquet_layout import read_labels, read_layout, read_splits
 
     try:
@@ -170,7 +171,7 @@ def index_parquet(name: str, file: BinaryIO, reading: Reading) -> Index:
                 raise InputError(f"{name}: lists of labels are read from local Parquet files only; give their folder")
             labels = read_labels(name, table, layout)
             columns = [column for column in (layout.split, layout.weight, layout.group) if column]
-            cells = table.read(columns=columns, use_threads=False).to_pydict() if columns else {}
+            cells = read_cells(name, table, columns)
             parts = (image_files(table, part, layout.image) for part in range(table.num_row_groups))
             sizes = [size for images in parts for size in pc.binary_length(images).fill_null(0).to_pylist()]
     except (pa.ArrowException, OSError) as error:

@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,7 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
     first = [cell.strip() for cell in lines[0][1]]
     header = not any(is_image(cell) or "://" in cell for cell in first)
     columns = tuple(first) if header else tuple(f"column {number}" for number in range(1, len(first) + 1))
-    twice = sorted({name for name in columns if name and columns.count(name) > 1})
-    if twice:
-        raise InputError(f"{path}: several columns are called {', '.join(map(repr, twice))}; give each its own name")
+    refuse_twice(path, columns)
     rows = []
     for line, cells in lines[1:] if header else lines:
         if len(cells) > len(columns) and any(cells[len(columns) :]):
@@ -125,6 +124,13 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
     found = f"read as {encoding}, separated by {SEPARATORS.get(separator, repr(separator))}"
     found += ", without a header" * (not header)
     return Table(str(path), columns, rows, header, () if usual else (f"{path.name}: {found}",))
+
+
+def refuse_twice(path: Path | str, columns: Sequence[str]) -> None:
+    """Refuse columns of one name."""
+    twice = sorted({name for name in columns if name and columns.count(name) > 1})
+    if twice:
+        raise InputError(f"{path}: several columns are called {', '.join(map(repr, twice))}; give each its own name")
 
 
 def sniff(text: str, path: Path) -> str:
