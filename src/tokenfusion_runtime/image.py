@@ -147,10 +147,12 @@ def refuse_missing_blocks(data: bytes, last: Sequence[int]) -> None:
 
     Args:
         data: the file's bytes.
-        last: the values of the image's last pixel.
+        last: the values of the image's last pixel; 127 is the gray of inks, whose values are turned around.
     """
     end = data.rfind(b"\xff\xd9")
-    if any(value != 128 for value in last) or end < data.rfind(b"\xff\xda"):  # of one without a marker, see `with_end`
+    if any(value not in (127, 128) for value in last) or end < data.rfind(
+        b"\xff\xda"
+    ):  # of one without a marker, see `with_end`
         return
     body = data[:end]
     endings = (b"\xff\xd9", b"\x55" * 4096 + b"\xff\xd9")
@@ -234,7 +236,7 @@ def orientation(image: Image.Image) -> int:
 def whole_rgb(image: Image.Image, data: bytes, value_range: ValueRange | None = None) -> Image.Image:
     """An opened image file as `to_rgb` has it, refused where a JPEG's data ends too early."""
     image.load()
-    if image.format == "JPEG" and image.mode in ("L", "RGB"):
+    if image.format == "JPEG" and image.mode in ("L", "RGB", "CMYK"):
         last = image.getpixel((image.width - 1, image.height - 1))
         refuse_missing_blocks(data, last if isinstance(last, tuple) else [int(last or 0)])
     return to_rgb(image, value_range)

@@ -352,6 +352,16 @@ def test_a_jpeg_without_its_end_marker_is_read_and_one_without_pixels_refused(mo
             decode_image(data[:-cut], max_pixels=10_000)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_was_cut_and_ended_by_a_marker_is_refused(mode: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    file = BytesIO()
+    Image.fromarray(pixels).convert(mode).save(file, "JPEG")
+    data = file.getvalue()
+    with pytest.raises(UnreadableImage, match="its data ends before its last pixels"):
+        decode_image(data[: len(data) // 3] + b"\xff\xd9", max_pixels=10_000)
+
+
 def test_a_flat_jpeg_without_pixels_is_refused() -> None:
     file = BytesIO()
     Image.new("RGB", (640, 480), (128, 128, 128)).save(file, "JPEG")

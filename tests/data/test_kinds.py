@@ -249,7 +249,7 @@ def test_paths_are_looked_at_before_anything_is_decoded(tmp_path: Path) -> None:
     assert "warning: 1 of 7 paths do not exist, the first is 'img/gone.png'" in describe(source)
 
 
-@pytest.mark.parametrize("start", ["{here}/", "/home/someone/data/", "C:\\Users\\someone\\", "../"])
+@pytest.mark.parametrize("start", ["{here}/", "/home/someone/data/", "C:\\Users\\someone\\", "../", "/"])
 def test_paths_of_elsewhere_are_read_below_root(start: str, tmp_path: Path) -> None:
     text = lines().replace("img/", start.format(here=tmp_path) + "img/")
     with pytest.raises(InputError, match=r"leaves the list's folder; give .* by --root DIR"):
@@ -257,6 +257,26 @@ def test_paths_of_elsewhere_are_read_below_root(start: str, tmp_path: Path) -> N
     source = listed(tmp_path, "x.csv", text, root=str(tmp_path))
     assert source.names == [path for path, _ in ROWS]
     assert counts(source) == {"red": 3, "grün": 3}
+
+
+@pytest.mark.parametrize(
+    ("there", "listed_as", "hint"),
+    [
+        ("img/0.PNG", "img/0", "'img/0' exists with .PNG"),
+        ("img/0.Png", "img/0.jpg", "'img/0.Png' exists: mend the file names' endings"),
+        ("train/0.png", "Train/0.png", "'train/0.png' exists: write the paths in the list in the same small and"),
+        ("img/a.JPG", "Img/A.jpg", "'img/a.JPG' exists: write the paths"),
+        ("img/0.png", "img/1.png", "give the folder that they start at by --root DIR"),
+        ("img/0.txt", "img/0", "give the folder that they start at by --root DIR"),
+    ],
+)
+def test_a_missing_path_is_told_from_one_of_other_letters(
+    there: str, listed_as: str, hint: str, tmp_path: Path
+) -> None:
+    files(tmp_path, there)
+    (tmp_path / "x.csv").write_text(f"path,label\n{listed_as},a\n")
+    with pytest.raises(InputError, match=re.escape(hint)):
+        open_dataset(tmp_path / "x.csv").reader.require_there()
 
 
 @pytest.mark.parametrize("kind", ["metadata.jsonl", "metadata.csv", "metadata.parquet"])

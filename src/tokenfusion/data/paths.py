@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tokenfusion.data.dataset import quoted
-from tokenfusion.data.decode import EXTENSIONS
+from tokenfusion.data.decode import is_image
 from tokenfusion.data.readers import Paths
 from tokenfusion.errors import InputError
 
@@ -36,13 +36,38 @@ class ListedPaths(Paths):
 
     def hint(self, path: str) -> str:
         """What there is in place of a path."""
-        for ending in sorted(EXTENSIONS):
-            if os.path.exists(os.path.join(self.root, path + ending)):
-                return f"{path!r} exists with {ending}: write the file names' endings into the list"
-            stem = os.path.splitext(path)[0] + ending
-            if os.path.exists(os.path.join(self.root, stem)):
-                return f"{stem!r} exists: mend the file names' endings in the list"
+        found = find_alike(self.root, path)
+        stem, ending = os.path.splitext(found)
+        if found and stem == path:
+            return f"{path!r} exists with {ending}: write the file names' endings into the list"
+        if found and stem == os.path.splitext(path)[0]:
+            return f"{found!r} exists: mend the file names' endings in the list"
+        if found:
+            return f"{found!r} exists: write the paths in the list in the same small and capital letters"
         return "give the folder that they start at by --root DIR, or mend the paths"
+
+
+def find_alike(root: str | Path, path: str) -> str:
+    """The image file whose path differs by small and capital letters or by its ending alone; "" where there is none."""
+    found = os.sep if os.path.isabs(path) else ""
+    *folders, name = parts_of(path)
+    for folder in folders:
+        entries = [entry for entry in entries_of(root, found) if entry.casefold() == folder.casefold()]
+        if not entries:
+            return ""
+        found = os.path.join(found, folder if folder in entries else min(entries))
+    wanted = {name.casefold(), os.path.splitext(name)[0].casefold()}
+    images = [entry for entry in entries_of(root, found) if is_image(entry)]
+    close = [entry for entry in images if {entry.casefold(), os.path.splitext(entry)[0].casefold()} & wanted]
+    return os.path.join(found, min(close)) if close else ""
+
+
+def entries_of(root: str | Path, folder: str) -> list[str]:
+    """What lies in a folder below a root; nothing where it cannot be read."""
+    try:
+        return os.listdir(os.path.join(root, folder))
+    except OSError:
+        return []
 
 
 def resolve_paths(where: str, root: Path, paths: list[tuple[str, str]], rooted: bool) -> tuple[list[str], list[str]]:
@@ -70,10 +95,10 @@ def resolve_paths(where: str, root: Path, paths: list[tuple[str, str]], rooted: 
             "and list their files (only shards are read from URLs)"
         )
     result, changed = [], dict.fromkeys(("backslashes read as /", "read in the other form of Unicode"), 0)
-    cut = foreign_part(root, (path for _, path in paths)) if rooted else 0
+    cut = foreign_part(root, (path for _, path in paths)) if rooted else None
     for place, path in paths:
         text = path[2:] if path.startswith(("./", ".\\")) else path
-        if cut:
+        if cut is not None:
             text = "/".join(parts_of(text)[cut:]) or text
         normal = inside(text, path, place, rooted)
         if not exists(root, normal):
@@ -87,8 +112,9 @@ def resolve_paths(where: str, root: Path, paths: list[tuple[str, str]], rooted: 
                     break
         result.append(normal)
     notes = [f"paths: {count:,} {what}" for what, count in changed.items() if count]
-    if cut:
-        notes.append(f"paths: read below {root} without their first {cut} folders, as {result[0]!r}")
+    if cut is not None:
+        without = f" without their first {cut} folders" if cut else ""
+        notes.append(f"paths: read below {root}{without}, as {result[0]!r}")
     return result, notes
 
 
@@ -97,19 +123,22 @@ def parts_of(path: str) -> list[str]:
     return [part for part in re.split(r"[/\\]", path) if part not in ("", ".")]
 
 
-def foreign_part(root: Path, paths: Iterable[str]) -> int:
-    """How many folders at the beginning of the paths belong to another machine: what is left exists below the root."""
+def foreign_part(root: Path, paths: Iterable[str]) -> int | None:
+    """How many folders at the beginning of the paths belong to another machine: what is left exists below the root.
+
+    0 where a path begins at the root with a slash; None where the paths are below the root as they are, or none is.
+    """
     for path in paths:
         if os.path.isabs(path) and Path(path).resolve().is_relative_to(root.resolve()):
             return len(parts_of(path)) - len(parts_of(os.path.relpath(Path(path).resolve(), root.resolve())))
         parts = parts_of(path)
         if os.path.lexists(os.path.join(root, path)) and not os.path.isabs(path) and ".." not in parts:
-            return 0
+            return None
         for cut in range(len(parts)):
             rest = parts[cut:]
             if ".." not in rest and exists(root, "/".join(rest)):
                 return cut
-    return 0
+    return None
 
 
 def exists(root: Path, path: str) -> bool:
