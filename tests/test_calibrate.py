@@ -11,7 +11,7 @@ from scipy.stats import binom
 from tokenfusion import Classifier
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, halves
 from tokenfusion.metrics import bootstrap_ece, evaluate_logits, reliability
-from tokenfusion_runtime.abstain import DELTA, SurestErrors, tail
+from tokenfusion_runtime.abstain import DELTA, SurestErrors, tail, why_silent
 
 
 def calibrated_logits(n, k=10, seed=0):
@@ -79,6 +79,17 @@ def test_without_images_enough_for_a_bound_nothing_is_answered():
     assert SurestErrors(149, (80,), (0.9,)).cut(0.02) == math.inf
     assert SurestErrors(400, (200,), (0.7,)).cut(0.02) == 0.7  # one error among 200 is one too many, up to 236
     assert SurestErrors(400, (240,), (0.7,)).cut(0.02) == -1.0
+
+
+def test_it_is_said_why_nothing_is_answered():
+    few, wrong = SurestErrors(12, (), ()), SurestErrors(149, (80,), (0.9,))
+    assert (
+        why_silent(0.02, [few]) == "12 held-out images cannot promise 0.02: 149 are needed, or --abstain 0.221 or more"
+    )
+    assert few.cut(0.221) == -1.0
+    assert few.cut(0.220) == math.inf
+    assert why_silent(0.02, [wrong]).startswith("too many of the surest answers on the 149 held-out images")
+    assert why_silent(0.02, [SurestErrors(149, (), ()), wrong]) == why_silent(0.02, []) == ""
 
 
 def test_of_equal_scores_the_wrong_come_first():

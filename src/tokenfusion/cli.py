@@ -308,16 +308,18 @@ def similar(
     run
         Folder that `train` wrote, of a model fuse(CNN,VIT,probe).
     images
-        Image files.
+        Image files, or folders of them.
     topk
         How many training images to show of each.
     as_json
         Print JSON instead of a table.
     """
     from tokenfusion.analyze.similar import similar as find_similar
+    from tokenfusion_runtime.files import expand
 
     if topk < 1:
         raise InputError(f"--topk {topk} shows no image; give 1 or more")
+    images = [str(image) for image in expand(images)]
     with counting("parents look at training images") as progress:
         found = find_similar(run, images, topk, progress)
     pairs = [(image, other) for image, nearest in zip(images, found, strict=True) for other in nearest]

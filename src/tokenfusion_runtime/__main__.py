@@ -31,6 +31,8 @@ def main(words: list[str] | None = None) -> int:
             print(classifier.note, file=sys.stderr)
         topk = min(given.topk, len(classifier.classes))
         predictions = classifier.iter_predictions(expand(given.paths), topk=topk, abstain=given.abstain)
+        if silent := "" if given.abstain is None else classifier.why_silent(given.abstain):
+            print(f"nothing is answered: {silent}", file=sys.stderr)
         failed = print_predictions(predictions, given.format, topk=topk, multi_label=classifier.multi_label)
     except InputError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)

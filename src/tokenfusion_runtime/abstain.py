@@ -60,6 +60,22 @@ class SurestErrors:
         return self.scores[-1] if len(self.ranks) == KEPT else -1.0
 
 
+def why_silent(risk: float, errors: Sequence[SurestErrors]) -> str:
+    """Why every answer is withheld at this risk, and what to give instead; "" where some may be given.
+
+    Args:
+        risk: the largest share of wrong answers.
+        errors: of the model, or of each of its classes; empty where unknown.
+    """
+    if not errors or any(one.cut(risk) < math.inf for one in errors):
+        return ""
+    images, needed = errors[0].images, math.ceil(math.log(DELTA) / math.log1p(-risk))
+    if images >= needed:
+        return f"too many of the surest answers on the {images:,} held-out images are wrong to promise {risk:g}"
+    least = math.ceil(1000 * (1 - DELTA ** (1 / images))) / 1000
+    return f"{images:,} held-out images cannot promise {risk:g}: {needed:,} are needed, or --abstain {least:g} or more"
+
+
 def tail(errors: int, answers: int, risk: float) -> float:
     """The chance of so few errors, or fewer, among answers that are each wrong with a chance `risk`."""
     if errors >= answers * risk:

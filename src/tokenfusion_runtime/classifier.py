@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tokenfusion_runtime.abstain import SurestErrors
+from tokenfusion_runtime.abstain import SurestErrors, why_silent
 from tokenfusion_runtime.engines import ENGINES, Engine
 from tokenfusion_runtime.errors import InputError, UnreadableImage
 from tokenfusion_runtime.files import read_file
@@ -98,10 +98,18 @@ class ExportedClassifier:
         """
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} lets no image into the model; give 1 or more")
-        errors = tuple(map(SurestErrors.from_dict, self.description["surest_errors"]))
-        cuts = () if abstain is None else cuts_for(abstain, errors)
+        cuts = () if abstain is None else cuts_for(abstain, self.surest_errors)
         answers = Answers(self.classes, tuple(self.description["thresholds"]), topk, cuts)
         return self._batches(iter(images), batch_size, answers)
+
+    @property
+    def surest_errors(self) -> tuple[SurestErrors, ...]:
+        """Where the errors on held-out images lie; of a multi-label model for each class."""
+        return tuple(map(SurestErrors.from_dict, self.description["surest_errors"]))
+
+    def why_silent(self, abstain: float) -> str:
+        """Why every answer is withheld by `abstain`; "" where some may be given."""
+        return why_silent(abstain, self.surest_errors)
 
     def _batches(self, images: Iterator[ImageLike], batch_size: int, answers: Answers) -> Iterator[Prediction]:
         while batch := [self.prepare(image) for image in islice(images, batch_size)]:

@@ -19,8 +19,8 @@ Size = tuple[int, int]
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable parameters."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    """Number of parameters, those that stay as they are included."""
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class CountProducts(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -53,7 +53,7 @@ class Counts:
     """What one image costs, whatever the machine.
 
     Attributes:
-        parameters: trainable ones.
+        parameters: all, those of frozen parents included.
         macs: multiply-adds of convolutions and matrix products, attention's q kᵀ and map·v included.
         attention_macs: those of q kᵀ and map·v alone.
         activations: elements of the outputs of convolutions and matrix products, as timm and fvcore count them; an

@@ -126,6 +126,7 @@ def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool,
     from tokenfusion.classifier import Classifier
     from tokenfusion.data.open import LIST_ENDINGS, TAR_ENDINGS
     from tokenfusion.data.remote import has_ending
+    from tokenfusion_runtime.abstain import why_silent
     from tokenfusion_runtime.files import expand
     from tokenfusion_runtime.output import print_predictions
 
@@ -141,6 +142,8 @@ def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool,
     above = sys.stdout.isatty()  # rows that go to the same terminal are printed above the bar
     with Progress(console=errors, disable=not errors.is_terminal, transient=True, redirect_stdout=above) as bar:
         found = classifier.iter_predictions(images, topk=topk, abstain=abstain)
+        if silent := "" if abstain is None else why_silent(abstain, classifier.surest_errors):
+            print(f"nothing is answered: {silent}", file=sys.stderr)
         predictions = bar.track(found, total=total, description="images")
         failed = print_predictions(predictions, output, topk=topk, multi_label=classifier.multi_label)
     if failed:
