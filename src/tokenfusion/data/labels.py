@@ -39,6 +39,18 @@ def warn_of_lookalikes(classes: Iterable[str]) -> list[str]:
     ]
 
 
+def no_label(labels: Iterable[int | str]) -> int | str | None:
+    """The label, number or text, that stands for none: -1, but where -1 and 1 are the two classes; None without it."""
+    written = {str(label).removesuffix(".0"): label for label in labels}
+    return written["-1"] if "-1" in written and written.keys() != {"-1", "1"} else None
+
+
+def warn_of_missing(classes: Iterable[str]) -> list[str]:
+    """A warning where a class is called what programs write for a missing value."""
+    missing = [name for name in classes if name.casefold() in ("nan", "<na>", "n/a", "#n/a", "null")]
+    return [f"warning: {quoted(missing)} is a class here, and may stand for a missing label"] if missing else []
+
+
 def number_labels(
     where: str, names: Sequence[str], labels: Sequence[int | str], classes: Sequence[str] = ()
 ) -> tuple[tuple[str, ...], np.ndarray]:
@@ -51,14 +63,17 @@ def number_labels(
         classes: names of integer labels; without them the distinct labels, in order, are the classes.
 
     Raises:
-        InputError: a label has no name, or is -1, which stands for no label.
+        InputError: a label is empty, has no name, or is -1, which stands for no label.
     """
+    labels = [clean_label(label) if isinstance(label, str) else label for label in labels]
+    if empty := set(labels) & {"", None}:
+        name = names[labels.index(empty.pop())]
+        raise InputError(f"{where}: {name!r} has an empty label; name its class, or take unlabelled images away")
     if not classes:
-        labels = [clean_label(label) if isinstance(label, str) else label for label in labels]
         distinct = sorted(set(labels))
-        if -1 in distinct and distinct != [-1, 1]:
+        if (label := no_label(distinct)) is not None:
             raise InputError(
-                f"{where}: {names[labels.index(-1)]!r} has label -1, which stands for no label; "
+                f"{where}: {names[labels.index(label)]!r} has label {label}, which stands for no label; "
                 "take unlabelled images away"
             )
         number = {label: index for index, label in enumerate(distinct)}

@@ -10,7 +10,7 @@ import numpy as np
 from tokenfusion.data.columns import KNOWN, Columns, choose_columns, plain
 from tokenfusion.data.dataset import Dataset, printable
 from tokenfusion.data.ignored import describe_ignored, why_ignored
-from tokenfusion.data.labels import clean_label
+from tokenfusion.data.labels import clean_label, no_label
 from tokenfusion.data.paths import ListedPaths, exists, resolve_paths
 from tokenfusion.data.rows import as_groups, as_weights, read_weight
 from tokenfusion.data.split_names import FLAGS, SPLITS, TRUE, split_flagged, split_in_name, split_named, splits_in_words
@@ -210,11 +210,10 @@ def as_matrix(labels: list[tuple[str, ...]], number: dict[str, int]) -> np.ndarr
 
 
 def refuse_no_class(rows: list[Row]) -> None:
-    """Refuse -1 beside other numbers, which stands for no label; beside 1 alone it is a class."""
-    names = {name for row in rows for name in row.labels}
-    if "-1" in names and names != {"-1", "1"} and all(name.lstrip("-").isdecimal() for name in names):
-        place = next(row.place for row in rows if "-1" in row.labels)
-        raise InputError(f"{place}: label -1 stands for no label; take unlabelled images out of the list")
+    """Refuse -1, which stands for no label; beside 1 alone it is a class."""
+    if (label := no_label({name for row in rows for name in row.labels})) is not None:
+        place = next(row.place for row in rows if label in row.labels)
+        raise InputError(f"{place}: label {label} stands for no label; take unlabelled images out of the list")
 
 
 def refuse_other_separator(where: str, labels: list[tuple[str, ...]], classes: list[str]) -> None:

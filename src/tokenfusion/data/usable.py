@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from tokenfusion.data.dataset import KINDS, Dataset, classes_in, held_out_name, quoted
-from tokenfusion.data.labels import looks_like, warn_of_lookalikes
+from tokenfusion.data.labels import looks_like, warn_of_lookalikes, warn_of_missing
 from tokenfusion.errors import InputError
 
 LONGEST_CLASS = 1000
@@ -76,5 +76,5 @@ def without_empty(dataset: Dataset) -> Dataset:
         )
         labels = dataset.labels[:, there] if dataset.multi_label else np.searchsorted(there, dataset.labels)
         dataset = replace(dataset, labels=labels, classes=tuple(dataset.classes[index] for index in there))
-    notes += [line for line in warn_of_lookalikes(dataset.classes) if line not in notes]
+    notes += [line for line in [*warn_of_lookalikes(dataset.classes), *warn_of_missing(dataset.classes)] if line not in notes]
     return replace(dataset, notes=tuple(notes))
