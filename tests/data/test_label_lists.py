@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenfusion.data.dataset import Dataset
+from tokenfusion.data.describe import describe
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split, read_split, stratified, write_split
 from tokenfusion.errors import InputError
@@ -48,6 +49,27 @@ def test_a_separator_in_a_name_is_legal_where_another_separates(tmp_path: Path) 
         "tench, Tinca tinca",
     )
     assert open_csv(tmp_path, 'path,label\na.png,"tench, Tinca tinca"\n').classes == ("tench, Tinca tinca",)
+
+
+@pytest.mark.parametrize("cell", ["car person", "car;person", "car, person"])
+def test_labels_separated_by_something_else_are_refused(cell: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"labels are separated by \|\. If it is one name, call the column label"):
+        open_csv(tmp_path, f'path,labels\na.png,"{cell}"\nb.png,car\n')
+    (tmp_path / "x.jsonl").write_text(json.dumps({"path": "a.png", "labels": [cell]}))
+    assert open_dataset(tmp_path / "x.jsonl").classes == (cell,)  # a list says where a name ends
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("path,labels\na.png,x|y\nb.png,x\n", "data: 2 images of 2 classes, several labels an image, x 2, y 1"),
+        ("path,x,y\na.png,1,1\nb.png,1,0\n", "data: 2 images of 2 classes, several labels an image, x 2, y 1"),
+        ("path,label\na.png,x\nb.png,y\n", "data: 2 images of 2 classes, x 1, y 1"),
+        (",path,label\n0;,a.png,x\n1;,b.png,y\n", "data: 2 images of 2 classes, x 1, y 1"),
+    ],
+)
+def test_several_labels_an_image_are_said(text: str, said: str, tmp_path: Path) -> None:
+    assert describe(open_csv(tmp_path, text))[0] == said
 
 
 def test_weights(tmp_path: Path) -> None:

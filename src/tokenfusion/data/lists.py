@@ -103,10 +103,12 @@ def from_tables(where: str, root: Path, tables: list[tuple[str, Table, str]], re
     rows: list[Row] = []
     notes: list[str] = []
     told: list[tuple[str, str]] = []
-    several = False
+    several, texts = False, list[str]()
     for folder, table, split in tables:
         columns = choose_columns(table, reading)
         found = read_rows(table, columns)
+        if columns.labels:
+            texts += [cell.strip() for _, row in table.rows if isinstance(cell := row.get(columns.labels), str)]
         several = several or bool(columns.labels) or any(len(row.labels) != 1 for row in found)
         listed = [(row.place, row.path) for row in found]
         paths, changes = resolve_paths(where, root / folder, listed, bool(reading.root))
@@ -120,6 +122,7 @@ def from_tables(where: str, root: Path, tables: list[tuple[str, Table, str]], re
         told += [(cell, row.split) for cell, row in zip(said, rows[-len(found) :], strict=True)]
     if any(split for _, split in told):
         notes.append(splits_in_words(told))
+    refuse_other_separator(where, texts)
     kept = without_repeats(where, rows)
     notes += [f"{counted(len(rows) - len(kept), 'exact repeat')} of a row, counted once"] * (len(kept) < len(rows))
     return from_rows(where, root, kept, several, notes)
@@ -129,8 +132,8 @@ def from_rows(where: str, root: Path, rows: list[Row], several: bool, notes: lis
     """The dataset of rows, one an image, whose labels are many an image or one."""
     names, labels = [row.path for row in rows], [row.labels for row in rows]
     classes = sorted({name for row in rows for name in row.labels})
-    if several:
-        refuse_other_separator(where, labels, classes)
+    if several and not classes:
+        raise InputError(f"{where}: no image has a label; name some in `labels`")
     refuse_no_class(rows)
     number = {name: index for index, name in enumerate(classes)}
     missing = tuple(name for name in names if not exists(root, name))
@@ -216,14 +219,12 @@ def refuse_no_class(rows: list[Row]) -> None:
         raise InputError(f"{place}: label {label} stands for no label; take unlabelled images out of the list")
 
 
-def refuse_other_separator(where: str, labels: list[tuple[str, ...]], classes: list[str]) -> None:
-    """Refuse a multi-label list that has no label, or whose labels seem to be separated by another character."""
-    if not classes:
-        raise InputError(f"{where}: no image has a label; name some in `labels`")
-    joined = [name for name in classes if ";" in name or "," in name]
-    if joined and all(len(names) < 2 for names in labels):
+def refuse_other_separator(where: str, texts: list[str]) -> None:
+    """Refuse cells of `labels`, none of which has a |, where they seem to be separated by another character."""
+    joined = next((text for text in texts if {*text} & {*";, "}), "")
+    if joined and not any("|" in text for text in texts):
         raise InputError(
-            f"{where}: {joined[0]!r} is a label, and no image has more than one label; labels are separated by |. "
+            f"{where}: {joined!r} is a label, and no image has more than one label; labels are separated by |. "
             "If it is one name, call the column label"
         )
 

@@ -239,8 +239,8 @@ def number_all(where: str, names: list[str], labels: list[Any], layout: Layout) 
         return number_labels(where, names, labels, layout.names)
     if twice := next((row for row in zip(names, labels, strict=True) if len(set(row[1])) < len(row[1])), None):
         raise InputError(
-            f"{where}: {twice[0]!r} has labels {quoted([*map(str, twice[1])][:5])}; name each label once, in place of a "
-            "vector of 0 and 1"
+            f"{where}: {twice[0]!r} has labels {quoted([*map(str, twice[1])][:5])}; name each label once, in place "
+            "of a vector of 0 and 1"
         )
     owners = [name for name, row in zip(names, labels, strict=True) for _ in row]
     classes, numbers = number_labels(where, owners, [label for row in labels for label in row], layout.names)
@@ -248,8 +248,8 @@ def number_all(where: str, names: list[str], labels: list[Any], layout: Layout) 
     matrix[np.repeat(np.arange(len(labels)), [len(row) for row in labels]), numbers] = True
     if len(classes) > 1 and matrix.all():
         raise InputError(
-            f"{where}: every image has all labels, {quoted(classes[:5])}; name those of each image, in place of a vector "
-            "of 0 and 1"
+            f"{where}: every image has all labels, {quoted(classes[:5])}; name those of each image, in place of a "
+            "vector of 0 and 1"
         )
     return classes, matrix
 

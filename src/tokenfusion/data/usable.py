@@ -76,5 +76,7 @@ def without_empty(dataset: Dataset) -> Dataset:
         )
         labels = dataset.labels[:, there] if dataset.multi_label else np.searchsorted(there, dataset.labels)
         dataset = replace(dataset, labels=labels, classes=tuple(dataset.classes[index] for index in there))
-    notes += [line for line in [*warn_of_lookalikes(dataset.classes), *warn_of_missing(dataset.classes)] if line not in notes]
+    notes += [
+        line for line in [*warn_of_lookalikes(dataset.classes), *warn_of_missing(dataset.classes)] if line not in notes
+    ]
     return replace(dataset, notes=tuple(notes))
