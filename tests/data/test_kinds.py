@@ -230,6 +230,56 @@ def test_a_column_tells_the_splits(head: str, tmp_path: Path) -> None:
     assert line.endswith("-> val (2)")
 
 
+@pytest.mark.parametrize(
+    ("column", "words", "splits"),
+    [
+        *[("fold", ("train", "val"), ("train", "val")), ("Usage", ("Training", "PublicTest"), ("train", "test"))],
+        *[("part of it", ("train", "dev"), ("train", "val")), ("is_valid", ("", "True"), ("train", "val"))],
+        *[("is_valid", ("", "False"), ("train", "train")), ("fold", ("1", "2"), ("", ""))],
+    ],
+)
+def test_columns_that_hold_splits_alone_are_read(
+    column: str, words: tuple[str, str], splits: tuple[str, str], tmp_path: Path
+) -> None:
+    text = f"path,label,{column}\n" + "".join(f"{p},{c},{words[i % 2]}\n" for i, (p, c) in enumerate(ROWS))
+    assert listed(tmp_path, "x.csv", text).splits == list(splits) * 3
+
+
+@pytest.mark.parametrize(
+    ("column", "words", "reason"),
+    [
+        ("is_valid", ("True", "maybe"), "is_valid='maybe' is neither yes nor no"),
+        ("is_valid", ("x", ""), "is_valid='x' is neither yes nor no"),
+        ("valid", ("True", "False"), "does 'valid', of yes and no, tell the held-out images"),
+        ("is_valid,is_test", ("True,False", "False,True"), "'is_valid', 'is_test' all tell splits"),
+    ],
+)
+def test_flags_that_are_not_clear_are_refused(column: str, words: tuple[str, str], reason: str, tmp_path: Path) -> None:
+    text = f"path,label,{column}\n" + "".join(f"{p},{c},{words[i % 2]}\n" for i, (p, c) in enumerate(ROWS))
+    with pytest.raises(InputError, match=reason):
+        listed(tmp_path, "x.csv", text)
+
+
+def test_a_key_that_is_missing_says_no(tmp_path: Path) -> None:
+    rows = [{"path": p, "label": c} | ({"is_valid": True} if i % 3 == 0 else {}) for i, (p, c) in enumerate(ROWS)]
+    source = listed(tmp_path, "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    assert source.splits == ["val", "train", "train"] * 2
+
+
+def test_folders_in_paths_tell_the_splits_of_an_image_folder_and_are_warned_of_in_a_list(tmp_path: Path) -> None:
+    rows = [(f"{part}/{c}{i}.png", c) for part in ("train", "test") for c in "ab" for i in range(2)]
+    files(tmp_path, *(path for path, _ in rows))
+    text = "file_name,label\n" + "".join(f"{p},{c}\n" for p, c in rows)
+    (tmp_path / "list.csv").write_text(text)
+    alone = open_dataset(tmp_path / "list.csv")
+    assert set(alone.splits) == {""}
+    assert "warning: paths lie in 'test', 'train', which name splits" in "\n".join(describe(alone))
+    (tmp_path / "list.csv").rename(tmp_path / "metadata.csv")
+    source = open_dataset(tmp_path)
+    assert source.splits == ["train"] * 4 + ["test"] * 4
+    assert "splits: train -> train (4), test -> test (4)" in describe(source)
+
+
 def test_one_hot_columns_are_labels(tmp_path: Path) -> None:
     text = "filename,red,grün\n" + "".join(f"{p},{int(c == 'red')},{int(c != 'red')}\n" for p, c in ROWS)
     assert counts(listed(tmp_path, "x.csv", text)) == {"red": 3, "grün": 3}

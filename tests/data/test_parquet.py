@@ -43,6 +43,25 @@ def test_one_parquet_file(tmp_path: Path, pets: Tree) -> None:
     assert open_dataset(tmp_path / "train.parquet").splits == ["train", "train"]
 
 
+@pytest.mark.parametrize("column", ["subset", "set", "fold", "is_valid"])
+def test_columns_of_splits_are_read_as_those_of_lists(column: str, tmp_path: Path, pets: Tree) -> None:
+    told = [False, True, None, True] if column == "is_valid" else ["train", "val", "Training", "dev"]
+    write_parquet(tmp_path / "1.parquet", [png(pets["cat/1.png"])] * 4, [0, 0, 1, 1], ["a", "b"], **{column: told})
+    assert open_dataset(tmp_path / "1.parquet").splits == ["train", "val"] * 2
+
+
+def test_two_flags_are_refused_and_a_set_that_names_no_split_is_left(tmp_path: Path, pets: Tree) -> None:
+    images = [png(pets["cat/1.png"])] * 2
+    flags = {"is_valid": [True, False], "is_test": [False, True]}
+    write_parquet(tmp_path / "1.parquet", images, [0, 1], ["a", "b"], **flags)
+    with pytest.raises(InputError, match="'is_valid', 'is_test' all tell splits"):
+        open_dataset(tmp_path / "1.parquet")
+    write_parquet(tmp_path / "2.parquet", images, [0, 1], ["a", "b"], set=["train", "crayons"])
+    source = open_dataset(tmp_path / "2.parquet")
+    assert source.splits == ["", ""]
+    assert "not read: 'set'" in source.notes[0]
+
+
 @pytest.mark.parametrize("names", [("trainset", "testset"), ("trainset/0", "testset/0"), ("train2017", "test2017")])
 def test_parquet_files_of_joined_names_are_splits(names: tuple[str, str], tmp_path: Path, pets: Tree) -> None:
     for name in names:

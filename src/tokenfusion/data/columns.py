@@ -2,12 +2,12 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenfusion.data.dataset import quoted
 from tokenfusion.data.decode import is_image
-from tokenfusion.data.split_names import FALSE, FLAGS, TRUE, split_named
+from tokenfusion.data.split_names import FALSE, FLAGS, TRUE, split_flagged, split_named
 from tokenfusion.data.table import Table
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
@@ -31,7 +31,7 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     ),
     "label": ("label", "class", "category", "target", "classname", "labelname", "categoryname", "classlabel"),
     "labels": ("labels", "tags", "classes", "categories"),
-    "split": ("split", "subset", "set", "partition", "phase", "dataset", "usage"),
+    "split": ("split", "subset", "set", "partition", "phase", "dataset", "usage", "fold"),
     "weight": ("weight", "sampleweight", "weights"),
     "group": ("group", "groupid", "groups"),
 }
@@ -90,7 +90,7 @@ def choose_columns(table: Table, reading: Reading) -> Columns:
     if not table.header and not reading.path_column:
         return columns_by_content(table)
     where, names = table.where, [name for name in table.columns if name]
-    split = split_column(table, names)
+    split = split_column(where, [n for n in names if n != reading.label_column], table.texts)
     path = asked(where, names, reading.path_column, "--path-column") or only(
         where, names, [n for n in choose(names, "path") if n != reading.label_column], "path", "--path-column"
     )
@@ -140,28 +140,56 @@ def label_columns(table: Table, names: list[str]) -> tuple[str, str, tuple[str, 
     if several and not one:
         return "", only(table.where, names, several, "labels", "--label-column"), ()
     if not one:
-        hot = tuple(n for n in names if plain(n) not in KNOWN["weight"] + KNOWN["group"] and is_flags(table, n))
+        hot = tuple(n for n in names if plain(n) not in KNOWN["weight"] + KNOWN["group"] and are_flags(table.texts(n)))
         if len(hot) > 1:
             return "", "", hot
     return only(table.where, table.columns, [*one, *several], "label", "--label-column"), "", ()
 
 
-def is_flags(table: Table, name: str) -> bool:
-    """Whether a column holds nothing but 0 and 1, or yes and no."""
-    values = {str(row.get(name)).strip().casefold() for _, row in table.rows}
-    return bool(values) and values <= (TRUE | FALSE) - {""}
+def split_column(where: str, names: Sequence[str], texts: Callable[[str], set[str]]) -> str:
+    """The column of splits: called so, or by another usual name if all its values name splits; a flag; or the one
+    column of another name whose values all name splits, two or more.
 
+    Args:
+        where: the file, for messages.
+        names: of the columns.
+        texts: gives the values in a column, "" for none.
 
-def split_column(table: Table, names: Sequence[str]) -> str:
-    """The column of splits: called so, or by another usual name if all its values name splits, or a flag."""
+    Raises:
+        InputError: several flags tell splits, or one holds something else than yes and no.
+    """
     for name in choose(names, "split"):
-        values = {str(row.get(name) or "") for _, row in table.rows} - {""}
-        if plain(name) == "split" or (values and all(map(split_named, values))):
+        if plain(name) == "split" or name_splits(texts(name)):
             return name
-    flags = [name for name in names if plain(name) in FLAGS and is_flags(table, name)]
+    flags = [name for name in names if plain(name) in FLAGS and texts(name) - {""}]
     if len(flags) > 1:
-        raise InputError(f"{table.where}: {quoted(flags)} all tell splits; keep one, or give a column split")
-    return flags[0] if flags else ""
+        raise InputError(f"{where}: {quoted(flags)} all tell splits; keep one, or give a column split")
+    for name in flags:
+        if wrong := sorted(value for value in texts(name) if split_flagged(plain(name), value) is None):
+            raise InputError(f"{where}: {name}={wrong[0]!r} is neither yes nor no; give True or False, or leave it out")
+        return name
+    known = {word for words in KNOWN.values() for word in words}
+    others = [name for name in names if plain(name) not in known]
+    several = [n for n in others if name_splits(texts(n)) and len({*map(split_named, texts(n) - {""})}) > 1]
+    if len(several) == 1:
+        return several[0]
+    doubtful = [n for n in others if plain(n) in ("val", "valid") and are_flags(texts(n))]
+    if doubtful and (choose(names, "label") or choose(names, "labels")):
+        raise InputError(
+            f"{where}: does {doubtful[0]!r}, of yes and no, tell the held-out images? Call it is_valid if so, else "
+            "take it away"
+        )
+    return ""
+
+
+def name_splits(texts: set[str]) -> bool:
+    """Whether all values that there are name splits."""
+    return bool(texts - {""}) and all(map(split_named, texts - {""}))
+
+
+def are_flags(texts: set[str]) -> bool:
+    """Whether values are nothing but 0 and 1, or yes and no."""
+    return bool(texts) and {text.casefold() for text in texts} <= (TRUE | FALSE) - {""}
 
 
 def columns_by_content(table: Table) -> Columns:

@@ -8,12 +8,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tokenfusion.data.columns import KNOWN, Columns, choose_columns, plain
-from tokenfusion.data.dataset import Dataset, printable
+from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.ignored import describe_ignored, why_ignored
 from tokenfusion.data.labels import clean_label, no_label
 from tokenfusion.data.paths import ListedPaths, exists, resolve_paths
 from tokenfusion.data.rows import as_groups, as_weights, read_weight
-from tokenfusion.data.split_names import FLAGS, SPLITS, TRUE, split_flagged, split_in_name, split_named, splits_in_words
+from tokenfusion.data.split_names import (
+    FLAGS,
+    SPLITS,
+    TRUE,
+    split_flagged,
+    split_in_name,
+    split_named,
+    splits_in_paths,
+    splits_in_words,
+)
 from tokenfusion.data.table import LONGEST_PATH, Table, read_table
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
@@ -52,7 +61,7 @@ def open_image_folder(root: Path, lists: Sequence[str], files: Sequence[str], re
         table = metadata_table(root / name, reading)
         folder = os.path.dirname(name)
         tables.append((folder, table, split_in_name(folder) if folder else ""))
-    dataset = from_tables(str(root), root, tables, reading)
+    dataset = from_tables(str(root), root, tables, reading, folders_tell=True)
     named = set(dataset.names) | set(lists)
     others = {file: why_ignored(file) or "not named in the metadata" for file in files if printable(file) not in named}
     note = f"read as an image folder of Hugging Face's, by {', '.join(map(repr, lists[:3]))}"
@@ -98,8 +107,14 @@ class Row(NamedTuple):
     group: str
 
 
-def from_tables(where: str, root: Path, tables: list[tuple[str, Table, str]], reading: Reading) -> Dataset:
-    """One dataset of tables, each with the folder that its paths start at, relative to `root`, and its split."""
+def from_tables(
+    where: str, root: Path, tables: list[tuple[str, Table, str]], reading: Reading, folders_tell: bool = False
+) -> Dataset:
+    """One dataset of tables, each with the folder that its paths start at, relative to `root`, and its split.
+
+    Where neither a column nor that folder tells the split, the folders in the paths do if `folders_tell`; else a
+    warning says that they might.
+    """
     rows: list[Row] = []
     notes: list[str] = []
     told: list[tuple[str, str]] = []
@@ -115,9 +130,19 @@ def from_tables(where: str, root: Path, tables: list[tuple[str, Table, str]], re
         guessed = not columns.usual or not table.header or bool(columns.left)
         notes += [*table.notes, *[columns.in_words()] * guessed, *changes]
         said = split_cells(table, columns) if columns.split else [folder] * len(found)
+        splits = [row.split or split for row in found]
+        by_path = splits_in_paths(paths) if not columns.split and not split else []
+        if by_path and folders_tell:
+            said, splits = map(list, zip(*by_path, strict=True))
+        elif by_path:
+            folders = quoted(sorted({name for name, _ in by_path}))
+            notes.append(
+                f"warning: paths lie in {folders}, which name splits, but no column "
+                "tells them, and all images are taken together; add a column split to keep them apart"
+            )
         rows += [
-            row._replace(path=os.path.join(folder, path), split=row.split or split)
-            for row, path in zip(found, paths, strict=True)
+            row._replace(path=os.path.join(folder, path), split=its)
+            for row, path, its in zip(found, paths, splits, strict=True)
         ]
         told += [(cell, row.split) for cell, row in zip(said, rows[-len(found) :], strict=True)]
     if any(split for _, split in told):

@@ -154,7 +154,7 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
         refuse_pointer(root / name)
         try:
             with pq.ParquetFile(root / name, memory_map=True) as file:
-                layout = layouts[name] = read_layout(root / name, file.schema_arrow, reading)
+                layout = layouts[name] = read_layout(root / name, file, reading)
                 refuse_paths_alone(root / name, file, layout.image)
                 labels += named_as(next(iter(layouts.values())), layout, read_labels(root / name, file, layout))
                 tables.append(read_table(root / name, file, layout.image))

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokenfusion.data.columns import KNOWN, asked, choose, plain
+from tokenfusion.data.columns import KNOWN, asked, choose, plain, split_column
 from tokenfusion.data.dataset import quoted
 from tokenfusion.data.labels import clean_label
 from tokenfusion.data.split_names import FLAGS, split_flagged, split_named
@@ -68,12 +68,13 @@ class Layout:
         return f"columns: {taken}" + f"; not read: {quoted(self.left[:8])}" * bool(self.left)
 
 
-def read_layout(path: Path | str, schema: pa.Schema, reading: Reading) -> Layout:
+def read_layout(path: Path | str, file: pq.ParquetFile, reading: Reading) -> Layout:
     """The columns of a file.
 
     Raises:
         InputError: there is no column of images or of labels, it is not clear which, or two are of one name.
     """
+    schema = file.schema_arrow
     refuse_twice(path, schema.names)
     features = read_features(schema)
     image = image_column(path, schema, features, reading.image_column)
@@ -90,15 +91,19 @@ def read_layout(path: Path | str, schema: pa.Schema, reading: Reading) -> Layout
     inner = kind.value_type if pa.types.is_list(kind) else kind
     if names and not pa.types.is_integer(inner):
         raise InputError(f"{path}: column {label!r} is {kind}, but its metadata names integer labels; give integers")
-    split, weight, group = (
-        found[0] if (found := choose(schema.names, role)) else "" for role in ("split", "weight", "group")
-    )
-    flags = [name for name in schema.names if plain(name) in FLAGS]
-    split = split if plain(split) == "split" else (flags[0] if flags else "")
+    weight, group = (found[0] if (found := choose(schema.names, role)) else "" for role in ("weight", "group"))
+    candidates = [name for name in schema.names if plain(name) in (*KNOWN["split"], *FLAGS) and name != label]
+    split = split_column(str(path), candidates, lambda name: texts_in(file, name))
     used = {image, label, split, weight, group}
     return Layout(
         image, label, kind, names, split, weight, group, tuple(name for name in schema.names if name not in used)
     )
+
+
+def texts_in(file: pq.ParquetFile, column: str) -> set[str]:
+    """The values in a column as texts, "" for none."""
+    values = file.read(columns=[column], use_threads=False)[column].to_pylist()
+    return {"" if value is None else str(value).strip() for value in values}
 
 
 def image_column(path: Path | str, schema: pa.Schema, features: Features, given: str) -> str:

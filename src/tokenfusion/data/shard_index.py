@@ -16,7 +16,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
 
 MAX_LABEL_BYTES = 2**20
-INDEX_VERSION = 2
+INDEX_VERSION = 3
 
 
 @dataclass
@@ -166,7 +166,7 @@ def index_parquet(name: str, file: BinaryIO, reading: Reading) -> Index:
 
     try:
         with pq.ParquetFile(file) as table:
-            layout = read_layout(name, table.schema_arrow, reading)
+            layout = read_layout(name, table, reading)
             if layout.several:
                 raise InputError(f"{name}: lists of labels are read from local Parquet files only; give their folder")
             labels = read_labels(name, table, layout)

@@ -195,35 +195,6 @@ def read_index(shard: RemoteFile, cache: Cache, reading: Reading) -> Index:
         write_text(path, json.dumps(asdict(index)))
     return index
 
-    """Write the images of a Parquet file one behind another."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    from tokenfusion.data.parquet import image_files
-    from tokenfusion.data.parquet_layout import read_layout
-
-    packed = path.with_name(f"{path.name}.packed")
-    try:
-        if shard.local:
-            source = open_shard(shard, cache)
-        else:
-            download(shard, packed)
-            source = packed.open("rb")
-        with source, pq.ParquetFile(source) as table, path.open("wb") as file:
-            layout = read_layout(shard.shown, table.schema_arrow, reading)
-            for group in range(table.num_row_groups):
-                for value in image_files(table, group, layout.image):
-                    if value.is_valid:
-                        file.write(value.as_buffer())
-    except pa.ArrowException as error:
-        raise InputError(f"{shard.shown}: not readable as Parquet ({error}); replace it or take it away") from error
-    except OSError as error:
-        raise InputError(
-            f"{shard.shown} cannot be laid out in {cache.folder}: {error}; check the disks, make room, --resume"
-        ) from error
-    finally:
-        packed.unlink(missing_ok=True)
-
 
 def unpack(shard: RemoteFile, cache: Cache, path: Path, reading: Reading) -> None:
     """Write the images of a Parquet file one behind another."""
@@ -241,7 +212,7 @@ def unpack(shard: RemoteFile, cache: Cache, path: Path, reading: Reading) -> Non
             download(shard, packed)
             source = packed.open("rb")
         with source, pq.ParquetFile(source) as table, path.open("wb") as file:
-            layout = read_layout(shard.shown, table.schema_arrow, reading)
+            layout = read_layout(shard.shown, table, reading)
             for group in range(table.num_row_groups):
                 for value in image_files(table, group, layout.image):
                     if value.is_valid:

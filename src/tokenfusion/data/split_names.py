@@ -3,7 +3,8 @@
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 
 SYNONYMS = {
@@ -84,6 +85,20 @@ def split_in_name(name: str) -> str:
     return ""
 
 
+def splits_in_paths(paths: Sequence[str]) -> list[tuple[str, str]]:
+    """The folder that tells each path's split, and the split, by the first folder in which paths differ.
+
+    Empty unless each of these folders names a split, and they name two or more.
+    """
+    parts = [path.split("/")[:-1] for path in paths]
+    depth = len(list(takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))))
+    told = ["".join(part[depth : depth + 1]) for part in parts]
+    names = splits_named(sorted(set(told)))
+    if set(told) != names.keys() or len(set(names.values())) < 2:
+        return []
+    return [(folder, names[folder]) for folder in told]
+
+
 def splits_in_words(pairs: Iterable[tuple[str, str]]) -> str:
     """What was understood of the names of splits, given each image's name and its meaning."""
     counts = Counter(pair for pair in pairs if pair[1])
@@ -92,13 +107,13 @@ def splits_in_words(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def split_flagged(column: str, value: object) -> str | None:
-    """The split that a column of yes and no gives, such as fastai's `is_valid`; None where it is neither.
+    """The split that a column of yes and no gives, such as fastai's `is_valid`; None where it is neither. Empty is no.
 
     Args:
         column: its `plain` name, one of FLAGS.
         value: of a row.
     """
-    text = str(value).strip().casefold()
+    text = "" if value is None else str(value).strip().casefold()
     if text in TRUE or text in FALSE:
         return FLAGS[column][text in FALSE]
     return None

@@ -38,6 +38,10 @@ class Table:
     """Whether the file names its columns; where not they are called `column 1` and so on."""
     notes: tuple[str, ...] = ()
 
+    def texts(self, column: str) -> set[str]:
+        """The values in a column as texts, "" for none."""
+        return {"" if (value := row.get(column)) is None else str(value).strip() for _, row in self.rows}
+
 
 def read_table(path: Path) -> Table:
     """Read a CSV, a TSV, a text file of columns, a JSON or a JSONL, as its name ends.
