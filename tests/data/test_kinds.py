@@ -16,6 +16,7 @@ from making import png
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decode import UnreadableImage, decode_image
 from tokenfusion.data.describe import describe
+from tokenfusion.data.labels import warn_of_lookalikes
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split_names import split_named
 from tokenfusion.errors import InputError
@@ -157,6 +158,19 @@ def test_classes_that_look_alike_are_warned_of(tmp_path: Path) -> None:
     assert "'Red', 'red', 'rеd'" in warning
     with pytest.raises(InputError, match=r"val has labels that train lacks: 'Cat'; train has 'cat' for 'Cat'"):
         open_dataset(files(tmp_path / "x", "train/cat/1.png", "train/b/1.png", "val/Cat/1.png", "val/b/1.png"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("BAH", "ВАН"), ("Ill", "lll", "III"), ("Iris", "iris"), ("Вода", "вода"), ("cat-1", "cat 1", "cat1"), ("ο", "o")],
+)
+def test_what_looks_alike_is_one_group(names: tuple[str, ...]) -> None:  # the second BAH is Cyrillic, the first ο Greek
+    (warning,) = warn_of_lookalikes([*names, "other"])
+    assert all(repr(name) in warning for name in names)
+
+
+def test_numbers_with_signs_are_not_alike() -> None:
+    assert warn_of_lookalikes(["-1", "1", "1-1", "11", "-5", "5", "1-0", "10", "all", "ail"]) == []
 
 
 def test_an_empty_class_is_left_out_with_a_warning(tmp_path: Path) -> None:

@@ -65,6 +65,16 @@ def test_a_range_is_found_and_spans_black_to_white(kind: str, tmp_path: Path) ->
     assert np.abs(shown - 255 * (values.astype(float) - low) / (high - low)).max() <= 0.51
 
 
+def test_a_range_that_few_images_stretch_is_warned_of(tmp_path: Path) -> None:
+    folder = deep_folder(tmp_path / "x", (RAMP * 3000).astype("u2"))
+    source = open_dataset(folder)
+    assert "warning" not in with_value_range(source, np.arange(len(source)), (), LIMIT)[1]
+    Image.fromarray(np.full((48, 32), 65535, "u2")).save(folder / "dark" / "2.tif")
+    line = with_value_range(source, np.arange(len(source)), (), LIMIT)[1]
+    assert "warning: 1 of these images have values far from the others'" in line
+    assert "such as 'dark/2.tif' with 65535 to 65535" in line
+
+
 def test_what_is_no_number_is_black_and_broken_pixels_decide_nothing(tmp_path: Path) -> None:
     values = np.tile((RAMP * 1000).astype("f4"), (4, 4))
     values[0, :3] = np.nan, np.inf, 1e9

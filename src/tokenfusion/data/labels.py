@@ -1,5 +1,6 @@
 """Labels as a person means them: one form of Unicode, no spaces at the ends, no two that look alike unnoticed."""
 
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -13,6 +14,11 @@ LOOKALIKES = str.maketrans(
     "aeijopcyxsdqwhlaoivkptyxo",
 )
 """Cyrillic and Greek letters, and zero, that look like Latin ones."""
+CAPITALS = str.maketrans(
+    "АВЕКМНОРСТУХЅІЈӀΑΒΕΖΗΙΚΜΝΟΡΤΥΧI",
+    "ABEKMHOPCTYXSlJlABEZHlKMNOPTYXl",
+)
+"""Cyrillic and Greek capitals that look like Latin ones, and all that look like a small L."""
 
 
 def clean_label(text: object) -> str:
@@ -20,21 +26,27 @@ def clean_label(text: object) -> str:
     return unicodedata.normalize("NFC", printable(str(text))).strip()
 
 
-def looks_like(label: str) -> str:
-    """What labels have in common that differ by case, spaces or look-alike characters alone."""
-    shown = unicodedata.normalize("NFKC", label).casefold().translate(LOOKALIKES)
-    return "".join(c for c in shown if unicodedata.category(c)[0] not in "ZC" and c not in "-_")
+def looks_of(label: str) -> tuple[str, str]:
+    """Two texts, of which labels share one that differ by case, spaces or look-alike characters alone.
+
+    The first is of its letters in any case, the second of its capitals' shapes, as Cyrillic `В` is Latin `B`. A sign or
+    space before a number, as in -1, or between two numbers stays, for without it they are others.
+    """
+    text = re.sub(r"(^|(?<=\d))[-_\s]+(?=\d)", "\N{MINUS SIGN}", unicodedata.normalize("NFKC", label))
+    bare = "".join(c for c in text if unicodedata.category(c)[0] not in "ZC" and c not in "-_")
+    return bare.casefold().translate(LOOKALIKES), bare.translate(CAPITALS).casefold().translate(LOOKALIKES)
 
 
 def warn_of_lookalikes(classes: Iterable[str]) -> list[str]:
     """A warning for each group of classes that look the same."""
     alike: dict[str, list[str]] = {}
     for name in classes:
-        alike.setdefault(looks_like(name), []).append(name)
+        group = list(dict.fromkeys([*(other for look in looks_of(name) for other in alike.get(look, ())), name]))
+        alike |= {look: group for member in group for look in looks_of(member)}
     return [
         f"warning: classes differ by case, spaces or look-alike characters alone: {quoted(names)}; "
         "if they are one, give them one name"
-        for names in alike.values()
+        for names in {id(group): group for group in alike.values()}.values()
         if len(names) > 1
     ]
 

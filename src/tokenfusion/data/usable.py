@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from tokenfusion.data.dataset import KINDS, Dataset, classes_in, held_out_name, quoted
-from tokenfusion.data.labels import looks_like, warn_of_lookalikes, warn_of_missing
+from tokenfusion.data.labels import looks_of, warn_of_lookalikes, warn_of_missing
 from tokenfusion.errors import InputError
 
 LONGEST_CLASS = 1000
@@ -39,8 +39,9 @@ def require_usable(dataset: Dataset) -> Dataset:
     for split in ("val", "test"):
         unknown = classes_in(dataset.labels[splits == split]) - known
         if known and unknown:
-            alike = {looks_like(dataset.classes[c]): dataset.classes[c] for c in known}
-            pairs = [(dataset.classes[c], alike.get(looks_like(dataset.classes[c]))) for c in sorted(unknown)]
+            alike = {look: dataset.classes[c] for c in known for look in looks_of(dataset.classes[c])}
+            names = [dataset.classes[c] for c in sorted(unknown)]
+            pairs = [(name, next((alike[look] for look in looks_of(name) if look in alike), "")) for name in names]
             meant = [f"train has {other!r} for {name!r}" for name, other in pairs if other]
             raise InputError(
                 f"{where}: {split} has labels that train lacks: {quoted(name for name, _ in pairs)}; "

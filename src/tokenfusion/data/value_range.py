@@ -16,6 +16,8 @@ MOST_VALUES = 1_000_000
 """Values of an image that its rare ones are told by."""
 DARK = 63
 """Highest value, to 255, of colour images of 16 bits that are warned of: two bits or more are not used."""
+STRETCHED = 4
+"""How many times as wide a range may become by its rarest images: two bits are lost to the others."""
 EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp")
 """Endings of files that never have more."""
 
@@ -64,7 +66,23 @@ def with_value_range(
     line = (
         f"value range: {in_words(low_high)}, found in {share}; what lies beyond is cut off (--value-range sets another)"
     )
-    return replace(dataset, value_range=low_high), line + f"; {dark}" * bool(dark)
+    warnings = [words for words in (stretched_in_words(deep), dark) if words]
+    return replace(dataset, value_range=low_high), "; ".join([line, *warnings])
+
+
+def stretched_in_words(deep: Sequence[Values]) -> str:
+    """A warning where a tenth of the images or fewer make the range more than four times as wide; "" where not."""
+    low = float(np.quantile([image.low for image in deep], 0.1, method="higher"))
+    high = float(np.quantile([image.high for image in deep], 0.9, method="lower"))
+    outer = min(image.low for image in deep), max(image.high for image in deep)
+    if outer[1] - outer[0] <= STRETCHED * (high - low):
+        return ""
+    far = [image for image in deep if image.low < low or image.high > high]
+    return (
+        f"warning: {len(far):,} of these images have values far from the others', {in_words((low, high))}, such as "
+        f"{far[0].name!r} with {in_words((far[0].low, far[0].high))}: most images keep few shades of gray; take these "
+        "away, or give --value-range LOW HIGH"
+    )
 
 
 def dark_in_words(greatest: Sequence[int]) -> str:
