@@ -203,6 +203,11 @@ def lines(separator: str = ",", head: str | None = "path,label") -> str:
         ("x.csv", lines(";"), "utf-8-sig", "separated by semicolons"),
         ("x.csv", lines("\t"), "utf-8", "separated by tabs"),
         ("x.tsv", lines("\t"), "utf-16", "read as utf-16, separated by tabs"),
+        ("x.csv", lines(), "utf-16-le", "read as utf-16-le, separated by commas"),
+        ("x.csv", lines(), "utf-16-be", "read as utf-16-be, separated by commas"),
+        ("x.csv", lines(), "utf-32", "read as utf-32, separated by commas"),
+        ("x.csv", lines(), "utf-32-le", "read as utf-32-le, separated by commas"),
+        ("x.csv", lines(), "utf-32-be", "read as utf-32-be, separated by commas"),
         ("x.csv", "sep=;\r\n" + lines(";"), "utf-8", "separated by semicolons"),
         ("x.csv", lines("|"), "utf-8", "separated by bars"),
         ("x.csv", lines(), "cp1252", "read as cp1252"),
@@ -300,6 +305,30 @@ def test_one_hot_columns_are_labels(tmp_path: Path) -> None:
     several = listed(tmp_path, "x.csv", text.replace("0.png,1,0", "0.png,1,1"))
     assert several.multi_label
     assert several.labels[0].tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("header", "role"),
+    [
+        ("fname,labels", "labels"),
+        ("fname,species", "label"),
+        ("path,class_id", "label"),
+        ("Path,ClassId", "label"),
+        ("image,label_id", "label"),
+        ("path,y", "label"),
+    ],
+)
+def test_less_usual_names_of_columns_are_known(header: str, role: str, tmp_path: Path) -> None:
+    source = listed(tmp_path, "x.csv", lines().replace("path,label", header))
+    assert source.multi_label == (role == "labels")
+    path, label = header.split(",")
+    assert f"columns: {path!r} is the path, {label!r} is the {role}" in describe(source)
+
+
+def test_a_usual_name_goes_before_a_less_usual_one(tmp_path: Path) -> None:
+    rows = "".join(f"{p},7,{c},9\n" for p, c in ROWS)
+    source = listed(tmp_path, "x.csv", "path,class_id,category,fname\n" + rows)
+    assert counts(source) == {"red": 3, "grün": 3}
 
 
 def test_paths_are_looked_at_before_anything_is_decoded(tmp_path: Path) -> None:

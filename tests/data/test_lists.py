@@ -47,7 +47,7 @@ def test_a_list_may_not_leave_its_folder(path: str, tmp_path: Path) -> None:
         ("thing,label\nx.png,a\n", "columns are 'thing', 'label', none of which .* --path-column NAME"),
         ("filename,image,label\nx.png,y.png,a\n", "which of 'filename', 'image' is the path.* --path-column filename"),
         ("path,class,category\nx.png,a,b\n", "which of 'class', 'category' is the label.* --label-column class"),
-        ("path,species\nx.png,a\n", "none of which is known as the label; say which by --label-column NAME"),
+        ("path,genus\nx.png,a\n", "none of which is known as the label; say which by --label-column NAME"),
         ("", "its first line is empty; it must name the columns"),
         ("\npath,label\n", "its first line is empty"),
         ("path,label\nx.png,a,b\n", "line 2: 3 cells, where the first line has 2"),

@@ -36,6 +36,8 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
     "group": ("group", "groupid", "groups"),
 }
 """What columns are called, in small letters without spaces; a column of a role's own name is preferred."""
+LESS_USUAL = {"path": ("fname",), "label": ("classid", "labelid", "y", "species")}
+"""What they are also called, where no column has a better name."""
 NEEDS = "an image's path and its label, as in path,label[,split][,weight][,group], or labels (a|b) in place of label"
 
 
@@ -81,6 +83,11 @@ def choose(names: Sequence[str], role: str) -> list[str]:
     return own[:1] or [name for name in names if plain(name) in KNOWN[role]]
 
 
+def choose_any(names: Sequence[str], role: str) -> list[str]:
+    """As `choose`, or by a less usual name where no column has a usual one."""
+    return choose(names, role) or [name for name in names if plain(name) in LESS_USUAL[role]]
+
+
 def choose_columns(table: Table, reading: Reading) -> Columns:
     """The columns of a list.
 
@@ -92,7 +99,7 @@ def choose_columns(table: Table, reading: Reading) -> Columns:
     where, names = table.where, [name for name in table.columns if name]
     split = split_column(where, [n for n in names if n != reading.label_column], table.texts)
     path = asked(where, names, reading.path_column, "--path-column") or only(
-        where, names, [n for n in choose(names, "path") if n != reading.label_column], "path", "--path-column"
+        where, names, [n for n in choose_any(names, "path") if n != reading.label_column], "path", "--path-column"
     )
     rest = [name for name in names if name not in (path, split)]
     label, labels = asked(where, names, reading.label_column, "--label-column"), ""
@@ -143,6 +150,7 @@ def label_columns(table: Table, names: list[str]) -> tuple[str, str, tuple[str, 
         hot = tuple(n for n in names if plain(n) not in KNOWN["weight"] + KNOWN["group"] and are_flags(table.texts(n)))
         if len(hot) > 1:
             return "", "", hot
+        one = choose_any(names, "label")
     return only(table.where, table.columns, [*one, *several], "label", "--label-column"), "", ()
 
 
@@ -227,7 +235,7 @@ def path_column(table: Table, given: str) -> str:
     if table.header or given:
         names = [name for name in table.columns if name]
         return asked(table.where, names, given, "--path-column") or only(
-            table.where, names, choose(names, "path"), "path", "--path-column"
+            table.where, names, choose_any(names, "path"), "path", "--path-column"
         )
     return only(table.where, table.columns, columns_of_paths(cells_of(table)), "path", "--path-column")
 
@@ -251,5 +259,5 @@ def refuse_misspelt(where: str, names: Sequence[str], roles: Mapping[str, str]) 
     missing += ["label"] * ("path" in missing)
     for name in names:
         for role in difflib.get_close_matches(name.lower(), missing, n=1, cutoff=0.8):
-            if name[:1].lower() == role[0] and plain(name) not in KNOWN[role]:
+            if name[:1].lower() == role[0] and not any(plain(name) in known for known in KNOWN.values()):
                 raise InputError(f"{where}: column {name!r} is not known; did you mean {role}?")

@@ -82,9 +82,13 @@ def refuse_large(path: Path) -> None:
 
 
 def decode_text(data: bytes) -> tuple[str, str]:
-    """A file's text and its encoding: UTF-8, UTF-16 by its mark, else what charset-normalizer takes it for."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return data.decode("utf-16"), "utf-16"
+    """A file's text and its encoding: UTF-8, UTF-16, UTF-32, else what charset-normalizer takes it for.
+
+    Those of 16 and 32 bits are told by their mark or, without one, by the zeros of the first letters.
+    """
+    found = json.detect_encoding(data)
+    if not found.startswith("utf-8"):
+        return data.decode(found), found
     try:
         return data.decode("utf-8-sig"), "utf-8"
     except UnicodeDecodeError:
