@@ -1,3 +1,4 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.open import open_dataset
+from tokenfusion.data.shard_index import index_parquet
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
 
@@ -79,3 +81,10 @@ def test_a_column_of_any_name_is_read_where_an_option_names_it(tmp_path: Path) -
         (tmp_path / name).touch()
     pq.write_table(pa.table({"file_name": NAMES, "colour": [*"xyxy"]}), tmp_path / "metadata.parquet")
     assert open_dataset(tmp_path, reading=Reading(label_column="colour")).classes == ("x", "y")
+
+
+def test_a_shard_whose_labels_are_no_text_is_refused() -> None:
+    shard = io.BytesIO()
+    pq.write_table(pa.table({"image": [b"x"] * 4, "label": NO_TEXT}), shard)
+    with pytest.raises(InputError, match=r"x\.parquet: not readable as Parquet \('utf-8' codec"):
+        index_parquet("x.parquet", io.BytesIO(shard.getvalue()), Reading())

@@ -174,7 +174,7 @@ def index_parquet(name: str, file: BinaryIO, reading: Reading) -> Index:
             cells = read_cells(name, table, columns)
             parts = (image_files(table, part, layout.image) for part in range(table.num_row_groups))
             sizes = [size for images in parts for size in pc.binary_length(images).fill_null(0).to_pylist()]
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise InputError(f"{name}: not readable as Parquet ({error}); replace it or take it away") from error
     names = [str(row) for row in range(len(sizes))]
     splits = read_splits(name, cells[layout.split], layout) if layout.split else []
