@@ -22,7 +22,7 @@ from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, 
 from tokenfusion.models.adapters import as_transformer
 from tokenfusion.models.exchange import Gate, PixelSource
 from tokenfusion.models.fused_model import FusedModel
-from tokenfusion.models.operators import Grids
+from tokenfusion.models.operators import Grids, Operator
 
 
 class Origin(NamedTuple):
@@ -189,8 +189,8 @@ def follow_fusion(rollout: Rollout, model: FusedModel, size: tuple[int, int], st
     def anew(_module: nn.Module, _inputs: Any) -> None:
         rollout.state.pop("pixel", None)  # the next stage's pixels are other tokens
 
-    def add(module: nn.Module, inputs: tuple[Tensor, Tensor, Grids], _output: Any) -> None:
-        pixels, of_pixels = (TokenGroup("pixel", inputs[2].pixels),), module.shares(inputs[2])  # type: ignore[operator]
+    def add(module: Operator, inputs: tuple[Tensor, Tensor, Grids], _output: Any) -> None:
+        pixels, of_pixels = (TokenGroup("pixel", inputs[2].pixels),), module.shares(inputs[2])
         ways = AttentionLayout(patches, pixels), AttentionLayout(pixels, patches)
         for layout, shares in zip(ways, of_pixels, strict=True):
             if shares is not None:

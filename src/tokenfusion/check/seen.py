@@ -43,16 +43,15 @@ def see_images(
     Training and held-out images are looked at apart, as `train` does by its defaults, which then finds them.
     """
     model, found, order, before = cast(ProbeFusion, classifier.model), [], [], 0
+
+    def tell(done: int, _of_part: int) -> None:
+        progress(before + done, len(readable))
+
     for part in parts_of(dataset, readable):
         images, _ = read_images(dataset, part, max_pixels=classifier.max_pixels, cache_bytes=Recipe.cache_mb * 2**20)
         if len(images) != len(part):
             raise InputError(f"{len(part) - len(images)} images have become unreadable meanwhile; check again")
-        seen = before
-        looked = keep_features(
-            classifier,
-            images,
-            progress=lambda done, _, seen=seen: progress(seen + done, len(readable)),  # type: ignore[misc]
-        )
+        looked = keep_features(classifier, images, progress=tell)
         found += [model.means(model.recall(rows.to(classifier.device))).cpu().numpy() for rows in looked.batches()]
         order.append(part)
         before += len(part)
