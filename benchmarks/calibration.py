@@ -12,8 +12,9 @@ from pathlib import Path
 from tokenfusion import Classifier, Recipe
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures
 from tokenfusion.data.open import open_dataset
-from tokenfusion.evaluate import as_outputs, choose_images, collect_logits, output_of_class, read_readable
+from tokenfusion.evaluate import as_outputs, collect_logits, output_of_class
 from tokenfusion.files import write_json
+from tokenfusion.judged import choose_images, read_readable
 from tokenfusion.metrics import evaluate_logits
 from tokenfusion.recipe import load_recipe
 

@@ -4,33 +4,24 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
 from tokenfusion import options
-from tokenfusion.analyze.cli import AsJson, counting, explain
 from tokenfusion.analyze.cli import app as analyze
+from tokenfusion.analyze.cli import explain, similar
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
-from tokenfusion.formatting import PlainConsole, abridged, counted
+from tokenfusion.export.cli import export
+from tokenfusion.formatting import abridged, counted
 from tokenfusion.predict.cli import predict
 from tokenfusion.recipe import Recipe
+from tokenfusion.terminal import AsJson, console, counting, show, stderr
 from tokenfusion.version import __version__
-from tokenfusion_runtime.output import json_text
-
-for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # what was closed, as by `>&-`, is nowhere
-    if getattr(sys, name) is None:
-        setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
-
-# a pipe or a file gets whole lines, however long
-console = PlainConsole(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
-stderr = PlainConsole(stderr=True, markup=False, highlight=False, soft_wrap=True)
 
 app = App(
     name="tokenfusion",
@@ -155,45 +146,6 @@ def evaluate(
 
 
 @app.command
-def export(
-    run: Path,
-    /,
-    *,
-    out: Path,
-    format: Annotated[Literal["onnx", "openvino", "pt2"], Parameter(name="--format")] = "onnx",
-    precision: Literal["fp32", "fp16", "bf16", "int8"] = "fp32",
-    batch: str = "dynamic",
-    force: Annotated[bool, Parameter(negative="")] = False,
-) -> None:
-    """Write a run as a folder that predicts without torch, and is refused unless it answers as the run does.
-
-    Example: tokenfusion export runs/photos --format onnx --out photos-onnx
-
-    Parameters
-    ----------
-    run
-        Folder that `train` wrote.
-    out
-        Folder to write; it must not exist.
-    format
-        ONNX, OpenVINO, or PyTorch's own archive.
-    precision
-        Arithmetic of the artefact; int8 is calibrated on training images.
-    batch
-        Images of a call: a number, or dynamic.
-    force
-        Keep the folder though it answers otherwise than the run; it is marked so.
-    """
-    from tokenfusion.export.artefact import export as export_run
-
-    if batch != "dynamic" and not batch.isdecimal():
-        raise InputError(f"batch={batch} is no number of images; give one, or dynamic")
-    size = None if batch == "dynamic" else int(batch)
-    export_run(run, out, format=format, precision=precision, batch=size, force=force, say=console.print)
-    console.print(f"written to {out}; try: python -m tokenfusion_runtime {shlex.quote(str(out))} IMAGE")
-
-
-@app.command
 def compare(
     settings: Annotated[Recipe, Parameter(name="*")] = Recipe(),  # noqa: B008 - frozen
     *,
@@ -291,45 +243,6 @@ def push(
 
 
 @app.command
-def similar(
-    run: Path,
-    images: Annotated[list[str], Parameter(name="IMAGE")],
-    /,
-    *,
-    topk: int = 5,
-    as_json: AsJson = False,
-) -> None:
-    """Show the training images that are nearest to an image, by what the run's pretrained parents see.
-
-    Example: tokenfusion similar runs/photos new/cat.jpg
-
-    Parameters
-    ----------
-    run
-        Folder that `train` wrote, of a model fuse(CNN,VIT,probe).
-    images
-        Image files, or folders of them.
-    topk
-        How many training images to show of each.
-    as_json
-        Print JSON instead of a table.
-    """
-    from tokenfusion.analyze.similar import similar as find_similar
-    from tokenfusion_runtime.files import expand
-
-    if topk < 1:
-        raise InputError(f"--topk {topk} shows no image; give 1 or more")
-    images = [str(image) for image in expand(images)]
-    with counting("parents look at training images") as progress:
-        found = find_similar(run, images, topk, progress)
-    pairs = [(image, other) for image, nearest in zip(images, found, strict=True) for other in nearest]
-    rows = [{"image": image} | asdict(other) for image, other in pairs]
-    table = [["image", "training image", "label", "likeness"]]
-    table += [[image, other.path, other.label, f"{other.likeness:.3f}"] for image, other in pairs]
-    show(rows, as_json, table)
-
-
-@app.command
 def report(run: Path, /) -> None:
     """Write what a run or a comparison reached into RUN/report.html: one file, readable offline.
 
@@ -422,28 +335,11 @@ def profile(
 
 
 app.command(predict)
+app.command(export)
+app.command(similar)
 app.command(analyze)
 app.command(explain)
 app.command(check)
-
-
-def show(result: Any, as_json: bool, table: Sequence[Sequence[str]] = (), lines: Sequence[str] = ()) -> None:
-    """Print a result as JSON, or else as a table whose first line has the headings, and lines below it."""
-    if as_json:
-        print(json_text(result, indent=2))
-        return
-    if table:
-        from rich.table import Table
-
-        first, *headings = table[0]
-        columns = Table(first, box=None, pad_edge=False)
-        for heading in headings:
-            columns.add_column(heading, justify="right")
-        for row in table[1:]:
-            columns.add_row(*row)
-        console.print(columns)
-    for line in lines:
-        console.print(line)
 
 
 def main() -> None:

@@ -1,10 +1,8 @@
 """How good a trained run is, on images it has not seen."""
 
 import os
-import shlex
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import compress
 from pathlib import Path
@@ -15,20 +13,17 @@ import torch
 from torch import Tensor
 
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, halves, surest_errors
-from tokenfusion.checkpoint import value_range_of, weights_in_words
+from tokenfusion.checkpoint import weights_in_words
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import Dataset, held_out_name
-from tokenfusion.data.decoded import Images, Skipped, read_images
-from tokenfusion.data.groups import group_by
+from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import eval_batches
-from tokenfusion.data.open import open_dataset, require_place, resolved
-from tokenfusion.data.split import Split, read_split
 from tokenfusion.errors import InputError
 from tokenfusion.files import make_folder, own_results, write_csv, write_json
+from tokenfusion.judged import judged_images, open_judged
 from tokenfusion.metrics import evaluate_logits, require_finite, risk_coverage
 from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, sigmoid_scores, tune_thresholds
 from tokenfusion.recipe import Recipe, load_recipe
-from tokenfusion.trained_on import load_trained_on
 from tokenfusion_runtime.prediction import sureness
 
 
@@ -111,98 +106,6 @@ def require_writable(run: Path, out: Path | None) -> Path:
     return out or run
 
 
-def open_judged(run: Path, recipe: Recipe, data: str | None, root: str = "") -> tuple[Dataset, str, bool]:
-    """The data to judge a run by, what it is called, and whether it is the run's own, as it is where none is given.
-
-    Raises:
-        InputError: it cannot be opened, or the run's own images are not where they were.
-    """
-    own = not data or resolved(data) == resolved(recipe.data)
-    name = recipe.data if not data or own else resolved(data)
-    reading = recipe.reading
-    if root or not own:
-        reading = replace(reading, root=root and os.path.abspath(root))
-    if own:
-        require_place(name, f"tokenfusion train --resume {shlex.quote(str(run))} --data NEW")
-        source = open_dataset(name, recipe.exclude, run, reading)
-    else:  # columns are called as they were, and images too where its names have groups
-        source = open_dataset(name, reading=replace(reading, group_by="", rare_classes="refuse"))
-        if reading.group_by:
-            with suppress(InputError):
-                source = group_by(source, reading.group_by)
-    return replace(source, value_range=value_range_of(run)), name, own
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The images that a run is judged by."""
-
-    images: Images
-    skipped: list[Skipped]
-    split: str
-    own: bool
-    """Whether they are the run's own, wherever they lie now."""
-    trained_on: int | None
-    """How many of the data's images the run was trained on; None where that is not known."""
-    left_out: bool
-    """Whether these are left out."""
-
-
-def judged_images(
-    run: Path,
-    recipe: Recipe,
-    source: Dataset,
-    *,
-    own: bool,
-    split: str | None,
-    keep: bool,
-    progress: Callable[[int, int], None] | None = None,
-) -> Judged:
-    """Read the images to judge a run by: known by their pixels, those that it was trained on are left out.
-
-    The run's own held-out images are judged whatever they look like, and so are they where they have moved.
-
-    Args:
-        run: its folder.
-        recipe: of the run, for its limits.
-        source: the data.
-        own: whether that is the run's own.
-        split: as in `evaluate`.
-        keep: whether to judge images too that the run was trained on.
-        progress: called with (images read, images in all).
-
-    Raises:
-        InputError: nothing can be read, or the run was trained on all of it.
-    """
-    known, parts = load_trained_on(run), None if own or keep else moved_split(run, source)
-    if parts is not None:
-        name, indices = choose_images(source, run, own=True, split=split)
-        images, skipped = read_readable(source, indices, recipe, name, progress)
-        if name == "val" and known.are_held_out(images):
-            return Judged(images, skipped, name, True, len(parts.train), True)
-    name, indices = choose_images(source, run, own=own, split=split)
-    images, skipped = read_readable(source, indices, recipe, name, progress)
-    own, met = own or known.are_held_out(images), known.met(images)
-    seen = None if met is None else int(met.sum())
-    if own or keep or met is None or not seen:
-        return Judged(images, skipped, name, own, seen, False)
-    if seen == len(images):
-        raise InputError(
-            f"the run was trained on all {seen:,} images of {source.where} that are to be judged; give others, or "
-            "--with-training-images to judge it by them all the same"
-        )
-    images = images.subset(np.flatnonzero(~met))
-    own = known.are_held_out(images)
-    return Judged(images, skipped, "val" if own and name == "all" else name, own, seen, True)
-
-
-def moved_split(run: Path, source: Dataset) -> Split | None:
-    """The split that a run wrote, if names and labels of other data agree with it."""
-    with suppress(InputError):
-        return read_split(run / "split.csv", source)
-    return None
-
-
 def refuse_other_kind(source: Dataset, classifier: Classifier) -> None:
     """Refuse data of one class an image for a model of any number of them, and the other way round."""
     if source.multi_label == classifier.multi_label:
@@ -226,48 +129,6 @@ def output_of_class(source: Dataset, classes: Sequence[str]) -> Tensor:
             f"it knows {', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''}; rename or remove those"
         )
     return torch.tensor([classes.index(name) for name in source.classes])
-
-
-def choose_images(source: Dataset, run: Path, *, own: bool, split: str | None) -> tuple[str, np.ndarray]:
-    """Which part of the data is evaluated: its name and its indices."""
-    path = run / "split.csv"
-    if own and path.exists():
-        parts = read_split(path, source)
-        name = split or "val"
-        if name not in ("train", "val"):
-            raise InputError(f"split={name!r} is not part of this run; choose train or val")
-        return name, parts.train if name == "train" else parts.val
-    name = split or held_out_name(source) or ""
-    chosen = np.array([i for i, part in enumerate(source.splits) if not name or part == name], dtype=np.int64)
-    if not len(chosen):
-        there = ", ".join(sorted({part for part in source.splits if part})) or "no parts"
-        raise InputError(f"split={name!r} is empty; the data has {there}")
-    return name or "all", chosen
-
-
-def read_readable(
-    source: Dataset,
-    indices: np.ndarray,
-    recipe: Recipe,
-    split: str,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Images, list[Skipped]]:
-    """As `read_images`, within a recipe's limits.
-
-    Raises:
-        InputError: none of the images can be read.
-    """
-    images, skipped = read_images(
-        source,
-        indices,
-        max_pixels=recipe.max_pixels,
-        cache_bytes=recipe.cache_mb * 2**20,
-        progress=progress,
-        split=split,
-    )
-    if not len(images):
-        raise InputError(f"none of {len(indices)} images of {source.where} is readable; the first: {skipped[0].reason}")
-    return images, skipped
 
 
 def collect_logits(

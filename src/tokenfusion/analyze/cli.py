@@ -1,13 +1,14 @@
 """The verbs that look inside, `analyze` and `explain`; like the others they import what they need when called."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from tokenfusion.errors import InputError
+from tokenfusion.terminal import AsJson, counting, show
 from tokenfusion_runtime.output import json_text, visible
 
 app = App(
@@ -15,7 +16,6 @@ app = App(
     help="Measure what goes on inside a model: how its attention behaves, which tokens decide.\n\n"
     "Example: tokenfusion analyze tokens runs/photos",
 )
-AsJson = Annotated[bool, Parameter(name="--json", negative="")]
 RunOrModel = Annotated[
     str,
     Parameter(
@@ -54,7 +54,8 @@ def collapse(
 
     with counting("reading images") as progress:
         result, folder = analyze_collapse(run_or_model, data, num_images=num_images, out=out, progress=progress)
-    show(result, folder / "collapse.json", [f"{result['images']:,} images. {result['summary']}"], as_json)
+    lines = [f"{result['images']:,} images. {result['summary']}", where_written(folder / "collapse.json", result)]
+    show(result, as_json, lines=lines)
 
 
 @app.command
@@ -85,7 +86,8 @@ def tokens(
 
     with counting("reading images") as progress:
         result, folder = analyze_tokens(run_or_model, data, num_images=num_images, out=out, progress=progress)
-    show(result, folder / "tokens.json", [*in_columns(table_of(result)), result["summary"]], as_json)
+    lines = [result["summary"], where_written(folder / "tokens.json", result)]
+    show(result, as_json, table_of(result), lines)
 
 
 def explain(
@@ -146,28 +148,44 @@ def explain(
         sys.exit(1)
 
 
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; gives what to call with (done, in all)."""
-    from rich.console import Console
-    from rich.progress import Progress
+def similar(
+    run: Path,
+    images: Annotated[list[str], Parameter(name="IMAGE")],
+    /,
+    *,
+    topk: int = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Show the training images that are nearest to an image, by what the run's pretrained parents see.
 
-    errors = Console(stderr=True)
-    with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    Example: tokenfusion similar runs/photos new/cat.jpg
+
+    Parameters
+    ----------
+    run
+        Folder that `train` wrote, of a model fuse(CNN,VIT,probe).
+    images
+        Image files, or folders of them.
+    topk
+        How many training images to show of each.
+    as_json
+        Print JSON instead of a table.
+    """
+    from tokenfusion.analyze.similar import similar as find_similar
+    from tokenfusion_runtime.files import expand
+
+    if topk < 1:
+        raise InputError(f"--topk {topk} shows no image; give 1 or more")
+    images = [str(image) for image in expand(images)]
+    with counting("parents look at training images") as progress:
+        found = find_similar(run, images, topk, progress)
+    pairs = [(image, other) for image, nearest in zip(images, found, strict=True) for other in nearest]
+    rows = [{"image": image} | asdict(other) for image, other in pairs]
+    table = [["image", "training image", "label", "likeness"]]
+    table += [[image, other.path, other.label, f"{other.likeness:.3f}"] for image, other in pairs]
+    show(rows, as_json, table)
 
 
-def show(result: dict[str, Any], file: Path, lines: Sequence[str], as_json: bool) -> None:
-    """Print a result as JSON, or as lines to read and where it was written."""
-    if as_json:
-        print(json_text(result, indent=2))
-        return
-    for line in (*lines, f"written to {file}, with {', '.join(result['figures'])}"):
-        print(line)
-
-
-def in_columns(lines: list[list[str]]) -> list[str]:
-    """A line of headings and lines of text, in columns."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+def where_written(file: Path, result: dict[str, Any]) -> str:
+    """Where a result and its figures are."""
+    return f"written to {file}, with {', '.join(result['figures'])}"

@@ -9,8 +9,9 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
-from tokenfusion.evaluate import choose_images, open_judged, output_of_class, read_readable
+from tokenfusion.evaluate import output_of_class
 from tokenfusion.files import refuse_inside
+from tokenfusion.judged import choose_images, open_judged, read_readable
 from tokenfusion.recipe import Recipe, load_recipe
 
 

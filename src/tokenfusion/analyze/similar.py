@@ -12,8 +12,8 @@ from torch import Tensor
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.split import choose_split, read_split
 from tokenfusion.errors import InputError
-from tokenfusion.evaluate import open_judged, read_readable
 from tokenfusion.features import keep_features
+from tokenfusion.judged import open_judged, read_readable
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.recipe import Recipe, load_recipe
 

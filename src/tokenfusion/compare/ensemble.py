@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.evaluate import choose_images, collect_logits, open_judged, read_readable, write_predictions
+from tokenfusion.evaluate import collect_logits, write_predictions
 from tokenfusion.files import make_folder, own_results, write_json
+from tokenfusion.judged import choose_images, open_judged, read_readable
 from tokenfusion.metrics import evaluate_logits
 from tokenfusion.recipe import Recipe, load_recipe
 

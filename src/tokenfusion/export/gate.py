@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
-from tokenfusion.evaluate import as_outputs, choose_images, open_judged, output_of_class, read_readable
+from tokenfusion.evaluate import as_outputs, output_of_class
+from tokenfusion.judged import choose_images, open_judged, read_readable
 from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion_runtime.image import prepare

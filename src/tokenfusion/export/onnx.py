@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
-from tokenfusion.evaluate import choose_images, open_judged
 from tokenfusion.export.deployable import quiet, trace
+from tokenfusion.judged import choose_images, open_judged
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion_runtime.errors import UnreadableImage
 

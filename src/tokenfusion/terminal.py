@@ -1,0 +1,53 @@
+"""What verbs say to a person or a script: the two consoles, results as tables or JSON, and a bar."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from tokenfusion.formatting import PlainConsole
+from tokenfusion_runtime.output import json_text
+
+AsJson = Annotated[bool, Parameter(name="--json", negative="")]
+
+for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # what was closed, as by `>&-`, is nowhere
+    if getattr(sys, name) is None:
+        setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+
+# a pipe or a file gets whole lines, however long
+console = PlainConsole(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
+stderr = PlainConsole(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(result: Any, as_json: bool, table: Sequence[Sequence[str]] = (), lines: Sequence[str] = ()) -> None:
+    """Print a result as JSON, or else as a table whose first line has the headings, and lines below it."""
+    if as_json:
+        print(json_text(result, indent=2))
+        return
+    if table:
+        from rich.table import Table
+
+        first, *headings = table[0]
+        columns = Table(first, box=None, pad_edge=False)
+        for heading in headings:
+            columns.add_column(heading, justify="right")
+        for row in table[1:]:
+            columns.add_row(*row)
+        console.print(columns)
+    for line in lines:
+        console.print(line)
+
+
+@contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal; gives what to call with (done, in all)."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    errors = Console(stderr=True)
+    with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
