@@ -22,11 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
+from tokenfusion.analyze.intervals import tango_interval
 
 from common import environment, train_on
 from tokenfusion import training
 from tokenfusion.analyze.collapse import analyze_collapse
-from tokenfusion.analyze.intervals import tango_interval
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
 from tokenfusion.files import write_atomic, write_json

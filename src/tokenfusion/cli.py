@@ -104,6 +104,7 @@ def evaluate(
     root: str = "",
     out: Path | None = None,
     with_training_images: Annotated[bool, Parameter(negative="")] = False,
+    corruptions: Annotated[bool, Parameter(negative="")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a trained run on images it has not seen; writes RUN/evaluation.json.
@@ -126,23 +127,29 @@ def evaluate(
         Folder to write to, where RUN cannot be written; RUN when not given.
     with_training_images
         Judge images that the run was trained on too.
+    corruptions
+        Judge the images made worse too: noise, blur, JPEG, contrast, occlusion, shuffled patches, each at three levels.
     as_json
         Print evaluation.json instead of a summary.
     """
+    from tokenfusion.corruptions import corruption_table
     from tokenfusion.evaluate import evaluate as evaluate_run
     from tokenfusion.evaluate import evaluation_summary
-    from tokenfusion.report import write_risk_coverage
+    from tokenfusion.report import write_figures
 
-    with counting("reading images") as progress:
-        result = evaluate_run(run, data, split, progress, root=root, out=out, with_training_images=with_training_images)
-    drawn = write_risk_coverage(out or run)
+    with counting("images") as progress:
+        keep = with_training_images
+        result = evaluate_run(
+            run, data, split, progress, root=root, out=out, with_training_images=keep, corruptions=corruptions
+        )
+    drawn = write_figures(out or run)
     skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])
     lines = [f"{counted(result['n'], 'image')} ({result['split']}){skipped}"]
     lines += [f"  skipped {image['path']}: {image['reason']}" for image in result["unreadable"][:5]]
     lines += evaluation_summary(result)
     next_step = f"; next: tokenfusion report {shlex.quote(str(run))}" * (out is None)
-    lines.append(f"written to {(out or run) / 'evaluation.json'} and {drawn.name}{next_step}")
-    show(result, as_json, lines=lines)
+    lines.append(f"written to {(out or run) / 'evaluation.json'}, with {', '.join(drawn)}{next_step}")
+    show(result, as_json, corruption_table(result["corruptions"]) if corruptions else (), lines)
 
 
 @app.command

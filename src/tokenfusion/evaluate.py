@@ -15,6 +15,7 @@ from torch import Tensor
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, halves, surest_errors
 from tokenfusion.checkpoint import weights_in_words
 from tokenfusion.classifier import Classifier
+from tokenfusion.corruptions import measure_corruptions
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import eval_batches
@@ -36,6 +37,7 @@ def evaluate(
     root: str = "",
     out: Path | None = None,
     with_training_images: bool = False,
+    corruptions: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run; write `evaluation.json`, and `predictions.csv` with a line per image.
 
@@ -48,19 +50,23 @@ def evaluate(
         out: folder to write to; the run's own when not given.
         with_training_images: whether images that the run was trained on are judged too; they are told by their pixels,
             and left out otherwise, but where they are the run's own and `split` asks for them.
+        corruptions: whether to judge the images made worse too; takes nineteen times as long.
 
     Returns:
         What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split` and the `unreadable` images;
         of multi-label runs see `multilabel.evaluate_multilabel`. `own`: whether these are the run's own images.
         `trained_on`: how many images the run was trained on, None where that is not known, and
         `trained_on_left_out`. `cross_fitted`: whether these are the held-out images that temperature and thresholds
-        were fitted on, so that each half of them is judged by those of the other half.
+        were fitted on, so that each half of them is judged by those of the other half. `corruptions`: what
+        `measure_corruptions` gives, if it was asked for.
 
     Raises:
         InputError: the run or the data cannot be used, the data has classes that the model does not know, or nothing
             is left of it.
     """
     classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
+    if corruptions and classifier.multi_label:
+        raise InputError(f"{run} has any number of classes an image; corruptions are judged of one class an image")
     out = require_writable(run, out)
     source, data, own = open_judged(run, recipe, data, root)
     refuse_other_kind(source, classifier)
@@ -86,6 +92,8 @@ def evaluate(
             temperatures = cross_fitted_temperatures(logits, labels)
         result = evaluate_logits(logits, labels, classifier.classes, len(skipped), temperatures, groups)
         scores = (logits / temperatures[:, None]).softmax(1)
+        if corruptions:
+            result["corruptions"] = judge_corrupted(classifier, images, to_output, progress)
         write = partial(write_predictions, predictions, classifier.classes, images.names, labels, scores, groups)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"cross_fitted": cross_fit, "data": data, "split": name, "own": own, "unreadable": unreadable}
@@ -95,6 +103,16 @@ def evaluate(
         write()
         write_json(out / "evaluation.json", result)
     return result
+
+
+def judge_corrupted(
+    classifier: Classifier, images: Images, to_output: Tensor, progress: Callable[[int, int], None] | None
+) -> dict[str, Any]:
+    """What `measure_corruptions` finds of images whose labels are those of the data."""
+    batches = eval_batches(images, classifier.preprocess, batch_size=256)
+    labelled = ((batch, to_output[labels]) for batch, labels in batches)
+    told = (lambda done: progress(done, len(images))) if progress else (lambda _: None)
+    return measure_corruptions(classifier.logits, labelled, images.dataset.groups, told)
 
 
 def require_writable(run: Path, out: Path | None) -> Path:

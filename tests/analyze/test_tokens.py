@@ -17,11 +17,11 @@ from tokenfusion.analyze.ablation import (
     token_means,
     whole_branch,
 )
-from tokenfusion.analyze.intervals import mean_interval, tango_interval
 from tokenfusion.analyze.token_spans import TokenSpan, token_spans
 from tokenfusion.analyze.tokens import COLOURS, PreparedBatches, measure_tokens, tokens_summary
 from tokenfusion.classifier import Classifier
 from tokenfusion.evaluate import evaluate
+from tokenfusion.intervals import mean_interval, tango_interval
 from tokenfusion.metrics import wilson_interval
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from tokenfusion.errors import InputError
 from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, dump_recipe
-from tokenfusion.report import write_report, write_risk_coverage
+from tokenfusion.report import write_figures, write_report
 from tokenfusion.report.run import MAX_MISTAKES, draw_heatmap, shortened
 
 SCRIPT = "<script>alert(1)</script>"
@@ -279,7 +279,8 @@ def test_risk_against_coverage_is_drawn_where_it_was_measured(run: Path) -> None
     page = Page(run)
     assert "abstain 0.02" in page.text["risk"]
     assert any("wrong answers against" in label for label in page.attributes("aria-label"))
-    drawn = write_risk_coverage(run).read_text()
+    (name,) = write_figures(run)
+    drawn = (run / name).read_text()
     assert drawn.startswith("<svg xmlns")
     assert "Wrong answers (%)" in drawn
 
@@ -288,7 +289,8 @@ def test_of_many_classes_the_riskiest_are_drawn_and_any_name_is_shown_as_it_is(r
     names = ["_hidden", "$x$", "<b>", *(f"class {n}" for n in range(9))]
     curves = {n: {"coverage": [1.0], "risk": [0.1], "area": 0.9 - k / 20} for k, n in enumerate(names)}
     (run / "evaluation.json").write_text(json.dumps({"multi_label": True, "risk_coverage": curves}))
-    drawn = write_risk_coverage(run).read_text()
+    (name,) = write_figures(run)
+    drawn = (run / name).read_text()
     shown = [name for name in ("_hidden", "$x$", "&lt;b&gt;", *names[3:]) if f" {name}</text>" in drawn]
     assert shown == ["_hidden", "$x$", "&lt;b&gt;", *names[3:8]]
 

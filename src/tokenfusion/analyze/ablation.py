@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenfusion.analyze.intervals import mean_interval, tango_interval
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.token_spans import TokenSpan, all_spans, token_spans
+from tokenfusion.intervals import mean_interval, tango_interval
 from tokenfusion.layers.tokens import size_of
 from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.operators import Operator

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from tokenfusion.analyze.intervals import mean_interval
+from tokenfusion.intervals import mean_interval
 
 STEPS = 16
 """Steps between the whole image and none of it."""

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from tokenfusion.analyze.ablation import WHOLE, Batches, measure_ablation
 from tokenfusion.analyze.collapse_figures import STYLE, write_figure
 from tokenfusion.analyze.inputs import open_run_or_model, output_folder
-from tokenfusion.analyze.intervals import mean_interval
 from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evaluating, record_attention
 from tokenfusion.analyze.rollout import attention_rollout, by_source, require_followed
 from tokenfusion.analyze.token_spans import token_spans
@@ -25,6 +24,7 @@ from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import own_folder, write_json
 from tokenfusion.hardware import keep_freed_memory
+from tokenfusion.intervals import mean_interval
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, size_of
 
 if TYPE_CHECKING:

@@ -2,6 +2,6 @@
 
 from tokenfusion.report.comparison import write_comparison
 from tokenfusion.report.pictures import thumbnails_of
-from tokenfusion.report.run import write_report, write_risk_coverage
+from tokenfusion.report.run import write_figures, write_report
 
-__all__ = ["thumbnails_of", "write_comparison", "write_report", "write_risk_coverage"]
+__all__ = ["thumbnails_of", "write_comparison", "write_figures", "write_report"]

@@ -172,6 +172,19 @@ def plot_risk_coverage(curves: Mapping[str, Mapping[str, Any]]) -> Markup:
         )
 
 
+def plot_corruptions(found: Mapping[str, Any]) -> Markup:
+    """Accuracy on images as they are and made worse, a line for each kind; see `measure_corruptions`."""
+    with drawing(4.8, 3.2) as (figure, axes):
+        for (name, kind), colour in zip(found["corruptions"].items(), SERIES, strict=False):
+            top1 = [found["top1"], *(level["top1"] for level in kind["levels"])]
+            axes.plot(range(len(top1)), [100 * value for value in top1], "o-", color=colour, label=name, markersize=4)
+        axes.set_xticks(range(4), ["as it is", "mild", "medium", "strong"])
+        axes.set(title="Accuracy on worse images (%)")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+        return to_svg(figure, "corruptions", "Accuracy on images made worse, by kind and level")
+
+
 @contextmanager
 def drawing(width: float, height: float, **grid: Any) -> Iterator[tuple["Figure", Any]]:
     """A figure of some inches and its axes, to be drawn and written as SVG inside the context.

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tokenfusion.checkpoint import load_description, weights_in_words
+from tokenfusion.corruptions import corruption_table
 from tokenfusion.data.dataset import printable
 from tokenfusion.evaluate import of_groups
 from tokenfusion.files import own_results, read_json, write_text
@@ -50,7 +51,13 @@ def write_report(run: Path, thumbnails: Thumbnails | None = None) -> Path:
 
 def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any]:
     """What the templates `report.html` and, of multi-label runs, `multilabel.html` name."""
-    from tokenfusion.report.plots import plot_curves, plot_lr_range, plot_reliability, plot_risk_coverage
+    from tokenfusion.report.plots import (
+        plot_corruptions,
+        plot_curves,
+        plot_lr_range,
+        plot_reliability,
+        plot_risk_coverage,
+    )
 
     evaluation, multi_label = results.evaluation, results.model["multi_label"]
     values: dict[str, Any] = {
@@ -77,20 +84,29 @@ def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any
         "parents": parents_of(results),
         "heatmap": draw_heatmap(results.model["classes"], np.array(evaluation["confusion"])),
         "reliability": plot_reliability(reliability(scores, correct)),
+        "corruptions": (found := evaluation.get("corruptions")) and plot_corruptions(found),
+        "corruption_table": corruption_table(found) if found else [],
         "wrong": correct.count(False),
         "mistakes": show_mistakes(results, thumbnails),
     }
 
 
-def write_risk_coverage(run: Path) -> Path:
-    """Draw risk against coverage, as `evaluation.json` has it, beside it into `risk_coverage.svg`; its path."""
-    from tokenfusion.report.plots import plot_risk_coverage, standalone
+def write_figures(run: Path) -> list[str]:
+    """Draw what `evaluation.json` has beside it: risk against coverage, and accuracy on worse images if it was judged.
 
-    path = run / "risk_coverage.svg"
+    Returns:
+        The files' names.
+    """
+    from tokenfusion.report.plots import plot_corruptions, plot_risk_coverage, standalone
+
     with own_results(run):
         evaluation = read_json(run / "evaluation.json", AGAIN)
-        write_text(path, standalone(plot_risk_coverage(risk_curves(evaluation))))
-    return path
+        drawn = {"risk_coverage.svg": plot_risk_coverage(risk_curves(evaluation))}
+        if found := evaluation.get("corruptions"):
+            drawn["corruptions.svg"] = plot_corruptions(found)
+        for name, figure in drawn.items():
+            write_text(run / name, standalone(figure))
+    return [*drawn]
 
 
 def risk_curves(evaluation: dict[str, Any]) -> dict[str, Any]:

@@ -30,6 +30,19 @@ EPOCH: dict[str, Shape] = {
     "*": SHARE,
 }
 RISK: Shape = {"coverage": [NUMBER], "risk": [NUMBER], "area": NUMBER}
+CORRUPTED: dict[str, Shape] = {
+    "level": str,
+    "severity": NUMBER,
+    "top1": NUMBER,
+    "ci95": (NUMBER, NUMBER),
+    "lost": {"mean": NUMBER, "ci95": list | None},
+}
+CORRUPTIONS: dict[str, Shape] = {
+    "images": int,
+    "top1": NUMBER,
+    "top1_mean": NUMBER,
+    "corruptions": {"*": {"unit": str, "levels": [CORRUPTED]}},
+}
 CLASS: dict[str, Shape] = {"precision": SHARE, "recall": SHARE, "f1": SHARE, "n": int}
 EVALUATION: dict[str, Shape] = {"data": str, "split": str, "n": int, "loss": NUMBER, "skipped": int}
 ONE_CLASS: dict[str, Shape] = {
@@ -44,6 +57,7 @@ ONE_CLASS: dict[str, Shape] = {
     "per_class": {"*": CLASS},
     "confusion": [[int]],
     "risk_coverage?": RISK,
+    "corruptions?": CORRUPTIONS,
 }
 MULTILABEL: dict[str, Shape] = {
     **EVALUATION,
