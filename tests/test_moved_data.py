@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from runs import TINY, interrupt_at
+from tokenfusion.data.decoded import read_images
+from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe, load_recipe
-from tokenfusion.trained_on import TRAINED_ON, load_trained_on
+from tokenfusion.trained_on import TRAINED_ON, load_trained_on, save_trained_on
 from tokenfusion.training import Interrupted, train
 
 WORDS = ("--model", TINY, "--img-size", 8, "--batch-size", 8, "--epochs", 1)
@@ -186,6 +188,32 @@ def test_a_list_that_has_moved_with_its_root(tmp_path, command):
     status, _, errors = command("train", "--resume", run, *places)
     assert status == 0, errors
     assert command("evaluate", run)[0] == 0
+
+
+def test_a_run_that_was_moved_together_with_its_images_is_judged_by_them(tmp_path, command):
+    old = tmp_path / "old"
+    photos(old / "img")
+    rows = "".join(f"{old / 'img' / name / f'{n}.png'},{name}\n" for name in ("cat", "dog") for n in range(20))
+    (old / "x.csv").write_text("path,label\n" + rows)
+    assert command("train", old / "img", *WORDS, "--out", old / "runs" / "a")[0] == 0
+    assert command("train", old / "x.csv", "--root", old / "img", *WORDS, "--out", old / "runs" / "b")[0] == 0
+    was = [json.loads(command("evaluate", old / "runs" / name, "--json")[1]) for name in "ab"]
+    old.rename(tmp_path / "new")
+    for name, before, data in zip("ab", was, ("img", "x.csv"), strict=True):
+        status, output, errors = command("evaluate", tmp_path / "new" / "runs" / name)
+        assert (status, errors) == (0, "")
+        assert f"the images were moved along with the run, to {tmp_path / 'new' / data}" in output
+        now = judged(tmp_path / "new" / "runs" / name)[0]
+        assert (now["own"], now["n"], now["top1"]) == (True, before["n"], before["top1"])
+    assert command("report", tmp_path / "new" / "runs" / "a")[0] == 0
+
+
+def test_a_folder_called_digits_is_not_looked_for_where_the_built_in_data_was_trained_on(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    images, _ = read_images(open_dataset("digits"), range(2), max_pixels=64, cache_bytes=0)
+    save_trained_on(tmp_path, Recipe("digits"), images, images)
+    assert load_trained_on(tmp_path).from_here == {}
 
 
 def test_options_but_where_the_images_are_stay_refused(placed, command):

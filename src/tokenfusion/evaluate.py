@@ -68,7 +68,8 @@ def evaluate(
     if corruptions and classifier.multi_label:
         raise InputError(f"{run} has any number of classes an image; corruptions are judged of one class an image")
     out = require_writable(run, out)
-    source, data, own = open_judged(run, recipe, data, root)
+    source, place, own = open_judged(run, recipe, data, root)
+    moved_to = place if not data and place != recipe.data else ""
     refuse_other_kind(source, classifier)
     to_output = output_of_class(source, classifier.classes)
     keep = with_training_images
@@ -96,9 +97,9 @@ def evaluate(
             result["corruptions"] = judge_corrupted(classifier, images, to_output, progress)
         write = partial(write_predictions, predictions, classifier.classes, images.names, labels, scores, groups)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
-    result |= {"cross_fitted": cross_fit, "data": data, "split": name, "own": own, "unreadable": unreadable}
+    result |= {"cross_fitted": cross_fit, "data": place, "split": name, "own": own, "unreadable": unreadable}
     result |= {"trained_on": judged.trained_on, "trained_on_left_out": judged.left_out}
-    result |= {"began_with": list(classifier.began_with)}
+    result |= {"began_with": list(classifier.began_with), "moved_to": moved_to}
     with own_results(out):
         write()
         write_json(out / "evaluation.json", result)
@@ -233,7 +234,8 @@ def write_label_sets(
 def evaluation_summary(result: dict[str, Any]) -> list[str]:
     """What an evaluation found, in a few lines."""
     began = [f"began with {weights_in_words(files)}"] if (files := result.get("began_with")) else []
-    return [*training_images_in_words(result), *scores_in_words(result), *began]
+    moved = [f"the images were moved along with the run, to {to}"] if (to := result.get("moved_to")) else []
+    return [*moved, *training_images_in_words(result), *scores_in_words(result), *began]
 
 
 def training_images_in_words(result: dict[str, Any]) -> list[str]:
@@ -241,7 +243,11 @@ def training_images_in_words(result: dict[str, Any]) -> list[str]:
     asked for; a line at most."""
     seen = result.get("trained_on", 0)
     if seen is None:
-        return [] if result["own"] else ["whether the run was trained on some of these images is not known"]
+        return (
+            []
+            if result["own"]
+            else ["whether the run was trained on some of these images is not known; where it was, that flatters it"]
+        )
     if not seen or (result["own"] and result["split"] == "train"):
         return []
     left_out = result["trained_on_left_out"]

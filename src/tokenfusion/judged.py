@@ -17,7 +17,7 @@ from tokenfusion.data.open import open_dataset, require_place, resolved
 from tokenfusion.data.split import Split, read_split
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe
-from tokenfusion.trained_on import load_trained_on
+from tokenfusion.trained_on import found_again, load_trained_on
 
 
 def open_judged(run: Path, recipe: Recipe, data: str | None, root: str = "") -> tuple[Dataset, str, bool]:
@@ -26,6 +26,7 @@ def open_judged(run: Path, recipe: Recipe, data: str | None, root: str = "") -> 
     Raises:
         InputError: it cannot be opened, or the run's own images are not where they were.
     """
+    recipe = recipe if data else found_again(recipe, run)
     own = not data or resolved(data) == resolved(recipe.data)
     name = recipe.data if not data or own else resolved(data)
     reading = recipe.reading

@@ -4,13 +4,15 @@ import ctypes
 import importlib
 import math
 import os
+import re
 import struct
 import threading
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -353,11 +355,16 @@ def forget_threads() -> None:
 
 os.register_at_fork(after_in_child=forget_threads)
 pillow_limit: int | None = None
+PILLOWS = re.compile(r"PIL\.")
+"""Modules whose warnings, as of a TIFF's damaged tags, are not for a user: what matters of a damaged file is said by
+us."""
+HUSHED = ("ignore", None, Warning, PILLOWS, 0)
 
 
 @contextmanager
 def pillow_limit_lifted() -> Iterator[None]:
-    """While `max_pixels` guards us, Pillow's own limit, which is one for the whole process and warns, stands aside.
+    """While `max_pixels` guards us, Pillow's own limit, which is one for the whole process and warns, stands aside, and
+    so do its other warnings.
 
     Counted, for threads decode at the same time; whoever leaves last puts the limit back.
     """
@@ -365,6 +372,8 @@ def pillow_limit_lifted() -> Iterator[None]:
     with lifted_lock:
         if lifted == 0:
             pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        if HUSHED not in warnings.filters:
+            warnings.filterwarnings("ignore", module=PILLOWS.pattern)
         lifted += 1
     try:
         yield
@@ -373,3 +382,5 @@ def pillow_limit_lifted() -> Iterator[None]:
             lifted -= 1
             if lifted == 0:
                 Image.MAX_IMAGE_PIXELS = pillow_limit
+                with suppress(ValueError):
+                    cast("list[object]", warnings.filters).remove(HUSHED)

@@ -7,6 +7,7 @@ from tokenfusion_runtime.image import is_image
 
 DROPPINGS = frozenset(
     {"__macosx", "$recycle.bin", "system volume information", "lost+found", "@eadir", "#recycle", "found.000"}
+    | {"recycler"}
     | {"thumbs.db", "desktop.ini", "ehthumbs.db", "icon\r", "__pycache__", "thumbnails", "_thumbnails", "@tmp"}
 )
 """Names, in small letters, of what macOS, Windows, Linux, NAS boxes, notebooks and viewers leave behind; those that

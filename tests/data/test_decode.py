@@ -1,5 +1,8 @@
+import os
 import struct
+import sys
 import threading
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -367,3 +370,24 @@ def test_a_flat_jpeg_without_pixels_is_refused() -> None:
     Image.new("RGB", (640, 480), (128, 128, 128)).save(file, "JPEG")
     with pytest.raises(UnreadableImage, match="damaged"):
         decode_image(file.getvalue()[:-400], max_pixels=10**6)
+
+
+def test_no_library_says_anything_of_damaged_files(capfd: pytest.CaptureFixture[str]) -> None:
+    """libjpeg prints by itself, and Pillow warns of tags; the reason why a file cannot be read is ours to say."""
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for kind in ("JPEG", "TIFF"):
+            whole = encode(pixels, kind)
+            for trial in range(200):
+                data = bytearray(whole)
+                for place in random.integers(2 if trial % 2 else len(whole) - 200, len(whole), 4):
+                    data[place] ^= 0x55
+                with suppress(UnreadableImage):
+                    decode_image(bytes(data[: -(trial % 50) or None]), max_pixels=LIMIT)
+    assert [str(warning.message) for warning in caught if "PIL" in warning.filename] == []
+    assert capfd.readouterr() == ("", "")
+    print("said", file=sys.stderr)
+    os.write(2, b"and heard")
+    assert capfd.readouterr().err == "said\nand heard"

@@ -299,14 +299,6 @@ def test_folders_in_paths_tell_the_splits_of_an_image_folder_and_are_warned_of_i
     assert "splits: train -> train (4), test -> test (4)" in describe(source)
 
 
-def test_one_hot_columns_are_labels(tmp_path: Path) -> None:
-    text = "filename,red,grün\n" + "".join(f"{p},{int(c == 'red')},{int(c != 'red')}\n" for p, c in ROWS)
-    assert counts(listed(tmp_path, "x.csv", text)) == {"red": 3, "grün": 3}
-    several = listed(tmp_path, "x.csv", text.replace("0.png,1,0", "0.png,1,1"))
-    assert several.multi_label
-    assert several.labels[0].tolist() == [True, True]
-
-
 @pytest.mark.parametrize(
     ("header", "role"),
     [
@@ -443,3 +435,21 @@ def test_a_picture_is_read_by_a_list_with_a_root(tmp_path: Path, picture: Callab
     (tmp_path / "x.csv").write_text("path,label\n1.png,a\n")
     source = open_dataset(tmp_path / "x.csv", reading=Reading(root=str(tmp_path / "pictures")))
     assert np.array_equal(source.decode(0, 1000).permute(1, 2, 0).numpy(), picture(1))
+
+
+def test_classes_whose_names_begin_with_a_splits_word_are_classes(tmp_path: Path) -> None:
+    source = open_dataset(files(tmp_path / "a", "training_shoes/1.png", "training_shoes/2.png", "test_shoes/1.png"))
+    assert counts(source) == {"training_shoes": 2, "test_shoes": 1}
+    assert any(line.startswith("'test_shoes', 'training_shoes' are taken for classes") for line in describe(source))
+    with pytest.raises(InputError, match="'shoes_test', 'shoes_train' are names of splits, but images lie in them"):
+        open_dataset(files(tmp_path / "b", "shoes_train/1.png", "shoes_test/1.png"))
+    inside = files(tmp_path / "c", *(f"{split}_shoes/{kind}/1.png" for split in ("train", "test") for kind in "ab"))
+    assert open_dataset(inside).splits == ["test", "test", "train", "train"]
+
+
+def test_folders_below_classes_in_an_image_folders_paths_tell_the_splits(tmp_path: Path) -> None:
+    names = [f"{label}/{split}/{n}.png" for label in ("cat", "dog") for split in ("train", "test") for n in range(2)]
+    files(tmp_path, *names)
+    rows = "".join(f"{name},{name.split('/')[0]}\n" for name in names)
+    (tmp_path / "metadata.csv").write_text("file_name,label\n" + rows)
+    assert open_dataset(tmp_path).splits == (["train"] * 2 + ["test"] * 2) * 2

@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from making import LIMIT, pixels_of
+from making import LIMIT, pixels_of, png, write_parquet
 
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
+from tokenfusion.recipe import Reading
 
 Tree = dict[str, np.ndarray]
 SaveTree = Callable[[Path, Tree], Path]
@@ -44,12 +45,12 @@ def test_a_list_may_not_leave_its_folder(path: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("thing,label\nx.png,a\n", "columns are 'thing', 'label', none of which .* --path-column NAME"),
+        ("thing,label\nx,a\n", "columns are 'thing', 'label', none of which .* --path-column NAME"),
         ("filename,image,label\nx.png,y.png,a\n", "which of 'filename', 'image' is the path.* --path-column filename"),
         ("path,class,category\nx.png,a,b\n", "which of 'class', 'category' is the label.* --label-column class"),
         ("path,genus\nx.png,a\n", "none of which is known as the label; say which by --label-column NAME"),
         ("", "its first line is empty; it must name the columns"),
-        ("\npath,label\n", "its first line is empty"),
+        ("\n\n", "its first line is empty"),
         ("path,label\nx.png,a,b\n", "line 2: 3 cells, where the first line has 2"),
         ("path,label\nx.png,a\nx.png,b\n", r"'x.png' stands twice, with label 'a' and 'b' \(line 2 and line 3\)"),
         ("path,label,split\nx.png,a,train\n./x.png,a,val\n", "'x.png' stands twice, with split 'train' and 'val'"),
@@ -144,3 +145,45 @@ def test_long_cells_are_named_by_their_beginnings(tmp_path: Path, command: Calla
     (tmp_path / "long.csv").write_text(f"path,label\na.png,{long[:1001]}\nb.png,b\n")
     with pytest.raises(InputError, match="is no name of a class; give one of up to 1000 characters"):
         open_dataset(tmp_path / "long.csv")
+
+
+def test_a_column_that_numbers_the_rows_is_no_label(tmp_path: Path) -> None:
+    (tmp_path / "images.txt").write_text("1 a/x.png\n2 a/y.png\n3 b/z.png\n")
+    with pytest.raises(InputError, match="which is the label is not clear"):
+        open_dataset(tmp_path / "images.txt")
+
+
+def test_the_column_of_image_files_is_the_path_whatever_it_is_called(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("\n\nname,label,is_valid\na.png,3,False\nb.png,7,False\nc.png,3,True\n")
+    source = open_dataset(tmp_path / "x.csv")
+    assert (source.names, source.splits) == (["a.png", "b.png", "c.png"], ["train", "train", "val"])
+    assert "columns: 'name' is the path, 'label' is the label, 'is_valid' is the split" in source.notes
+
+
+def test_paths_by_labels_and_file_urls_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"cat": ["a.png", "b.png"], "dog": ["c.png"]}))
+    source = open_dataset(tmp_path / "x.json")
+    assert (source.names, source.classes, source.labels.tolist()) == (
+        ["a.png", "b.png", "c.png"],
+        ("cat", "dog"),
+        [0, 0, 1],
+    )
+    (tmp_path / "a.png").write_bytes(b"x")
+    (tmp_path / "x.csv").write_text(f"path,label\nfile://{tmp_path}/a.png,cat\n")
+    assert open_dataset(tmp_path / "x.csv", reading=Reading(root=str(tmp_path))).names == ["a.png"]
+
+
+@pytest.mark.parametrize("parquet", [False, True])
+def test_columns_that_may_tell_groups_are_warned_of(parquet: bool, tmp_path: Path) -> None:
+    patients = ["p1", "p1", "p2", "p3"]
+    if parquet:
+        images = [png(np.full((4, 4, 3), n, np.uint8)) for n in range(4)]
+        write_parquet(tmp_path / "x.parquet", images, ["a", "b", "a", "b"], Patient_ID=patients, video=[1, 2, 3, 4])
+        source = open_dataset(tmp_path / "x.parquet")
+    else:
+        rows = "".join(f"{n}.png,{'ab'[n % 2]},{patient},{n}\n" for n, patient in enumerate(patients))
+        (tmp_path / "x.csv").write_text("path,label,Patient_ID,video\n" + rows)
+        source = open_dataset(tmp_path / "x.csv")
+    warned = [line for line in source.notes if line.startswith("warning: ")]
+    assert len(warned) == 1
+    assert warned[0].startswith("warning: 'Patient_ID' may tell pictures of one thing")

@@ -481,3 +481,21 @@ def test_columns_of_shards_are_chosen_as_those_of_parquet(tmp_path: Path) -> Non
     scans = open_dataset(place, reading=Reading(image_column="scan"))
     assert scans.labels.tolist() == [0, 1, 0, 1]
     assert np.array_equal(pixels_of(scans, 1), picture(1))
+
+
+def test_flags_of_a_samples_json_tell_splits(tmp_path: Path) -> None:
+    def shard(name: str, *rows: dict[str, object]) -> Path:
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for number, row in enumerate(rows):
+                add(tar, f"{number}.png", png(picture(1)))
+                add(tar, f"{number}.json", json.dumps({"label": "ab"[number % 2]} | row).encode())
+        return tmp_path / name
+
+    values = (False, False, True, "yes")
+    assert open_dataset(shard("1.tar", *({"is_valid": value} for value in values))).splits == [
+        *("train", "train", "val", "val")
+    ]
+    with pytest.raises(InputError, match="is_test='maybe' is neither yes nor no"):
+        open_dataset(shard("2.tar", {"is_test": "maybe"}, {"is_test": True}))
+    with pytest.raises(InputError, match="'is_valid', 'is_test' all tell splits"):
+        open_dataset(shard("3.tar", {"is_valid": True, "is_test": False}, {}))

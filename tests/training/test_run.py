@@ -14,9 +14,7 @@ import tokenfusion
 from runs import assert_same, interrupt_at, tiny_recipe
 from tokenfusion import Classifier, InputError
 from tokenfusion.checkpoint import load_tensors
-from tokenfusion.data.decoded import read_images
 from tokenfusion.data.loader import TrainLoader
-from tokenfusion.data.open import open_dataset
 from tokenfusion.files import lock_folder
 from tokenfusion.training import Interrupted, identity, resume, start
 
@@ -164,14 +162,6 @@ def test_a_recipe_stays_as_it_is_where_the_images_that_were_moved_are_others(sto
     with pytest.raises(InputError, match="are not those that the run began with"):
         resume(recipe.parent, QUIET)
     assert recipe.read_text() == text
-
-
-def test_a_folder_called_digits_is_not_the_built_in_data(tmp_path, monkeypatch):
-    (tmp_path / "digits").mkdir()
-    monkeypatch.chdir(tmp_path)
-    images, _ = read_images(open_dataset("digits"), range(2), max_pixels=64, cache_bytes=0)
-    run = tmp_path / "runs" / "run"
-    assert identity.identity_of(tiny_recipe(), ("0", "1"), images, images, run)["data_from_here"] == ""
 
 
 def test_batches_end_where_the_log_cannot_be_opened(stopped, tmp_path, monkeypatch):

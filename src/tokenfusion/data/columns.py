@@ -2,8 +2,10 @@
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from tokenfusion.data.dataset import quoted
 from tokenfusion.data.decode import is_image
@@ -38,6 +40,17 @@ KNOWN: Mapping[str, tuple[str, ...]] = {
 """What columns are called, in small letters without spaces; a column of a role's own name is preferred."""
 LESS_USUAL = {"path": ("fname",), "label": ("classid", "labelid", "y", "species")}
 """What they are also called, where no column has a better name."""
+NO_CLASS = frozenset(
+    {"verified", "reviewed", "checked", "approved", "confirmed", "annotated", "labelled", "labeled", "flagged", "done"}
+    | {"difficult", "truncated", "occluded", "crowd", "duplicate", "augmented", "synthetic", "generated"}
+    | {"val", "valid", "train", "test", "used", "usable", "ignore", "ignored", "exclude", "excluded", "skip", "skipped"}
+)
+"""Columns of 0 and 1 that say something else than a class, by `plain` name without `is`, `was` or `has`."""
+THINGS = frozenset(
+    {"patient", "subject", "person", "participant", "animal", "individual", "specimen", "plant", "identity"}
+    | {"study", "series", "session", "sequence", "video", "clip", "scene", "site", "location"}
+)
+"""What columns are about that may tell pictures of one thing, by `plain` name without `id`."""
 NEEDS = "an image's path and its label, as in path,label[,split][,weight][,group], or labels (a|b) in place of label"
 
 
@@ -98,8 +111,8 @@ def choose_columns(table: Table, reading: Reading) -> Columns:
         return columns_by_content(table)
     where, names = table.where, [name for name in table.columns if name]
     split = split_column(where, [n for n in names if n != reading.label_column], table.texts)
-    path = asked(where, names, reading.path_column, "--path-column") or only(
-        where, names, [n for n in choose_any(names, "path") if n != reading.label_column], "path", "--path-column"
+    path = asked(where, names, reading.path_column, "--path-column") or path_by_name(
+        table, [n for n in names if n != reading.label_column]
     )
     rest = [name for name in names if name not in (path, split)]
     label, labels = asked(where, names, reading.label_column, "--label-column"), ""
@@ -111,6 +124,7 @@ def choose_columns(table: Table, reading: Reading) -> Columns:
     used = {path, label, labels, split, *one_hot}
     weight, group = (next((n for n in choose(rest, role) if n not in used), "") for role in ("weight", "group"))
     left = tuple(name for name in names if name not in used | {weight, group})
+    refuse_doubtful(where, left, table.texts)
     refuse_misspelt(where, left, {"split": split, "weight": weight, "group": group})
     return Columns(path, label, labels, one_hot, split, weight, group, left)
 
@@ -147,11 +161,59 @@ def label_columns(table: Table, names: list[str]) -> tuple[str, str, tuple[str, 
     if several and not one:
         return "", only(table.where, names, several, "labels", "--label-column"), ()
     if not one:
-        hot = tuple(n for n in names if plain(n) not in KNOWN["weight"] + KNOWN["group"] and are_flags(table.texts(n)))
+        flags = [name for name in names if may_be_class(name) and are_flags(table.texts(name))]
+        hot = class_columns({n: np.array([is_true(row.get(n)) for _, row in table.rows]) for n in flags})
         if len(hot) > 1:
             return "", "", hot
         one = choose_any(names, "label")
     return only(table.where, table.columns, [*one, *several], "label", "--label-column"), "", ()
+
+
+def may_be_class(name: str) -> bool:
+    """Whether a column of 0 and 1 may be a class of this name, and is called neither as labels are nor as anything else
+    that is read."""
+    others = (*KNOWN["weight"], *KNOWN["group"], *KNOWN["split"], *FLAGS)
+    return plain(name) not in others and not plain(name).endswith((*KNOWN["label"], *KNOWN["labels"]))
+
+
+def class_columns(flags: Mapping[str, np.ndarray]) -> tuple[str, ...]:
+    """Which columns of 0 and 1 are classes: those of which each row has exactly one 1, where there are such.
+
+    One or two columns that stand in the way of that are none; else a row has any number of classes. Columns whose
+    names mean something else, such as `verified`, are none but where that alone makes the classes.
+
+    Args:
+        flags: the columns, bool (N,) each.
+    """
+    numbers = {name: column.astype(np.int64) for name, column in flags.items()}
+    said = {n: column for n, column in numbers.items() if re.sub("^(is|was|has)", "", plain(n)) not in NO_CLASS}
+    for some in (said, numbers):
+        if len(some) > 1 and np.all(sum(some.values()) == 1):
+            return tuple(some)
+    if sum(column.any() for column in said.values()) < 2:
+        return ()
+    more = sum(said.values()) - np.int64(1)  # of each row, what columns that are no classes hold
+    named = {column.tobytes(): name for name, column in said.items()}
+    alone = {frozenset({name}) for name, column in said.items() if np.array_equal(column, more)}
+    pairs = {frozenset({n, other}) for n, c in said.items() if (other := named.get((more - c).tobytes(), n)) != n}
+    others = next((found for found in (alone, pairs) if found), set())
+    without = next(iter(others)) if len(others) == 1 else frozenset()
+    return tuple(name for name in said if name not in without or len(said) < len(without) + 2)
+
+
+def warn_of_groups(left: Iterable[str], texts: Callable[[str], Sequence[str]]) -> list[str]:
+    """A warning where a column that is not read may tell pictures of one thing, such as `patient_id`.
+
+    Args:
+        left: the columns that are not read.
+        texts: gives the values in a column, one a row.
+    """
+    suspects = [name for name in left if plain(name).removesuffix("id") in THINGS]
+    several = [name for name in suspects if 1 < len(set(values := texts(name))) < len(values)]
+    return [
+        f"warning: {quoted(several)} may tell pictures of one thing, which must not stand on both sides of a split; if "
+        "so, call the column group"
+    ] * bool(several)
 
 
 def split_column(where: str, names: Sequence[str], texts: Callable[[str], set[str]]) -> str:
@@ -181,18 +243,34 @@ def split_column(where: str, names: Sequence[str], texts: Callable[[str], set[st
     several = [n for n in others if name_splits(texts(n)) and len({*map(split_named, texts(n) - {""})}) > 1]
     if len(several) == 1:
         return several[0]
-    doubtful = [n for n in others if plain(n) in ("val", "valid") and are_flags(texts(n))]
-    if doubtful and (choose(names, "label") or choose(names, "labels")):
-        raise InputError(
-            f"{where}: does {doubtful[0]!r}, of yes and no, tell the held-out images? Call it is_valid if so, else "
-            "take it away"
-        )
     return ""
+
+
+def refuse_doubtful(where: str, left: Iterable[str], texts: Callable[[str], set[str]]) -> None:
+    """Refuse a column of yes and no that is called as a split and was taken for nothing, such as `valid` or `test`: it
+    may tell the held-out images.
+
+    Args:
+        where, texts: as in `split_column`.
+        left: the columns that are not read.
+    """
+    for name in left:
+        if (split := split_named(name)) and are_flags(texts(name)):
+            what = {"train": "training", "val": "held-out", "test": "test"}[split]
+            raise InputError(
+                f"{where}: does {name!r}, of yes and no, tell the {what} images? Call it "
+                f"is_{'valid' if split == 'val' else split} if so, else take it away"
+            )
 
 
 def name_splits(texts: set[str]) -> bool:
     """Whether all values that there are name splits."""
     return bool(texts - {""}) and all(map(split_named, texts - {""}))
+
+
+def is_true(value: object) -> bool:
+    """Whether a cell of 0 and 1 says yes."""
+    return str(value).strip().casefold() in TRUE
 
 
 def are_flags(texts: set[str]) -> bool:
@@ -209,9 +287,8 @@ def columns_by_content(table: Table) -> Columns:
     paths = columns_of_paths(cells)
     splits = [name for name, values in cells.items() if values and all(map(split_named, values))]
     rest = [name for name in table.columns if name not in paths and name not in splits]
-    if len(rest) > 1:
-        counters = [n for n in rest if len(set(cells[n])) == len(table.rows) and all(v.isdecimal() for v in cells[n])]
-        rest = [name for name in rest if name not in counters[:1]]
+    counters = [n for n in rest if len(set(cells[n])) == len(table.rows) > 1 and all(v.isdecimal() for v in cells[n])]
+    rest = [name for name in rest if name not in counters[:1]]
     if len(paths) != 1 or len(rest) != 1 or len(splits) > 1:
         first = ", ".join(map(str, table.rows[0][1].values()))
         raise InputError(
@@ -234,10 +311,17 @@ def path_column(table: Table, given: str) -> str:
     """
     if table.header or given:
         names = [name for name in table.columns if name]
-        return asked(table.where, names, given, "--path-column") or only(
-            table.where, names, choose_any(names, "path"), "path", "--path-column"
-        )
+        return asked(table.where, names, given, "--path-column") or path_by_name(table, names)
     return only(table.where, table.columns, columns_of_paths(cells_of(table)), "path", "--path-column")
+
+
+def path_by_name(table: Table, names: Sequence[str]) -> str:
+    """The column of paths by its name or, where none has such a name, the one of image files, as fastai's `name`."""
+    found = choose_any(names, "path")
+    if not found:
+        refuse_misspelt(table.where, names, {"path": ""})
+        found = [name for name in columns_of_paths(cells_of(table)) if name in names]
+    return only(table.where, names, found, "path", "--path-column")
 
 
 def cells_of(table: Table) -> dict[str, list[str]]:

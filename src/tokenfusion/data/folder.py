@@ -11,7 +11,7 @@ from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.ignored import OUTSIDE, describe_ignored, is_dropping, why_ignored
 from tokenfusion.data.labels import clean_label
 from tokenfusion.data.readers import Paths
-from tokenfusion.data.split_names import splits_in_words, splits_named
+from tokenfusion.data.split_names import begins_as_split, splits_in_words, splits_named
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
 
@@ -156,6 +156,12 @@ def splits_above(images: list[list[str]], depth: int, tree: Tree) -> Mapping[str
     if len(named) == len(tops) or len(set(named.values())) > 1:
         if deep & named.keys():
             return named
+        if all(begins_as_split(name) for name in named):
+            tree.notes.append(
+                f"{quoted(sorted(named))} are taken for classes, because images lie in them without class folders; "
+                "where they are splits, make a folder per class in each"
+            )
+            return {}
         if len(named) > 1:
             raise InputError(
                 f"{quoted(sorted(named))} are names of splits, but images lie in them without class folders; "

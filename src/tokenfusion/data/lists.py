@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenfusion.data.columns import KNOWN, Columns, choose_columns, plain
+from tokenfusion.data.columns import KNOWN, Columns, choose_columns, is_true, plain, warn_of_groups
 from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.ignored import describe_ignored, why_ignored
 from tokenfusion.data.labels import clean_label, no_label
@@ -16,7 +17,6 @@ from tokenfusion.data.rows import as_groups, as_weights, read_weight
 from tokenfusion.data.split_names import (
     FLAGS,
     SPLITS,
-    TRUE,
     split_flagged,
     split_in_name,
     split_named,
@@ -118,17 +118,20 @@ def from_tables(
     rows: list[Row] = []
     notes: list[str] = []
     told: list[tuple[str, str]] = []
-    several, texts = False, list[str]()
+    several, texts, hot = False, list[str](), set[str]()
     for folder, table, split in tables:
         columns = choose_columns(table, reading)
         found = read_rows(table, columns)
         if columns.labels:
             texts += [cell.strip() for _, row in table.rows if isinstance(cell := row.get(columns.labels), str)]
+        hot |= set(map(clean_label, columns.one_hot))
         several = several or bool(columns.labels) or any(len(row.labels) != 1 for row in found)
         listed = [(row.place, row.path) for row in found]
         paths, changes = resolve_paths(where, root / folder, listed, bool(reading.root))
         guessed = not columns.usual or not table.header or bool(columns.left)
         notes += [*table.notes, *[columns.in_words()] * guessed, *changes]
+        cells = partial(column_texts, table)
+        notes += [] if columns.group or reading.group_by else warn_of_groups(columns.left, cells)
         said = split_cells(table, columns) if columns.split else [folder] * len(found)
         splits = [row.split or split for row in found]
         by_path = splits_in_paths(paths) if not columns.split and not split else []
@@ -147,6 +150,8 @@ def from_tables(
         told += [(cell, row.split) for cell, row in zip(said, rows[-len(found) :], strict=True)]
     if any(split for _, split in told):
         notes.append(splits_in_words(told))
+    if empty := hot - {name for row in rows for name in row.labels}:
+        notes.append(f"warning: left out, because no row has a 1 there: {quoted(sorted(empty)[:5])}")
     refuse_other_separator(where, texts)
     kept = without_repeats(where, rows)
     notes += [f"{counted(len(rows) - len(kept), 'exact repeat')} of a row, counted once"] * (len(kept) < len(rows))
@@ -182,6 +187,10 @@ def empty_dataset(where: str) -> Dataset:
     return Dataset(where=where, classes=(), names=[], labels=np.empty(0, dtype=np.int64), splits=[], reader=reader)
 
 
+def column_texts(table: Table, column: str) -> list[str]:
+    return [str(row.get(column)) for _, row in table.rows]
+
+
 def split_cells(table: Table, columns: Columns) -> list[str]:
     """What each row says of its split, as it is written; of a flag with the column's name."""
     flag = f"{columns.split}=" * (plain(columns.split) in FLAGS)
@@ -196,7 +205,7 @@ def read_rows(table: Table, columns: Columns) -> list[Row]:
         if columns.labels:
             labels = labels_in(row, columns.labels, where)
         elif columns.one_hot:
-            labels = tuple(clean_label(n) for n in columns.one_hot if str(row.get(n)).strip().casefold() in TRUE)
+            labels = tuple(clean_label(name) for name in columns.one_hot if is_true(row.get(name)))
         else:
             labels = (clean_label(require(row, columns.label, where, "label")),)
         group = str(row.get(columns.group) or "") if columns.group else ""

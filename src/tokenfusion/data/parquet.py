@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenfusion.data.cache import default_cache
+from tokenfusion.data.columns import warn_of_groups
 from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.ignored import describe_ignored
@@ -149,6 +151,7 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
     names: list[str] = []
     labels: list[Any] = []
     splits: list[str] = []
+    suspected: list[str] = []
     beside: dict[str, list[Any]] = {"weight": [], "group": []}
     for name in files:
         refuse_pointer(root / name)
@@ -161,6 +164,8 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
                 count = sum(tables[-1].rows)
                 columns = [column for column in (layout.split, layout.weight, layout.group) if column]
                 cells = read_cells(root / name, file, columns)
+                if not layout.group and not reading.group_by:
+                    suspected += warn_of_groups(layout.left, partial(texts_of, root / name, file))
         except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
             raise InputError(f"{root / name}: not readable as Parquet ({error}); replace it or take it away") from error
         names += [f"{printable(name)}:{row}" for row in range(count)]
@@ -174,7 +179,8 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
             raise InputError(f"{root}: {first!r} and {other!r} differ: {words}; make them alike, or give one of them")
     classes, numbers = number_all(str(root), names, labels, layout)
     weights = [read_weight(value, name) for name, value in zip(names, beside["weight"], strict=True)]
-    notes = [layout.in_words()] if layout.left or layout.split or layout.weight or layout.group else []
+    read = layout.left or layout.one_hot or layout.split or layout.weight or layout.group
+    notes = [layout.in_words()] * bool(read) + list(dict.fromkeys(suspected))
     return Dataset(
         where=str(root),
         names=names,
@@ -187,6 +193,11 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
         notes=tuple(notes),
         **describe_ignored(others),
     )
+
+
+def texts_of(path: Path, file: pq.ParquetFile, column: str) -> list[str]:
+    """A column's cells as texts, one a row."""
+    return [str(value) for value in read_cells(path, file, [column])[column]]
 
 
 def refuse_configs(root: Path, files: list[str]) -> None:
@@ -235,6 +246,8 @@ def named_as(first: Layout, layout: Layout, labels: list[Any]) -> list[Any]:
 
 def number_all(where: str, names: list[str], labels: list[Any], layout: Layout) -> tuple[tuple[str, ...], np.ndarray]:
     """Class names, and labels int64 (N,), or bool (N, K) where rows have lists of them."""
+    if layout.one_hot and all(len(row) == 1 for row in labels):
+        return number_labels(where, names, [row[0] for row in labels], layout.names)
     if not layout.several:
         return number_labels(where, names, labels, layout.names)
     if twice := next((row for row in zip(names, labels, strict=True) if len(set(row[1])) < len(row[1])), None):

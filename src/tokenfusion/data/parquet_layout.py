@@ -6,11 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from tokenfusion.data.columns import KNOWN, asked, choose, plain, split_column
+from tokenfusion.data.columns import (
+    KNOWN,
+    are_flags,
+    asked,
+    choose,
+    class_columns,
+    may_be_class,
+    plain,
+    refuse_doubtful,
+    split_column,
+)
 from tokenfusion.data.dataset import quoted
 from tokenfusion.data.labels import clean_label
 from tokenfusion.data.split_names import FLAGS, split_flagged, split_named
@@ -29,9 +40,11 @@ class Layout:
 
     image: str
     label: str
+    """"" where classes have a column of 0 or 1 each, `one_hot`."""
     kind: pa.DataType
     """What the labels are read as: int64 or string, or a list of either."""
     names: tuple[str, ...]
+    one_hot: tuple[str, ...] = ()
     split: str = ""
     weight: str = ""
     group: str = ""
@@ -65,6 +78,9 @@ class Layout:
             "group": self.group,
         }
         taken = ", ".join(f"{name!r} is the {what}" for what, name in read.items() if name)
+        taken += f", {quoted(self.one_hot[:5])}{', ...' * (len(self.one_hot) > 5)} are classes of 0 and 1" * bool(
+            self.one_hot
+        )
         return f"columns: {taken}" + f"; not read: {quoted(self.left[:8])}" * bool(self.left)
 
 
@@ -78,9 +94,28 @@ def read_layout(path: Path | str, file: pq.ParquetFile, reading: Reading) -> Lay
     refuse_twice(path, schema.names)
     features = read_features(schema)
     image = image_column(path, schema, features, reading.image_column)
-    label = asked(str(path), schema.names, reading.label_column, "--label-column") or label_column(
-        path, schema, features
-    )
+    label = asked(str(path), schema.names, reading.label_column, "--label-column")
+    one_hot = () if label else one_hot_columns(file, schema, features)
+    if not one_hot:
+        label = label or label_column(path, schema, features)
+    kind, names = label_type(path, label, schema, features) if label else (pa.list_(pa.int64()), one_hot)
+    weight, group = (found[0] if (found := choose(schema.names, role)) else "" for role in ("weight", "group"))
+    candidates = [name for name in schema.names if plain(name) in (*KNOWN["split"], *FLAGS) and name != label]
+    split = split_column(str(path), candidates, lambda name: texts_in(file, name))
+    used = {image, label, split, weight, group, *one_hot}
+    left = tuple(name for name in schema.names if name not in used)
+    refuse_doubtful(str(path), left, lambda name: texts_in(file, name))
+    return Layout(image, label, kind, tuple(map(clean_label, names)), one_hot, split, weight, group, left)
+
+
+def label_type(
+    path: Path | str, label: str, schema: pa.Schema, features: Features
+) -> tuple[pa.DataType, tuple[str, ...]]:
+    """What a column of labels is read as, and the names of integers where the metadata has them.
+
+    Raises:
+        InputError: it cannot hold labels.
+    """
     kind = label_kind(schema.field(label).type)
     if kind is None:
         raise InputError(
@@ -91,13 +126,23 @@ def read_layout(path: Path | str, file: pq.ParquetFile, reading: Reading) -> Lay
     inner = kind.value_type if pa.types.is_list(kind) else kind
     if names and not pa.types.is_integer(inner):
         raise InputError(f"{path}: column {label!r} is {kind}, but its metadata names integer labels; give integers")
-    weight, group = (found[0] if (found := choose(schema.names, role)) else "" for role in ("weight", "group"))
-    candidates = [name for name in schema.names if plain(name) in (*KNOWN["split"], *FLAGS) and name != label]
-    split = split_column(str(path), candidates, lambda name: texts_in(file, name))
-    used = {image, label, split, weight, group}
-    return Layout(
-        image, label, kind, names, split, weight, group, tuple(name for name in schema.names if name not in used)
-    )
+    return kind, names
+
+
+def one_hot_columns(file: pq.ParquetFile, schema: pa.Schema, features: Features) -> tuple[str, ...]:
+    """Classes whose columns hold 0 or 1, two or more, where no column is called as labels are."""
+    if named_labels(schema, features):
+        return ()
+    kinds = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating)
+    numbers = [c.name for c in schema if any(is_kind(c.type) for is_kind in kinds) and may_be_class(c.name)]
+    flags = [name for name in numbers if are_flags(texts_in(file, name))]
+    hot = class_columns({name: zeros_and_ones(file, name) for name in flags})
+    return hot if len(hot) > 1 else ()
+
+
+def zeros_and_ones(file: pq.ParquetFile, column: str) -> np.ndarray:
+    """A column of 0 and 1, or of yes and no, as bool (N,)."""
+    return file.read(columns=[column], use_threads=False)[column].cast(pa.int64()).to_numpy().astype(bool)
 
 
 def texts_in(file: pq.ParquetFile, column: str) -> set[str]:
@@ -179,27 +224,36 @@ def holds_files(kind: pa.DataType) -> bool:
 
 def label_column(path: Path | str, schema: pa.Schema, features: Features) -> str:
     """The column `label` or `labels`, else the only one of class labels, else the only one that may hold labels."""
-    for name in ("label", "labels"):
-        if name in schema.names:
-            return name
-    marked = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    others = {*KNOWN["split"], *KNOWN["weight"], *KNOWN["group"], *FLAGS}
-    plausible = [
-        column.name for column in schema if label_kind(column.type) is not None and plain(column.name) not in others
-    ]
-    usual = [name for name in plausible if plain(name) in (*KNOWN["label"], *KNOWN["labels"])]
-    for found in (marked, usual, plausible):
-        if len(found) == 1:
-            return found[0]
-        if found:
-            break
+    found = named_labels(schema, features)
+    if not found:
+        others = {*KNOWN["split"], *KNOWN["weight"], *KNOWN["group"], *FLAGS}
+        found = [c.name for c in schema if label_kind(c.type) is not None and plain(c.name) not in others]
+    if len(found) == 1:
+        return found[0]
     raise InputError(
         f"{path}: which of {quoted(found or schema.names)} is the label? Name it 'label', or give --label-column"
     )
 
 
+def named_labels(schema: pa.Schema, features: Features) -> list[str]:
+    """The column `label` or `labels`, else those of class labels, else those that are called as labels are."""
+    for name in ("label", "labels"):
+        if name in schema.names:
+            return [name]
+    marked = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+    usual = [
+        column.name
+        for column in schema
+        if label_kind(column.type) is not None and plain(column.name) in (*KNOWN["label"], *KNOWN["labels"])
+    ]
+    return marked or usual
+
+
 def read_labels(path: Path | str, file: pq.ParquetFile, layout: Layout) -> list[Any]:
     """The label of each row, or its list of labels."""
+    if layout.one_hot:
+        columns = np.stack([zeros_and_ones(file, name) for name in layout.one_hot], axis=1)
+        return [np.flatnonzero(row).tolist() for row in columns]
     labels = file.read(columns=[layout.label], use_threads=False)[layout.label].cast(layout.kind)
     if labels.null_count:
         missing = labels.is_null().to_pylist().index(True)

@@ -73,8 +73,8 @@ def entries_of(root: str | Path, folder: str) -> list[str]:
 def resolve_paths(where: str, root: Path, paths: list[tuple[str, str]], rooted: bool) -> tuple[list[str], list[str]]:
     """Paths relative to a root, as the file system has them.
 
-    Backslashes are read where the path does not exist with them, and so is the other form of Unicode. With a root that
-    was given, paths of another machine are read from the part on that exists below it.
+    `file://` says nothing. Backslashes are read where the path does not exist with them, and so is the other form of
+    Unicode. With a root that was given, paths of another machine are read from the part on that exists below it.
 
     Args:
         where: the list, for messages.
@@ -88,6 +88,7 @@ def resolve_paths(where: str, root: Path, paths: list[tuple[str, str]], rooted: 
     Raises:
         InputError: a path is a URL, or leaves the root.
     """
+    paths = [(place, path.removeprefix("file://")) for place, path in paths]
     urls = [path for _, path in paths if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", path)]
     if urls:
         raise InputError(

@@ -7,16 +7,17 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tokenfusion.data.dataset import printable
+from tokenfusion.data.columns import plain
+from tokenfusion.data.dataset import printable, quoted
 from tokenfusion.data.decode import EXTENSIONS
 from tokenfusion.data.rows import read_weight
-from tokenfusion.data.split_names import split_named
+from tokenfusion.data.split_names import FLAGS, split_flagged, split_named
 from tokenfusion.data.tar import Header, refuse_damage
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
 
 MAX_LABEL_BYTES = 2**20
-INDEX_VERSION = 3
+INDEX_VERSION = 4
 
 
 @dataclass
@@ -137,10 +138,25 @@ def row_of(name: str, data: bytes) -> Row:
     value = json.loads(data.decode())
     if not isinstance(value, dict):
         return Row()
-    split, group = value.get("split"), value.get("group")
-    if split not in (None, "") and not split_named(split):
-        raise InputError(f"{name}: split={str(split)[:40]!r} is not known; give train, val or test")
-    return Row(split_named(split or ""), read_weight(value.get("weight"), name), "" if group is None else str(group))
+    group = value.get("group")
+    return Row(split_of(name, value), read_weight(value.get("weight"), name), "" if group is None else str(group))
+
+
+def split_of(name: str, value: dict[str, object]) -> str:
+    """The split that a sample's JSON says, as `split` or by a flag such as `is_valid`; "" where it says none."""
+    told = value.get("split")
+    if told not in (None, ""):
+        if split := split_named(told):
+            return split
+        raise InputError(f"{name}: split={str(told)[:40]!r} is not known; give train, val or test")
+    flags = [key for key in value if plain(key) in FLAGS]
+    if len(flags) > 1:
+        raise InputError(f"{name}: {quoted(flags)} all tell splits; keep one, or give split")
+    for key in flags:
+        if (split := split_flagged(plain(key), value[key]) or "") == "":
+            raise InputError(f"{name}: {key}={str(value[key])[:40]!r} is neither yes nor no; give true or false")
+        return split
+    return ""
 
 
 def is_webdataset(path: Path) -> bool:
@@ -167,9 +183,13 @@ def index_parquet(name: str, file: BinaryIO, reading: Reading) -> Index:
     try:
         with pq.ParquetFile(file) as table:
             layout = read_layout(name, table, reading)
-            if layout.several:
-                raise InputError(f"{name}: lists of labels are read from local Parquet files only; give their folder")
             labels = read_labels(name, table, layout)
+            if layout.one_hot and all(len(row) == 1 for row in labels):
+                labels = [row[0] for row in labels]
+            elif layout.several:
+                raise InputError(
+                    f"{name}: several labels an image are read from local Parquet files only; give their folder"
+                )
             columns = [column for column in (layout.split, layout.weight, layout.group) if column]
             cells = read_cells(name, table, columns)
             parts = (image_files(table, part, layout.image) for part in range(table.num_row_groups))

@@ -4,7 +4,6 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from itertools import takewhile
 from pathlib import Path
 
 SYNONYMS = {
@@ -76,6 +75,11 @@ def splits_named(names: Iterable[str]) -> dict[str, str]:
     return {}
 
 
+def begins_as_split(name: str) -> bool:
+    """Whether a name begins with a split's word and says more, as `training shoes` does: things are called so, too."""
+    return not split_named(name) and words_of(name)[0] in SPLITS
+
+
 def split_in_name(name: str) -> str:
     """The split that is told by a file's name, or else in its folder's: `set-test-00000.parquet`, `val/0.parquet`."""
     for part in reversed(Path(name).parts):
@@ -86,17 +90,17 @@ def split_in_name(name: str) -> str:
 
 
 def splits_in_paths(paths: Sequence[str]) -> list[tuple[str, str]]:
-    """The folder that tells each path's split, and the split, by the first folder in which paths differ.
+    """The folder that tells each path's split, and the split, by the first level at which folders name splits.
 
-    Empty unless each of these folders names a split, and they name two or more.
+    Empty unless each path's folder there names one, and they name two or more.
     """
     parts = [path.split("/")[:-1] for path in paths]
-    depth = len(list(takewhile(lambda level: len(set(level)) == 1, zip(*parts, strict=False))))
-    told = ["".join(part[depth : depth + 1]) for part in parts]
-    names = splits_named(sorted(set(told)))
-    if set(told) != names.keys() or len(set(names.values())) < 2:
-        return []
-    return [(folder, names[folder]) for folder in told]
+    for level in range(min(map(len, parts), default=0)):
+        told = [part[level] for part in parts]
+        names = splits_named(sorted(set(told)))
+        if set(told) == names.keys() and len(set(names.values())) > 1:
+            return [(folder, names[folder]) for folder in told]
+    return []
 
 
 def splits_in_words(pairs: Iterable[tuple[str, str]]) -> str:

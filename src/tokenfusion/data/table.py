@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
     separator = said[1] if said else sniff(text, path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
     lines = [(reader.line_num + skipped, cells) for cells in reader]
-    if not lines or not lines[0][1]:
+    lines = list(dropwhile(lambda line: not any(cell.strip() for cell in line[1]), lines))
+    if not lines:
         raise InputError(f"{path}: its first line is empty; it must name the columns, such as path,label")
     first = [cell.strip() for cell in lines[0][1]]
     header = not any(is_image(cell) or "://" in cell for cell in first)
@@ -176,7 +178,8 @@ def read_jsonl(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
 
 
 def read_json(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    """A list of objects; one alone under a name; labels by paths; or columns, as pandas writes them."""
+    """A list of objects; one alone under a name; labels by paths, or lists of paths by labels; or columns, as pandas
+    writes them."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -188,13 +191,11 @@ def read_json(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
         value = [{column: cells.get(key) for column, cells in value.items()} for key in keys]
     if isinstance(value, dict) and value and all(isinstance(label, str | int) for label in value.values()):
         value = [{"path": name, "label": label} for name, label in value.items()]
-    if (
-        isinstance(value, dict)
-        and value
-        and all(isinstance(labels, list) for labels in value.values())
-        and all(is_image(name) for name in value)
-    ):
-        value = [{"path": name, "labels": labels} for name, labels in value.items()]
+    if isinstance(value, dict) and value and all(isinstance(names, list) for names in value.values()):
+        if all(is_image(name) for name in value):
+            value = [{"path": name, "labels": labels} for name, labels in value.items()]
+        elif all(isinstance(name, str) and is_image(name) for names in value.values() for name in names):
+            value = [{"path": name, "label": label} for label, names in value.items() for name in names]
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise InputError(f'{path}: is not like [{{"path": …, "label": …}}, …]; give a list of such objects')
     return list(enumerate(value, start=1))

@@ -1,16 +1,13 @@
 """What a run must be trained on and by to go on: its images and the fields of its recipe that decide the result."""
 
 import json
-import os
-from dataclasses import fields, make_dataclass, replace
+from dataclasses import fields, make_dataclass
 from hashlib import blake2b
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tokenfusion.data.decoded import Images
-from tokenfusion.data.open import is_path
 from tokenfusion.recipe import FIELDS, NO_LONGER_KNOWN, Reading, Recipe
 
 Identity = dict[str, Any]
@@ -28,11 +25,8 @@ TOLD_BY_THE_IMAGES = ("data", "exclude", *(field.name for field in fields(Readin
 """Fields that say where images lie: the images themselves are compared."""
 
 
-def identity_of(recipe: Recipe, classes: tuple[str, ...], training: Images, held_out: Images, folder: Path) -> Identity:
-    """All that decides what a run ends with, as JSON has it: fields by name, and short names of what images are.
-
-    Beside it `data_from_here` says where the images lie, seen from the run folder, should both be moved together.
-    """
+def identity_of(recipe: Recipe, classes: tuple[str, ...], training: Images, held_out: Images) -> Identity:
+    """All that decides what a run ends with, as JSON has it: fields by name, and short names of what images are."""
     images = {"classes": fingerprint(classes)}
     for part, some in (("training", training), ("held-out", held_out)):
         images |= {
@@ -41,15 +35,7 @@ def identity_of(recipe: Recipe, classes: tuple[str, ...], training: Images, held
             f"pixels of the {part} images": fingerprint(pixels_of(some)),
         }
     images["weights of the images"] = fingerprint(None if training.weights is None else training.weights.tolist())
-    from_here = os.path.relpath(recipe.data, folder.resolve()) if is_path(recipe.data) else ""
-    return {"recipe": deciding_fields(recipe), "images": images, "data_from_here": from_here}
-
-
-def find_moved_data(recipe: Recipe, identity: Identity, folder: Path) -> Recipe:
-    """A recipe whose images are where they were, or else where they are if they were moved along with the run."""
-    moved = os.path.normpath(folder.resolve() / identity.get("data_from_here", ""))
-    is_moved = identity.get("data_from_here") and not os.path.exists(recipe.data) and is_path(moved)
-    return replace(recipe, data=moved) if is_moved else recipe
+    return {"recipe": deciding_fields(recipe), "images": images}
 
 
 def deciding_fields(recipe: Recipe) -> dict[str, Any]:

@@ -17,17 +17,17 @@ from tokenfusion.files import lock_folder, own_folder, refuse_inside, write_text
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models import create_model, require_known
 from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
-from tokenfusion.trained_on import TRAINED_ON, load_trained_on, save_trained_on
+from tokenfusion.trained_on import TRAINED_ON, found_again, load_trained_on, save_trained_on
 from tokenfusion.training.distributed.fsdp import is_saved
 from tokenfusion.training.distributed.launch import processes, versions
 from tokenfusion.training.distributed.world import READ, World
-from tokenfusion.training.identity import Identity, differences, find_moved_data, first_key, identity_of
+from tokenfusion.training.identity import Identity, differences, first_key, identity_of
 from tokenfusion.training.log import Log, send_rest
 from tokenfusion.training.loggers import require_installed
 from tokenfusion.training.loop import Interrupted, fit
 from tokenfusion.training.prepare import begin, prepare
 from tokenfusion.training.progress import Display, Listener, Update
-from tokenfusion.training.setup import CHECKPOINT, START, Run, Setup
+from tokenfusion.training.setup import START, Run, Setup
 from tokenfusion.training.stages import forget_stages, train_in_stages
 from tokenfusion.training.state import TrainState, read_progress
 from tokenfusion.training.watch import Measure
@@ -213,10 +213,7 @@ def recipe_of(folder: Path) -> Recipe:
         )
     if (folder / "model.json").exists():
         load_description(folder)  # refuses a run of a newer version
-    recipe, saved = Recipe(**load_recipe(path)), folder / CHECKPOINT
-    if (folder / START).exists():
-        return find_moved_data(recipe, load_tensors(folder / START)[1], folder)
-    return find_moved_data(recipe, read_progress(saved).identity, folder) if is_saved(saved) else recipe
+    return found_again(Recipe(**load_recipe(path)), folder)
 
 
 def require_its_images(setup: Setup) -> None:
@@ -258,7 +255,7 @@ def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, listener: List
     world.require_same("images", {"a checkpoint": saved} | identity["images"], SAME_DATA)
     if world.is_first:
         note_data(run.folder, setup.recipe)
-        save_trained_on(run.folder, setup.batches.images, setup.held_out)
+        save_trained_on(run.folder, setup.recipe, setup.batches.images, setup.held_out)
     with Display(run.console, setup.loss.train_score) as display:
 
         def tell(update: Update) -> None:
@@ -325,7 +322,7 @@ def require_same_run(setup: Setup) -> Identity:
     """
     run, training, held_out = setup.run, setup.batches.images, setup.held_out
     what = (setup.recipe, setup.classifier.classes, training, held_out)
-    now = identity_of(*what, run.folder)
+    now = identity_of(*what)
     if setup.recipe.tune:
         if (run.folder / START).exists():
             refuse_changes(differences(load_tensors(run.folder / START)[1], now), run)

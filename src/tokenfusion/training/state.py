@@ -291,8 +291,6 @@ def fault_of(progress: Progress) -> str:
     identity = progress.identity
     if identity and not all(isinstance(identity.get(part), dict) for part in ("recipe", "images")):
         return "it does not say what the run is trained on and by"
-    if not isinstance(identity.get("data_from_here", ""), str):
-        return "it does not say where the images lay"
     return ""
 
 
