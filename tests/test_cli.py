@@ -124,6 +124,42 @@ def test_evaluation_is_of_the_held_out_images(command, run):
     assert result["top1"] == pytest.approx(last["val_top1"])  # the shipped weights are those that training judged
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("evaluate", "runs/x"), "runs/x: no such folder"),
+        (("evaluate", "{run}", "phtos"), "phtos: no such file or folder"),
+        (("predict", "runs/x", "a.png"), "runs/x: no such folder"),
+        (("explain", "runs/x"), "runs/x: no such folder"),
+        (("similar", "runs/x", "a.png"), "runs/x: no such folder"),
+        (("export", "runs/x", "--out", "y"), "runs/x: no such folder"),
+        (("report", "runs/x"), "runs/x: no such folder"),
+        (("push", "runs/x", "a/b"), "runs/x: no such folder"),
+        (("analyze", "tokens", "runs/x"), "runs/x: no such folder"),
+        (("check", "phtos"), "phtos: no such file or folder"),
+        (("compare", "phtos", "--models", "vit_micro", "--out", "y"), "phtos: no such file or folder"),
+        (("train", "phtos", "--out", "y"), "phtos: no such file or folder"),
+        (("train", "digits", "--pretrained", "x.pth", "--out", "y"), "--pretrained {here}/x.pth: no such file"),
+        (("train", "digits", "--pretrained", "--out", "y"), "--pretrained has no value behind it; give hub to fetch"),
+        (("train", "digits", "--out", "{run}"), "holds a run already; go on with"),
+        (("train", "--resume", "runs/x"), "is not a run (it has no recipe.toml)"),
+    ],
+)
+def test_a_path_that_cannot_be_right_is_refused_before_torch_is_imported(trained, tmp_path, words, said):
+    code = (
+        "import sys; from tokenfusion import cli\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.partition('.')[0] in ('torch', 'timm', 'pyarrow', 'sklearn'): raise SystemError(name)\n"
+        "sys.meta_path.insert(0, Refuse()); cli.main()"
+    )
+    named = [word.format(run=trained) for word in words]
+    done = subprocess.run([sys.executable, "-c", code, *named], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert said.format(here=tmp_path) in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("data", ["digits", "cifar10", "imagenette-160"])
 def test_no_warning_of_a_library_reaches_the_user(command, tmp_path, request, data):
     """Whether training has more loader processes than cores, or the quick model of check has few images."""
@@ -160,7 +196,8 @@ def test_data_with_only_a_train_part_is_judged_on_what_was_held_out_of_it(comman
 
 def test_evaluation_on_the_training_part(command, run):
     assert command("evaluate", run, "--split", "train")[0] == 0
-    assert json.loads((run / "evaluation.json").read_text())["n"] == 1438
+    assert json.loads((run / "evaluations" / "digits-train" / "evaluation.json").read_text())["n"] == 1438
+    assert not (run / "evaluation.json").exists()
 
 
 def test_evaluation_counts_unreadable_images_and_replaces_none(command, run, tmp_path):
@@ -171,7 +208,7 @@ def test_evaluation_counts_unreadable_images_and_replaces_none(command, run, tmp
     (tmp_path / "new" / "8" / "1.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
     (tmp_path / "new" / "3" / "0.png").write_bytes(b"")
     status, output, _ = command("evaluate", run, tmp_path / "new")
-    result = json.loads((run / "evaluation.json").read_text())
+    result = json.loads((run / "evaluations" / "new" / "evaluation.json").read_text())
     assert status == 0
     assert (result["n"], result["skipped"]) == (4, 2)
     assert {image["path"] for image in result["unreadable"]} == {"8/1.png", "3/0.png"}
@@ -183,11 +220,12 @@ def test_the_report_says_which_images_its_figures_are_of(command, run, tmp_path,
     (tmp_path / "new" / "3").mkdir(parents=True)
     shutil.copy(digit, tmp_path / "new" / "3" / "1.png")
     monkeypatch.chdir(tmp_path)
-    others = f"all images of {tmp_path / 'new'}, which is other data than it was trained on."
+    others = f"all images of {tmp_path / 'new'}, which is other data than it was trained on"
     for words, said in (
-        ([], "the val split of digits."),
-        (["--split", "train"], "the train split of digits, the very images it was trained on."),
-        (["new"], others),
+        ([], "judged on 359 images: the held-out images of digits."),
+        (["--split", "train"], "the training images of digits, the very images it was trained on<"),
+        (["new"], f"{others}<"),
+        (["new", "--out", run], f"judged on 1 image: {others}."),
     ):
         assert command("evaluate", run, *words)[0] == 0
         assert command("report", run)[0] == 0
@@ -195,11 +233,30 @@ def test_the_report_says_which_images_its_figures_are_of(command, run, tmp_path,
     assert json.loads((run / "evaluation.json").read_text())["data"] == str(tmp_path / "new")
 
 
+def test_figures_on_other_images_leave_those_on_the_held_out_ones_alone(command, run, tmp_path, digit):
+    assert command("evaluate", run)[0] == 0
+    own = {name: (run / name).read_bytes() for name in ("evaluation.json", "predictions.csv", "risk_coverage.svg")}
+    for place in ("a", "b"):
+        (tmp_path / place / "new" / "3").mkdir(parents=True)
+        shutil.copy(digit, tmp_path / place / "new" / "3" / "1.png")
+        status, output, _ = command("evaluate", run, tmp_path / place / "new")
+        assert status == 0
+        assert "evaluation.json is as it was, of the run's own held-out images" in output
+    assert command("evaluate", run, tmp_path / "a" / "new")[0] == 0  # again, to the same place
+    assert {name: (run / name).read_bytes() for name in own} == own
+    written = {path.parent.name: json.loads(path.read_text()) for path in run.glob("evaluations/*/evaluation.json")}
+    assert {name: found["data"] for name, found in written.items()} == {
+        "new": str(tmp_path / "a" / "new"),
+        "new-2": str(tmp_path / "b" / "new"),
+    }
+
+
 def test_evaluation_on_images_of_one_class(command, run, tmp_path, digit):
     (tmp_path / "new" / "3").mkdir(parents=True)
     shutil.copy(digit, tmp_path / "new" / "3" / "1.png")
-    assert command("evaluate", run, tmp_path / "new")[0] == 0
-    assert json.loads((run / "evaluation.json").read_text())["per_class"]["3"]["n"] == 1
+    status, output, _ = command("evaluate", run, tmp_path / "new", "--json")
+    assert status == 0
+    assert json.loads(output)["per_class"]["3"]["n"] == 1
 
 
 def test_evaluation_refuses_classes_that_the_model_does_not_know(command, run, tmp_path, digit):
@@ -432,19 +489,22 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
             Image.fromarray(np.full((8, 8), 20 * i, np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
     (tmp_path / "data" / "a" / "zero.png").write_bytes(b"")
     (tmp_path / "data" / "a" / "notes.txt").write_text("no image")
-    words = ("train", tmp_path / "data", "--model", "tokenfusion_early_micro", *QUICK, "--out", tmp_path / "run")
-    status, _, errors = command(*words, "--seed", 1)
+    out = tmp_path / "runs" / "run"
+    words = ("train", tmp_path / "data", "--model", "tokenfusion_early_micro", *QUICK, "--out", out)
+    status, _, errors = command(*words, "--seed", 1, "--max-skipped", 0)
     if "unreadable" not in errors:  # the empty file was drawn into the held-out part
         pytest.fail(errors)
     assert status == 2
     assert "raise --max-skipped" in errors
     assert f"leave out with --exclude what `tokenfusion check {tmp_path / 'data'}` finds" in errors
-    with (tmp_path / "run" / "skipped.csv").open(newline="") as file:
+    assert "(a/zero.png: the file has 0 bytes" in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]  # of what is refused nothing is left
+    status, output, errors = command(*words, "--seed", 1)  # one is put up with, however few there are
+    assert status == 0, errors
+    with (out / "skipped.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert (row["path"], row["label"]) == ("a/zero.png", "a")
     assert "0 bytes" in row["reason"]
-    status, output, errors = command(*words, "--seed", 1, "--max-skipped", 0.2)  # the refused folder may be used again
-    assert status == 0, errors
     assert "set aside 1 unreadable image, listed in" in output
     assert "\n1 other file ignored ('a/notes.txt': 1 no image by its name)\n" in output
     assert "\n12 training and 4 held-out images of 2 classes" in output

@@ -82,13 +82,17 @@ def test_training_images_among_others_are_left_out_unless_asked_for(placed, tmp_
     for name in ("cat", "dog"):
         for image in photos(tmp_path / "more", 5, seed=1).glob(f"{name}/*") if name == "cat" else ():
             shutil.copy(image, new / name / f"another-{image.name}")
-    status, output, _ = command("evaluate", run, new)
+    assert command("evaluate", run)[0] == 0
+    own = judged(run)
+    status, output, _ = command("evaluate", run, new, "--out", run)
     assert status == 0
     assert "the run was trained on 32 of 45 images" in output
     assert (judged(run)[0]["n"], judged(run)[0]["own"]) == (13, False)
-    status, output, _ = command("evaluate", run, new, "--with-training-images")
+    status, output, _ = command("evaluate", run, new, "--with-training-images", "--out", run)
     assert "the run was trained on 32 of 45 images: judged too, which flatters it" in output
     assert judged(run)[0]["n"] == 45
+    assert command("evaluate", run)[0] == 0
+    assert judged(run) == own
     status, output, _ = command("evaluate", run, tmp_path / "more")
     assert status == 0
     assert "trained on" not in output

@@ -100,7 +100,7 @@ def test_other_images_are_judged_by_the_shipped_thresholds(run, data, tmp_path):
     shutil.copytree(data.parent, tmp_path / "images")
     rows = data.read_text().splitlines()[1:101]
     other.write_text("path,labels\n" + "\n".join(f"images/{row}" for row in rows))
-    result = evaluate(run, str(other))
+    result = evaluate(run, str(other), out=run)
     assert result["n"] + result["trained_on"] == 100
     assert not result["cross_fitted"]
     rows = list(csv.DictReader((run / "predictions.csv").open()))
@@ -230,7 +230,7 @@ def test_the_command_says_what_was_measured(run, command):
     result = json.loads((run / "evaluation.json").read_text())
     assert status == 0
     assert f"mAP {result['map']:.2%} (95 % interval" in output
-    assert output.startswith(f"{result['n']} images (val)\n")
+    assert output.startswith(f"{result['n']} images: the held-out images of ")
     assert "thresholds that were tuned on the other half" in output
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shlex
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import NUMBER, Shape, fault_in, write_atomic
 from tokenfusion.hardware import Precision
 from tokenfusion.models.official import with_present_names
+from tokenfusion.places import require_run
 
 FORMAT = 3  # of the run folder; a reader refuses a newer one, and takes 1 (one class an image) and 2 (raw scores)
 DESCRIPTION: dict[str, type] = {
@@ -164,16 +164,9 @@ def load_description(run: Path) -> dict[str, Any]:
         InputError: no such folder, not a run, a run of a newer version, or damaged.
     """
     path = run / "model.json"
-    if not run.is_dir():
-        raise InputError(f"{run} is not a folder; give the folder that `tokenfusion train --out` wrote")
+    require_run(run)
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        if (run / "recipe.toml").exists():
-            raise InputError(f"{run} ended before its first step; go on with `{resume_command(run)}`") from error
-        raise InputError(
-            f"{run} is not a run (it has no model.json); give the folder that `tokenfusion train --out` wrote"
-        ) from error
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}; it is damaged, train again with another --out") from error
     version = description.get("format") if isinstance(description, dict) else None
@@ -230,8 +223,3 @@ def fault_of(description: dict[str, Any]) -> str:
 def weights_in_words(files: Iterable[Mapping[str, str]]) -> str:
     """The pretrained weights that a description says a run began with."""
     return " and ".join(f"{file['model']} ({file['source']}, sha256 {file['sha256'][:12]})" for file in files)
-
-
-def resume_command(run: Path) -> str:
-    """What to type to go on with a run."""
-    return f"tokenfusion train --resume {shlex.quote(str(run))}"

@@ -24,7 +24,6 @@ from tokenfusion.checkpoint import (
     load_description,
     load_tensors,
     load_weights_exactly,
-    resume_command,
     save_tensors,
 )
 from tokenfusion.data.decode import UnreadableImage, ValueRange, decode_ahead, decode_image, to_rgb
@@ -36,6 +35,7 @@ from tokenfusion.hub import fetch, is_reference
 from tokenfusion.models import create_model, default_config
 from tokenfusion.models.cost import count_macs, count_parameters
 from tokenfusion.models.pretrained import Pretrained, find_weights
+from tokenfusion.places import resume_command
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 from tokenfusion_runtime.abstain import SurestErrors

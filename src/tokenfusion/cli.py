@@ -18,8 +18,16 @@ from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
 from tokenfusion.export.cli import export
 from tokenfusion.formatting import abridged, counted
+from tokenfusion.places import (
+    require_begun,
+    require_data,
+    require_files,
+    require_no_run,
+    require_run,
+    resume_command,
+)
 from tokenfusion.predict.cli import predict
-from tokenfusion.recipe import Recipe
+from tokenfusion.recipe import HUB, Recipe
 from tokenfusion.terminal import AsJson, console, counting, show, stderr
 from tokenfusion.version import __version__
 
@@ -30,7 +38,13 @@ app = App(
     "Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
     error_formatter=options.explain_error,
     default_parameter=Parameter(consume_multiple=True, negative_iterable="", show_default=options.shown_default),
-    config=(options.refuse_words, options.refuse_fractions, options.with_recipe, options.require_all),
+    config=(
+        options.refuse_nothing,
+        options.refuse_words,
+        options.refuse_fractions,
+        options.with_recipe,
+        options.require_all,
+    ),
     result_action="return_value",
 )
 
@@ -64,14 +78,16 @@ def train(
     as_json
         With --dry-run, print JSON.
     """
+    if as_json and not dry_run:
+        raise InputError("--json prints a plan; give --dry-run with it, or leave it out")
+    require_trainable(settings, out, resume)
+    if settings.pretrained and not as_json and os.environ.get("RANK", "0") == "0":
+        console.print(f"{settings.model}, from pretrained weights; loading PyTorch takes some seconds")
     from tokenfusion import training
     from tokenfusion.analyze.collapse import watch_collapse
-    from tokenfusion.checkpoint import resume_command
     from tokenfusion.training.distributed.fsdp import is_saved
     from tokenfusion.training.setup import CHECKPOINT
 
-    if as_json and not dry_run:
-        raise InputError("--json prints a plan; give --dry-run with it, or leave it out")
     if dry_run and not resume:
         from tokenfusion.training.tune.dry_run import print_plan
 
@@ -94,6 +110,24 @@ def train(
     console.print(f"the model is in {run}; next: tokenfusion evaluate {shlex.quote(str(run))}")
 
 
+def require_trainable(settings: Recipe, out: Path | None, resume: Path | None) -> None:
+    """Refuse paths that cannot be right before anything heavy is imported.
+
+    Raises:
+        InputError: data, weights, a list or a run is not there, or a run is where one is to be written.
+    """
+    if resume:
+        require_begun(resume)
+        return
+    require_data(settings.data)
+    require_files(tuple(name for name in settings.pretrained if name != HUB), "--pretrained")
+    require_files((settings.exclude,) if settings.exclude else (), "--exclude")
+    for run in settings.warm_start_from:
+        require_run(Path(run))
+    if out is not None:
+        require_no_run(out)
+
+
 @app.command
 def evaluate(
     run: Path,
@@ -107,7 +141,7 @@ def evaluate(
     corruptions: Annotated[bool, Parameter(negative="")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a trained run on images it has not seen; writes RUN/evaluation.json.
+    """Measure a trained run on images it has not seen; writes RUN/evaluation.json, or of other DATA RUN/evaluations/.
 
     Images that the run was trained on are known by their pixels, wherever they lie, and left out.
 
@@ -124,7 +158,7 @@ def evaluate(
     root
         Folder that the paths in a list start at.
     out
-        Folder to write to, where RUN cannot be written; RUN when not given.
+        Folder to write to; RUN when not given, or RUN/evaluations/NAME of images that are not the run's held-out ones.
     with_training_images
         Judge images that the run was trained on too.
     corruptions
@@ -132,9 +166,11 @@ def evaluate(
     as_json
         Print evaluation.json instead of a summary.
     """
+    require_run(run)
+    require_data(data or "digits")
     from tokenfusion.corruptions import corruption_table
     from tokenfusion.evaluate import evaluate as evaluate_run
-    from tokenfusion.evaluate import evaluation_summary
+    from tokenfusion.evaluate import evaluation_summary, images_in_words, place_of
     from tokenfusion.report import write_figures
 
     with counting("images") as progress:
@@ -142,13 +178,15 @@ def evaluate(
         result = evaluate_run(
             run, data, split, progress, root=root, out=out, with_training_images=keep, corruptions=corruptions
         )
-    drawn = write_figures(out or run)
+    place = out or place_of(run, result["data"], result["split"], own=result["own"])
+    drawn = write_figures(place)
     skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])
-    lines = [f"{counted(result['n'], 'image')} ({result['split']}){skipped}"]
+    lines = [f"{counted(result['n'], 'image')}: {images_in_words(result)}{skipped}"]
     lines += [f"  skipped {image['path']}: {image['reason']}" for image in result["unreadable"][:5]]
     lines += evaluation_summary(result)
     next_step = f"; next: tokenfusion report {shlex.quote(str(run))}" * (out is None)
-    lines.append(f"written to {(out or run) / 'evaluation.json'}, with {', '.join(drawn)}{next_step}")
+    kept = f"; {run / 'evaluation.json'} is as it was, of the run's own held-out images" * (place not in (run, out))
+    lines.append(f"written to {place / 'evaluation.json'}, with {', '.join(drawn)}{kept}{next_step}")
     show(result, as_json, corruption_table(result["corruptions"]) if corruptions else (), lines)
 
 
@@ -191,6 +229,7 @@ def compare(
     as_json
         Print comparison.json instead of a table.
     """
+    require_data(settings.data)
     from tokenfusion.compare import Budget, split_names
     from tokenfusion.compare import compare as compare_models
     from tokenfusion.compare.table import comparison_table, notes
@@ -241,6 +280,7 @@ def push(
     public
         Let anyone read it.
     """
+    require_run(run)
     from tokenfusion.publish import listing
     from tokenfusion.publish import push as push_run
 
@@ -261,15 +301,17 @@ def report(run: Path, /) -> None:
         Folder that `train` or `compare` wrote; `evaluate` adds what the report says of mistakes and calibration, and
         `explain` then where the model looked.
     """
+    compared = (run / "comparison.json").is_file()
+    if not compared:
+        require_run(run)
     from tokenfusion.report import thumbnails_of, write_comparison, write_report
 
-    compared = (run / "comparison.json").is_file()
     console.print(f"open {write_comparison(run) if compared else write_report(run, thumbnails_of(run))}")
 
 
 @app.command
-def models(pattern: str = "*", /, *, as_json: AsJson = False) -> None:
-    """List the models: parameters, multiply-adds and input size.
+def models(pattern: str = "*", /, *, timm: str = "", as_json: AsJson = False) -> None:
+    """List this package's models: parameters, multiply-adds and input size; or the names of timm's.
 
     Example: tokenfusion models "cmt_*"
 
@@ -277,14 +319,28 @@ def models(pattern: str = "*", /, *, as_json: AsJson = False) -> None:
     ----------
     pattern
         Shell pattern that names must match.
+    timm
+        Shell pattern, such as "resnet5*": list timm's models instead, and which pretrained weights each has.
     as_json
         Print a JSON list.
     """
     from tokenfusion.models.cost import describe_models
+    from tokenfusion.models.create import list_timm
 
+    if timm:
+        found = list_timm(timm)
+        if not found:
+            raise InputError(f'no model of timm matches {timm!r}; give a pattern such as "*resnet*"')
+        show(
+            found, as_json, [["model", "pretrained weights"], *([row["name"], " ".join(row["tags"])] for row in found)]
+        )
+        return
     rows = describe_models(pattern)
     if not rows:
-        raise InputError(f"no model matches {pattern!r}; `tokenfusion models` lists all of them")
+        raise InputError(
+            f"no model of this package matches {pattern!r}; `tokenfusion models` lists all of them, and "
+            f"`tokenfusion models --timm {shlex.quote(pattern)}` those of timm, which train as well"
+        )
     table = [["model", "parameters M", "GMACs", "input"]]
     for row in rows:
         height, width = row["img_size"]

@@ -1,10 +1,13 @@
 """How good a trained run is, on images it has not seen."""
 
+import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from itertools import compress
+from itertools import compress, count
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +44,15 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a run; write `evaluation.json`, and `predictions.csv` with a line per image.
 
+    Its own held-out images are written of in the run's folder, others below it, see `place_of`.
+
     Args:
         run: a finished run folder.
         data: labelled images of the run's classes; the run's own held-out images when not given.
         split: "train", "val" or "test" of data that has such parts; by default val, else test, else everything.
         progress: called with (images read, images in all).
         root: folder that the paths of `data` start at, where that is a list; its own when not given.
-        out: folder to write to; the run's own when not given.
+        out: folder to write to; `place_of` says which when not given.
         with_training_images: whether images that the run was trained on are judged too; they are told by their pixels,
             and left out otherwise, but where they are the run's own and `split` asks for them.
         corruptions: whether to judge the images made worse too; takes nineteen times as long.
@@ -67,7 +72,7 @@ def evaluate(
     classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
     if corruptions and classifier.multi_label:
         raise InputError(f"{run} has any number of classes an image; corruptions are judged of one class an image")
-    out = require_writable(run, out)
+    require_writable(run, out)
     source, place, own = open_judged(run, recipe, data, root)
     moved_to = place if not data and place != recipe.data else ""
     refuse_other_kind(source, classifier)
@@ -77,6 +82,7 @@ def evaluate(
     images, skipped, name, own = judged.images, judged.skipped, judged.split, judged.own
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = as_outputs(labels, to_output, len(classifier.classes))
+    out = out or place_of(run, place, name, own=own)
     predictions = out / "predictions.csv"
     cross_fit = own and name == ("val" if (run / "split.csv").exists() else held_out_name(source))
     groups = images.dataset.groups
@@ -100,6 +106,7 @@ def evaluate(
     result |= {"cross_fitted": cross_fit, "data": place, "split": name, "own": own, "unreadable": unreadable}
     result |= {"trained_on": judged.trained_on, "trained_on_left_out": judged.left_out}
     result |= {"began_with": list(classifier.began_with), "moved_to": moved_to}
+    make_folder(out)
     with own_results(out):
         write()
         write_json(out / "evaluation.json", result)
@@ -116,13 +123,45 @@ def judge_corrupted(
     return measure_corruptions(classifier.logits, labelled, images.dataset.groups, told)
 
 
-def require_writable(run: Path, out: Path | None) -> Path:
-    """The folder to write to, which is made where it is missing; refused before anything is judged."""
+def require_writable(run: Path, out: Path | None) -> None:
+    """Refuse a folder that cannot be written before anything is judged; it is made where it is missing."""
     if out is not None:
         make_folder(out)
     if not os.access(out or run, os.W_OK):
         raise InputError(f"{out or run} cannot be written; give another folder by --out DIR")
-    return out or run
+
+
+EVALUATIONS = "evaluations"
+
+
+def place_of(run: Path, data: str, split: str, *, own: bool) -> Path:
+    """Where an evaluation is written: of the run's own held-out images in its folder, so that nothing else takes their
+    place; of others in RUN/evaluations/NAME, named by their data.
+
+    Args:
+        run: its folder.
+        data, split, own: as `evaluation.json` has them.
+    """
+    if own and split not in ("train", "all"):
+        return run
+    name = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(data).stem).strip("_")[:40] or "x"
+    name += f"-{split}" * (split != "all")
+    for number in count(1):
+        folder = run / EVALUATIONS / (name if number == 1 else f"{name}-{number}")
+        with suppress(OSError, ValueError, KeyError, TypeError):  # what is damaged is written anew
+            written = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+            if (written["data"], written["split"]) != (data, split):
+                continue
+        return folder
+    raise AssertionError("numbers have no end")
+
+
+IN_WORDS = {"val": "the held-out images of", "test": "the test images of", "train": "the training images of"}
+
+
+def images_in_words(result: dict[str, Any]) -> str:
+    """Which images an evaluation is of."""
+    return f"{IN_WORDS.get(result['split'], 'all images of')} {result['data']}"
 
 
 def refuse_other_kind(source: Dataset, classifier: Classifier) -> None:

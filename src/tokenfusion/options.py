@@ -11,6 +11,7 @@ from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter, HelpPanel
 
 from tokenfusion.errors import InputError
+from tokenfusion.places import require_data
 from tokenfusion.preset import preset
 from tokenfusion.recipe import AUTO_FIELDS, load_recipe
 
@@ -42,6 +43,14 @@ SEVERAL: dict[str, Callable[[str, int], bool]] = {
     "--models": lambda word, _: not seems_data(word),
 }
 """Options of several values, and whether a word is one of them, given how many stand before it."""
+
+
+VALUES = {
+    "--pretrained": "hub to fetch weights, or the files of weights: --pretrained CNN_FILE VIT_FILE",
+    "--img-size": "a number of pixels, or a height and a width",
+    "--warm-start-from": "two run folders, the CNN's first",
+}
+"""What to give where an option of several values has none."""
 
 
 def seems_data(word: str) -> bool:
@@ -77,6 +86,14 @@ def refuse_words(_app: App, commands: tuple[str, ...], arguments: ArgumentCollec
                     raise InputError(f"{argument.name}={token.value} is no number; give one, or auto")
 
 
+def refuse_nothing(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse an option of several values that is given none."""
+    for argument in arguments:
+        if argument.name in SEVERAL and argument.tokens and not any(token.value for token in argument.tokens):
+            what = VALUES.get(argument.name, "one or more")
+            raise InputError(f"{argument.name} has no value behind it; give {what}, or leave it out")
+
+
 def refuse_fractions(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Refuse a fraction where a whole number belongs; the parser would round it."""
     for argument in arguments:
@@ -97,6 +114,8 @@ def with_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         if others:
             raise InputError(f"--resume goes on with the run's own recipe; leave out {', '.join(others)}")
         return
+    if given.get("data"):
+        require_data(given["data"][0])  # before names of models are looked up, which imports them
     path = given["recipe"][0] if given.get("recipe") else ""
     file = load_recipe(Path(path)) if path else {}
     fill(app, commands, arguments, file, source=path)

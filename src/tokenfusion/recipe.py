@@ -152,9 +152,9 @@ class Recipe:
     """Classes with a single image, of which none can be held out: refuse the data, train on them all the same, or drop
     them, which names them."""
     val_fraction: float = 0.2
-    """Share of each class that is held out when the data has no split of its own."""
+    """Share of each class's images that is held out, to judge by, where the data does not say which are."""
     max_skipped: float = 0.01
-    """Largest share of unreadable training images that is put up with."""
+    """Largest share of unreadable training images that is put up with; a few are in any case, unless it is 0."""
     max_pixels: int = 100_000_000
     """Largest image, in pixels, that is decoded at all."""
     cache_mb: int = 4096
@@ -192,6 +192,10 @@ class Recipe:
         size = 2 ** int(math.log2(min(max(images / 20, 8), 128)))
         parts = self.accumulate * processes
         return size // parts * parts or parts
+
+    def may_skip(self, images: int) -> int:
+        """How many of so many training images may be unreadable."""
+        return max(FEW_SKIPPED, int(self.max_skipped * images)) if self.max_skipped else 0
 
     def __post_init__(self) -> None:
         for name, value in of_their_types({name: getattr(self, name) for name in FIELDS}).items():
@@ -239,6 +243,8 @@ class Recipe:
 
 
 HUB = "hub"
+FEW_SKIPPED = 3
+"""Unreadable training images that end no run, however few images there are."""
 FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 AUTO_FIELDS = ("epochs", "batch_size", "lr")
 """Fields that may be "auto"."""

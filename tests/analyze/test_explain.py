@@ -122,7 +122,7 @@ def test_mistakes_whose_names_are_not_text_are_in_the_report(run, digit, tmp_pat
     folder = tmp_path / "photos" / str((int(label) + 1) % 10)
     folder.mkdir(parents=True)
     shutil.copy(digit, os.fsencode(folder) + b"/\xff.png")
-    evaluate(run, str(tmp_path / "photos"))
+    evaluate(run, str(tmp_path / "photos"), out=run)
     written = (run / "predictions.csv").read_bytes()
     for name in (rb"\udcff", b"\xff"):  # as `evaluate` spells it, and as the file is called
         (run / "predictions.csv").write_bytes(written.replace(rb"\udcff", name))

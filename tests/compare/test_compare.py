@@ -245,7 +245,8 @@ def test_a_model_that_fails_leaves_the_others_going(tmp_path, command, unit):
 
 def test_a_run_that_lacks_its_predictions_or_was_evaluated_on_other_images_is_evaluated_anew(whole, out, command):
     (out / "runs" / "vit_micro-seed1" / "predictions.csv").unlink()
-    assert command("evaluate", out / "runs" / "resnet_micro-seed0", "--split", "train")[0] == 0
+    run = out / "runs" / "resnet_micro-seed0"
+    assert command("evaluate", run, "--split", "train", "--out", run)[0] == 0
     compare(RECIPE, [*MODELS, MEAN], 2, out, jobs=2)
     assert without_times(read(out)) == without_times(read(whole))
 

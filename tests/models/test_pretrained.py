@@ -4,6 +4,7 @@ large ones, and a server on this machine for the hub."""
 import hashlib
 import json
 import pickle
+import re
 import threading
 import time
 from contextlib import contextmanager
@@ -75,9 +76,14 @@ def test_a_pair_begins_with_two_files_and_closed_gates(files):
     torch.testing.assert_close(pair(images), build(VIT).eval()(images))
 
 
-def test_files_of_a_pair_in_the_wrong_order(files):
-    with pytest.raises(InputError, match=rf"does not fit {VIT}.*they fit {CNN}.*the CNN's file comes first"):
+def test_files_of_a_pair_in_the_wrong_order_and_of_another_model(files):
+    right = re.escape(f"give --pretrained {files[0]} {files[1]} (the CNN's first)")
+    with pytest.raises(InputError, match=rf"^the files are in the wrong order: .*; {right}"):
         tokenfusion.fuse(CNN, VIT, pretrained=files[::-1])
+    with pytest.raises(
+        InputError, match=rf"does not fit {VIT}; give weights of {VIT}, or --model {CNN}, which they fit"
+    ):
+        tokenfusion.fuse(CNN, VIT, pretrained=(files[0], files[0]))
 
 
 @pytest.mark.parametrize("given", [["a"], ["a", "b", "c"]])
@@ -116,16 +122,16 @@ def wrong(tmp_path, files, kind):
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("missing", "there is no file"),
+        ("missing", "no such file"),
         ("pickled code", "could carry code, and was not opened"),
         ("truncated", "is damaged, or not a file of weights; fetch it again"),
-        ("another model", f"does not fit {CNN}: Missing key(s)"),
+        ("another model", f"does not fit {CNN}; give weights of {CNN}"),
     ],
 )
 def test_bad_weights_leave_no_run_folder(kind, said, tmp_path, files, command):
     path, run = wrong(tmp_path, files, kind), tmp_path / "run"
     status, output, errors = command("train", "digits", "--model", CNN, "--pretrained", path, "--out", run)
-    assert (status, output, run.exists()) == (2, "", False)
+    assert (status, run.exists()) == (2, False), output
     assert said in errors
 
 
@@ -235,8 +241,21 @@ def test_a_hub_that_does_not_answer_names_the_file_and_leaves_nothing(fault, hub
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", fault == "offline")
     run = tmp_path / "run"
     status, output, errors = command("train", "digits", "--model", CNN, "--pretrained", "hub", "--out", run)
-    assert (status, output, run.exists()) == (2, "", False)
+    assert (status, run.exists()) == (2, False)
     repository = timm.get_pretrained_cfg(CNN).hf_hub_id
+    assert f"for the weights of {CNN}: {repository}/model.safetensors\n" in output
+    assert ("the hub does not answer; retrying in" in output) == (fault == "busy")
     assert f"{repository}/resolve/main/model.safetensors" in errors
     assert f"give --pretrained {CNN}.safetensors" in errors
     assert not list(hub.glob("models--*"))
+
+
+@pytest.mark.usefixtures("hub")
+def test_of_a_pair_both_files_are_named_that_are_to_be_fetched_elsewhere(tmp_path, command, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    words = ("--model", f"fuse({CNN},{VIT},late)", "--pretrained", "hub", "--out", tmp_path / "run")
+    status, _, errors = command("train", "digits", *words)
+    assert status == 2
+    places = [f"{timm.get_pretrained_cfg(name).hf_hub_id}/resolve/main/model.safetensors" for name in (CNN, VIT)]
+    assert all(f"{place} as {name}.safetensors" in errors for place, name in zip(places, (CNN, VIT), strict=True))
+    assert f"put both here, and give --pretrained {CNN}.safetensors {VIT}.safetensors" in errors

@@ -306,12 +306,20 @@ def test_without_an_evaluation_it_says_how_to_make_one(run: Path) -> None:
     assert list(page.text) == ["header", "training", "cost", "skipped", "recipe"]
 
 
-def test_curves_leave_gaps_and_one_epoch_is_enough(run: Path) -> None:
-    (run / "metrics.jsonl").write_text(json.dumps(epoch(1, val_loss=None, peak_memory_mb=None)) + "\n")
+def test_curves_leave_gaps_and_one_epoch_is_told_in_words(run: Path) -> None:
+    lines = [json.dumps(epoch(number, val_loss=None, peak_memory_mb=None)) + "\n" for number in (1, 2)]
+    (run / "metrics.jsonl").write_text("".join(lines))
     page = Page(run)
-    labels = page.attributes("aria-label")
-    assert labels[:3] == ["Loss at each epoch", "Accuracy (%) at each epoch", "Learning rate at each epoch"]
+    drawn = ["Loss at each epoch", "Accuracy (%) at each epoch", "Learning rate at each epoch"]
+    assert page.attributes("aria-label")[:3] == drawn
     assert dict(page.table["cost"])["Peak memory"] == "not measured"
+    (run / "metrics.jsonl").write_text(lines[0])
+    page = Page(run)
+    assert not set(drawn) & set(page.attributes("aria-label"))
+    assert (
+        "There was one epoch, so that there is no curve to draw: of the training images 50.0% are"
+        in (page.text["training"])
+    )
 
 
 def test_five_classes_need_no_top_5(run: Path) -> None:
@@ -404,7 +412,7 @@ def test_an_evaluation_of_another_model_is_refused(run: Path) -> None:
 def test_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"is not a run \(it has no model\.json\); give"):
         write_report(tmp_path)
-    with pytest.raises(InputError, match="is not a folder; give the folder"):
+    with pytest.raises(InputError, match=r"nowhere: no such folder; .* give the folder that `tokenfusion train --out`"):
         write_report(tmp_path / "nowhere")
 
 

@@ -247,19 +247,61 @@ def test_views_are_kept_and_each_is_augmented_anew(photos, files, tmp_path):
 def test_the_command_takes_the_depth_that_fits_and_says_so_first(photos, files, tmp_path, command):
     run = tmp_path / "run"
     words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64)
-    status, output, errors = command(*words, "--out", run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "tokenfusion.training.tune.depth.image_seconds", None
+        )  # no step is measured that cannot be chosen
+        status, output, errors = command(*words, "--out", run)
     assert status == 0, errors
+    assert output.index(f"loading the weights of {CNN} and {VIT}") < output.index("data: 42 images")
     assert "tune=auto takes probe: fewer than 100 training images cannot say whether more is better" in output
     assert output.index("tune=auto takes") < output.index("linear classifiers on held-out images")
+    times = json.loads((run / "times.json").read_text())
+    assert times["seconds"].keys() == {"features", "fit", "judging"}
+    assert output.count("were estimated") == 1
     recipe = (run / "recipe.toml").read_text()
     assert recipe.startswith("# Chosen by measuring: tune.")
     assert 'tune = "probe"' in recipe
-    status, output, errors = command(*words, "--dry-run")
+    status, output, errors = command(*words, "--dry-run", "--json")
     assert status == 0, errors
-    assert "auto takes probe: fewer than 100 training images" in output
+    assert json.loads(output)["seconds"].keys() == {"probe"}
     planned = json.loads(command(*words, "--tune", "all", "--dry-run", "--json")[1])
     assert planned["tune"] == "all"
     assert planned["seconds"]["probe"] < planned["seconds"]["fusion"] < planned["seconds"]["all"]
+
+
+def test_what_is_too_long_even_at_the_least_is_not_measured(photos, files, command, monkeypatch):
+    monkeypatch.setattr("tokenfusion.training.tune.depth.FEWEST", 10)
+    measured = []
+    monkeypatch.setattr(
+        "tokenfusion.training.tune.depth.image_seconds",
+        lambda classifier, *_: measured.append(type(classifier).__name__) or 1e-9,
+    )
+    monkeypatch.setattr("tokenfusion.training.tune.depth.LEAST_STEP", 1e9)
+    words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64, "--dry-run", "--json")
+    planned = json.loads(command(*words)[1])
+    assert measured == ["KeptClassifier"]
+    assert (planned["tune"], [*planned["seconds"]]) == ("fusion", ["probe", "fusion"])
+
+
+def test_the_report_of_a_linear_classifier_draws_no_curves_and_says_what_took_how_long(
+    photos, files, tmp_path, command
+):
+    run = tmp_path / "run"
+    start(recipe_of(photos, files, tune="probe"), run, QUIET)
+    record = json.loads((run / "metrics.jsonl").read_text())
+    seconds = json.loads((run / "times.json").read_text())["seconds"]
+    assert record["seconds"] == pytest.approx(seconds["features"] + seconds["fit"])
+    assert command("evaluate", run)[0] == 0
+    assert command("report", run)[0] == 0
+    page = (run / "report.html").read_text()
+    training = page.partition('<section id="training">')[2].partition("</section>")[0]
+    assert "<svg" not in training
+    assert "fitted at once, without epochs, so that there is no curve to draw" in training
+    assert "both parents looking at the images" in page
+    assert "images/s" not in page
+    temperature = json.loads((run / "model.json").read_text())["temperature"]
+    assert f"Temperature: <b>{temperature:.2f}</b>" in page
 
 
 @pytest.mark.parametrize(

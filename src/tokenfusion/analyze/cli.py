@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from tokenfusion.errors import InputError
+from tokenfusion.places import require_data, require_run
 from tokenfusion.terminal import AsJson, counting, show
 from tokenfusion_runtime.output import json_text, visible
 
@@ -15,6 +16,10 @@ app = App(
     name="analyze",
     help="Measure what goes on inside a model: how its attention behaves, which tokens decide.\n\n"
     "Example: tokenfusion analyze tokens runs/photos",
+)
+LIKENESS = (
+    "likeness: 1 is the same to both pretrained parents, 0 as unlike as two training images are on average, "
+    "below 0 more unlike (the cosine between what they see of both images)"
 )
 RunOrModel = Annotated[
     str,
@@ -50,6 +55,8 @@ def collapse(
     as_json
         Print collapse.json instead of a summary.
     """
+    require_run_or_model(run_or_model)
+    require_data(data or "digits")
     from tokenfusion.analyze.collapse import analyze_collapse
 
     with counting("reading images") as progress:
@@ -82,6 +89,8 @@ def tokens(
     as_json
         Print tokens.json instead of a table.
     """
+    require_run_or_model(run_or_model)
+    require_data(data or "digits")
     from tokenfusion.analyze.tokens import analyze_tokens, table_of
 
     with counting("reading images") as progress:
@@ -129,6 +138,7 @@ def explain(
     as_json
         Print explain.json instead of a summary.
     """
+    require_run(run)
     from tokenfusion.analyze import explain as room
 
     question = room.Question(method, branch, of_class, topk)
@@ -171,6 +181,7 @@ def similar(
     as_json
         Print JSON instead of a table.
     """
+    require_run(run)
     from tokenfusion.analyze.similar import similar as find_similar
     from tokenfusion_runtime.files import expand
 
@@ -183,7 +194,17 @@ def similar(
     rows = [{"image": image} | asdict(other) for image, other in pairs]
     table = [["image", "training image", "label", "likeness"]]
     table += [[image, other.path, other.label, f"{other.likeness:.3f}"] for image, other in pairs]
-    show(rows, as_json, table)
+    show(rows, as_json, table, [LIKENESS])
+
+
+def require_run_or_model(run_or_model: str) -> None:
+    """Refuse what looks like a path, as models' names do not, and is no run.
+
+    Raises:
+        InputError: it is none.
+    """
+    if Path(run_or_model).exists() or ("/" in run_or_model and "(" not in run_or_model):
+        require_run(Path(run_or_model))
 
 
 def where_written(file: Path, result: dict[str, Any]) -> str:

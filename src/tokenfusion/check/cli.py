@@ -9,8 +9,9 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from tokenfusion.places import require_data, require_files
 from tokenfusion.preset import PRETRAINED_PAIR
-from tokenfusion.recipe import Reading, Recipe
+from tokenfusion.recipe import HUB, Reading, Recipe
 from tokenfusion_runtime.output import json_text
 
 
@@ -50,6 +51,8 @@ def check(
     as_json
         Print check.json instead of a summary.
     """
+    require_data(data)
+    require_files(tuple(name for name in pretrained if name != HUB), "--pretrained")
     from tokenfusion.check.checkup import check_data, free_run
     from tokenfusion.check.report import summarise
     from tokenfusion.formatting import counted, spelled_out

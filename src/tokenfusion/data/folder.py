@@ -72,17 +72,32 @@ def refuse_without_classes(root: Path, files: list[str]) -> None:
     images = [file for file in files if not why_ignored(file)]
     loose = [file for file in images if "/" not in file]
     lists = [file for file in files if "/" not in file and file.lower().endswith((".csv", ".tsv", ".txt", ".jsonl"))]
-    listed = f"{root / lists[0]}, if that labels them?" if lists else "a CSV that labels them?"
+    listed = f"{root / lists[0]}, if that labels them" if lists else "a CSV that labels them"
     if loose:
+        above = root.resolve().parent
+        parent = f"its parent {above}, of which it is a class, or " if holds_classes(above, root) else ""
         raise InputError(
-            f"{root}: {counted(len(loose), 'image')} directly in it, without a class folder; "
-            f"did you mean its parent {root.resolve().parent}, or {listed}"
+            f"{root}: {counted(len(loose), 'image')} directly in it, without a class folder; put the images of each "
+            f"class into a folder of its own, such as {root / 'cat' / loose[0]}, or give {parent}{listed}"
         )
     if images:
         raise InputError(
             f"{root}: {counted(len(images), 'image')} in it, but none in a class folder inside a split, as "
             f"{images[0]!r} shows; make a folder per class in each split, or give {listed}"
         )
+
+
+def holds_classes(folder: Path, one: Path) -> bool:
+    """Whether a folder holds another folder of images beside one that is."""
+    try:
+        return any(
+            not why_ignored(f"{other.name}/{path.name}")
+            for other in folder.iterdir()
+            if other.is_dir() and not other.samefile(one)
+            for path in other.iterdir()
+        )
+    except OSError:
+        return False
 
 
 def read_tree(files: list[str], folders: list[str]) -> Tree:

@@ -1,6 +1,5 @@
 """Any kind of data as a Dataset: the one file that knows all the kinds."""
 
-import difflib
 import os
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from tokenfusion.data.ignored import why_ignored
 from tokenfusion.data.readers import refuse_pointer
 from tokenfusion.data.usable import require_usable, without_empty, without_rare
 from tokenfusion.errors import InputError
+from tokenfusion.places import names_shards, require_data
 from tokenfusion.recipe import Reading
 from tokenfusion_runtime.walk import walk
 
@@ -58,8 +58,7 @@ def open_place(data: str | Path, reading: Reading) -> Dataset:
 
         return open_shards(str(data), reading=reading)
     path = Path(data)
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file or folder; {nearest(path)}")
+    require_data(str(path))
     return open_below(path, reading) if path.is_dir() else open_file(path, reading)
 
 
@@ -127,11 +126,6 @@ def open_file(path: Path, reading: Reading) -> Dataset:
     raise InputError(f"{path}: not a kind of data that is known here; give {KINDS}")
 
 
-def names_shards(data: str) -> bool:
-    """Whether DATA is a URL or a pattern in braces; a path that exists is neither."""
-    return "://" in data or ("{" in data and not os.path.exists(data))
-
-
 def is_path(data: str) -> bool:
     """Whether DATA is a file or folder that exists; `digits` is the built-in data even beside a folder of that name."""
     return data != "digits" and os.path.exists(data)
@@ -148,12 +142,3 @@ def require_place(data: str, remedy: str) -> None:
     """Refuse images of a run that are not where they were, InputError; `remedy` says where they are now."""
     if data != "digits" and not names_shards(data) and not os.path.exists(data):
         raise InputError(f"{data}: no such file or folder; where the images have moved, say so by `{remedy}`")
-
-
-def nearest(path: Path) -> str:
-    """A hint at what was meant: the names most like the missing one, in the deepest folder that does exist."""
-    while not os.path.isdir(path.parent):
-        path = path.parent
-    found = sorted(os.listdir(path.parent))
-    close = difflib.get_close_matches(path.name, found, n=3) or found[:3]
-    return f"{path.parent} has: {quoted(close)}" if close else f"{path.parent} is empty"

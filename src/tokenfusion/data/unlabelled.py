@@ -21,7 +21,7 @@ from tokenfusion.data.dataset import KINDS, printable
 from tokenfusion.data.decode import UnreadableImage, is_image
 from tokenfusion.data.ignored import why_ignored
 from tokenfusion.data.lists import METADATA
-from tokenfusion.data.open import LIST_ENDINGS, TAR_ENDINGS, names_shards, nearest
+from tokenfusion.data.open import LIST_ENDINGS, TAR_ENDINGS
 from tokenfusion.data.paths import ListedPaths, exists, resolve_paths
 from tokenfusion.data.readers import read_file, refuse_pointer
 from tokenfusion.data.remote import RemoteFile, find_files, has_ending, look_up
@@ -29,6 +29,7 @@ from tokenfusion.data.shards import ENDINGS, is_parquet, open_shard
 from tokenfusion.data.table import read_table
 from tokenfusion.data.tar import refuse_damage
 from tokenfusion.errors import InputError
+from tokenfusion.places import names_shards, nearest
 from tokenfusion.recipe import Reading
 from tokenfusion_runtime.files import MAX_FILE_BYTES, expand
 from tokenfusion_runtime.walk import walk

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from tokenfusion.errors import InputError
+from tokenfusion.places import require_run
 from tokenfusion.terminal import console
 
 
@@ -39,6 +40,7 @@ def export(
     force
         Keep the folder though it answers otherwise than the run; it is marked so.
     """
+    require_run(run)
     from tokenfusion.export.artefact import export as export_run
 
     if batch != "dynamic" and not batch.isdecimal():

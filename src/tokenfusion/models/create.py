@@ -24,6 +24,16 @@ def list_models(pattern: str = "*") -> list[str]:
     return [name for paper in PAPERS for name in paper.VARIANTS if fnmatch.fnmatch(name, pattern)]
 
 
+def list_timm(pattern: str) -> list[dict[str, Any]]:
+    """timm's own models that match a shell pattern: `name`, and the `tags` of their pretrained weights."""
+    tags: dict[str, list[str]] = {name: [] for name in timm.list_models(pattern) if name not in set(list_models())}
+    for tagged in timm.list_models(pattern, pretrained=True) + timm.list_models(f"{pattern}.*", pretrained=True):
+        name, _, tag = tagged.partition(".")
+        if name in tags and tag not in tags[name]:
+            tags[name].append(tag)
+    return [{"name": name, "tags": found} for name, found in tags.items()]
+
+
 def default_config(model: nn.Module) -> dict[str, Any]:
     """What timm's registry says of a built model: `input_size` (C, H, W), `mean`, `std` and more."""
     return cast(dict[str, Any], model.default_cfg)
@@ -33,7 +43,8 @@ def require_known(name: str) -> None:
     """Refuse a name that no model of this package or of timm has; the nearest are offered."""
     if "(" not in name and not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=4, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else "`tokenfusion models` lists the names"
+        listed = "`tokenfusion models` lists the names, `tokenfusion models --timm PATTERN` those of timm"
+        hint = f"did you mean {', '.join(near)}?" if near else listed
         raise InputError(f"no model is called {name!r}; {hint}")
 
 

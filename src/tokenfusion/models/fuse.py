@@ -19,7 +19,7 @@ from tokenfusion.models.create import create_model
 from tokenfusion.models.expressions import BUILDERS
 from tokenfusion.models.operators import OPERATORS, Operator
 from tokenfusion.models.presets import OPERATOR as PRESET_OPERATOR
-from tokenfusion.models.pretrained import Pretrained, choices
+from tokenfusion.models.pretrained import HUB, Pretrained, choices, swapped
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.registration import default_cfg, keep_expression
 from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, Strategy, TokenFusion, strategy_class
@@ -78,16 +78,19 @@ def fuse(
     opened = gate_start(gate, trained=bool(pretrained) or not by_name)
     named = [parent for parent in (cnn, vit) if isinstance(parent, str)]
     weights = dict(zip(named, choices(named, pretrained), strict=True)) if pretrained else {}
-    vit = build_transformer(
-        vit,
-        img_size,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        pretrained=weights.get(vit, False) if isinstance(vit, str) else False,
-        drop_path_rate=drop_path_rate,
-    )
-    size = image_size(img_size or native_size(as_transformer(vit)))
-    cnn = build_cnn(cnn, size, in_chans, weights.get(cnn, False) if isinstance(cnn, str) else False)
+    try:
+        vit = build_transformer(
+            vit,
+            img_size,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            pretrained=weights.get(vit, False) if isinstance(vit, str) else False,
+            drop_path_rate=drop_path_rate,
+        )
+        size = image_size(img_size or native_size(as_transformer(vit)))
+        cnn = build_cnn(cnn, size, in_chans, weights.get(cnn, False) if isinstance(cnn, str) else False)
+    except InputError as error:
+        raise (swapped(weights) if HUB not in weights.values() else None) or error from error.__cause__
     task: dict[str, Any] = {"num_classes": num_classes, "img_size": size, "in_chans": in_chans, "gate": opened}
     assembled: Callable[..., TokenFusion] = partial(assemble, strategy=strategy, operator=meet, further=kwargs, **task)
     with torch.device("meta"):  # what is refused is refused to copies without weights

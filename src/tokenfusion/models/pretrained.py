@@ -6,8 +6,10 @@ than the weights' is new.
 
 import difflib
 import hashlib
+import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,8 +47,20 @@ class WeightsFile:
         return {"model": self.model, "source": self.source, "sha256": digest}
 
 
-def find_weights(name: str, pretrained: Pretrained) -> tuple[WeightsFile, ...]:
+Say = Callable[[str], object]
+"""Told what is waited for."""
+
+
+def silent(_text: str) -> None: ...
+
+
+def find_weights(name: str, pretrained: Pretrained, say: Say = silent) -> tuple[WeightsFile, ...]:
     """The files that a model begins with, one for each model in it; those of the hub are fetched unless they are here.
+
+    Args:
+        name: of the model.
+        pretrained: where they are from.
+        say: told what the hub is asked for, and when it is asked again.
 
     Raises:
         InputError: the hub has none or does not answer; a file is missing, or there are too many or too few.
@@ -56,7 +70,7 @@ def find_weights(name: str, pretrained: Pretrained) -> tuple[WeightsFile, ...]:
     names = weighted_names(name)
     given = choices(names, pretrained)
     return tuple(
-        fetch(model) if source == HUB else WeightsFile(model, Path(source), str(source))
+        fetch(model, say, names) if source == HUB else WeightsFile(model, Path(source), str(source))
         for model, source in zip(names, given, strict=True)
     )
 
@@ -87,7 +101,7 @@ def choices(names: Sequence[str], pretrained: Pretrained) -> list[str | Path]:
     if given == [HUB]:
         return given * len(names)
     if len(given) != len(names):
-        files = " ".join(f"{name.partition('.')[0]}.safetensors" for name in names)
+        files = " ".join(map(local_name, names))
         raise InputError(
             f"pretrained={' '.join(map(str, given))} is {len(given)} of {len(names)} files that "
             f"{' and '.join(names)} begin with; give --pretrained hub, or {files}"
@@ -95,29 +109,68 @@ def choices(names: Sequence[str], pretrained: Pretrained) -> list[str | Path]:
     return given
 
 
-def fetch(name: str) -> WeightsFile:
-    """A model's weights from the hub, by its own client, which tries again with growing pauses.
-
-    The client keeps the file where it always does (HF_HOME); nothing is left of a file that did not arrive whole.
+def place_on_hub(name: str) -> tuple[str, str, str]:
+    """The repository of a model's weights on the hub, its revision ("" for the newest), and the file there.
 
     Raises:
-        InputError: there are none, or they cannot be fetched, with the file's name and what to do with it.
+        InputError: there are none.
     """
     config = timm.get_pretrained_cfg(name, allow_unregistered=True)
     if config is None or not (config.hf_hub_id or config.url):
         raise InputError(f"{name} has no pretrained weights; leave pretrained out")
     if not config.hf_hub_id:
         raise InputError(f"{name} is not on the hub; fetch {config.url} and give --pretrained FILE")
-    from huggingface_hub import constants, hf_hub_download, hf_hub_url
-    from huggingface_hub.utils import logging
+    repo, _, revision = config.hf_hub_id.partition("@")
+    return repo, revision, config.hf_hub_filename or "model.safetensors"
 
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it tries again is said once, in the end
 
-    file, (repo, _, revision) = config.hf_hub_filename or "model.safetensors", config.hf_hub_id.partition("@")
+@contextmanager
+def saying_retries(say: Say) -> Iterator[None]:
+    """Tell of the pauses after which the hub's client asks again, in the place of its own warnings."""
+    client = logging.getLogger("huggingface_hub.utils._http")
+    level = client.level
+
+    def tell(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if text.startswith("Retrying"):
+            say(f"the hub does not answer; {text[0].lower()}{text[1:]}")
+        return False
+
+    client.addFilter(tell)
+    client.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        client.removeFilter(tell)
+        client.setLevel(level)
+
+
+def fetch(name: str, say: Say = silent, names: Sequence[str] = ()) -> WeightsFile:
+    """A model's weights from the hub, by its own client, which tries again with growing pauses.
+
+    The client keeps the file where it always does (HF_HOME); nothing is left of a file that did not arrive whole.
+
+    Args:
+        name: of the model.
+        say: told what is asked for, and when it is asked for again.
+        names: of all models whose weights are wanted, for what is said where they cannot be fetched.
+
+    Raises:
+        InputError: there are none, or they cannot be fetched, with the files' names and what to do with them.
+    """
+    repo, revision, file = place_on_hub(name)
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.utils import logging as own_logging
+
+    own_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # what it tries again is said in our words
+
+    if not isinstance(try_to_load_from_cache(repo, file, revision=revision or None), str):
+        say(f"asking {constants.ENDPOINT} for the weights of {name}: {repo}/{file}")
     folder = Path(constants.HF_HUB_CACHE, f"models--{repo.replace('/', '--')}")
     was_there = folder.exists()
     try:
-        path = Path(hf_hub_download(repo, file, revision=revision or None))
+        with saying_retries(say):
+            path = Path(hf_hub_download(repo, file, revision=revision or None))
     except BaseException as error:  # one of its two HTTP libraries', by version, or Ctrl-C
         for incomplete in folder.glob("blobs/*.incomplete"):
             incomplete.unlink(missing_ok=True)
@@ -126,12 +179,27 @@ def fetch(name: str) -> WeightsFile:
         if not isinstance(error, Exception):
             raise
         reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".")
-        local = f"{name.partition('.')[0]}.safetensors"
         raise InputError(
-            f"the weights of {name} cannot be fetched: {reason}; fetch {hf_hub_url(repo, file)} elsewhere, put it here "
-            f"as {local}, and give --pretrained {local} (of a pair the CNN's file first)"
+            f"the weights of {name} cannot be fetched: {reason}; {fetch_elsewhere(names or (name,))}"
         ) from error
-    return WeightsFile(name, path, f"{config.hf_hub_id}/{file}")
+    return WeightsFile(name, path, f"{repo}{f'@{revision}' * bool(revision)}/{file}")
+
+
+def fetch_elsewhere(names: Sequence[str]) -> str:
+    """Which files to fetch on another machine, what to call them, and how to give them, for a message."""
+    from huggingface_hub import hf_hub_url
+
+    files = [local_name(name) for name in names]
+    places = [hf_hub_url(repo, file, revision=revision or None) for repo, revision, file in map(place_on_hub, names)]
+    fetched = " and ".join(f"{place} as {file}" for place, file in zip(places, files, strict=True))
+    return f"on a machine with a network fetch {fetched}, put {'it' if len(files) == 1 else 'both'} here, and give " + (
+        f"--pretrained {' '.join(files)}"
+    )
+
+
+def local_name(name: str) -> str:
+    """What a file of a model's weights is called here."""
+    return f"{name.partition('.')[0]}.safetensors"
 
 
 def create_from(path: str | Path, name: str, num_classes: int | None, arguments: dict[str, Any]) -> nn.Module:
@@ -204,8 +272,24 @@ def does_not_fit(path: str | Path, name: str, state: State, error: Exception) ->
     lines = [line.strip().rstrip(". ") for line in str(error).splitlines() if line.strip()]
     reason = lines[1] if lines[0].startswith("Error(s) in loading") and len(lines) > 1 else lines[0] if lines else ""
     reason = reason if len(reason) < 200 else f"{reason[:200]}..."
-    remedy = f"they fit {fitting}: give that model, or other weights" if fitting else f"give weights of {name}"
-    return InputError(f"{path} does not fit {name}: {reason}; {remedy} (of a pair the CNN's file comes first)")
+    remedy = f"give weights of {name}, or --model {fitting}, which they fit" if fitting else f"give weights of {name}"
+    return InputError(f"{path} does not fit {name}; {remedy} ({reason})")
+
+
+def swapped(files: Mapping[str, str | Path]) -> InputError | None:
+    """What to say where two files, by the models that they were given for, are each other's; None of others."""
+    if len(files) != 2:
+        return None
+    (one, first), (other, second) = files.items()
+    try:
+        if not (fits(other, tensors_of(first)) and fits(one, tensors_of(second))):
+            return None
+    except (InputError, RuntimeError):
+        return None
+    return InputError(
+        f"the files are in the wrong order: {first} has the weights of {other}, and {second} those of {one}; "
+        f"give --pretrained {second} {first} (the CNN's first)"
+    )
 
 
 def candidates(path: str | Path, name: str) -> Iterator[str]:

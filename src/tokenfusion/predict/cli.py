@@ -11,7 +11,9 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from tokenfusion.errors import InputError
+from tokenfusion.places import require_run
 from tokenfusion.recipe import Reading
+from tokenfusion.terminal import AsJson
 
 Flag = Parameter(negative="")
 
@@ -23,6 +25,7 @@ def predict(
     *,
     topk: int = 5,
     output: Annotated[Literal["table", "json", "csv"], Parameter(name="--format")] = "table",
+    as_json: AsJson = False,
     raw: Annotated[bool, Flag] = False,
     abstain: float | None = None,
     out: Path | None = None,
@@ -38,7 +41,7 @@ def predict(
 
     It exits with 1 if any image could not be read, with --out if none could; the others are classified all the same.
 
-    Example: tokenfusion predict runs/photos new/*.jpg --format json
+    Example: tokenfusion predict runs/photos new/*.jpg --json
 
     Parameters
     ----------
@@ -51,6 +54,8 @@ def predict(
         How many classes to name.
     output
         A table to read, a JSON object per image and line, or CSV: path, label, score, label_2, score_2 ..., error.
+    as_json
+        The same as --format json.
     raw
         Give the model's scores as they are, without the temperature that calibrates them.
     abstain
@@ -75,6 +80,10 @@ def predict(
     for word in sources:
         if word.startswith("--") and not os.path.lexists(word):
             raise InputError(f"{word} is no option of predict, and no file; `tokenfusion predict --help` lists them")
+    require_run(run)
+    if as_json and output == "csv":
+        raise InputError("--json and --format csv contradict each other; give one of them")
+    output = "json" if as_json else output
     if raw and abstain is not None:
         raise InputError("--abstain goes by calibrated scores; leave out --raw")
     reading = {"root": root, "path_column": path_column, "image_column": image_column}

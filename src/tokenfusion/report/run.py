@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tokenfusion.checkpoint import load_description, weights_in_words
 from tokenfusion.corruptions import corruption_table
 from tokenfusion.data.dataset import printable
-from tokenfusion.evaluate import of_groups
+from tokenfusion.evaluate import images_in_words, of_groups
 from tokenfusion.files import own_results, read_json, write_text
 from tokenfusion.formatting import counted, duration
 from tokenfusion.metrics import reliability, wilson_interval
@@ -63,7 +63,8 @@ def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any
     values: dict[str, Any] = {
         "results": results,
         "summary": run_summary(results),
-        "curves": plot_curves(results.epochs),
+        "curves": plot_curves(results.epochs) if len(results.epochs) > 1 else [],
+        "in_words": training_in_words(results),
         "lr_range": results.lr_range and plot_lr_range(results.lr_range),
         "cost": list_cost(results),
         "skipped": results.skipped[:MAX_SKIPPED],
@@ -71,6 +72,7 @@ def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any
     }
     if evaluation is None:
         return values
+    values["others"] = list_others(results)
     values["judged_on"] = judged_on(results.recipe.data, evaluation)
     values["risk_coverage"] = (curves := risk_curves(evaluation)) and plot_risk_coverage(curves)
     values["of_groups"] = of_groups(evaluation)
@@ -120,17 +122,37 @@ def risk_curves(evaluation: dict[str, Any]) -> dict[str, Any]:
 def run_summary(results: Results) -> str:
     """The result in a few sentences."""
     epochs, evaluation, multi_label = results.epochs, results.evaluation, results.model["multi_label"]
-    trained = f"{results.model['name']} was trained for {counted(len(epochs), 'epoch')} on {results.recipe.data}"
+    name, data = results.model["name"], results.recipe.data
+    trained = f"{name} was trained for {counted(len(epochs), 'epoch')} on {data}"
+    if results.is_linear:
+        trained = f"{name} is a linear classifier on what its pretrained parents see, fitted to {data}"
     if evaluation is None:
         key, metric = ("val_map", "mAP") if multi_label else ("val_top1", "accuracy")
         reached = f"{percent(epochs[-1][key], 2)} {metric}"
-        return f"{trained}. It has not been evaluated; on the held-out images its last epoch reached {reached}."
+        who = "it" if results.is_linear else "its last epoch"
+        return f"{trained}. It has not been evaluated; on the held-out images {who} reached {reached}."
     judged = f"judged on {counted(evaluation['n'], 'image')}: {judged_on(results.recipe.data, evaluation)}"
     sentences = [f"{trained}, and {judged}."]
     sentences += multilabel_sentences(evaluation) if multi_label else one_class_sentences(results, evaluation)
     if evaluation["skipped"]:
         sentences.append(f"{counted(evaluation['skipped'], 'image')} could not be read and are not counted.")
     return " ".join(sentences)
+
+
+def training_in_words(results: Results) -> str:
+    """What there is to say of a run that is too short to be drawn over its epochs; "" of others."""
+    if len(results.epochs) > 1:
+        return ""
+    epoch = results.epochs[0]
+    several = "val_map" in epoch
+    training, held_out = ("train_exact_match", "val_map") if several else ("train_top1", "val_top1")
+    right = "have all classes right" if several else "are named correctly"
+    shares = (
+        f"of the training images {percent(epoch[training])} {right}, "
+        f"on the held-out images {'mAP' if several else 'accuracy'} is {percent(epoch[held_out])}"
+    )
+    how = "The linear classifier was fitted at once, without epochs" if results.is_linear else "There was one epoch"
+    return f"{how}, so that there is no curve to draw: {shares}."
 
 
 def one_class_sentences(results: Results, evaluation: dict[str, Any]) -> list[str]:
@@ -194,7 +216,7 @@ def expectation(evaluation: dict[str, Any], key: str) -> str:
 def judged_on(trained_on: str, evaluation: dict[str, Any]) -> str:
     """Which images an evaluation is of, and whether they are what the model was trained on."""
     split, data, seen = evaluation["split"], evaluation["data"], evaluation.get("trained_on") or 0
-    images = f"all images of {data}" if split == "all" else f"the {split} split of {data}"
+    images = images_in_words(evaluation)
     met = ""
     if seen and evaluation["trained_on_left_out"]:
         met = f", without {counted(seen, 'image')} that it was trained on"
@@ -203,6 +225,17 @@ def judged_on(trained_on: str, evaluation: dict[str, Any]) -> str:
     if not evaluation.get("own", data == trained_on):
         return f"{images}{met}" if met else f"{images}, which is other data than it was trained on"
     return f"{images}, the very images it was trained on" if split in ("train", "all") else f"{images}{met}"
+
+
+def list_others(results: Results) -> list[tuple[str, int, str]]:
+    """What was found on other images than those that the run holds out: which, how many, and the score."""
+    rows = []
+    for found in results.others:
+        score, interval = ("map", "map_ci95") if results.model["multi_label"] else ("top1", "top1_ci95")
+        low, high = found[interval] or (None, None)
+        shown = f"{percent(found[score])} (95% interval {percent(low)} to {percent(high)})"
+        rows.append((judged_on(results.recipe.data, found), found["n"], shown))
+    return rows
 
 
 def commonest_confusion(confusion: NDArray[np.int64]) -> tuple[int, int, int]:
@@ -318,17 +351,41 @@ def worst_by_loss(wrong: list[LabelSetRow], thumbnails: Thumbnails | None) -> li
 def list_cost(results: Results) -> list[tuple[str, str]]:
     """What the run cost, as names and values."""
     epochs, planned, model = results.epochs, results.recipe.epochs, results.model
-    seconds = sum(epoch["seconds"] for epoch in epochs)
     memory = [epoch["peak_memory_mb"] for epoch in epochs if epoch.get("peak_memory_mb") is not None]
     began = [("Began with", weights_in_words(files))] if (files := model["began_with"]) else []
     return [
         *began,
-        ("Training time", f"{duration(seconds)}, {duration(seconds / len(epochs))} per epoch"),
-        ("Epochs", str(len(epochs)) + f" of {planned}" * (planned != "auto")),
-        ("Speed", f"{median(epoch['images_per_s'] for epoch in epochs):,.0f} images/s (median epoch)"),
+        *list_times(results),
+        *([] if results.is_linear else [("Epochs", str(len(epochs)) + f" of {planned}" * (planned != "auto"))]),
         ("Peak memory", f"{max(memory):,.0f} MB" if memory else "not measured"),
         ("Parameters", f"{model['parameters']:,}"),
         ("Multiply-adds (MACs) per image", f"{model['macs'] / 1e6:,.1f} M"),
         ("Hardware", model["hardware"]),
         ("Versions", ", ".join(f"{name} {version}" for name, version in model["versions"].items())),
+    ]
+
+
+TIMES = {
+    "features": "both parents looking at the images",
+    "fit": "fitting linear classifiers",
+    "judging": "judging them",
+    "fusion": "fusion",
+    "fusion on trial": "trying fusion",
+    "all": "fine-tuning",
+    "all on trial": "trying fine-tuning",
+}
+"""What the parts of a run in stages are, by their names in times.json."""
+
+
+def list_times(results: Results) -> list[tuple[str, str]]:
+    """How long a run took, and with what: by its stages where it had some, else by its epochs."""
+    epochs, times = results.epochs, results.times
+    if times:
+        parts = ", ".join(f"{TIMES.get(part, part)} {duration(took)}" for part, took in times["seconds"].items())
+        guessed = [("Time estimated", f"about {duration(times['estimated'])}")] if "estimated" in times else []
+        return [("Time taken", f"{duration(sum(times['seconds'].values()))}: {parts}"), *guessed]
+    seconds = sum(epoch["seconds"] for epoch in epochs)
+    return [
+        ("Training time", f"{duration(seconds)}, {duration(seconds / len(epochs))} per epoch"),
+        ("Speed", f"{median(epoch['images_per_s'] for epoch in epochs):,.0f} images/s (median epoch)"),
     ]

@@ -8,10 +8,12 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar
 
-from tokenfusion.checkpoint import load_description, resume_command
+from tokenfusion.checkpoint import load_description
 from tokenfusion.data.decoded import Skipped
 from tokenfusion.errors import InputError
+from tokenfusion.evaluate import EVALUATIONS
 from tokenfusion.files import NUMBER, Shape, fault_in, read_json, read_json_lines
+from tokenfusion.places import resume_command
 from tokenfusion.recipe import Recipe, load_recipe
 
 FieldTypes = Mapping[str, type | UnionType]
@@ -78,6 +80,7 @@ LR_RANGE: dict[str, Shape] = {
     "losses": [NUMBER],
     "smoothed": [NUMBER],
 }
+TIMES: dict[str, Shape] = {"seconds": {"*": NUMBER}, "estimated?": NUMBER}
 """What a run's files must hold."""
 
 
@@ -116,13 +119,22 @@ class Results:
     """metrics.jsonl, a dict per epoch, at least one."""
     lr_range: dict[str, Any] | None
     """lr_range.json, or None where the learning rate was given."""
+    times: dict[str, Any] | None
+    """times.json of a run in stages: `seconds` of each part, and `estimated` ones where there was an estimate."""
     skipped: list[Skipped]
     evaluation: dict[str, Any] | None
     """evaluation.json, or None where the run has not been evaluated."""
+    others: list[dict[str, Any]]
+    """The evaluation.json of each folder of RUN/evaluations: on other images."""
     predictions: list[PredictionRow]
     """An entry per evaluated image; empty without an evaluation, and of a multi-label run."""
     label_sets: list[LabelSetRow]
     """The same of a multi-label run."""
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the run ended with the linear classifier that it began with, so that there was no epoch."""
+        return len(self.epochs) == 1 and self.epochs[0]["epoch"] == 0
 
     def command(self, verb: str) -> str:
         """The command line that does `verb` to this run."""
@@ -151,9 +163,11 @@ def read_results(run: Path) -> Results:
         recipe_text=(run / "recipe.toml").read_text(encoding="utf-8"),
         model=model,
         epochs=epochs,
-        lr_range=read_lr_range(run / "lr_range.json"),
+        lr_range=read_optional(run / "lr_range.json", LR_RANGE),
+        times=read_optional(run / "times.json", TIMES),
         skipped=[image for path in sorted(run.glob("skipped*.csv")) for image in read_skipped(path)],
         evaluation=evaluation,
+        others=read_others(run, MULTILABEL if model["multi_label"] else ONE_CLASS),
         predictions=predictions,
         label_sets=label_sets,
     )
@@ -162,6 +176,15 @@ def read_results(run: Path) -> Results:
 def read_evaluation(run: Path, classes: list[str]) -> tuple[dict[str, Any] | None, list[PredictionRow]]:
     """evaluation.json and the predictions.csv that belongs to it; None and nothing where there is no evaluation."""
     return read_judged(run, classes, ONE_CLASS, read_predictions)
+
+
+def read_others(run: Path, shape: dict[str, Shape]) -> list[dict[str, Any]]:
+    """The evaluations on other images than those that the run holds out."""
+    found = []
+    for path in sorted(run.glob(f"{EVALUATIONS}/*/evaluation.json")):
+        found.append(read_json(path, f"remove it, or {AGAIN}"))
+        require_shape(found[-1], shape, path)
+    return found
 
 
 def read_judged(
@@ -199,13 +222,13 @@ def read_epochs(path: Path) -> list[dict[str, Any]]:
     return epochs
 
 
-def read_lr_range(path: Path) -> dict[str, Any] | None:
-    """What the range test wrote; None where there was none."""
+def read_optional(path: Path, shape: dict[str, Shape]) -> dict[str, Any] | None:
+    """A JSON object that not every run has; None where there is none."""
     if not path.is_file():
         return None
-    tested: dict[str, Any] = read_json(path, AGAIN)
-    require_shape(tested, LR_RANGE, path)
-    return tested
+    found: dict[str, Any] = read_json(path, AGAIN)
+    require_shape(found, shape, path)
+    return found
 
 
 def read_predictions(path: Path) -> list[PredictionRow]:

@@ -77,13 +77,14 @@ def fit(setup: Setup, state: TrainState, tell: Listener, log: Log | None) -> Non
                 raise Interrupted
 
 
-def end_at_start(setup: Setup, state: TrainState, log: Log) -> None:
-    """A run that ends as it began: its only record is what training and held-out images say of it."""
+def end_at_start(setup: Setup, state: TrainState, log: Log, seconds: float) -> None:
+    """A run that ends as it began, which took so many seconds: its only record is what training and held-out images
+    say of it."""
     progress = state.progress
     if not progress.finished:
-        shipped, clock = state.gather_shipped(), perf_counter()
+        shipped = state.gather_shipped()
         progress.loss_sum, score = validate(setup, state, shipped, setup.batches.images)
-        progress.seen, progress.seconds = 1, perf_counter() - clock
+        progress.seen, progress.seconds = 1, seconds
         record = epoch_record(setup, state, shipped, *validate(setup, state, shipped))
         rate = len(setup.batches.images) / progress.seconds
         known = {"epoch": 0, "lr": 0.0, f"train_{setup.loss.train_score}": score, "images_per_s": rate}

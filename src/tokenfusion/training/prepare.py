@@ -69,7 +69,7 @@ def prepare(recipe: Recipe, run: Run, measure: Measure | None) -> Setup:
     begin_weights(classifier, source, parts, recipe, run)
     training, held_out = decode_images(source, parts, recipe, run)
     balance(training, recipe, run)
-    settled = choose_depth(recipe, classifier, training, len(held_out), run.say) if recipe.tune == "auto" else recipe
+    settled = choose_depth(recipe, classifier, training, len(held_out), run) if recipe.tune == "auto" else recipe
     settled, batches = make_loader(training, classifier, settled, run)
     if not recipe.tune:
         say_batches(batches, run)
@@ -189,12 +189,12 @@ def refuse_damage(parts: Split, training: Images, held_out: Images, skipped: lis
     """Refuse data of which too much cannot be read."""
     if not skipped:
         return
-    first = f"the first is {skipped[0].path}: {skipped[0].reason}"
-    unreadable = len(parts.train) - len(training)
-    if unreadable > recipe.max_skipped * len(parts.train):
+    first = "; ".join(f"{image.path}: {image.reason}" for image in skipped[:5]) + " ..." * (len(skipped) > 5)
+    unreadable, allowed = len(parts.train) - len(training), recipe.may_skip(len(parts.train))
+    if unreadable > allowed:
         raise InputError(
-            f"{unreadable} of {len(parts.train):,} training images are unreadable, "
-            f"more than max_skipped={recipe.max_skipped:g} allows ({first}); mend them, or leave out with --exclude "
+            f"{unreadable} of {len(parts.train):,} training images are unreadable, more than the {allowed} that "
+            f"max_skipped={recipe.max_skipped:g} allows ({first}); mend them, or leave out with --exclude "
             f"what `tokenfusion check {shlex.quote(recipe.data)}` finds, or raise --max-skipped"
         )
     if not len(held_out):
@@ -223,7 +223,7 @@ def make_loader(training: Images, classifier: Classifier, recipe: Recipe, run: R
         workers=recipe.workers,
         balanced=recipe.balance == "sampling",
         share=Share(run.world.rank, run.world.size, recipe.accumulate, before=bool(recipe.mixup or recipe.cutmix)),
-        on_unreadable=Unreadable(run, training, recipe.max_skipped),
+        on_unreadable=Unreadable(run, training, recipe),
     )
     if batch_size > len(training):
         run.say(more_than_there_are(batch_size, len(training)))

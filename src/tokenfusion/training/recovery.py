@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tokenfusion.checkpoint import resume_command
 from tokenfusion.data.decoded import Images, Skipped, write_skipped
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import is_out_of_memory
+from tokenfusion.places import resume_command
+from tokenfusion.recipe import Recipe
 from tokenfusion.training.distributed.fsdp import last_good
 from tokenfusion.training.setup import Run
 from tokenfusion.training.state import TrainState
@@ -148,14 +149,14 @@ class Unreadable:
     Args:
         run: where they are noted, and where the first one is told.
         training: the images.
-        limit: largest share of them that is put up with.
+        recipe: how many of them are put up with.
 
     Raises:
         InputError: when called, of more images than the limit allows.
     """
 
-    def __init__(self, run: Run, training: Images, limit: float) -> None:
-        self.run, self.training, self.limit = run, training, limit
+    def __init__(self, run: Run, training: Images, recipe: Recipe) -> None:
+        self.run, self.training, self.recipe = run, training, recipe
         rank = run.world.rank
         self.path = run.folder / (f"skipped-{rank}.csv" if rank else "skipped.csv")
 
@@ -174,10 +175,10 @@ class Unreadable:
                 f"{new[0].path} cannot be read: {new[0].reason}; the next image of its batch is drawn in its place. "
                 f"All such images are listed in {self.path}"
             )
-        if len(found) > self.limit * len(self.training):
+        if len(found) > self.recipe.may_skip(len(self.training)):
             raise InputError(
                 f"{len(found)} of {len(self.training)} training images are unreadable so far, more than "
-                f"max_skipped={self.limit:g} allows (the last is {found[-1].path}: {found[-1].reason}); "
+                f"max_skipped={self.recipe.max_skipped:g} allows (the last is {found[-1].path}: {found[-1].reason}); "
                 "mend the shards, or start a new run with a larger --max-skipped, or without them by --exclude"
             )
 

@@ -1,12 +1,14 @@
 """A run from its first call to its weights: start or resume, prepare, loop, ship."""
 
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from tokenfusion.checkpoint import load_description, load_tensors, resume_command
+from tokenfusion.checkpoint import load_description, load_tensors
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import EXCLUDED
 from tokenfusion.data.open import require_place, resolved
@@ -16,6 +18,8 @@ from tokenfusion.features import of_images
 from tokenfusion.files import lock_folder, own_folder, refuse_inside, write_text
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models import create_model, require_known
+from tokenfusion.models.pretrained import find_weights, weighted_names
+from tokenfusion.places import require_begun, require_no_run, resume_command
 from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
 from tokenfusion.trained_on import TRAINED_ON, found_again, load_trained_on, save_trained_on
 from tokenfusion.training.distributed.fsdp import is_saved
@@ -30,9 +34,10 @@ from tokenfusion.training.progress import Display, Listener, Update
 from tokenfusion.training.setup import START, Run, Setup
 from tokenfusion.training.stages import forget_stages, train_in_stages
 from tokenfusion.training.state import TrainState, read_progress
+from tokenfusion.training.times import TIMES, times_in_words
 from tokenfusion.training.watch import Measure
 
-BEFORE_THE_FIRST_STEP = ("split.csv", "skipped.csv", "lr_range.json", "probe.json", EXCLUDED, TRAINED_ON)
+BEFORE_THE_FIRST_STEP = ("split.csv", "skipped.csv", "lr_range.json", "probe.json", TIMES, EXCLUDED, TRAINED_ON)
 """What a run folder may hold beside its recipe when training begins."""
 SAME_COMMAND = "start every process with the same command and the same installation"
 SAME_DATA = "let every process see the same data and the same run folder"
@@ -91,19 +96,24 @@ def start(
             if world.is_first:
                 require_unused(folder)
                 refuse_inside(folder, recipe.data)
-                require_weights(recipe)
+                require_weights(recipe, console)
+                held.callback(remove_empty, missing_folders(folder))
                 held.enter_context(own_folder(folder))
+                held.push(partial(leave_nothing, folder))
                 claim(folder, recipe)
         return to_its_end(recipe, Run(folder, console, world), measure, listener)
 
 
-def require_weights(recipe: Recipe) -> None:
+def require_weights(recipe: Recipe, console: Console) -> None:
     """Fetch the pretrained weights that a recipe names and load them once, so that bad ones leave no folder behind.
 
     Raises:
         InputError: they cannot be had, or do not fit the model.
     """
     if recipe.pretrained:
+        names = weighted_names(recipe.model)
+        find_weights(recipe.model, recipe.pretrained, partial(console.print, highlight=False, soft_wrap=True))
+        console.print(f"loading the weights of {' and '.join(names)}", highlight=False, soft_wrap=True)
         create_model(
             recipe.model,
             num_classes=2,  # any number: some weights have none
@@ -119,9 +129,8 @@ def require_unused(folder: Path) -> None:
     Raises:
         InputError: it does.
     """
-    if (folder / "model.json").exists():
-        raise InputError(f"{folder} holds a run already; go on with `{resume_command(folder)}`, or give another --out")
-    if folder.exists() and not (folder.is_dir() and is_unused(folder)):
+    require_no_run(folder)
+    if folder.exists() and not is_unused(folder):
         raise InputError(f"{folder} exists and is not an empty folder; give another --out")
 
 
@@ -138,6 +147,26 @@ def claim(folder: Path, recipe: Recipe) -> None:
         write_text(folder / "recipe.toml", dump_recipe(recipe))
     except OSError as error:
         raise InputError(f"{folder} cannot be written: {error.strerror}; give another --out") from error
+
+
+def leave_nothing(folder: Path, kind: type[BaseException] | None, _error: object, _trace: object) -> None:
+    """Remove what a run wrote that is refused before its first step; what is called as a block of code ends."""
+    if kind is not None and issubclass(kind, InputError) and is_unused(folder):
+        with suppress(OSError):
+            for name in ("recipe.toml", *BEFORE_THE_FIRST_STEP):
+                (folder / name).unlink(missing_ok=True)
+
+
+def missing_folders(folder: Path) -> list[Path]:
+    """A folder and those above it that are still to be made, the deepest first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, of which each holds the one before it, as far as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def is_unused(folder: Path) -> bool:
@@ -207,10 +236,7 @@ def recipe_of(folder: Path) -> Recipe:
         InputError: it is no run, or one of a newer version.
     """
     path = folder / "recipe.toml"
-    if not path.exists():
-        raise InputError(
-            f"{folder} is not a run (it has no recipe.toml); give the folder that `tokenfusion train --out` wrote"
-        )
+    require_begun(folder)
     if (folder / "model.json").exists():
         load_description(folder)  # refuses a run of a newer version
     return found_again(Recipe(**load_recipe(path)), folder)
@@ -266,6 +292,7 @@ def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, listener: List
         if setup.recipe.tune:
             classifier = ship(*train_in_stages(setup, identity, tell))
             forget_stages(run.folder)
+            run.say(times_in_words(run.folder))
             return classifier
         return ship(setup, train_at_once(setup, identity, tell))
 

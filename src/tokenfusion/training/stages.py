@@ -38,6 +38,7 @@ from tokenfusion.training.prepare import begin, make_loader, make_setup, say_bat
 from tokenfusion.training.progress import Listener
 from tokenfusion.training.setup import CHECKPOINT, START, Setup
 from tokenfusion.training.state import Record, TrainState
+from tokenfusion.training.times import FEATURES, FIT, JUDGE, seconds_until_judged, timed
 
 STAGES = {"probe": (), "fusion": ("fusion",), "all": ("fusion", "all")}
 """What follows the linear classifier, by the recipe's `tune`."""
@@ -68,10 +69,13 @@ def train_in_stages(setup: Setup, identity: Identity, tell: Listener) -> tuple[S
     begins = not (run.folder / START).exists()
     if not begins:
         load_weights_exactly(model, load_tensors(run.folder / START)[0], run.folder / START)
-    training, held_out = look(setup)
+    with timed(run.folder, FEATURES):
+        training, held_out = look(setup)
     if begins:
-        probe = fit_start(model, training, recipe.tune != "probe", run)
-        judge_start(model, probe, held_out, run)
+        with timed(run.folder, FIT):
+            probe = fit_start(model, training, recipe.tune != "probe", run)
+        with timed(run.folder, JUDGE):
+            judge_start(model, probe, held_out, run)
         setup.classifier.save_description(run.folder)
         (run.folder / START).parent.mkdir(exist_ok=True)
         save_tensors(run.folder / START, model.state_dict(), identity)
@@ -84,6 +88,8 @@ def look(setup: Setup) -> tuple[Looked, Looked]:
     """Let the parents look at training and held-out images, and keep what they see."""
     run, recipe, classifier = setup.run, setup.recipe, setup.classifier
     augment = Augment.from_recipe(recipe, classifier.preprocess.img_size)
+    count = recipe.views * len(setup.batches.images) + len(setup.held_out)
+    run.say(f"both parents look at {counted(count, 'image')}, once; what is kept from before is not looked at again")
     looked = []
     with ProgressBar(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
         for name, images, views in (
@@ -117,7 +123,8 @@ def choose_stages(setup: Setup, training: Looked, identity: Identity, tell: List
         return ()
     fitted, judged = training.subset(rest), training.subset(aside, views=1)
     model = cast(ProbeFusion, setup.classifier.model)
-    fit_start(model, fitted, tokens=True, run=run)
+    with timed(run.folder, FIT):
+        fit_start(model, fitted, tokens=True, run=run)
     run.say(f"{counted(len(aside), 'training image')} set aside say which stages are worth it")
     weights = weights_of(model)
     kept: list[str] = []
@@ -126,7 +133,8 @@ def choose_stages(setup: Setup, training: Looked, identity: Identity, tell: List
         tried = stage_setup(stage, setup, fitted, judged, weights, f"trial-{stage}")
         state = begin(tried, identity)
         if stage != "probe":
-            train_stage(tried, state, tell, None, f"{stage} on trial")
+            with timed(run.folder, f"{stage} on trial"):
+                train_stage(tried, state, tell, None, f"{stage} on trial")
         shipped = shipped_by(state)
         _, scores[stage] = validate(tried, state, shipped)
         best = max([scores["probe"], *(scores[other] for other in kept)])
@@ -175,9 +183,11 @@ def train_kept(
         log = Log(setup.run.folder, state.progress.records, asdict(setup.recipe), setup.run.say, before)
         try:
             if stage == "probe":
-                end_at_start(last, state, log)
+                with timed(setup.run.folder, JUDGE):
+                    end_at_start(last, state, log, seconds_until_judged(setup.run.folder))
             else:
-                train_stage(last, state, tell, log, stage)
+                with timed(setup.run.folder, stage):
+                    train_stage(last, state, tell, log, stage)
         finally:
             log.close(state.progress.finished)
         weights, before = weights_of(shipped_by(state)), list(log.following(state.progress.records))

@@ -1,6 +1,5 @@
 """How deep a model that starts from trained parents is trained: what each depth would take, by a few measured steps."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -30,6 +29,7 @@ from tokenfusion.training.objective import BatchMixing, make_loss
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.setup import Run, Setup
 from tokenfusion.training.state import TrainState
+from tokenfusion.training.times import note_estimate
 from tokenfusion.training.tune.timing import every_epoch, time_steps
 
 Depth = Literal["probe", "fusion", "all"]
@@ -38,8 +38,11 @@ FEWEST = 100
 """Training images from which on a part of them can say whether more than a linear classifier is worth it."""
 TWICE = 1.8
 """A stage is tried on four fifths of the training images before it is trained on all."""
-SAMPLE, STEPS = 64, 4
-"""Images that parents look at, and steps of each kind that are taken, to measure them."""
+WARM, SAMPLE, STEPS = 8, 32, 3
+"""Images that parents look at before it counts and when it counts, and steps of each kind that are taken."""
+LEAST_STEP = 2.0
+"""A training step on images costs as much as so many looks at them at least, for it has a backward pass too: where even
+that takes too long, no such step is measured."""
 LINES, VOTES = 0.02, 0.08
 """Seconds an image and ten classes that linear classifiers take on means alone, and on every token too: a core, by
 `benchmarks/results/pretrained.json`."""
@@ -53,7 +56,7 @@ class DepthPlan:
         model, data, views: as in Recipe.
         hardware, precision: what was measured on, and in what arithmetic.
         classes, training_images, held_out_images: of the data.
-        seconds: of each depth, about, with those before it.
+        seconds: of each depth that may be chosen, about, with those before it.
         tune: the depth that would be trained.
         minutes: that auto may take.
         looked_per_s: images a second that the parents look at.
@@ -75,16 +78,14 @@ class DepthPlan:
     kept_mb: float
 
 
-def plan_depths(recipe: Recipe, source: Dataset, split: Split) -> DepthPlan:
+def plan_depths(recipe: Recipe, classifier: Classifier, source: Dataset, split: Split) -> DepthPlan:
     """What the depths would take, for `--dry-run`."""
     limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
     sample = sample_images(source, split.train, SAMPLE, **limits)
-    return measure_depths(recipe, source.classes, sample, len(split.train), len(split.val))
+    return measure_depths(recipe, classifier, sample, len(split.train), len(split.val))
 
 
-def choose_depth(
-    recipe: Recipe, classifier: Classifier, training: Images, held_out: int, say: Callable[[str], None]
-) -> Recipe:
+def choose_depth(recipe: Recipe, classifier: Classifier, training: Images, held_out: int, run: Run) -> Recipe:
     """The recipe with the deepest training that fits into its minutes, said before it starts.
 
     Args:
@@ -92,39 +93,46 @@ def choose_depth(
         classifier: of the run, which is left as it is.
         training: images.
         held_out: how many are held out.
-        say: told what each depth takes, and which it is.
+        run: told what each depth takes, and which it is; keeps the estimate.
     """
     sample = training.subset(np.arange(min(SAMPLE, len(training))))
-    planned = measure_depths(recipe, classifier.classes, sample, len(training), held_out)
-    say(depths_in_words(planned))
+    run.say(f"measuring on {counted(len(sample), 'image')} how long training takes")
+    planned = measure_depths(recipe, classifier, sample, len(training), held_out)
+    run.say(depths_in_words(planned))
+    note_estimate(run.folder, planned.seconds[planned.tune])
     return at_depth(recipe, planned.tune)
 
 
-def measure_depths(recipe: Recipe, classes: tuple[str, ...], sample: Images, training: int, held_out: int) -> DepthPlan:
-    """Let the parents look at a sample, take a few steps of each kind, and count on from there.
+def measure_depths(recipe: Recipe, classifier: Classifier, sample: Images, training: int, held_out: int) -> DepthPlan:
+    """Let the parents look at a sample, take a few steps of each kind that may be chosen, and count on from there.
 
     Args:
-        recipe: of the run; its model is built anew with random weights, which cost the same.
-        classes: of the images.
+        recipe: of the run.
+        classifier: of the run, or like it; it is left as it is: steps are taken by one of random weights, as costly.
         sample: some training images.
         training, held_out: how many images there are.
     """
-    classifier = build(recipe, classes)
-    model = cast(ProbeFusion, classifier.model).freeze(*PARENTS)
-    rows = look_at(classifier, sample, len(sample))  # what is slow the first time
+    classes, allowed = classifier.classes, allowed_depths(recipe, training)
+    limit = 60 * recipe.tune_minutes if recipe.tune == "auto" else float("inf")
+    look_at(classifier, sample, min(WARM, len(sample)))  # what is slow the first time
     clock = perf_counter()
     rows = look_at(classifier, sample, len(sample))
     look = (perf_counter() - clock) / len(sample)
-    looked = Looked(sample, Rows(Path(), rows), np.arange(len(sample)).reshape(1, -1))
-    token_step = image_seconds(of_kept(classifier), looked.as_images(), on_tokens(recipe))
-    model.freeze()
-    image_step = image_seconds(classifier, sample, at_depth(recipe, "all"))
     views, epochs = recipe.views * training, epochs_of(recipe)
-    lines = views * len(classes) / 10
-    probe = look * (views + held_out) + lines * LINES
-    fusion = look * (views + held_out) + TWICE * (lines * VOTES + epochs_of(on_tokens(recipe)) * views * token_step)
-    deepest = fusion + TWICE * epochs * training * image_step + epochs * look * (0.2 * training + held_out)
-    seconds: dict[Depth, float] = {"probe": probe, "fusion": fusion, "all": deepest}
+    lines, looking = views * len(classes) / 10, look * (views + held_out)
+    seconds: dict[Depth, float] = {"probe": looking + lines * LINES}
+    stepping = build(recipe, classes) if len(allowed) > 1 and seconds["probe"] <= limit else classifier
+    model = cast(ProbeFusion, stepping.model)
+    if stepping is not classifier:
+        model.freeze(*PARENTS)
+        looked = Looked(sample, Rows(Path(), rows), np.arange(len(sample)).reshape(1, -1))
+        token_step = image_seconds(of_kept(stepping), looked.as_images(), on_tokens(recipe))
+        seconds["fusion"] = looking + TWICE * (lines * VOTES + epochs_of(on_tokens(recipe)) * views * token_step)
+        further = seconds["fusion"] + epochs * look * (0.2 * training + held_out)
+        if "all" in allowed and further + TWICE * epochs * training * LEAST_STEP * look <= limit:
+            model.freeze()
+            step = image_seconds(stepping, sample, at_depth(recipe, "all"))
+            seconds["all"] = further + TWICE * epochs * training * step
     return DepthPlan(
         model=recipe.model,
         data=recipe.data,
@@ -138,7 +146,7 @@ def measure_depths(recipe: Recipe, classes: tuple[str, ...], sample: Images, tra
         tune=deepest_within(recipe, seconds, training),
         minutes=recipe.tune_minutes,
         looked_per_s=1 / look,
-        kept_mb=2 * model.row_length * (views + held_out) / 2**20,
+        kept_mb=2 * cast(ProbeFusion, classifier.model).row_length * (views + held_out) / 2**20,
     )
 
 
@@ -146,12 +154,19 @@ def deepest_within(recipe: Recipe, seconds: dict[Depth, float], training: int) -
     """The recipe's depth, or of auto the deepest that its minutes and the number of images allow."""
     if recipe.tune in DEPTHS:
         return recipe.tune
-    allowed = DEPTHS if training >= FEWEST else DEPTHS[:1]
+    allowed = [depth for depth in allowed_depths(recipe, training) if depth in seconds]
     return next((depth for depth in allowed[::-1] if seconds[depth] <= 60 * recipe.tune_minutes), DEPTHS[0])
 
 
+def allowed_depths(recipe: Recipe, training: int) -> tuple[Depth, ...]:
+    """The depths that so many training images allow: of auto the first alone where they are few, else up to its own."""
+    if recipe.tune in DEPTHS:
+        return DEPTHS[: DEPTHS.index(recipe.tune) + 1]
+    return DEPTHS if training >= FEWEST else DEPTHS[:1]
+
+
 def depths_in_words(planned: DepthPlan) -> str:
-    """What the depths would take, and why auto takes one of them."""
+    """What the depths that may be chosen would take, and why auto takes one of them."""
     takes = ", ".join(f"{depth} {duration(seconds)}" for depth, seconds in planned.seconds.items())
     few = planned.training_images < FEWEST
     why = (

@@ -190,8 +190,10 @@ def plan_stages(recipe: Recipe) -> DepthPlan:
         InputError: the recipe or its data cannot be used.
     """
     source = open_dataset(recipe.data, recipe.exclude, reading=recipe.reading)
-    require_tunable(build(recipe, source.classes), source, recipe, Run(Path(), Console(quiet=True)))
-    return plan_depths(recipe, source, choose_split(source, recipe.val_fraction, recipe.seed, recipe.rare_classes))
+    classifier = build(recipe, source.classes)
+    require_tunable(classifier, source, recipe, Run(Path(), Console(quiet=True)))
+    split = choose_split(source, recipe.val_fraction, recipe.seed, recipe.rare_classes)
+    return plan_depths(recipe, classifier, source, split)
 
 
 def plan_table(planned: Plan, epochs_auto: bool) -> list[tuple[str, str]]:
