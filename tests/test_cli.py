@@ -118,7 +118,7 @@ def test_evaluation_is_of_the_held_out_images(command, run):
     curve = result["risk_coverage"]
     half = next(risk for share, risk in zip(curve["coverage"], curve["risk"], strict=True) if share >= 0.5)
     assert f"if only the surest half were answered, {half:.2%} would be wrong" in output
-    assert "evaluation.json and risk_coverage.svg; next" in output
+    assert "evaluation.json, with risk_coverage.svg; next" in output
     assert (run / "risk_coverage.svg").read_text().startswith("<svg")
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert result["top1"] == pytest.approx(last["val_top1"])  # the shipped weights are those that training judged
