@@ -497,7 +497,7 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
     assert status == 2
     assert "raise --max-skipped" in errors
     assert f"leave out with --exclude what `tokenfusion check {tmp_path / 'data'}` finds" in errors
-    assert "(a/zero.png: the file has 0 bytes" in errors
+    assert "(a/zero.png: the file is empty (0 bytes))" in errors
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]  # of what is refused nothing is left
     status, output, errors = command(*words, "--seed", 1)  # one is put up with, however few there are
     assert status == 0, errors
