@@ -11,7 +11,7 @@ from cyclopts.config import Dict
 from cyclopts.help import DefaultFormatter, HelpPanel
 
 from tokenfusion.errors import InputError
-from tokenfusion.places import require_data
+from tokenfusion.names import split_names
 from tokenfusion.preset import preset
 from tokenfusion.recipe import AUTO_FIELDS, load_recipe
 
@@ -114,8 +114,6 @@ def with_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
         if others:
             raise InputError(f"--resume goes on with the run's own recipe; leave out {', '.join(others)}")
         return
-    if given.get("data"):
-        require_data(given["data"][0])  # before names of models are looked up, which imports them
     path = given["recipe"][0] if given.get("recipe") else ""
     file = load_recipe(Path(path)) if path else {}
     fill(app, commands, arguments, file, source=path)
@@ -129,8 +127,6 @@ def with_recipe(app: App, commands: tuple[str, ...], arguments: ArgumentCollecti
 
 def first_of_several(given: dict[str, list[str]]) -> list[str]:
     """The model whose preset all of a comparison's models take; refuses options that contradict each other."""
-    from tokenfusion.compare import split_names
-
     if given.get("model"):
         raise InputError("--model names one model; name several with --models A,B")
     if given.get("epochs") and given.get("budget") and given["budget"] != [f"epochs={given['epochs'][0]}"]:

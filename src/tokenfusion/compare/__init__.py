@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from tokenfusion.compare.contenders import Contender, split_names
+from tokenfusion.compare.contenders import Contender
 from tokenfusion.compare.ensemble import evaluate_mean
 from tokenfusion.compare.jobs import run_all
 from tokenfusion.compare.plan import Budget, Comparison, plan_comparison, with_epochs
@@ -23,6 +23,7 @@ from tokenfusion.data.exclude import EXCLUDED, keep_list
 from tokenfusion.data.open import resolved
 from tokenfusion.errors import InputError
 from tokenfusion.files import lock_folder, make_folder, refuse_inside, write_json, write_text
+from tokenfusion.names import split_names
 from tokenfusion.recipe import Recipe, dump_recipe, number
 
 __all__ = ["Budget", "compare", "plan_comparison", "split_names", "summarise"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenfusion.errors import InputError
-from tokenfusion.models.expressions import split_at_commas
+from tokenfusion.names import split_names
 from tokenfusion.recipe import Recipe
 
 ROLES = {
@@ -36,16 +36,6 @@ class Contender:
     name: str
     role: str
     members: tuple[str, ...] = ()
-
-
-def split_names(words: Sequence[str]) -> list[str]:
-    """Model names from words that hold several, separated by commas outside parentheses.
-
-    Raises:
-        InputError: a parenthesis without its partner.
-    """
-    names = [name for word in words for name in split_at_commas(word)]
-    return list(dict.fromkeys(filter(None, names)))
 
 
 def members_of(name: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tokenfusion.errors import InputError
+from tokenfusion.names import split_at_commas, unmatched
 
 FUNCTIONS = {  # name: least and most arguments, and how it is written
     "fuse": (2, 4, "fuse(CNN,VIT,STRATEGY,OPERATOR)"),
@@ -53,27 +54,3 @@ def parse(expression: str) -> tuple[str, list[str]]:
     if not least <= len(arguments) <= most or not all(arguments):
         raise InputError(f"{expression!r} has {len(arguments)} arguments, or an empty one; write {form}")
     return function, arguments
-
-
-def split_at_commas(text: str) -> list[str]:
-    """The parts of a text between its commas outside parentheses.
-
-    Raises:
-        InputError: a parenthesis without its partner.
-    """
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter == "(") - (letter == ")")
-        if depth < 0:
-            break
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    if depth:
-        raise unmatched(text)
-    return [part.strip() for part in parts]
-
-
-def unmatched(text: str) -> InputError:
-    return InputError(f"the parentheses of {text!r} do not match; write it as wide(resnet18,1.5) is, in quotes")
