@@ -10,7 +10,7 @@ BIN := .venv/bin
 	touch $@
 
 .venv/test.stamp: .venv/demo.stamp
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,export]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev,export,serve]'
 	touch $@
 
 demo: .venv/demo.stamp

@@ -28,6 +28,7 @@ from tokenfusion.places import (
 )
 from tokenfusion.predict.cli import predict
 from tokenfusion.recipe import HUB, Recipe
+from tokenfusion.serve.cli import serve
 from tokenfusion.terminal import AsJson, console, counting, show, stderr
 from tokenfusion.version import __version__
 
@@ -399,6 +400,7 @@ def profile(
 
 app.command(predict)
 app.command(export)
+app.command(serve)
 app.command(similar)
 app.command(analyze)
 app.command(explain)

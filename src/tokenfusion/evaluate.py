@@ -123,6 +123,27 @@ def judge_corrupted(
     return measure_corruptions(classifier.logits, labelled, images.dataset.groups, told)
 
 
+def mistaken_of(run: Path, classes: Sequence[str]) -> dict[str, dict[str, float]]:
+    """What answers are often wrong about: of the held-out images that were given a class, the shares of other classes.
+
+    Returns:
+        {class named: {true class: share}} of the shares of 5 % or more that are of two images at least; {} where the
+        run was not evaluated on its own images, or has any number of classes an image.
+    """
+    try:
+        evaluation = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+        table = evaluation["confusion"] if evaluation["own"] else []
+    except (OSError, ValueError, KeyError):
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for column, named in enumerate(classes if len(table) == len(classes) else ()):
+        total = sum(row[column] for row in table)
+        shares = {classes[i]: row[column] / total for i, row in enumerate(table) if i != column and row[column] > 1}
+        if often := {name: share for name, share in shares.items() if share >= 0.05}:
+            found[named] = often
+    return found
+
+
 def require_writable(run: Path, out: Path | None) -> None:
     """Refuse a folder that cannot be written before anything is judged; it is made where it is missing."""
     if out is not None:

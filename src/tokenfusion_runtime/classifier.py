@@ -98,9 +98,12 @@ class ExportedClassifier:
         """
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} lets no image into the model; give 1 or more")
+        return self._batches(iter(images), batch_size, self.answers(topk, abstain))
+
+    def answers(self, topk: int = 5, abstain: float | None = None) -> Answers:
+        """How its probabilities become predictions; see `predict`."""
         cuts = () if abstain is None else cuts_for(abstain, self.surest_errors)
-        answers = Answers(self.classes, tuple(self.description["thresholds"]), topk, cuts)
-        return self._batches(iter(images), batch_size, answers)
+        return Answers(self.classes, tuple(self.description["thresholds"]), topk, cuts)
 
     @property
     def surest_errors(self) -> tuple[SurestErrors, ...]:

@@ -13,6 +13,7 @@ from typing import Any
 from tokenfusion.checkpoint import load_description
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
+from tokenfusion.evaluate import mistaken_of
 from tokenfusion.export.gate import LIMITS, faults, held_out_images, measure, parity_lines
 from tokenfusion.files import lock, make_folder, refuse_inside, write_json, write_text
 from tokenfusion.recipe import load_recipe
@@ -135,6 +136,7 @@ def describe(run: Path, format: str, precision: str, batch: int | None) -> dict[
     return (
         {"export_format": runtime.FORMAT, "format": format, "precision": precision, "batch": batch}
         | saved
+        | {"mistaken": mistaken_of(run, trained["classes"])}
         | {"weights_sha256": weights, "tokenfusion": __version__, "license": ""}
     )
 

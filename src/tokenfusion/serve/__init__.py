@@ -1,0 +1,1 @@
+"""A service and a page: the answers of `predict`, over HTTP."""

@@ -1,0 +1,101 @@
+"""The verb `serve`, which imports what it needs when it is called."""
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from tokenfusion.errors import InputError
+
+
+def serve(
+    artefact: Annotated[Path, Parameter(name="RUN_OR_EXPORT")],
+    /,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 3000,
+    workers: int = 1,
+    token_file: Path | None = None,
+    allow_origin: tuple[str, ...] = (),
+    max_bytes: int = 32 * 2**20,
+    max_pixels: int | None = None,
+    max_images: int = 64,
+    queue: int = 128,
+    seconds: float = 60,
+    batch_size: int = 32,
+) -> None:
+    """Answer over HTTP what `predict` answers, and give a page to people; needs the extra `serve`.
+
+    SIGTERM ends it when what was asked is answered; SIGHUP, or another folder under the same name, loads anew.
+
+    Example: tokenfusion serve photos-onnx
+
+    Parameters
+    ----------
+    artefact
+        Folder that `export` wrote, which is served without torch, or that `train` wrote.
+    host
+        Numeric address to listen on; others than this machine reach 0.0.0.0 too.
+    port
+        To listen on; 0 for any that is free.
+    workers
+        Processes that answer; they share the cores.
+    token_file
+        File with a token that requests must bring: Authorization: Bearer TOKEN.
+    allow_origin
+        Web pages that may use the service, such as https://example.org; none but its own when not given.
+    max_bytes
+        Largest request.
+    max_pixels
+        Largest image; as in training when not given.
+    max_images
+        Most images of a request.
+    queue
+        Requests that may be under way at once; more get 429.
+    seconds
+        That a request may take to arrive, and then may wait.
+    batch_size
+        Images in the model at once.
+    """
+    from tokenfusion.serve.settings import Settings
+
+    require(artefact, workers=workers, max_bytes=max_bytes, max_images=max_images, queue=queue, batch_size=batch_size)
+    if not 0 < seconds <= 3600 or not 0 <= port < 2**16 or (max_pixels is not None and max_pixels < 1):
+        given = f"seconds={seconds:g}, port={port}, max_pixels={max_pixels}"
+        raise InputError(f"{given}: one is out of range; give more than 0, a port below 65536, an hour at most")
+    settings = Settings(
+        path=os.path.abspath(artefact),  # a link stays a link, so that another folder under it is seen
+        workers=workers,
+        token_file=os.path.abspath(token_file) if token_file else "",
+        origins=allow_origin,
+        max_bytes=max_bytes,
+        max_pixels=max_pixels or 0,
+        max_images=max_images,
+        queue=queue,
+        seconds=seconds,
+        batch_size=batch_size,
+    )
+    settings.read_token()
+    from tokenfusion.serve.launch import launch
+
+    status = launch(settings, host, port, lambda text: print(text, flush=True))
+    if status:
+        sys.exit(status)
+
+
+def require(artefact: Path, **counts: int) -> None:
+    """Refuse before anything starts what cannot be served.
+
+    Raises:
+        InputError: the extra is not installed, there is no such folder, or a number is below 1.
+    """
+    if importlib.util.find_spec("bentoml") is None:
+        raise InputError("bentoml is not installed, which serves; pip install 'tokenfusion[serve]'")
+    if not (artefact / "model.json").is_file():
+        raise InputError(f"{artefact} holds no model.json; give a folder that `export` or `train` wrote")
+    for name, count in counts.items():
+        if count < 1:
+            raise InputError(f"{name}={count} leaves nothing to answer; give 1 or more")

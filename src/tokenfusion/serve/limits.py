@@ -1,0 +1,106 @@
+"""What of a request is read: so many bytes, images and seconds, and no more."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+
+from tokenfusion.serve.refusal import Refused
+from tokenfusion.serve.settings import Settings
+
+RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
+"""Content types, besides image/*, of a body that is an image; the last is what curl says of any --data-binary."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """The images of a request.
+
+    Attributes:
+        images: a name that the client gave each, "" for none, and its bytes; the name is never taken for a path.
+        several: whether they came as a form, which is answered by a list.
+    """
+
+    images: tuple[tuple[str, bytes], ...]
+    several: bool
+
+
+async def read_images(request: Request, settings: Settings) -> Given:
+    """The images of a request: its body, or the files of a form.
+
+    Raises:
+        Refused: 413 too many bytes or images, 408 it took too long, 415 or 400 it is neither.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        return await read_form(request, await read_body(request, settings), settings)
+    if kind not in RAW and not kind.startswith("image/"):
+        raise Refused(
+            415, kind, "neither an image nor a form", "send an image's bytes, or several images as multipart/form-data"
+        )
+    return Given((("", await read_body(request, settings)),), several=False)
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """A request's body, of which no more is held than is allowed.
+
+    Raises:
+        Refused: it is too large, comes too slowly, or ends too early.
+    """
+    limit, parts, size = settings.max_bytes, list[bytes](), 0
+    declared = request.headers.get("content-length", "")
+    try:
+        async with asyncio.timeout(settings.seconds):
+            if declared.isdecimal() and int(declared) > limit:
+                raise too_large(f"{int(declared):,} bytes", limit)
+            async for part in request.stream():
+                size += len(part)
+                if size > limit:
+                    raise too_large(f"more than {limit:,} bytes", limit)
+                parts.append(part)
+    except TimeoutError as error:
+        reason = f"the request did not arrive within {settings.seconds:g} seconds"
+        raise Refused(408, f"{size:,} bytes", reason, "send a smaller image, or over a faster line") from error
+    except ClientDisconnect as error:
+        raise Refused(400, f"{size:,} bytes", "the connection ended before the request did", "send it whole") from error
+    return b"".join(parts)
+
+
+def too_large(value: str, limit: int) -> Refused:
+    return Refused(413, value, f"more than the {limit:,} bytes that a request may have", "send fewer or smaller images")
+
+
+async def read_form(request: Request, body: bytes, settings: Settings) -> Given:
+    """The files of a form.
+
+    Raises:
+        Refused: it is no such form, has no or too many files, or anything else in it.
+    """
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+        yield b""
+
+    most = settings.max_images
+    try:
+        parser = MultiPartParser(request.headers, stream(), max_files=most, max_fields=0, max_part_size=0)
+        form = await parser.parse()
+    except MultiPartException as error:
+        if "Too many files" in error.message:
+            reason = f"a request may have {most:,} images"
+            raise Refused(413, f"more than {most:,} files", reason, "send them in several requests") from error
+        if "Too many fields" in error.message or "Part exceeded" in error.message:
+            reason = "a field of the form has no file name, so that it is not a file"
+            raise Refused(400, "the form", reason, "give images alone, each with a file name") from error
+        raise Refused(400, "the form", error.message, "send multipart/form-data, each image with a name") from error
+    except Exception as error:  # whatever a form that is cut or forged makes the parser trip over
+        raise Refused(400, "the form", f"it cannot be read ({type(error).__name__})", "send it whole") from error
+    files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+    images = tuple([(file.filename or "", await file.read()) for file in files])
+    await form.close()
+    if not images:
+        raise Refused(400, "the form", "there is no image in it", "give one or more files")
+    return Given(images, several=True)

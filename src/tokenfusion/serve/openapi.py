@@ -1,0 +1,67 @@
+"""The description of the service that programs read: OpenAPI 3.1."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenfusion.version import __version__
+
+IMAGE = {"schema": {"type": "string", "format": "binary"}}
+FORM = {
+    "schema": {
+        "type": "object",
+        "properties": {"image": {"type": "array", "items": {"type": "string", "format": "binary"}}},
+    }
+}
+REFUSALS = {
+    400: "an option or a form that cannot be understood",
+    401: "the token is missing, or another one",
+    408: "the request took too long to arrive",
+    413: "too many bytes or images",
+    415: "neither an image nor a form",
+    422: "an image that cannot be read",
+    429: "more requests than the service takes; ask again after Retry-After seconds",
+}
+
+
+def openapi(classes: Sequence[str]) -> dict[str, Any]:
+    """All addresses, with examples that name this classifier's classes."""
+    one, other = classes[0], classes[-1]
+    best = [{"label": one, "score": 0.91}, {"label": other, "score": 0.05}]
+    answer = {"path": "", "label": one, "score": 0.91, "topk": best}
+    several = [answer | {"path": "a.jpg"}, {"path": "b.jpg", "error": "damaged image: image file is truncated"}]
+    unsure = answer | {"label": None}
+    examples = {"one": {"value": answer}, "unsure": {"value": unsure}, "several": {"value": several}}
+    topk = parameter("topk", "integer", "how many classes to name", 5)
+    abstain = parameter("abstain", "number", "largest share of wrong answers; where unsure, label is null", 0.02)
+    branch = parameter("branch", "string", "cnn, transformer or both", "both")
+    predict = operation("Classify an image, or several", {"application/json": {"examples": examples}})
+    explain = operation("Where the model looked, as PNG; 501 where it cannot be seen", {"image/png": IMAGE})
+    body = {"required": True, "content": {"image/*": IMAGE, "multipart/form-data": FORM}}
+    about = {"application/json": {"example": {"name": "tokenfusion_early_tiny", "classes": list(classes[:10])}}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "tokenfusion", "version": __version__},
+        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "security": [{}, {"token": []}],
+        "paths": {
+            "/v1/predict": {"post": predict | {"requestBody": body, "parameters": [topk, abstain]}},
+            "/v1/explain": {"post": explain | {"requestBody": body, "parameters": [branch]}},
+            "/v1/model": {"get": operation("What the classifier is, and the limits", about)},
+            "/livez": {"get": operation("200 while the process lives", {})},
+            "/readyz": {"get": operation("200 when it answers", {})},
+            "/metrics": {"get": operation("Measures for Prometheus", {"text/plain": {}})},
+        },
+    }
+
+
+def operation(summary: str, content: dict[str, Any]) -> dict[str, Any]:
+    """An address, its answer and its refusals."""
+    error = {"value": "9,000,000 bytes", "reason": "more than a request may have", "remedy": "send a smaller image"}
+    refused = {"application/json": {"example": {"error": error}}}
+    refusals = {str(status): {"description": why, "content": refused} for status, why in REFUSALS.items()}
+    return {"summary": summary, "responses": {"200": {"description": "the answer", "content": content}} | refusals}
+
+
+def parameter(name: str, kind: str, what: str, example: Any) -> dict[str, Any]:
+    """An option behind the question mark."""
+    return {"name": name, "in": "query", "description": what, "schema": {"type": kind}, "example": example}

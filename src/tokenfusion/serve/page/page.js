@@ -1,0 +1,221 @@
+// One image a request, a few at once; what goes wrong is said beside the image.
+const AT_ONCE = 4, RETRIES = 20, TOPK = 5;
+const $ = (id) => document.getElementById(id);
+const cards = [];
+const waiting = [];
+let model = null, running = 0, token = "";
+
+class Told extends Error {}
+
+async function ask(address, options = {}) {
+  const headers = token ? { Authorization: `Bearer ${token}` } : {};
+  for (let tried = 0; ; tried++) {
+    let answer;
+    try {
+      answer = await fetch(address, { ...options, headers: { ...options.headers, ...headers } });
+    } catch {
+      throw new Told("The service cannot be reached. Is it running, and is the network there?");
+    }
+    if (answer.ok) return answer;
+    if (answer.status === 429 && tried < RETRIES) {
+      const seconds = Number(answer.headers.get("Retry-After")) || 1;
+      await new Promise((go) => setTimeout(go, 1000 * seconds * (0.5 + Math.random())));
+      continue;
+    }
+    if (answer.status === 401) $("token-form").hidden = false;
+    const { error } = await answer.json().catch(() => ({ error: null }));
+    throw new Told(error ? `${error.value}: ${error.reason}; ${error.remedy}` : `The service answered ${answer.status}.`);
+  }
+}
+
+async function connect() {
+  try {
+    model = await (await ask("v1/model")).json();
+  } catch (error) {
+    $("about").textContent = error.message;
+    return;
+  }
+  $("token-form").hidden = true;
+  const held = model.calibration.held_out_images;
+  const trust = held ? `scores are calibrated on ${held.toLocaleString("en")} images` : "scores are calibrated";
+  const names = model.classes.slice(0, 12).join(", ") + (model.classes.length > 12 ? ", …" : "");
+  $("about").textContent = `${model.name} knows ${model.classes.length} classes: ${names}; ${trust}.`;
+  if (!held) $("abstain").parentElement.hidden = true;
+}
+
+function element(name, text, className = "") {
+  const made = document.createElement(name);
+  made.textContent = text;
+  made.className = className;
+  return made;
+}
+
+function add(files) {
+  for (const file of files) {
+    const item = $("card").content.firstElementChild.cloneNode(true);
+    const card = { file, item, answer: item.querySelector(".answer"), name: file.name || "pasted image", found: null };
+    const thumbnail = item.querySelector("img");
+    thumbnail.src = card.url = URL.createObjectURL(file);
+    thumbnail.onerror = () => { thumbnail.removeAttribute("src"); };
+    item.querySelector("h2").textContent = card.name;
+    $("cards").append(item);
+    cards.push(card);
+    send(card);
+  }
+}
+
+function send(card) {
+  card.found = null;
+  show(card, element("p", "waiting …", "state"));
+  waiting.push(card);
+  progress();
+  next();
+}
+
+function next() {
+  while (running < AT_ONCE && waiting.length) {
+    running++;
+    judge(waiting.shift()).finally(() => { running--; progress(); next(); });
+  }
+}
+
+async function judge(card) {
+  try {
+    if (!model) await connect();
+    if (model && card.file.size > model.limits.bytes) {
+      const most = Math.floor(model.limits.bytes / 2 ** 20);
+      throw new Told(`${(card.file.size / 2 ** 20).toFixed(1)} MB are more than the ${most} MB that are taken; give a smaller image`);
+    }
+    const abstain = $("abstain").value ? `&abstain=${$("abstain").value}` : "";
+    const type = card.file.type.startsWith("image/") ? card.file.type : "application/octet-stream";
+    const asked = { method: "POST", body: card.file, headers: { "Content-Type": type } };
+    card.found = await (await ask(`v1/predict?topk=${TOPK}${abstain}`, asked)).json();
+    show(card, ...answered(card));
+  } catch (error) {
+    if (!(error instanceof Told)) console.error(error);
+    const said = error instanceof Told ? error.message : "This file cannot be read any more; choose it again";
+    card.found = { error: said };
+    const alert = element("p", said, "error");
+    alert.setAttribute("role", "alert");
+    const again = element("button", "Try again");
+    again.setAttribute("aria-label", `Try ${card.name} again`);
+    again.onclick = () => send(card);
+    show(card, alert, again);
+  }
+}
+
+function show(card, ...parts) {
+  card.answer.replaceChildren(card.answer.querySelector("h2"), ...parts);
+}
+
+const percent = (score) => `${(100 * score).toFixed(1)} %`;
+
+function answered(card) {
+  const { label, labels, unsure, score, topk } = card.found, parts = [];
+  if (labels) {
+    parts.push(element("p", labels.length ? labels.map((one) => one.label).join(", ") : "none of these", "named"));
+    if (unsure?.length) parts.push(element("p", `Not sure about: ${unsure.join(", ")}`, "note"));
+  } else {
+    parts.push(element("p", label === null ? "none of these" : label, "named"));
+    const true_ = label === null ? "Too unsure to name one; the likeliest:" : `Such an answer is right in about ${percent(score)} of cases`;
+    parts.push(element("p", true_, "note"));
+  }
+  const rows = element("ul", "", "rows");
+  for (const row of topk) {
+    const item = document.createElement("li"), fill = element("div", "", "fill");
+    fill.style.width = percent(row.score).replace(" ", "");
+    item.append(fill, element("span", row.label), element("span", percent(row.score)));
+    rows.append(item);
+  }
+  parts.push(rows);
+  const often = Object.entries(model?.mistaken?.[label] ?? {}).sort((one, other) => other[1] - one[1]);
+  if (often.length) {
+    const others = often.slice(0, 3).map(([name, share]) => `${name} (${percent(share)})`).join(", ");
+    parts.push(element("p", `“${label}” is sometimes said of what is really: ${others}`, "note mistaken"));
+  }
+  if (model?.explains) {
+    const look = element("button", "Where did it look?");
+    look.setAttribute("aria-label", `Where did it look in ${card.name}?`);
+    look.onclick = () => explain(card, look);
+    parts.push(look);
+  }
+  return parts;
+}
+
+async function explain(card, look) {
+  look.disabled = true;
+  try {
+    const answer = await ask("v1/explain", { method: "POST", body: card.file, headers: { "Content-Type": "application/octet-stream" } });
+    const map = element("img", "", "map"), branches = answer.headers.get("X-Branches");
+    map.src = URL.createObjectURL(await answer.blob());
+    map.alt = `Where it looked, from left to right: ${branches}`;
+    look.replaceWith(map, element("p", map.alt, "note"));
+  } catch (error) {
+    look.replaceWith(element("p", error.message, "error"));
+  }
+}
+
+function progress() {
+  const done = cards.filter((card) => card.found), failed = done.filter((card) => card.found.error);
+  $("bar").hidden = !cards.length;
+  $("csv").disabled = !done.length;
+  const bad = failed.length ? `, of which ${failed.length} could not be judged` : "";
+  $("progress").textContent = cards.length ? `${done.length} of ${cards.length} images done${bad}` : "";
+}
+
+function csv() {
+  const quoted = (cell) => (/[",\r\n]/.test(cell) ? `"${String(cell).replaceAll('"', '""')}"` : String(cell));
+  const several = model?.multi_label, most = Math.min(TOPK, model?.classes.length ?? TOPK);
+  const ranked = Array.from({ length: most }, (_, i) => [`label_${i + 1}`, `score_${i + 1}`]).flat();
+  const heading = several ? ["path", "labels", "scores", ...ranked, "error"] : ["path", "label", "score", ...ranked.slice(2), "error"];
+  const lines = [heading];
+  for (const { name, found } of cards.filter((card) => card.found)) {
+    let cells = [];
+    if (!found.error) {
+      cells = found.topk.flatMap((row) => [row.label, row.score.toFixed(6)]);
+      if (several) cells.unshift(found.labels.map((row) => row.label).join("|"), found.labels.map((row) => row.score.toFixed(6)).join("|"));
+      else if (found.label === null) cells[0] = "";
+    }
+    const empty = Array(heading.length - 2 - cells.length).fill("");
+    lines.push([name, ...cells, ...empty, found.error ?? ""]);
+  }
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([lines.map((line) => line.map(quoted).join(",")).join("\n") + "\n"], { type: "text/csv" }));
+  link.download = "answers.csv";
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
+}
+
+function clear() {
+  for (const card of cards.splice(0)) URL.revokeObjectURL(card.url);
+  waiting.length = 0;
+  $("cards").replaceChildren();
+  progress();
+  $("files").focus();
+}
+
+for (const id of ["files", "camera"]) {
+  $(id).addEventListener("change", ({ target }) => { add(target.files); target.value = ""; });
+}
+document.addEventListener("paste", (event) => {
+  const files = [...(event.clipboardData?.files ?? [])];
+  if (files.length) { event.preventDefault(); add(files); }
+});
+for (const kind of ["dragenter", "dragover"]) {
+  document.addEventListener(kind, (event) => { event.preventDefault(); document.body.classList.add("over"); });
+}
+document.addEventListener("dragleave", (event) => { if (!event.relatedTarget) document.body.classList.remove("over"); });
+document.addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("over");
+  add(event.dataTransfer.files);
+});
+$("csv").addEventListener("click", csv);
+$("clear").addEventListener("click", clear);
+$("token-form").addEventListener("submit", async (event) => {
+  event.preventDefault();
+  token = $("token").value.trim();
+  await connect();
+  if (model) for (const card of cards.filter((one) => one.found?.error)) send(card);
+});
+connect();

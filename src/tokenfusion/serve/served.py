@@ -1,0 +1,138 @@
+"""The classifier that a worker answers by: an exported folder without torch, or a run."""
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+
+from tokenfusion.serve.about import calibration
+from tokenfusion.serve.batching import Batches
+from tokenfusion.serve.measure import STAGE_SECONDS, UNREADABLE
+from tokenfusion.serve.refusal import Refused
+from tokenfusion.serve.settings import Settings
+from tokenfusion_runtime.classifier import ExportedClassifier, load, read_description
+from tokenfusion_runtime.errors import InputError
+from tokenfusion_runtime.image import Pixels
+from tokenfusion_runtime.prediction import Answers, Floats, Prediction
+
+Found = TypeVar("Found")
+
+
+class Model(Protocol):
+    """What an exported classifier and a run have in common."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    def prepare(self, image: bytes) -> tuple[str, Pixels | str]: ...
+    def probabilities(self, images: Pixels) -> Floats: ...
+    def answers(self, topk: int, abstain: float | None) -> Answers: ...
+
+
+class Served:
+    """A classifier that is loaded, and the queue before it.
+
+    Attributes:
+        model: what answers.
+        about: what `GET /v1/model` says of it.
+        explain: gives branches and a PNG of (an image's bytes, branch); None where the artefact cannot.
+        users: requests that are using it.
+    """
+
+    def __init__(self, model: Model, about: dict[str, Any], settings: Settings, explain: Any = None) -> None:
+        self.model, self.about, self.explain, self.users = model, about, explain, 0
+        self.batches = Batches(model.probabilities, settings.batch_size, settings.seconds)
+        self.decoders = ThreadPoolExecutor(settings.threads, "decoder")
+
+    @property
+    def sha256(self) -> str:
+        """Of the graph, or of a run's weights: which classifier an answer is from."""
+        return str(self.about["sha256"])
+
+    def answers(self, topk: int = 5, abstain: float | None = None) -> Answers:
+        """How probabilities become predictions.
+
+        Raises:
+            Refused: these numbers mean nothing.
+        """
+        try:
+            return self.model.answers(min(topk, len(self.model.classes)), abstain)
+        except InputError as error:
+            raise Refused.because(error) from error
+
+    async def predict(self, images: Sequence[tuple[str, bytes]], answers: Answers) -> list[Prediction]:
+        """Predictions of named image files, in order; of one that cannot be read, why."""
+        prepared = await self.decode([data for _, data in images])
+        readable = [pixels for pixels in prepared if not isinstance(pixels, str)]
+        rows = iter(await self.batches(np.stack(readable)) if readable else ())
+        return [
+            Prediction(name, error=pixels) if isinstance(pixels, str) else answers.of(name, next(rows))
+            for (name, _), pixels in zip(images, prepared, strict=True)
+        ]
+
+    async def decode(self, files: Sequence[bytes]) -> list[Pixels | str]:
+        """The prepared pixels of image files, or why there are none."""
+        began, loop = time.perf_counter(), asyncio.get_running_loop()
+        decoding = [loop.run_in_executor(self.decoders, self.model.prepare, file) for file in files]
+        prepared = [pixels for _, pixels in await asyncio.gather(*decoding)]
+        STAGE_SECONDS.labels("decode").observe(time.perf_counter() - began)
+        UNREADABLE.inc(sum(isinstance(pixels, str) for pixels in prepared))
+        return prepared
+
+    async def in_turn(self, work: Callable[..., Found], *arguments: Any) -> Found:
+        """Do something else with the model, between two batches."""
+        return await asyncio.get_running_loop().run_in_executor(self.batches.thread, partial(work, *arguments))
+
+    def close(self) -> None:
+        """End its threads and its queue, when no request uses it any more."""
+        self.batches.close()
+        self.decoders.shutdown(wait=False)
+
+
+def open_served(settings: Settings) -> Served:
+    """Load what the settings name.
+
+    Raises:
+        InputError: it is neither an exported folder nor a finished run, or cannot be loaded.
+    """
+    path = Path(settings.path)
+    if not is_exported(path):
+        from tokenfusion.serve.run import open_run
+
+        model, about, explain = open_run(path, settings.max_pixels, settings.threads)
+        return Served(model, about, settings, explain)
+    exported = load(path, threads=settings.threads)
+    if settings.max_pixels:
+        limited = exported.description | {"max_pixels": settings.max_pixels}
+        exported = replace(exported, description=limited)
+    return Served(exported, about_exported(exported), settings)
+
+
+def is_exported(path: Path) -> bool:
+    """Whether a folder is an exported one, rather than a run."""
+    try:
+        read_description(path)
+    except InputError:
+        return False
+    return True
+
+
+def about_exported(exported: ExportedClassifier) -> dict[str, Any]:
+    """What is said of an exported classifier."""
+    said = exported.description
+    kept = ("name", "format", "precision", "classes", "multi_label", "thresholds", "preprocess", "max_pixels")
+    return {key: said[key] for key in kept} | {
+        "parity": said["parity"],
+        "calibration": calibration(said),
+        "mistaken": said.get("mistaken", {}),
+        "explains": False,
+        "why_not_explained": "an exported folder holds no gradients to see by",
+        "sha256": said["graph_sha256"],
+        "trained_by": {"tokenfusion": said["tokenfusion"]},
+        "note": exported.note,
+    }

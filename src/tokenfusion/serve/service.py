@@ -1,0 +1,180 @@
+"""The service: its addresses, and BentoML around them, which counts, bounds and watches over the requests."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import bentoml
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import FileResponse, Response
+from starlette.routing import Route
+
+from tokenfusion.serve.holder import Holder
+from tokenfusion.serve.limits import read_images
+from tokenfusion.serve.measure import STAGE_SECONDS
+from tokenfusion.serve.openapi import openapi
+from tokenfusion.serve.protocol import Protocol
+from tokenfusion.serve.refusal import OURS, Refused, json_response
+from tokenfusion.serve.settings import Settings
+from tokenfusion.version import __version__
+from tokenfusion_runtime.image import FORMATS
+from tokenfusion_runtime.prediction import Answers
+
+PAGE = Path(__file__).parent / "page"
+FILES = {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js", "/docs": "docs.html", "/docs.js": "docs.js"}
+"""Addresses of the page and its parts."""
+PAGE_HEADERS = OURS | {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+Endpoint = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class Addresses:
+    """What is answered where.
+
+    Args:
+        holder: the classifier in use.
+        settings: limits.
+    """
+
+    def __init__(self, holder: Holder, settings: Settings) -> None:
+        self.holder, self.settings = holder, settings
+        self.protocol = Protocol(holder, settings)
+
+    def app(self) -> Starlette:
+        """All of them, and the watch over the classifier."""
+
+        @asynccontextmanager
+        async def watched(_: Starlette) -> AsyncIterator[None]:
+            watching = asyncio.create_task(self.holder.watch())
+            yield
+            watching.cancel()
+            with suppress(asyncio.CancelledError):
+                await watching
+
+        routes = [
+            Route("/v1/predict", self.predict, methods=["POST"]),
+            Route("/v1/explain", self.explain, methods=["POST"]),
+            Route("/v1/model", self.model),
+            Route("/openapi.json", self.openapi),
+            *self.protocol.routes(),
+            *(Route(address, page(name)) for address, name in FILES.items()),
+        ]
+        return Starlette(routes=routes, exception_handlers={Refused: refuse}, lifespan=watched)
+
+    async def predict(self, request: Request) -> Response:
+        """The answers of `predict`: an object for an image, a list for a form of several."""
+        with self.holder.use() as served:
+            answers = self.answers(request, served.answers)
+            with STAGE_SECONDS.labels("read").time():
+                given = await read_images(request, self.settings)
+            predictions = await served.predict(given.images, answers)
+        found = [prediction.to_dict() for prediction in predictions]
+        headers = {"X-Model-SHA256": served.sha256}
+        if given.several:
+            return json_response(found, headers=headers)
+        if reason := predictions[0].error:
+            raise unreadable(reason)
+        return json_response(found[0], headers=headers)
+
+    async def explain(self, request: Request) -> Response:
+        """Where the classifier looked, as PNG: the branches from left to right, named in a header."""
+        branch = query_of(request, {"branch"}).get("branch", "both")
+        if branch not in ("cnn", "transformer", "both"):
+            raise Refused(400, f"branch={branch}", "not a branch", "give cnn, transformer or both")
+        with self.holder.use() as served:
+            if served.explain is None:
+                reason = served.about["why_not_explained"]
+                raise Refused(501, "/v1/explain", reason, "serve a run of one class an image")
+            given = await read_images(request, self.settings)
+            if len(given.images) > 1:
+                raise Refused(413, f"{len(given.images)} images", "one is explained at a time", "send one")
+            try:
+                names, png = await served.in_turn(served.explain, given.images[0][1], branch)
+            except ValueError as error:
+                raise unreadable(str(error)) from error
+        return Response(png, headers=OURS | {"X-Branches": ", ".join(names)}, media_type="image/png")
+
+    async def model(self, _: Request) -> Response:
+        """What the classifier is, and what may be asked of it."""
+        limits = {
+            "bytes": self.settings.max_bytes,
+            "images": self.settings.max_images,
+            "pixels": self.holder.served.about["max_pixels"],
+            "seconds": self.settings.seconds,
+            "requests": self.settings.queue,
+            "formats": FORMATS,
+        }
+        versions = {"tokenfusion": __version__, "bentoml": version("bentoml")}
+        return json_response(self.holder.served.about | {"limits": limits, "served_by": versions})
+
+    async def openapi(self, _: Request) -> Response:
+        """The description of all this that programs read."""
+        return json_response(openapi(self.holder.served.about["classes"]))
+
+    def answers(self, request: Request, answers: Callable[[int, float | None], Answers]) -> Answers:
+        """How a request wants its answers, by `topk` and `abstain`."""
+        options = query_of(request, {"topk", "abstain"})
+        return answers(number(options, "topk", int, 5), number(options, "abstain", float, None))
+
+
+def unreadable(reason: str) -> Refused:
+    """What is said of an image that cannot be read."""
+    return Refused(422, "the image", reason, f"send a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+
+
+def query_of(request: Request, known: set[str]) -> dict[str, str]:
+    """The options behind the question mark.
+
+    Raises:
+        Refused: one is unknown, or given twice.
+    """
+    options = dict(request.query_params)
+    if unknown := sorted(options.keys() - known):
+        raise Refused(400, unknown[0], "no option of this address", f"give {' or '.join(sorted(known))}")
+    if len(request.query_params.multi_items()) > len(options):
+        raise Refused(400, str(request.query_params), "an option is given twice", "give each once")
+    return options
+
+
+def number(options: dict[str, str], name: str, kind: Callable[[str], Any], default: Any) -> Any:
+    """An option's number."""
+    try:
+        return kind(options[name]) if name in options else default
+    except ValueError as error:
+        example = "topk=3" if kind is int else "abstain=0.02"
+        raise Refused(400, f"{name}={options[name]}", "not a number", f"give one, such as {example}") from error
+
+
+async def refuse(_: Request, error: Exception) -> Response:
+    """What a client gets that is refused."""
+    assert isinstance(error, Refused)
+    return error.response()
+
+
+def page(name: str) -> Endpoint:
+    """What gives out a file of the page."""
+
+    async def give(_: Request) -> Response:
+        return FileResponse(PAGE / name, headers=PAGE_HEADERS)
+
+    return give
+
+
+def service(app: Starlette, settings: Settings) -> Any:
+    """The BentoML service around the addresses: measures, health, the bound on requests, time."""
+
+    bento: Any = bentoml.service(
+        name="tokenfusion",
+        workers=settings.workers,
+        traffic={"max_concurrency": settings.queue, "timeout": 3 * settings.seconds},
+        logging={"access": {"enabled": False}},
+    )(type("Classify", (), {}))
+    bento.mount_asgi_app(app)
+    return bento

@@ -1,0 +1,64 @@
+"""`python -m tokenfusion.serve.worker FD`: one process that answers on a socket which the launcher has opened."""
+
+import socket
+import sys
+
+import uvicorn
+from bentoml._internal.context import server_context
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+from tokenfusion.serve.guard import Guard
+from tokenfusion.serve.holder import Holder
+from tokenfusion.serve.service import FILES, Addresses, service
+from tokenfusion.serve.settings import CANNOT_START, Settings
+from tokenfusion_runtime.errors import InputError
+
+MAX_HEADERS = 2**15
+"""Bytes of a request's headers."""
+
+
+def application(settings: Settings) -> ASGIApp:
+    """All of the service as one ASGI application.
+
+    Raises:
+        InputError: the classifier or the token cannot be read.
+    """
+    holder, token = Holder(settings), settings.read_token()
+    addresses = Addresses(holder, settings).app()
+    paths = {route.path for route in addresses.routes if hasattr(route, "path")}
+
+    def known(path: str) -> bool:
+        return path.replace(f"/models/{holder.served.about['name']}", "/models/{name}", 1) in paths
+
+    app: ASGIApp = Guard(service(addresses, settings).to_asgi(is_main=True), known, token, frozenset(FILES))
+    if settings.origins:
+        app = CORSMiddleware(app, settings.origins, allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+def main() -> None:
+    """Answer until SIGTERM, and then what has been asked."""
+    settings = Settings.from_environment()
+    try:
+        app = application(settings)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(CANNOT_START)
+    server_context.service_name = server_context.bento_name = "tokenfusion"  # in the labels of measures
+    config = uvicorn.Config(
+        app,
+        http="h11",  # which, other than httptools, bounds the headers
+        h11_max_incomplete_event_size=MAX_HEADERS,
+        ws="none",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(3 * settings.seconds) + 1,
+    )
+    with socket.socket(fileno=int(sys.argv[1])) as listening:
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""A service answers as `predict` does, says what it refuses, and keeps to its limits."""
+
+import json
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from services import DEADLINE, NAMES, answers_of, form, pictures, rest_of, service, write_export
+from tokenfusion_runtime.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return write_export(tmp_path_factory.mktemp("served") / "export")
+
+
+@pytest.fixture(scope="module")
+def served(exported):
+    limits = ("--max-bytes", 20_000, "--max-images", 5, "--max-pixels", 10_000)
+    with service(exported, *limits) as running:
+        yield running
+
+
+def test_an_image_is_answered_as_predict_does_to_the_letter(served, exported, tmp_path, capsys):
+    for number, data in enumerate(pictures(6)):
+        file = tmp_path / f"{number}.img"
+        file.write_bytes(data)
+        for query, words in (("", ["--topk", "5"]), ("?topk=2&abstain=0.02", ["--topk", "2", "--abstain", "0.02"])):
+            assert main([str(exported), str(file), "--format", "json", *words]) == 0
+            line = capsys.readouterr().out.replace(str(file), "")
+            status, headers, body = served.ask(f"/v1/predict{query}", data, {"Content-Type": "image/png"})
+            assert (status, body.decode()) == (200, line.strip())
+            assert headers["x-model-sha256"] == json.loads((exported / "model.json").read_text())["graph_sha256"]
+
+
+def test_several_images_are_answered_in_order_and_a_bad_one_by_its_reason(served, exported):
+    files = pictures(4)
+    body, headers = form([("a.png", files[0]), ("../../etc/passwd", b"no image"), ("c", files[2]), ("d", files[3])])
+    status, _, text = served.ask("/v1/predict?topk=2", body, headers)
+    found, expected = json.loads(text), answers_of(exported, [files[0], b"no image", files[2], files[3]], topk=2)
+    assert status == 200
+    assert [one["path"] for one in found] == ["a.png", "../../etc/passwd", "c", "d"]
+    assert found[1]["error"] == expected[1]["error"]
+    for one, other in zip(found, expected, strict=True):
+        assert one.get("label") == other.get("label")
+        assert one.get("score") == pytest.approx(other.get("score"), abs=1e-6)
+
+
+def test_images_of_many_clients_share_batches_and_each_gets_its_own_answer(served, exported):
+    files = pictures(60)
+    with ThreadPoolExecutor(12) as clients:
+        found = list(clients.map(served.predict, files))
+    for one, other in zip(found, answers_of(exported, files), strict=True):
+        assert one["label"] == other["label"]
+        assert one["score"] == pytest.approx(other["score"], abs=1e-6)
+
+
+def test_it_says_what_it_serves(served, exported):
+    about = json.loads(served.ask("/v1/model")[2])
+    said = json.loads((exported / "model.json").read_text())
+    for key in ("name", "classes", "preprocess", "parity", "mistaken"):
+        assert about[key] == said[key]
+    assert about["calibration"] == {"temperature": 1.0, "held_out_images": 359}
+    assert (about["limits"]["bytes"], about["limits"]["images"], about["limits"]["pixels"]) == (20_000, 5, 10_000)
+    assert set(about["served_by"]) == {"tokenfusion", "bentoml"}
+
+
+def test_workers_hold_no_torch_and_tell_nobody(served):
+    (worker,) = served.workers()
+    assert "libtorch" not in Path(f"/proc/{worker}/maps").read_text()
+    told = Path(f"/proc/{worker}/environ").read_bytes().split(b"\0")
+    assert b"BENTOML_DO_NOT_TRACK=True" in told
+
+
+def huge():
+    return pictures(1)[0][:50] + bytes(20_000)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "headers", "status", "words"),
+    [
+        ("/v1/predict", b"", {}, 422, "empty (0 bytes)"),
+        ("/v1/predict", b"no image", {}, 422, "not an image"),
+        ("/v1/predict", pictures(1)[0][:70], {}, 422, "damaged"),
+        ("/v1/predict", b"P5 200 200 255 " + bytes(40), {}, 422, "more than max_pixels=10000"),
+        ("/v1/predict", huge(), {}, 413, "20,000 bytes"),
+        ("/v1/predict", form([("a", b"")] * 6)[0], form([])[1], 413, "5 images"),
+        ("/v1/predict", form([])[0], form([])[1], 400, "no image"),
+        ("/v1/predict", b"nothing", form([])[1], 400, "form"),
+        ("/v1/predict", b"nothing", {"Content-Type": "multipart/form-data"}, 400, "boundary"),
+        ("/v1/predict", b"{}", {"Content-Type": "application/json"}, 415, "application/json"),
+        ("/v1/predict?topk=0", b"x", {}, 400, "names no class"),
+        ("/v1/predict?topk=many", b"x", {}, 400, "topk=many"),
+        ("/v1/predict?abstain=2", b"x", {}, 400, "between 0 and 1"),
+        ("/v1/predict?abstain=nan", b"x", {}, 400, "between 0 and 1"),
+        ("/v1/predict?path=/etc/passwd", b"x", {}, 400, "no option"),
+        ("/v1/predict", None, {}, 405, "GET /v1/predict"),
+        ("/etc/passwd", None, {}, 404, "/docs"),
+        ("/schema.json", None, {}, 404, "/docs"),
+        ("/v1/explain", pictures(1)[0], {}, 501, "gradients"),
+    ],
+)
+def test_what_is_refused_is_said_by_value_reason_and_remedy(served, path, body, headers, status, words):
+    found, said, text = served.ask(path, body, headers)
+    assert found == status
+    error = json.loads(text)["error"]
+    assert set(error) == {"value", "reason", "remedy"}
+    assert all(error.values())
+    assert words in " ".join(error.values())
+    assert "access-control-allow-origin" not in said
+
+
+def test_measures_count_requests_batches_stages_and_refusals_but_no_address_that_there_is_not(served):
+    served.predict(pictures(1)[0])
+    served.ask("/nowhere/" + "x" * 30)
+    measures = served.ask("/metrics")[2].decode()
+    assert 'bentoml_service_request_total{endpoint="/v1/predict",http_response_code="200"' in measures
+    for name in ("bentoml_service_request_in_progress", "tokenfusion_batch_images_bucket", 'stage="decode"'):
+        assert name in measures
+    assert 'tokenfusion_refused_total{status="404"}' in measures
+    assert "nowhere" not in measures
+
+
+def test_every_address_of_the_description_is_there_and_its_examples_are_answers(served):
+    said = json.loads(served.ask("/openapi.json")[2])
+    for path, ways in said["paths"].items():
+        (method,) = ways
+        assert served.ask(path, b"" if method == "post" else None)[0] in (200, 422, 501)
+    examples = said["paths"]["/v1/predict"]["post"]["responses"]["200"]["content"]["application/json"]["examples"]
+    assert set(examples["one"]["value"]) == set(served.predict(pictures(1)[0]))
+    assert served.ask("/docs")[0] == served.ask("/static_content/swagger-ui-bundle.js")[0] == 200
+    assert b"googletagmanager" not in served.ask("/docs")[2]
+
+
+KINDS = ["image/png", "multipart/form-data; boundary=edge", "multipart/form-data", "application/octet-stream", "text/x"]
+PARTS = [b"--edge", b"\r\n", b"--edge--", b'Content-Disposition: form-data; name="a"; filename="b"', b"\0\xff", b":"]
+BODIES = st.one_of(
+    st.binary(max_size=300),
+    st.lists(st.sampled_from(PARTS), max_size=12).map(b"".join),
+    st.tuples(st.sampled_from(pictures(6)), st.integers(0, 400)).map(lambda cut: cut[0][: cut[1]]),
+    st.tuples(st.sampled_from(pictures(6)), st.integers(0, 200), st.binary(min_size=1, max_size=9)).map(
+        lambda changed: changed[0][: changed[1]] + changed[2] + changed[0][changed[1] :]
+    ),
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+@given(body=BODIES, kind=st.sampled_from(KINDS), path=st.sampled_from(["/v1/predict", "/v2/models/tiny/infer"]))
+@example(body=b"[" * 10_000, kind="text/x", path="/v2/models/tiny/infer")
+@example(
+    body=b'{"inputs": [{"name": "pixels", "datatype": "UINT8", "data": [1e400]}]}',
+    kind="",
+    path="/v2/models/tiny/infer",
+)
+def test_no_body_makes_it_fail(served, body, kind, path):
+    status, _, _ = served.ask(path, body, {"Content-Type": kind})
+    assert status in (200, 400, 413, 415, 422)
+
+
+def received(connection):
+    """The first bytes of an answer; none where the other side has hung up."""
+    try:
+        return connection.recv(12)
+    except ConnectionError:
+        return b""
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"nonsense\r\n\r\n",
+        b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /v1/model HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 2_000_000 + b"\r\n\r\n",
+    ],
+)
+def test_what_is_no_http_is_refused_and_the_next_request_answered(served, sent):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=DEADLINE) as connection:
+        with suppress(ConnectionError):  # it may hang up before all of it is sent
+            connection.sendall(sent)
+        assert received(connection) in (b"HTTP/1.1 400", b"")
+    assert served.ask("/v1/model")[0] == 200
+
+
+def test_a_client_of_the_open_inference_protocol_works(served, exported):
+    pytest.importorskip("gevent", reason="tritonclient[http] is not installed")
+    http = pytest.importorskip("tritonclient.http", reason="tritonclient[http] is not installed")
+    client = http.InferenceServerClient(f"127.0.0.1:{served.port}")
+    assert client.is_server_live()
+    assert client.is_server_ready()
+    assert client.is_model_ready("tiny")
+    assert client.get_model_metadata("tiny")["outputs"][0]["shape"] == [-1, len(NAMES)]
+    files = pictures(3)
+    image = http.InferInput("image", [3], "BYTES")
+    image.set_data_from_numpy(np.array(files, dtype=object))
+    found = client.infer("tiny", [image])
+    assert [label.decode() for label in found.as_numpy("label")] == [
+        one["label"] for one in answers_of(exported, files)
+    ]
+    pixels = http.InferInput("pixels", [2, 3, 8, 8], "UINT8")
+    pixels.set_data_from_numpy(np.zeros((2, 3, 8, 8), np.uint8), binary_data=False)
+    outputs = [http.InferRequestedOutput("probabilities", binary_data=False)]
+    assert client.infer("tiny", [pixels], outputs=outputs).as_numpy("probabilities") == pytest.approx(1 / 3)
+    wrong = http.InferInput("image", [1], "BYTES")
+    wrong.set_data_from_numpy(np.array([b"no image"], dtype=object))
+    with pytest.raises(Exception, match="not an image"):
+        client.infer("tiny", [wrong])
+    client.close()
+
+
+def test_more_requests_than_it_takes_get_429_slow_ones_408_and_those_under_way_their_answer(exported):
+    image = pictures(1)[0]
+    with service(exported, "--queue", 2, "--seconds", 8) as running:
+        slow, late = running.begin(image), running.begin(image)
+        status, headers, text = running.ask("/v1/predict", image)
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert set(json.loads(text)["error"]) == {"value", "reason", "remedy"}
+        assert running.ask("/readyz")[0] == 200
+        late.sendall(image[-1:])
+        assert rest_of(late)[0] == 200
+        status, text = rest_of(slow)
+        assert (status, "did not arrive within 8 seconds" in text.decode()) == (408, True)
+        assert running.predict(image)["label"] in NAMES
+
+
+def test_a_token_is_wanted_of_all_but_the_page_and_health(exported, tmp_path):
+    (tmp_path / "token").write_text("s3cret\n")
+    with service(exported, "--token-file", tmp_path / "token", "--allow-origin", "https://example.org") as running:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
+            for path in ("/v1/model", "/metrics", "/v2/health/ready", "/openapi.json"):
+                assert running.ask(path, headers=headers)[0] == 401
+        assert running.ask("/v1/model", headers={"Authorization": "Bearer s3cret"})[0] == 200
+        assert [running.ask(path)[0] for path in ("/", "/page.js", "/page.css", "/livez", "/readyz")] == [200] * 5
+        origin = {"Origin": "https://example.org"}
+        assert running.ask("/livez", headers=origin)[1]["access-control-allow-origin"] == origin["Origin"]
+        assert "access-control-allow-origin" not in running.ask("/livez", headers={"Origin": "https://other.org"})[1]
+
+
+def test_what_cannot_be_served_is_said_before_or_as_it_starts(exported, tmp_path, command, monkeypatch):
+    for words, said in [
+        ((tmp_path,), "no model.json"),
+        ((exported, "--workers", 0), "workers=0"),
+        ((exported, "--host", "localhost"), "host=localhost"),
+        ((exported, "--host", "192.0.2.1"), "cannot be listened on"),
+        ((exported, "--seconds", -1), "seconds=-1"),
+        ((exported, "--token-file", tmp_path / "none"), "none cannot be read"),
+    ]:
+        status, _, errors = command("serve", *words)
+        assert (status, said in " ".join(errors.split())) == (2, True), errors
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    assert "tokenfusion[serve]" in command("serve", exported)[2]
+    assert os.environ.get("BENTOML_HOME") is None
