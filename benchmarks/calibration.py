@@ -11,10 +11,9 @@ from pathlib import Path
 
 from tokenfusion import Classifier, Recipe
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures
-from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import as_outputs, collect_logits, output_of_class
 from tokenfusion.files import write_json
-from tokenfusion.judged import choose_images, read_readable
+from tokenfusion.judged import read_own_part
 from tokenfusion.metrics import evaluate_logits
 from tokenfusion.recipe import load_recipe
 
@@ -22,13 +21,12 @@ from tokenfusion.recipe import load_recipe
 def measure(run: Path) -> dict:
     """Calibration errors of a run with their intervals, and the temperatures."""
     classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
-    source = open_dataset(recipe.data, recipe.exclude, run)
     found = {}
     for split in ("train", "val"):
-        name, indices = choose_images(source, run, own=True, split=split)
-        images, _ = read_readable(source, indices, recipe, name)
+        images, _, _ = read_own_part(run, recipe, split=split)
         logits, labels = collect_logits(classifier, images, workers=recipe.workers)
-        found[split] = logits, as_outputs(labels, output_of_class(source, classifier.classes), len(classifier.classes))
+        to_output = output_of_class(images.dataset, classifier.classes)
+        found[split] = logits, as_outputs(labels, to_output, len(classifier.classes))
     by_training, (logits, labels) = choose_temperature(*found["train"]), found["val"]
     choices = {"none": 1.0, "other half": cross_fitted_temperatures(logits, labels), "training images": by_training}
     results = {name: evaluate_logits(logits, labels, classifier.classes, 0, t) for name, t in choices.items()}

@@ -30,6 +30,7 @@ from tokenfusion.analyze.collapse import analyze_collapse
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
 from tokenfusion.files import write_atomic, write_json
+from tokenfusion.history import read_history
 from tokenfusion.models.deepvit import DeepViT
 from tokenfusion.models.registration import register_variants
 from tokenfusion.recipe import Recipe
@@ -83,7 +84,7 @@ def measure(run: Path, data: Path) -> dict[str, Any]:
     if not collapsed.exists():
         analyze_collapse(str(run), str(data), num_images=LOOKED_AT)
     evaluation, collapse = json.loads(evaluated.read_text()), json.loads(collapsed.read_text())
-    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    epochs = read_history(run)
     model = json.loads((run / "model.json").read_text())
     group, blocks = collapse["groups"][0], collapse["blocks"]
     before = group["similarity_before_mixing"]

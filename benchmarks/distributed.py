@@ -11,7 +11,6 @@ and direction.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from typing import Any
 from common import environment
 from tokenfusion import create_model
 from tokenfusion.files import write_json
+from tokenfusion.history import read_history
 
 WAYS = {"plain": 0, "torchrun 1": 1, "torchrun 2": 2}
 
@@ -35,7 +35,7 @@ def rate(processes: int, options: argparse.Namespace, run: Path) -> float:
     command = [sys.executable, *launcher, "-m", "tokenfusion", "train", "digits", "--out", str(run), *words]
     threads = {"OMP_NUM_THREADS": str(options.threads)}
     subprocess.run(command, check=True, env=os.environ | threads, stdout=subprocess.DEVNULL)
-    return float(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["images_per_s"])
+    return float(read_history(run)[-1]["images_per_s"])
 
 
 def sent_mb(model: str, processes: int) -> float:

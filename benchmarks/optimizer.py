@@ -6,7 +6,6 @@ The figures behind `optimizer = "muon"` as the default of the recipe.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from typing import Any
 
 from common import environment
 from tokenfusion.files import write_json
+from tokenfusion.history import read_history
 
 RATES = (1e-3, 2e-3, 6e-3)
 OPTIMIZERS = ("muon", "adamw")
@@ -40,7 +40,7 @@ def main() -> None:
                         *("--optimizer", optimizer, "--lr", str(rate), "--seed", str(seed)),
                     ]
                     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
-                    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+                    last = read_history(run)[-1]
                 row = {"optimizer": optimizer, "lr": rate, "seed": seed}
                 row |= {key: last[key] for key in ("train_loss", "val_loss", "val_top1", "images_per_s")}
                 result["results"].append(row)

@@ -47,7 +47,7 @@ from tokenfusion.data.loader import TrainLoader, as_it_is, eval_batches
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.split import choose_split
-from tokenfusion.features import Decider, Looked, Rows, keep_features, of_kept
+from tokenfusion.features import FeatureHead, FeatureRows, Features, keep_features, on_features
 from tokenfusion.files import write_json
 from tokenfusion.hardware import hardware_name
 from tokenfusion.models.adapters import as_cnn
@@ -226,9 +226,9 @@ class Chunks:
         return np.stack([self.parts[i // CHUNK][i % CHUNK] for i in indices])
 
 
-def looked(rows: np.ndarray) -> Looked:
+def features_of(rows: np.ndarray) -> Features:
     """Kept rows as they are read, without the images."""
-    return Looked(None, Rows(Path(), rows), np.arange(len(rows)).reshape(1, -1))
+    return Features(None, FeatureRows(Path(), rows), np.arange(len(rows)).reshape(1, -1))
 
 
 def drawn(pool: int, count: int, seed: int) -> np.ndarray:
@@ -244,9 +244,9 @@ def draw(
     chosen = drawn(len(labels), count, seed)
     some, known = rows[chosen], labels[chosen]
     clock = time.perf_counter()
-    standardize(model, looked(some))
+    standardize(model, features_of(some))
     voting = count <= VOTERS
-    blocks = blocks_of(model, looked(some), voting)
+    blocks = blocks_of(model, features_of(some), voting)
     probe = fit_probe({name: blocks[name] for name in ("cnn", "vit")}, POOLED, known, print)
     judged = judge_in_parts(model, probe, test, tokens=False)
     result = judged | {"probe_seconds": time.perf_counter() - clock}
@@ -258,7 +258,7 @@ def draw(
         result |= {name: judged[name] for name in ("cnn_tokens", "vit_tokens", "mean_tokens")}
         result |= {"votes_seconds": time.perf_counter() - clock}
     clock = time.perf_counter()
-    unseen = blocks_of(model, looked(test[0][:]), False)
+    unseen = blocks_of(model, features_of(test[0][:]), False)
     result["sklearn"] = judge_sklearn(blocks, known, unseen, test[1])
     result["sklearn_seconds"] = time.perf_counter() - clock
     give_start(model, probe)
@@ -273,7 +273,7 @@ def judge_in_parts(model: ProbeFusion, probe, test: tuple, tokens: bool) -> dict
     """Accuracies on the test images, some at a time."""
     rows, labels = test
     parts = [
-        probe.judge(blocks_of(model, looked(rows[i : i + 1000]), tokens), labels[i : i + 1000])
+        probe.judge(blocks_of(model, features_of(rows[i : i + 1000]), tokens), labels[i : i + 1000])
         for i in range(0, len(labels), 1000)
     ]
     return {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
@@ -305,14 +305,14 @@ def trained(start: ProbeFusion, rows: np.ndarray, labels: np.ndarray, test: tupl
         labels=labels,
         classes=tuple(map(str, range(start.classes))),
         splits=names,
-        reader=Rows(Path(), rows),
+        reader=FeatureRows(Path(), rows),
     )
     loader = TrainLoader(Images(dataset, 1, cached=True), as_it_is, batch_size=recipe.batch_size, seed=seed, workers=0)
     preprocess = Preprocess((SIZE, SIZE), 3, (0.5,) * 3, (0.5,) * 3)
-    classifier = of_kept(Classifier("", model, dataset.classes, preprocess, torch.device("cpu"), "fp32"))
+    classifier = on_features(Classifier("", model, dataset.classes, preprocess, torch.device("cpu"), "fp32"))
     mixing, loss = BatchMixing(recipe, start.classes), CrossEntropy(0.0)
     setup = Setup(recipe, Run(Path(), Console(quiet=True)), classifier, loader, mixing, loss, loader.images)
-    state = TrainState(model, make_optimizer(model, recipe), 0.0, keep_best=False, network=Decider(model))
+    state = TrainState(model, make_optimizer(model, recipe), 0.0, keep_best=False, network=FeatureHead(model))
     for epoch in range(recipe.epochs):
         for batch in loader.epoch(epoch):
             train_step(setup, state, batch, Requests())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from common import environment
 from tokenfusion.files import write_json
+from tokenfusion.history import read_history
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
 
     evaluation = json.loads((options.run / "evaluation.json").read_text())
     model = json.loads((options.run / "model.json").read_text())
-    epochs = [json.loads(line) for line in (options.run / "metrics.jsonl").read_text().splitlines()]
+    epochs = read_history(options.run)
     kept = ("n", "top1", "top1_ci95", "top5", "loss", "ece", "skipped", "split")
     result |= {
         "minutes": minutes,

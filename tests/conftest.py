@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import children  # noqa: F401 - processes of their own are forked from one that has imported everything
-from runs import small_recipe
+from runs import tiny_recipe
 from tokenfusion import cli
 
 torch.set_num_threads(1)  # the tests run side by side, one process a core
@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenfusion.training import start
 
     run = tmp_path_factory.mktemp("trained") / "run"
-    start(small_recipe(epochs=4), run, Console(quiet=True))
+    start(tiny_recipe(epochs=4), run, Console(quiet=True))
     return run
 
 

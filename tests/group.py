@@ -31,7 +31,7 @@ def launch(size, work, *words):
 def run_all(size, work, *words):
     group = launch(size, work, *words)
     for process in group:
-        process.join(timeout=60)
+        process.join(timeout=240)
     return [process.exitcode for process in group]
 
 

@@ -9,7 +9,7 @@ import pytest
 from tokenfusion.checkpoint import load_description
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
-from tokenfusion.files import NUMBER, fault_in
+from tokenfusion.json_files import NUMBER, fault_in
 from tokenfusion.report import write_report
 from tokenfusion.report.run_folder import read_results
 

@@ -17,6 +17,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from quiet import no_warning
+from runs import TINY
 from tokenfusion.cli import app
 from tokenfusion.data.open import open_dataset
 from tokenfusion.recipe import Recipe, load_recipe
@@ -69,9 +70,7 @@ def test_help_imports_neither_torch_nor_timm():
 
 def test_an_option_beats_the_file_and_the_file_the_preset(command, tmp_path):
     file = tmp_path / "recipe.toml"
-    file.write_text(
-        'data = "digits"\nmodel = "tokenfusion_early_micro"\nimg_size = [8, 8]\nepochs = 1\nlr = 0.004\nema = 0.5\n'
-    )
+    file.write_text(f'data = "digits"\nmodel = "{TINY}"\nimg_size = [8, 8]\nepochs = 1\nlr = 0.004\nema = 0.5\n')
     status, _, errors = command(
         "train", "--recipe", file, "--lr", 0.003, "--batch-size", 512, "--out", tmp_path / "run"
     )
@@ -85,7 +84,7 @@ def test_an_option_beats_the_file_and_the_file_the_preset(command, tmp_path):
 
 def test_the_whole_job(command, tmp_path, digit):
     run = tmp_path / "a run"
-    status, output, _ = command("train", "digits", "--model", "tokenfusion_late_micro", *QUICK, "--out", run)
+    status, output, _ = command("train", "digits", "--model", TINY.replace("early", "late"), *QUICK, "--out", run)
     assert status == 0
     assert "epoch 1/1" in output
     assert f"tokenfusion evaluate '{run}'" in output
@@ -173,7 +172,7 @@ def test_no_warning_of_a_library_reaches_the_user(command, tmp_path, request, da
     workers = ("--workers", (os.cpu_count() or 1) + 1)
     commands = [
         ("check", data, "--out", tmp_path / "check"),
-        ("train", data, "--model", "resnet_micro", *QUICK, *workers, "--out", tmp_path / "run"),
+        ("train", data, "--model", "wide(resnet_micro,0.1)", *QUICK, *workers, "--out", tmp_path / "run"),
     ]
     with no_warning():
         for words in commands:

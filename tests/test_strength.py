@@ -29,7 +29,7 @@ from tokenfusion.data.split import choose_split, never_held_out
 from tokenfusion.training import Interrupted
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.loop import stop_on_signals
-from tokenfusion.training.state import fault_of, read_progress
+from tokenfusion.training.state import fault_in_progress, read_progress
 from tokenfusion_runtime.classifier import ExportedClassifier
 from tokenfusion_runtime.image import MAX_SIDE
 from tokenfusion_runtime.output import json_text
@@ -254,7 +254,7 @@ def test_a_checkpoint_altered_by_hand_is_refused_in_words(run, command, field, v
     path = run / "state" / "last.safetensors"
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-    assert fault_of(read_progress(path)) == ""
+    assert fault_in_progress(read_progress(path)) == ""
     description = json.loads(metadata["description"]) | {field: value}
     save_file(tensors, path, metadata | {"description": json.dumps(description)})
     (run / "model.safetensors").unlink()
@@ -348,7 +348,7 @@ def test_bytes_are_images_and_other_things_are_one_kind_of_error(trained):
 
 
 def test_patience_says_that_it_stopped_early(tmp_path, command):
-    words = "--model vit_micro --img-size 8 --epochs 30 --patience 1 --lr 1e-9 --ema 0 --batch-size 512"
+    words = "--model wide(vit_micro,0.1) --img-size 8 --epochs 30 --patience 1 --lr 1e-9 --ema 0 --batch-size 512"
     status, output, _ = command("train", "digits", *words.split(), "--out", tmp_path / "run")
     assert status == 0
     assert "stopped early after epoch" in output
@@ -372,7 +372,7 @@ def test_names_cannot_move_the_cursor_of_a_terminal(tmp_path, command, digit, tr
 
 def test_patience_keeps_the_better_of_the_weights_and_their_average(tmp_path):
     run = tmp_path / "run"
-    train(tiny_recipe(model="vit_micro", ema=0.9999, patience=1, epochs=3), run)
+    train(tiny_recipe(model="wide(vit_micro,0.2)", ema=0.9999, patience=1, epochs=3), run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 3  # the average has learned nothing yet, and did not stop it
     assert records[-1]["val_top1"] > 0.3

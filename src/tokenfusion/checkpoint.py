@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from tokenfusion.data.decode import ValueRange
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
-from tokenfusion.files import NUMBER, Shape, fault_in, write_atomic
+from tokenfusion.files import write_atomic
 from tokenfusion.hardware import Precision
+from tokenfusion.json_files import NUMBER, Shape, fault_in
 from tokenfusion.models.official import with_present_names
 from tokenfusion.places import require_run
 
@@ -181,7 +182,7 @@ def load_description(run: Path) -> dict[str, Any]:
     if version < 3:
         description |= {"temperature": 1.0, "surest_errors": []}
     description = {"began_with": [], "weights": ""} | description  # which older runs do not tell
-    fault = fault_of(description)
+    fault = fault_in_description(description)
     if fault:
         raise InputError(f"{path} {fault}; it is damaged, train again with another --out")
     return description
@@ -196,7 +197,7 @@ def value_range_of(run: Path) -> ValueRange | None:
     return Preprocess.from_dict(load_description(run)["preprocess"]).value_range
 
 
-def fault_of(description: dict[str, Any]) -> str:
+def fault_in_description(description: dict[str, Any]) -> str:
     """What is wrong with a description of this version; "" where nothing is."""
     missing = [key for key in DESCRIPTION if key not in description]
     if missing:

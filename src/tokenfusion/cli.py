@@ -17,7 +17,7 @@ from tokenfusion.analyze.cli import explain, similar
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
 from tokenfusion.export.cli import export
-from tokenfusion.formatting import abridged, counted
+from tokenfusion.formatting import abridged, counted, counting
 from tokenfusion.places import (
     require_begun,
     require_data,
@@ -29,7 +29,7 @@ from tokenfusion.places import (
 from tokenfusion.predict.cli import predict
 from tokenfusion.recipe import HUB, Recipe
 from tokenfusion.serve.cli import serve
-from tokenfusion.terminal import AsJson, console, counting, show, stderr
+from tokenfusion.terminal import AsJson, console, show, stderr
 from tokenfusion.version import __version__
 
 app = App(
@@ -86,11 +86,10 @@ def train(
         console.print(f"{settings.model}, from pretrained weights; loading PyTorch takes some seconds")
     from tokenfusion import training
     from tokenfusion.analyze.collapse import watch_collapse
-    from tokenfusion.training.distributed.fsdp import is_saved
-    from tokenfusion.training.setup import CHECKPOINT
+    from tokenfusion.training.saved import CHECKPOINT, is_saved
 
     if dry_run and not resume:
-        from tokenfusion.training.tune.dry_run import print_plan
+        from tokenfusion.training.auto.dry_run import print_plan
 
         print_plan(settings, as_json, console.print, stderr.print)
         return

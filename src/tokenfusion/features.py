@@ -35,8 +35,8 @@ BLOCK = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Rows(Reader):
-    """Kept rows in the place of images."""
+class FeatureRows(Reader):
+    """What the parents saw of an image, in the place of the image."""
 
     path: Path
     rows: np.ndarray
@@ -46,8 +46,8 @@ class Rows(Reader):
         return torch.from_numpy(self.rows[index])[:, None, None]
 
 
-class AsKept(Preprocess):
-    """Kept rows are as the model wants them."""
+class NoPreprocess(Preprocess):
+    """Features are as the model wants them."""
 
     def resize(self, image: Tensor) -> Tensor:
         return image
@@ -56,18 +56,18 @@ class AsKept(Preprocess):
         return batch.float()
 
 
-class KeptClassifier(Classifier):
-    """A classifier of kept rows (B, F, 1, 1) in the place of images (B, in_chans, h, w)."""
+class FeatureClassifier(Classifier):
+    """A classifier of features (B, F, 1, 1) in the place of images (B, in_chans, h, w)."""
 
     @torch.inference_mode()
     def logits(self, batch: Tensor) -> Tensor:
         self.model.eval()
         with autocast(self.device, self.precision):
-            return Decider(cast(ProbeFusion, self.model))(self.to_input(batch)).float().cpu()
+            return FeatureHead(cast(ProbeFusion, self.model))(self.to_input(batch)).float().cpu()
 
 
-class Decider(nn.Module):
-    """The part of a model that decides by what its parents saw.
+class FeatureHead(nn.Module):
+    """The part of a model that is trained on features: all of it but its parents.
 
     Args:
         model: whose parents are frozen.
@@ -78,23 +78,23 @@ class Decider(nn.Module):
         self.model = model
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Rows (B, F, 1, 1) to logits (B, K)."""
+        """Features (B, F, 1, 1) to logits (B, K)."""
         return self.model.decide(rows.flatten(1))
 
 
-def of_kept(classifier: Classifier) -> KeptClassifier:
-    """The classifier that shares a classifier's model, and is given kept rows."""
-    return KeptClassifier(**vars(classifier) | {"preprocess": AsKept(**vars(classifier.preprocess))})
+def on_features(classifier: Classifier) -> FeatureClassifier:
+    """A classifier that shares its model with this one, and is given features."""
+    return FeatureClassifier(**vars(classifier) | {"preprocess": NoPreprocess(**vars(classifier.preprocess))})
 
 
-def of_images(classifier: Classifier) -> Classifier:
-    """The inverse of `of_kept`; a classifier of images as it is."""
+def on_images(classifier: Classifier) -> Classifier:
+    """The inverse of `on_features`; a classifier of images is left as it is."""
     return Classifier(**vars(classifier) | {"preprocess": Preprocess(**vars(classifier.preprocess))})
 
 
 @dataclass(frozen=True, eq=False)
-class Looked:
-    """Images, and what the parents saw of them.
+class Features:
+    """What frozen parents saw of images.
 
     Attributes:
         images: N of them.
@@ -103,7 +103,7 @@ class Looked:
     """
 
     images: Images
-    rows: Rows
+    rows: FeatureRows
     which: np.ndarray
 
     @property
@@ -111,9 +111,9 @@ class Looked:
         """int64 (views · N,), row by row."""
         return np.tile(self.images.labels.numpy(), len(self.which))
 
-    def subset(self, indices: np.ndarray, views: int | None = None) -> "Looked":
+    def subset(self, indices: np.ndarray, views: int | None = None) -> "Features":
         """Some of the images, with all views or the first ones."""
-        return Looked(self.images.subset(indices), self.rows, self.which[:views, indices])
+        return Features(self.images.subset(indices), self.rows, self.which[:views, indices])
 
     def as_images(self) -> Images:
         """Rows in the place of the images, each view one of its own."""
@@ -140,7 +140,7 @@ def keep_features(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
     folder: Path | None = None,
-) -> Looked:
+) -> Features:
     """What a model's parents see of images, from disk where it was kept before.
 
     Args:
@@ -176,13 +176,13 @@ def keep_features(
                 coming = Views(images, classifier.preprocess, augment, seed, range(done, shape[0]))
                 append_rows(classifier, coming, path, done, shape, workers, progress)
             os.utime(path)
-            rows = Rows(path, np.memmap(path, np.float16, "c", shape=shape))  # stays, even if another makes room
+            rows = FeatureRows(path, np.memmap(path, np.float16, "c", shape=shape))  # stays, even if another makes room
     except OSError as error:
         raise InputError(
             f"{path} could not be kept: {error.strerror}; what there is of it is gone on with: make room, or name "
             "another folder by TOKENFUSION_CACHE, then run the command again"
         ) from error
-    return Looked(images, rows, np.arange(shape[0]).reshape(views, -1))
+    return Features(images, rows, np.arange(shape[0]).reshape(views, -1))
 
 
 def key_of(classifier: Classifier, checksums: np.ndarray, how: list[Any]) -> str:
@@ -231,7 +231,7 @@ def append_rows(
     with path.open("r+b" if done else "wb") as file:
         file.truncate(2 * done * shape[1])
         file.seek(0, os.SEEK_END)
-        for rows in seen_rows(classifier, coming, workers):
+        for rows in compute_rows(classifier, coming, workers):
             block = rows.numpy().tobytes()
             file.write(block)
             file.flush()
@@ -243,7 +243,7 @@ def append_rows(
 
 
 @torch.inference_mode()
-def seen_rows(classifier: Classifier, coming: Views, workers: int = 0) -> Iterator[Tensor]:
+def compute_rows(classifier: Classifier, coming: Views, workers: int = 0) -> Iterator[Tensor]:
     """What the parents see, float16 (B, F), a block of views at a time."""
     model = cast(ProbeFusion, classifier.model.eval())
     for batch, _ in view_batches(coming, BLOCK, 0 if coming.images.cached else workers):

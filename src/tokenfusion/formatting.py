@@ -1,21 +1,43 @@
-"""Text as a person reads it: counts with their nouns, durations, and names whose control characters are spelled out."""
+"""What a person reads: counts with their nouns, durations, names without control characters, and bars."""
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.text import Text
 
-CONTROL_CHARACTERS = {
-    code: repr(chr(code))[1:-1]
-    for code in (*range(32), 127, *range(128, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
-    if chr(code) not in "\n\t"
-}
-"""What could move a terminal's cursor or turn the direction of a line, as Python writes it."""
+from tokenfusion_runtime.output import spelled_out
 
 
-def spelled_out(text: str) -> str:
-    r"""A text whose control characters are spelled out, such as \x1b; lines stay lines."""
-    return text.translate(CONTROL_CHARACTERS)
+class Show(Protocol):
+    """Told how far a task is: its name, what is done, all there is to do, and what to say where that is no name."""
+
+    def __call__(self, task: str, done: int, total: int, text: str = "") -> None: ...
+
+
+@contextmanager
+def bars(console: Console, *columns: Any, **options: Any) -> Iterator[Show]:
+    """A bar for each task on a terminal, nothing elsewhere; columns and options as of rich's `Progress`."""
+    from rich.progress import Progress, TaskID
+
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True, **options) as progress:
+        tasks: dict[str, TaskID] = {}
+
+        def show(task: str, done: int, total: int, text: str = "") -> None:
+            if task not in tasks:
+                tasks[task] = progress.add_task(task)
+            progress.update(tasks[task], completed=done, total=total, description=text or task)
+
+        yield show
+
+
+@contextmanager
+def counting(task: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+    """A bar for a single task; gives what to call with (done, in all)."""
+    with bars(console or Console(stderr=True)) as show:
+        yield partial(show, task)
 
 
 def abridged(text: str, longest: int) -> str:
@@ -30,7 +52,7 @@ class PlainConsole(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Text as it is shown; rich's own colours come after it."""
-        return super().render_str(spelled_out(text), **options)
+        return super().render_str(spelled_out(text, layout=True), **options)
 
 
 def counted(n: int, noun: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from tokenfusion.checkpoint import value_range_of
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decoded import Images, Skipped, read_images
 from tokenfusion.data.groups import group_by
-from tokenfusion.data.open import open_dataset, require_place, resolved
+from tokenfusion.data.kinds import require_place, resolved
+from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import Split, read_split
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe
@@ -86,12 +88,10 @@ def judged_images(
     """
     known, parts = load_trained_on(run), None if own or keep else moved_split(run, source)
     if parts is not None:
-        name, indices = choose_images(source, run, own=True, split=split)
-        images, skipped = read_readable(source, indices, recipe, name, progress)
+        images, skipped, name = read_part(source, run, recipe, own=True, split=split, progress=progress)
         if name == "val" and known.are_held_out(images):
             return Judged(images, skipped, name, True, len(parts.train), True)
-    name, indices = choose_images(source, run, own=own, split=split)
-    images, skipped = read_readable(source, indices, recipe, name, progress)
+    images, skipped, name = read_part(source, run, recipe, own=own, split=split, progress=progress)
     own, met = own or known.are_held_out(images), known.met(images)
     seen = None if met is None else int(met.sum())
     if own or keep or met is None or not seen:
@@ -113,6 +113,49 @@ def moved_split(run: Path, source: Dataset) -> Split | None:
     return None
 
 
+class Part(NamedTuple):
+    """Images of a part of the data, and its name."""
+
+    images: Images
+    skipped: list[Skipped]
+    name: str
+
+
+def read_own_part(run: Path, recipe: Recipe, *, split: str | None = None, most: int | None = None) -> Part:
+    """A run's own held-out images, or those of another part; see `open_judged` and `read_part`."""
+    source, _, own = open_judged(run, recipe, None)
+    return read_part(source, run, recipe, own=own, split=split, most=most)
+
+
+def read_part(
+    source: Dataset,
+    run: Path,
+    recipe: Recipe,
+    *,
+    own: bool,
+    split: str | None = None,
+    most: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Part:
+    """Read a part of the data, within a recipe's limits.
+
+    Args:
+        source, run, recipe, own, split, progress: as in `judged_images`.
+        most: how many images to read, spread evenly over the part; all when not given.
+
+    Raises:
+        InputError: the data has no such part, or none of its images can be read.
+    """
+    name, indices = choose_images(source, run, own=own, split=split)
+    if most is not None:
+        indices = indices[np.linspace(0, len(indices) - 1, min(most, len(indices))).round().astype(np.int64)]
+    limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
+    images, skipped = read_images(source, indices, **limits, progress=progress, split=name)
+    if not len(images):
+        raise InputError(f"none of {len(indices)} images of {source.where} is readable; the first: {skipped[0].reason}")
+    return Part(images, skipped, name)
+
+
 def choose_images(source: Dataset, run: Path, *, own: bool, split: str | None) -> tuple[str, np.ndarray]:
     """Which part of the data is evaluated: its name and its indices."""
     path = run / "split.csv"
@@ -123,33 +166,9 @@ def choose_images(source: Dataset, run: Path, *, own: bool, split: str | None) -
             raise InputError(f"split={name!r} is not part of this run; choose train or val")
         return name, parts.train if name == "train" else parts.val
     name = split or held_out_name(source) or ""
-    chosen = np.array([i for i, part in enumerate(source.splits) if not name or part == name], dtype=np.int64)
+    meant = {name, ""} if name == "train" and name in source.splits else {name}  # as training takes them
+    chosen = np.array([i for i, part in enumerate(source.splits) if not name or part in meant], dtype=np.int64)
     if not len(chosen):
         there = ", ".join(sorted({part for part in source.splits if part})) or "no parts"
         raise InputError(f"split={name!r} is empty; the data has {there}")
     return name or "all", chosen
-
-
-def read_readable(
-    source: Dataset,
-    indices: np.ndarray,
-    recipe: Recipe,
-    split: str,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Images, list[Skipped]]:
-    """As `read_images`, within a recipe's limits.
-
-    Raises:
-        InputError: none of the images can be read.
-    """
-    images, skipped = read_images(
-        source,
-        indices,
-        max_pixels=recipe.max_pixels,
-        cache_bytes=recipe.cache_mb * 2**20,
-        progress=progress,
-        split=split,
-    )
-    if not len(images):
-        raise InputError(f"none of {len(indices)} images of {source.where} is readable; the first: {skipped[0].reason}")
-    return images, skipped

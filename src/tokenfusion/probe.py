@@ -34,7 +34,7 @@ Blocks = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearClassifier:
     """A linear classifier of some blocks of features.
 
     Attributes:
@@ -64,7 +64,7 @@ class Probe:
     weight: Blocks
     bias: np.ndarray
     reads: dict[str, tuple[str, ...]]
-    parts: dict[str, Linear]
+    parts: dict[str, LinearClassifier]
     weights: dict[str, float]
     temperatures: dict[str, float]
 
@@ -142,7 +142,7 @@ def folds_of(labels: np.ndarray, say: Callable[[str], None], images: np.ndarray)
     return found[:1] if len(labels) >= ONE_FOLD else found
 
 
-def fit_linear(values: np.ndarray, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> Linear:
+def fit_linear(values: np.ndarray, labels: np.ndarray, folds: list[tuple[np.ndarray, np.ndarray]]) -> LinearClassifier:
     """A linear classifier of the C that does best on what each fold sets aside."""
     from sklearn.metrics import log_loss
 
@@ -158,7 +158,7 @@ def fit_linear(values: np.ndarray, labels: np.ndarray, folds: list[tuple[np.ndar
     weight, bias = model.coef_ @ rotation, model.intercept_
     if len(classes) == 2:  # scikit-learn then gives the second class's alone
         weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return Linear(weight, bias, logits, chosen)
+    return LinearClassifier(weight, bias, logits, chosen)
 
 
 def rotated(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

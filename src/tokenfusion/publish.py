@@ -12,8 +12,9 @@ from torch import nn
 from tokenfusion.checkpoint import checksum, contiguous_of, load_description, save_tensors
 from tokenfusion.classifier import Classifier, as_placed
 from tokenfusion.errors import InputError
-from tokenfusion.files import make_folder, own_folder, read_json, write_json, write_text
+from tokenfusion.files import make_folder, own_folder, write_json, write_text
 from tokenfusion.hub import require_repo, send
+from tokenfusion.json_files import read_json
 from tokenfusion.model_card import model_card
 from tokenfusion.models import default_config
 from tokenfusion.models.registration import EXPRESSION

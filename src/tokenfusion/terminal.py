@@ -1,9 +1,8 @@
-"""What verbs say to a person or a script: the two consoles, results as tables or JSON, and a bar."""
+"""What verbs say to a person or a script: the two consoles, and results as tables or JSON."""
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from cyclopts import Parameter
@@ -39,15 +38,3 @@ def show(result: Any, as_json: bool, table: Sequence[Sequence[str]] = (), lines:
         console.print(columns)
     for line in lines:
         console.print(line)
-
-
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal; gives what to call with (done, in all)."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    errors = Console(stderr=True)
-    with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -11,7 +11,7 @@ import torch
 
 from tokenfusion.checkpoint import load_tensors, save_tensors
 from tokenfusion.data.decoded import Images
-from tokenfusion.data.open import is_path
+from tokenfusion.data.kinds import is_path
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe
 

@@ -8,7 +8,7 @@ import sys
 from tokenfusion_runtime.classifier import load
 from tokenfusion_runtime.errors import InputError
 from tokenfusion_runtime.files import expand
-from tokenfusion_runtime.output import print_predictions, visible
+from tokenfusion_runtime.output import print_predictions, spelled_out
 
 
 def main(words: list[str] | None = None) -> int:
@@ -35,7 +35,7 @@ def main(words: list[str] | None = None) -> int:
             print(f"nothing is answered: {silent}", file=sys.stderr)
         failed = print_predictions(predictions, given.format, topk=topk, multi_label=classifier.multi_label)
     except InputError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(f"error: {spelled_out(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -38,20 +38,26 @@ def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: i
     return failed
 
 
-def visible(text: str) -> str:
-    r"""A text whose characters that cannot be printed are spelled out, such as \x1b."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+CONTROL_CHARACTERS = list(map(chr, (*range(32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A))))
+"""What could move a terminal's cursor, end a line or turn its direction."""
+SPELLED_OUT = {ord(character): repr(character)[1:-1] for character in CONTROL_CHARACTERS}
+SPELLED_OUT_BUT_LAYOUT = {code: text for code, text in SPELLED_OUT.items() if chr(code) not in "\n\t"}
+ESCAPED = {code: f"\\u{code:04x}" for code in SPELLED_OUT_BUT_LAYOUT}
+
+
+def spelled_out(text: str, layout: bool = False) -> str:
+    r"""A text whose control characters are spelled out, such as \x1b; with `layout`, lines and tabs stay."""
+    return text.translate(SPELLED_OUT_BUT_LAYOUT if layout else SPELLED_OUT)
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
     r"""JSON in which what could move a terminal's cursor is written as \u009b, which means the same."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent)
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent).translate(ESCAPED)
 
 
 def print_row(cells: Sequence[str], widths: list[int]) -> None:
-    """Print a row at once; columns are as wide as the widest cell so far, and what is not printable is spelled out."""
-    shown = list(map(visible, cells))
+    """Print a row at once; columns are as wide as the widest cell so far, and control characters are spelled out."""
+    shown = list(map(spelled_out, cells))
     widths[:] = map(max, widths, map(len, shown))
     print("  ".join(map(str.ljust, shown, widths)).rstrip(), flush=True)
 

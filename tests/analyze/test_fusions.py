@@ -1,6 +1,8 @@
 """Every strategy with every operator can be looked into; what cannot be computed is refused in words."""
 
+import copy
 import json
+from functools import cache
 from itertools import product
 
 import pytest
@@ -35,7 +37,12 @@ CELLS = sorted({*product(FUSABLE, OPERATORS)} - REFUSED)
 
 
 def fused(strategy, operator, cnn="resnet18"):
-    """Odd widths, no gate closed and no weight zero."""
+    """Odd widths, no gate closed and no weight zero; each is built once, and a test has a copy of its own."""
+    return copy.deepcopy(built(strategy, operator, cnn))
+
+
+@cache
+def built(strategy, operator, cnn):
     torch.manual_seed(0)
     pool = READS.get((strategy, operator), "token")
     config = {"img_size": SIZE, "patch_size": 8, "embed_dim": 12, "depth": 4, "num_heads": 3, "num_classes": 5}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from runs import small_recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.classifier import Classifier
 from tokenfusion.compare import Budget, compare, plan_comparison, summarise
-from tokenfusion.compare.contenders import Contender
+from tokenfusion.compare.contenders import Contender, slug
 from tokenfusion.compare.results import is_finished, sides_of_model, sides_of_run
 from tokenfusion.compare.results import test_against_first as against_first
 from tokenfusion.compare.statistics import pareto_front
@@ -31,8 +32,8 @@ from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import load_recipe
 
-MODELS = ["resnet_micro", "vit_micro"]
-MEAN = "mean(resnet_micro,vit_micro)"
+CNN, VIT = MODELS = ["wide(resnet_micro,0.3)", "wide(vit_micro,0.3)"]
+MEAN = f"mean({CNN},{VIT})"
 RECIPE = small_recipe(epochs=1, drop_path=0.0)
 OPTIONS = ("digits", "--img-size", 8, "--batch-size", 128, "--lr", 4e-3, "--ema", 0.9)
 TIMES = {"minutes", "images_per_s", "peak_memory_mb"}
@@ -76,7 +77,7 @@ def test_all_runs_leave_out_the_same_images(tmp_path):
     given.unlink()
     assert compare(recipe, MODELS[1:], 1, out)["training_images"] == 1437
     assert load_recipe(out / "recipe.toml")["exclude"] == str(out / "excluded.csv")  # what every run trains by
-    kept = [path.read_text() for path in (out / "excluded.csv", out / "runs" / f"{MODELS[1]}-seed0" / "excluded.csv")]
+    kept = [path.read_text() for path in (out / "excluded.csv", out / "runs" / f"{slug(VIT)}-seed0" / "excluded.csv")]
     assert kept == [f"path\n{names[5]}\n"] * 2
 
 
@@ -151,8 +152,8 @@ def test_no_warning_of_a_library_is_in_a_runs_log(whole):
 
 
 def test_the_mean_is_that_of_the_members_probabilities(whole):
-    classifiers = [Classifier.load(whole / "runs" / f"{name}-seed1") for name in MODELS]
-    with (whole / "runs" / "mean-resnet_micro-vit_micro-seed1" / "predictions.csv").open(newline="") as file:
+    classifiers = [Classifier.load(whole / "runs" / f"{slug(name)}-seed1") for name in MODELS]
+    with (whole / "runs" / f"{slug(MEAN)}-seed1" / "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     source = open_dataset("digits")
     images = [source.decode(int(row["path"].removeprefix("digits:")), 10**6) for row in rows]
@@ -171,7 +172,7 @@ def test_one_seed_is_tested_on_its_images(out):
     assert low < vit["top1_mean"] < high
     right = [
         [row["label"] == row["prediction"] for row in csv.DictReader(path.open(newline=""))]
-        for path in (out / "runs" / f"{name}-seed0" / "predictions.csv" for name in MODELS)
+        for path in (out / "runs" / f"{slug(name)}-seed0" / "predictions.csv" for name in MODELS)
     ]
     assert result["tests"][0]["method"].startswith("exact McNemar")
     assert result["tests"][0]["difference_mean"] == pytest.approx(fmean(right[1]) - fmean(right[0]))
@@ -182,41 +183,41 @@ def test_killed_and_run_again_it_equals_one_that_was_not(whole, tmp_path, comman
     words = ["compare", *OPTIONS, "--models", ",".join([*MODELS, MEAN]), "--seeds", 1, "--budget", "epochs=1"]
     words = [*map(str, words), "--crop-scale", "0.6", "--warmup-epochs", "1", "--out", str(out)]
     process = subprocess.Popen([sys.executable, "-m", "tokenfusion", *words], stdout=subprocess.DEVNULL)
-    while not (out / "runs" / "vit_micro-seed0" / "recipe.toml").exists():  # the second run has begun
+    while not (out / "runs" / f"{slug(VIT)}-seed0" / "recipe.toml").exists():  # the second run has begun
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
     process.wait()
-    first = out / "runs" / "resnet_micro-seed0" / "model.safetensors"
+    first = out / "runs" / f"{slug(CNN)}-seed0" / "model.safetensors"
     written = first.stat().st_mtime_ns
     status, output, _ = command(*words)
     assert status == 0
     assert first.stat().st_mtime_ns == written  # kept
-    assert "resnet_micro" in output
+    assert CNN in output
     assert f"{MEAN}</bdi>" in (out / "report.html").read_text()
     for row, expected in zip(read(out)["models"], read(whole)["models"], strict=True):
         assert without_times(row["runs"]) == without_times(expected["runs"][:1])
     for name in MODELS:
-        tensors, _ = load_tensors(out / "runs" / f"{name}-seed0" / "model.safetensors")
-        uninterrupted, _ = load_tensors(whole / "runs" / f"{name}-seed0" / "model.safetensors")
+        tensors, _ = load_tensors(out / "runs" / f"{slug(name)}-seed0" / "model.safetensors")
+        uninterrupted, _ = load_tensors(whole / "runs" / f"{slug(name)}-seed0" / "model.safetensors")
         assert all(torch.equal(tensor, uninterrupted[key]) for key, tensor in tensors.items())
 
 
 def test_ctrl_c_saves_the_run_under_way(tmp_path):
     out = tmp_path / "out"
-    words = ["compare", *OPTIONS, "--models", "vit_micro", "--seeds", 1, "--epochs", 500, "--out", out]
+    words = ["compare", *OPTIONS, "--models", VIT, "--seeds", 1, "--epochs", 500, "--out", out]
     process = subprocess.Popen(
         [sys.executable, "-m", "tokenfusion", *map(str, words)], stderr=subprocess.PIPE, text=True
     )
-    run = out / "runs" / "vit_micro-seed0"
+    run = out / "runs" / f"{slug(VIT)}-seed0"
     while not (run / "metrics.jsonl").exists():  # an epoch is done
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate()
     assert process.returncode == 130
     assert "the same command goes on" in errors
-    assert "stopped and saved" in (out / "logs" / "vit_micro-seed0.txt").read_text()
+    assert "stopped and saved" in (out / "logs" / f"{slug(VIT)}-seed0.txt").read_text()
 
 
 @pytest.mark.parametrize("unit", ["epochs", "minutes"])
@@ -226,13 +227,13 @@ def test_a_model_that_fails_leaves_the_others_going(tmp_path, command, unit):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(4):
             Image.fromarray(np.full((8, 8), 60 * i, np.uint8)).save(tmp_path / "data" / name / f"{i}.png")
-    models = ("--models", "resnet18", "vit_micro", "mean(resnet18,vit_micro)")
+    models = ("--models", "resnet18", VIT, f"mean(resnet18,{VIT})")
     words = ("compare", tmp_path / "data", *models, "--img-size", 8, "--batch-size", 1, "--seeds", 1)
     amount = 1.0
     if unit == "minutes":  # what an epoch takes here is known once it was refused
         _, _, errors = command(*words, "--budget", "minutes=1e-9", "--out", tmp_path / "out")
-        assert "less than one epoch of vit_micro" in errors
-        amount = 1.5 * json.loads((tmp_path / "out" / "timing.json").read_text())["vit_micro"]["minutes"]
+        assert f"less than one epoch of {VIT}" in errors
+        amount = 1.5 * json.loads((tmp_path / "out" / "timing.json").read_text())[VIT]["minutes"]
     status, output, _ = command(*words, "--budget", f"{unit}={amount:g}", "--out", tmp_path / "out")
     assert status == 1
     cnn, vit, mean = read(tmp_path / "out")["models"]
@@ -244,8 +245,8 @@ def test_a_model_that_fails_leaves_the_others_going(tmp_path, command, unit):
 
 
 def test_a_run_that_lacks_its_predictions_or_was_evaluated_on_other_images_is_evaluated_anew(whole, out, command):
-    (out / "runs" / "vit_micro-seed1" / "predictions.csv").unlink()
-    run = out / "runs" / "resnet_micro-seed0"
+    (out / "runs" / f"{slug(VIT)}-seed1" / "predictions.csv").unlink()
+    run = out / "runs" / f"{slug(CNN)}-seed0"
     assert command("evaluate", run, "--split", "train", "--out", run)[0] == 0
     compare(RECIPE, [*MODELS, MEAN], 2, out, jobs=2)
     assert without_times(read(out)) == without_times(read(whole))
@@ -255,24 +256,26 @@ def test_damaged_results_are_no_finished_run_and_a_damaged_log_is_refused(out):
     comparison = plan_comparison(RECIPE, MODELS, 2, out, Budget("epochs", 1))
     vit = comparison.contenders[1]
     assert is_finished(comparison, vit, 1)
-    (out / "runs" / "vit_micro-seed1" / "evaluation.json").write_text("{}")
+    (out / "runs" / f"{slug(VIT)}-seed1" / "evaluation.json").write_text("{}")
     assert not is_finished(comparison, vit, 1)
-    metrics = out / "runs" / "vit_micro-seed0" / "metrics.jsonl"
+    metrics = out / "runs" / f"{slug(VIT)}-seed0" / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:20])
-    with pytest.raises(InputError, match=r"vit_micro-seed0/metrics\.jsonl line 1 is not JSON .*, or train again"):
+    with pytest.raises(
+        InputError, match=rf"{re.escape(slug(VIT))}-seed0/metrics\.jsonl line 1 is not JSON .*, or train again"
+    ):
         summarise(comparison, {})
 
 
 def test_a_model_that_lacks_a_seed_is_compared_by_the_seeds_that_it_has(out):
-    (out / "runs" / "vit_micro-seed1" / "model.safetensors").unlink()
+    (out / "runs" / f"{slug(VIT)}-seed1" / "model.safetensors").unlink()
     result = summarise(plan_comparison(RECIPE, MODELS, 2, out, Budget("epochs", 1), jobs=2), {})
     cnn, vit = result["models"]
     assert (len(cnn["runs"]), len(vit["runs"])) == (2, 1)
     assert 0 <= cnn["top1_ci95"][0] < cnn["top1_ci95"][1] <= 1  # two seeds: far wider than 0 to 1 by Student's t
     points = {row["name"]: (row["macs"], row["top1_mean"]) for row in result["models"]}
     assert result["pareto"] == pareto_front(points)
-    assert "vit_micro" in result["pareto"]  # it costs the least
-    (line,) = (line for line in comparison_table(result) if line[0] == "vit_micro")
+    assert VIT in result["pareto"]  # it costs the least
+    (line,) = (line for line in comparison_table(result) if line[0] == VIT)
     assert line[3].endswith(" (1 seed)")
 
 
@@ -289,9 +292,9 @@ def test_a_run_folder_of_another_recipe_is_refused(out):
 
 
 def test_runs_on_other_images_are_refused(out):
-    path = out / "runs" / "vit_micro-seed1" / "predictions.csv"
+    path = out / "runs" / f"{slug(VIT)}-seed1" / "predictions.csv"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(InputError, match="vit_micro-seed1 was evaluated on other images"):
+    with pytest.raises(InputError, match=f"{re.escape(slug(VIT))}-seed1 was evaluated on other images"):
         compare(RECIPE, MODELS, 2, out)
 
 
@@ -335,12 +338,14 @@ def test_the_readmes_command_is_understood(command, tmp_path):
 
 
 def test_steps_are_timed_once_and_too_few_minutes_are_refused(tmp_path):
-    with pytest.raises(InputError, match="less than one epoch of vit_micro; the smallest that works is minutes="):
-        compare(RECIPE, ["vit_micro"], 1, tmp_path, budget=Budget("minutes", 1e-9))
+    with pytest.raises(
+        InputError, match=f"less than one epoch of {re.escape(VIT)}; the smallest that works is minutes="
+    ):
+        compare(RECIPE, [VIT], 1, tmp_path, budget=Budget("minutes", 1e-9))
     assert not list((tmp_path / "runs").iterdir())
-    kept = json.loads((tmp_path / "timing.json").read_text())["vit_micro"]["minutes"]
-    again = minutes_of_epochs([Contender("vit_micro", "model")], RECIPE, 1, tmp_path / "timing.json")
-    assert again == ({"vit_micro": kept}, {})
+    kept = json.loads((tmp_path / "timing.json").read_text())[VIT]["minutes"]
+    again = minutes_of_epochs([Contender(VIT, "model")], RECIPE, 1, tmp_path / "timing.json")
+    assert again == ({VIT: kept}, {})
 
 
 def test_a_folder_of_runs_is_no_comparison(command, tmp_path, monkeypatch):

@@ -91,7 +91,7 @@ def test_parquet_memory_is_bounded(
     source = open_dataset(tmp_path)
     for index in (0, 9, 1, 5, 4, 8):
         assert np.array_equal(pixels_of(source, index), picture(index, 20, 20))
-        assert isinstance(source.reader, parquet.Rows)
+        assert isinstance(source.reader, parquet.ParquetRows)
         assert len(source.reader.held) <= 2
 
 

@@ -19,8 +19,9 @@ from tokenfusion.data.augment import Augment
 from tokenfusion.data.cache import Cache
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import unread_images
+from tokenfusion.data.kinds import resolved
 from tokenfusion.data.loader import Batch, TrainLoader
-from tokenfusion.data.open import open_dataset, resolved
+from tokenfusion.data.open import open_dataset
 from tokenfusion.data.sampler import ShardOrder, Share
 from tokenfusion.data.shards import Shard, ShardRanges
 from tokenfusion.data.split import choose_split

@@ -20,8 +20,8 @@ from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.preset import FINE_TUNING, KEPT_TOKENS, at_depth, preset
 from tokenfusion.training import Interrupted, resume, start
+from tokenfusion.training.auto.depth import Depth, deepest_within
 from tokenfusion.training.loop import fit
-from tokenfusion.training.tune.depth import Depth, deepest_within
 
 QUIET = Console(quiet=True)
 CNN, VIT = "test_efficientnet", "test_vit"

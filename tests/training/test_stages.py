@@ -14,7 +14,7 @@ from tokenfusion import Classifier, InputError, features
 from tokenfusion.data.decoded import read_images
 from tokenfusion.data.open import open_dataset
 from tokenfusion.evaluate import collect_logits, evaluate
-from tokenfusion.features import keep_features, of_kept
+from tokenfusion.features import keep_features, on_features
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.training import Interrupted, resume, start
 
@@ -118,7 +118,7 @@ def test_a_run_resumed_equals_a_run_uninterrupted(parents, tmp_path):
 def test_what_was_kept_is_not_computed_again_and_decides_as_images_do(classifier, digits, monkeypatch):
     rows = keep_features(classifier, digits)
     expected, _ = collect_logits(classifier, digits)
-    found, labels = collect_logits(of_kept(classifier), rows.as_images())
+    found, labels = collect_logits(on_features(classifier), rows.as_images())
     torch.testing.assert_close(found, expected, rtol=0, atol=0.02)
     assert torch.equal(labels, digits.labels)
     monkeypatch.setattr(features, "append_rows", None)

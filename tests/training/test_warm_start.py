@@ -1,5 +1,6 @@
 """Two trained runs as the parents of a fused one: it starts as they are, and goes on without them."""
 
+import re
 import shutil
 from dataclasses import replace
 
@@ -20,9 +21,10 @@ from tokenfusion.training.warm_start import warm_start
 
 QUIET = Console(quiet=True)
 DIGITS = tuple("0123456789")
+CNN, VIT = "wide(resnet_micro,0.2)", "wide(vit_micro,0.2)"
 
 
-def recipe_of(parents, model="fuse(resnet_micro,vit_micro)", **changes):
+def recipe_of(parents, model=f"fuse({CNN},{VIT})", **changes):
     runs = tuple(map(str, parents))
     return small_recipe(model=model, warm_start_from=runs, precision="fp32", drop_path=0.0, **changes)
 
@@ -31,9 +33,9 @@ def recipe_of(parents, model="fuse(resnet_micro,vit_micro)", **changes):
 def parents(tmp_path_factory):
     """A CNN and a transformer that each saw the digits twice."""
     folder = tmp_path_factory.mktemp("parents")
-    for name in ("resnet_micro", "vit_micro"):
-        start(small_recipe(model=name, precision="fp32", ema=0.0, batch_size=32), folder / name, QUIET)
-    return folder / "resnet_micro", folder / "vit_micro"
+    for name, model in (("cnn", CNN), ("vit", VIT)):
+        start(small_recipe(model=model, precision="fp32", ema=0.0, batch_size=32), folder / name, QUIET)
+    return folder / "cnn", folder / "vit"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def started(recipe, classes=DIGITS):
 
 @pytest.mark.parametrize("cell", ["layerwise", "layerwise,cls", "late", "late,cross", "early,cross", "early,add"])
 def test_before_the_first_step_it_computes_what_the_transformers_run_does(parents, digits, cell):
-    fused, said = started(recipe_of(parents, f"fuse(resnet_micro,vit_micro,{cell})"))
+    fused, said = started(recipe_of(parents, f"fuse({CNN},{VIT},{cell})"))
     expected, labels = collect_logits(Classifier.load(parents[1]), digits)
     assert (expected.argmax(1) == labels).float().mean() > 0.3  # the run has learned something
     torch.testing.assert_close(collect_logits(fused, digits)[0], expected, rtol=0, atol=1e-6)
@@ -60,7 +62,7 @@ def test_before_the_first_step_it_computes_what_the_transformers_run_does(parent
 
 
 def test_attention_that_is_not_gated_is_said_to_join_at_once(parents):
-    _, said = started(recipe_of(parents, "fuse(resnet_micro,vit_micro,early,joint)"))
+    _, said = started(recipe_of(parents, f"fuse({CNN},{VIT},early,joint)"))
     assert said.endswith("; not gated: pixels join the transformer's attention at once")
 
 
@@ -130,7 +132,7 @@ def test_it_resumes_without_its_parents(parents, tmp_path):
 def test_the_command_takes_two_folders(command, parents, tmp_path, monkeypatch):
     monkeypatch.chdir(parents[0].parent)
     few = ("--img-size", 8, "--epochs", 1, "--freeze", "both", "--out", tmp_path / "run")
-    model, runs = "fuse(resnet_micro,vit_micro)", ("resnet_micro", "vit_micro")
+    model, runs = f"fuse({CNN},{VIT})", ("cnn", "vit")
     status, output, errors = command("train", "digits", "--model", model, "--warm-start-from", *runs, *few)
     assert status == 0, errors
     assert f"starts from {parents[0]} and {parents[1]}\n" in output
@@ -139,8 +141,12 @@ def test_the_command_takes_two_folders(command, parents, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("order", "changes", "said"),
     [
-        ((1, 0), {}, r"vit_micro is a run of vit_micro, but fuse\(.*\) has resnet_micro in its place; give a run of"),
-        ((0, 1), {"model": "fuse(resnet18,vit_micro)"}, "has resnet18 in its place"),
+        (
+            (1, 0),
+            {},
+            rf"vit is a run of {re.escape(VIT)}, but fuse\(.*\) has {re.escape(CNN)} in its place; give a run of",
+        ),
+        ((0, 1), {"model": f"fuse(resnet18,{VIT})"}, "has resnet18 in its place"),
         ((0, 1), {"model": "tokenfusion_late_micro"}, r"no model that starts from two .* --model fuse\(CNN,VIT\)"),
         ((0, 1), {"model": "vit(tokenfusion_late_micro)"}, "no model that starts from two runs"),
         ((0, 1), {"img_size": (8, 16)}, "8×8 pixels and 3 channels, but this run of 8×16 .*; give --img-size 8 8"),
@@ -153,7 +159,7 @@ def test_parents_that_do_not_fit_are_refused(parents, order, changes, said):
 
 
 def test_parents_of_different_sizes_are_refused(parents, tmp_path):
-    other = untrained_run(tmp_path / "vit", "vit_micro", img_size=(8, 12))
+    other = untrained_run(tmp_path / "vit", VIT, img_size=(8, 12))
     with pytest.raises(InputError, match=r"takes images of 8×8 pixels .* of 8×12 pixels .*; train both on the same"):
         started(recipe_of([parents[0], other]))
 

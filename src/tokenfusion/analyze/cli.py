@@ -8,9 +8,10 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from tokenfusion.errors import InputError
+from tokenfusion.formatting import counting
 from tokenfusion.places import require_data, require_run
-from tokenfusion.terminal import AsJson, counting, show
-from tokenfusion_runtime.output import json_text, visible
+from tokenfusion.terminal import AsJson, show
+from tokenfusion_runtime.output import json_text, spelled_out
 
 app = App(
     name="analyze",
@@ -146,7 +147,7 @@ def explain(
         result, folder = room.explain(run, images, question, out=out, faithfulness=faithfulness, progress=progress)
     failed = [image for image in result["images"] if "error" in image]
     for image in failed:
-        print(visible(f"{image['path']}: {image['error']}"), file=sys.stderr)
+        print(spelled_out(f"{image['path']}: {image['error']}"), file=sys.stderr)
     if as_json:
         print(json_text(result, indent=2))
     else:

@@ -11,7 +11,7 @@ from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import output_of_class
 from tokenfusion.files import refuse_inside
-from tokenfusion.judged import choose_images, open_judged, read_readable
+from tokenfusion.judged import open_judged, read_part
 from tokenfusion.recipe import Recipe, load_recipe
 
 
@@ -78,9 +78,7 @@ def open_run_or_model(
     else:
         raise InputError(f"DATA is missing: {run_or_model} is no run folder and has no images of its own; name some")
     to_output = output_of_class(source, classifier.classes)
-    name, indices = choose_images(source, run, own=own, split=None)
-    spread = np.linspace(0, len(indices) - 1, min(num_images, len(indices))).round().astype(np.int64)
-    chosen = np.random.default_rng(0).permutation(indices[spread])  # the first few are of any class
-    images, _ = read_readable(source, chosen, recipe, name, progress)
+    images, _, _ = read_part(source, run, recipe, own=own, most=num_images, progress=progress)
+    images = images.subset(np.random.default_rng(0).permutation(len(images)))  # the first few are of any class
     images.labels = to_output[images.labels]
     return classifier, images

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.data.split import choose_split, read_split
 from tokenfusion.errors import InputError
 from tokenfusion.features import keep_features
-from tokenfusion.judged import open_judged, read_readable
+from tokenfusion.judged import read_own_part
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.recipe import Recipe, load_recipe
 
@@ -55,16 +54,13 @@ def similar(
             "fuse(CNN,VIT,probe), such as one that --pretrained hub trains"
         )
     queries = means_of(classifier, prepared(classifier, images))
-    source, _, _ = open_judged(run, recipe, None)
-    path = run / "split.csv"
-    known = read_split(path, source) if path.exists() else choose_split(source, recipe.val_fraction, recipe.seed)
-    training, _ = read_readable(source, known.train, recipe, "train")
-    looked = keep_features(classifier, training, workers=recipe.workers, progress=progress)
-    seen = torch.cat([means_of_rows(classifier, batch) for batch in looked.batches()])
+    training, _, _ = read_own_part(run, recipe, split="train")
+    features = keep_features(classifier, training, workers=recipe.workers, progress=progress)
+    seen = torch.cat([means_of_rows(classifier, batch) for batch in features.batches()])
     likeness, nearest = (queries @ seen.T).topk(min(topk, len(seen)), dim=1)
     return [
         [
-            Neighbour(training.names[i], source.classes[int(training.labels[i])], value)
+            Neighbour(training.names[i], training.dataset.classes[int(training.labels[i])], value)
             for i, value in zip(*row, strict=True)
         ]
         for row in zip(nearest.tolist(), likeness.tolist(), strict=True)

@@ -55,7 +55,8 @@ def check(
     require_files(tuple(name for name in pretrained if name != HUB), "--pretrained")
     from tokenfusion.check.checkup import check_data, free_run
     from tokenfusion.check.report import summarise
-    from tokenfusion.formatting import counted, spelled_out
+    from tokenfusion.formatting import counted
+    from tokenfusion_runtime.output import spelled_out
 
     start = Recipe(img_size=img_size, pretrained=pretrained, model=model)
     height, width = start.img_size
@@ -65,7 +66,7 @@ def check(
         print(json_text(result, indent=2))
         return
     for line in summarise(result):
-        print(spelled_out(line))
+        print(spelled_out(line, layout=True))
     options = shlex.join(["--exclude", str(folder / "quarantine.csv"), "--out", str(free_run(data))])
     command = f"; tokenfusion train {shlex.quote(data)} {options}"
     trains = result["quarantined"] and not result["train_refuses"]
@@ -75,21 +76,20 @@ def check(
 
 @contextmanager
 def show_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar a stage on a terminal, a line every ten seconds elsewhere; to be called with (stage, done, in all)."""
+    """A bar a stage on a terminal, a line every ten seconds elsewhere."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
+
+    from tokenfusion.formatting import bars
 
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    tasks: dict[str, TaskID] = {}
     said = time.monotonic()
-    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with bars(errors, *columns) as show_bar:
 
         def show(stage: str, done: int, total: int) -> None:
             nonlocal said
-            if stage not in tasks:
-                tasks[stage] = bar.add_task(stage)
-            bar.update(tasks[stage], completed=done, total=total)
+            show_bar(stage, done, total)
             if not errors.is_terminal and time.monotonic() - said > 10:
                 said = time.monotonic()
                 errors.print(f"{stage}: {done:,} of {total:,}")

@@ -51,8 +51,8 @@ def see_images(
         images, _ = read_images(dataset, part, max_pixels=classifier.max_pixels, cache_bytes=Recipe.cache_mb * 2**20)
         if len(images) != len(part):
             raise InputError(f"{len(part) - len(images)} images have become unreadable meanwhile; check again")
-        looked = keep_features(classifier, images, progress=tell)
-        found += [model.means(model.recall(rows.to(classifier.device))).cpu().numpy() for rows in looked.batches()]
+        features = keep_features(classifier, images, progress=tell)
+        found += [model.means(model.recall(rows.to(classifier.device))).cpu().numpy() for rows in features.batches()]
         order.append(part)
         before += len(part)
     return np.concatenate(found), np.concatenate(order)

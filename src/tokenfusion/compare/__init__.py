@@ -20,7 +20,7 @@ from tokenfusion.compare.plan import Budget, Comparison, plan_comparison, with_e
 from tokenfusion.compare.progress import ComparisonProgress
 from tokenfusion.compare.results import Failures, is_finished, summarise
 from tokenfusion.data.exclude import EXCLUDED, keep_list
-from tokenfusion.data.open import resolved
+from tokenfusion.data.kinds import resolved
 from tokenfusion.errors import InputError
 from tokenfusion.files import lock_folder, make_folder, refuse_inside, write_json, write_text
 from tokenfusion.names import split_names

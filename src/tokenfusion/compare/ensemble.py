@@ -11,7 +11,7 @@ from torch import Tensor
 from tokenfusion.classifier import Classifier
 from tokenfusion.evaluate import collect_logits, write_predictions
 from tokenfusion.files import make_folder, own_results, write_json
-from tokenfusion.judged import choose_images, open_judged, read_readable
+from tokenfusion.judged import read_own_part
 from tokenfusion.metrics import evaluate_logits
 from tokenfusion.recipe import Recipe, load_recipe
 
@@ -32,17 +32,15 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
         InputError: a run cannot be used.
     """
     recipe = Recipe(**load_recipe(runs[0] / "recipe.toml"))
-    dataset, _, _ = open_judged(runs[0], recipe, None)
-    split, indices = choose_images(dataset, runs[0], own=True, split=None)
-    images, skipped = read_readable(dataset, indices, recipe, split)
+    images, skipped, split = read_own_part(runs[0], recipe)
+    classes, groups = images.dataset.classes, images.dataset.groups
     several = [collect_logits(Classifier.load(run), images, workers=recipe.workers) for run in runs]
     logits, labels = mean_log_probabilities([logits for logits, _ in several]), several[0][1]
-    groups = images.dataset.groups
-    result = evaluate_logits(logits, labels, dataset.classes, skipped=len(skipped), groups=groups)
+    result = evaluate_logits(logits, labels, classes, skipped=len(skipped), groups=groups)
     result |= {"own": True, "data": recipe.data, "split": split, "members": [run.name for run in runs]}
     make_folder(out)
     with own_results(out):
-        write_predictions(out / "predictions.csv", dataset.classes, images.names, labels, logits.softmax(1), groups)
+        write_predictions(out / "predictions.csv", classes, images.names, labels, logits.softmax(1), groups)
         write_json(out / "evaluation.json", result)
     return result
 

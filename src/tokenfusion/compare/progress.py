@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tokenfusion.compare.plan import Comparison
+from tokenfusion.history import read_history
 
 
 class ComparisonProgress:
@@ -39,8 +40,7 @@ class ComparisonProgress:
         """Move the bar to where the runs are: multiply-adds of the epochs that are behind them."""
         done = 0.0
         for (name, seed), macs in self.macs.items():
-            metrics = self.comparison.run(name, seed) / "metrics.jsonl"
-            epochs = metrics.read_text().count("\n") if metrics.exists() else 0
+            epochs = len(read_history(self.comparison.run(name, seed)))
             done += macs * (1.0 if (name, seed) in self.ended else epochs / self.comparison.epochs[name])
         self.bar.update(self.task, completed=done, description=f"{len(self.ended)} of {len(self.runs)} runs")
 

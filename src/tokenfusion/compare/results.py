@@ -16,8 +16,9 @@ from tokenfusion.compare.ensemble import is_up_to_date
 from tokenfusion.compare.plan import Comparison
 from tokenfusion.compare.statistics import crossed_t, mcnemar, paired_t, pareto_front
 from tokenfusion.errors import InputError
-from tokenfusion.files import read_json, read_json_lines
 from tokenfusion.hardware import default_device, hardware_name, resolve_precision
+from tokenfusion.history import read_history
+from tokenfusion.json_files import read_json
 from tokenfusion.metrics import t_interval
 from tokenfusion.version import __version__
 
@@ -93,7 +94,7 @@ def read_run(comparison: Comparison, contender: Contender, seed: int, runs: Mapp
         rate = 1 / sum(1 / member["images_per_s"] for member in members)
         memory = max(member["peak_memory_mb"] for member in members)
     else:
-        records = read_json_lines(run / "metrics.jsonl")
+        records = read_history(run)
         minutes = sum(record["seconds"] for record in records) / 60
         rate = median(record["images_per_s"] for record in records)
         memory = max(record["peak_memory_mb"] for record in records)

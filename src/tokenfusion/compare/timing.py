@@ -6,10 +6,11 @@ from typing import Any
 
 from tokenfusion.compare.contenders import Contender
 from tokenfusion.errors import InputError
-from tokenfusion.files import read_json, write_json
+from tokenfusion.files import write_json
+from tokenfusion.json_files import read_json
 from tokenfusion.recipe import Recipe
+from tokenfusion.training.auto.timing import epoch_minutes
 from tokenfusion.training.identity import deciding_fields, fingerprint, first_recipe
-from tokenfusion.training.tune.timing import epoch_minutes
 
 
 def minutes_of_epochs(

@@ -31,11 +31,6 @@ def classes_in_words(dataset: Dataset) -> str:
     one_hot = dataset.labels.ndim == 2
     counts = dataset.labels.sum(0) if one_hot else np.bincount(dataset.labels, minlength=len(dataset.classes))
     order = np.arange(len(counts)) if len(counts) <= MANY else np.argsort(counts, kind="stable")[:MANY]
-    named = ", ".join(f"{shown(dataset.classes[label])} {counts[label]:,}" for label in order)
+    named = ", ".join(f"{dataset.classes[label]} {counts[label]:,}" for label in order)
     several = ", several labels an image" * one_hot
     return f"{counted(len(counts), 'class')}{several}, {'the rarest: ' * (len(counts) > MANY)}{named}"
-
-
-def shown(name: str) -> str:
-    """A name as it may be shown in a terminal."""
-    return name if name.isprintable() else repr(name)

@@ -1,4 +1,4 @@
-"""Any kind of data as a Dataset: the one file that knows all the kinds."""
+"""Any kind of data as a Dataset: the one file that opens all the kinds."""
 
 import os
 from pathlib import Path
@@ -8,16 +8,12 @@ from tokenfusion.data.exclude import EXCLUDED, leave_out, paths_in, read_list
 from tokenfusion.data.folder import open_folder, read_tree
 from tokenfusion.data.groups import group_by
 from tokenfusion.data.ignored import why_ignored
+from tokenfusion.data.kinds import Kind, files_below, kind_of
 from tokenfusion.data.readers import refuse_pointer
 from tokenfusion.data.usable import require_usable, without_empty, without_rare
 from tokenfusion.errors import InputError
-from tokenfusion.places import names_shards, require_data
+from tokenfusion.places import require_data
 from tokenfusion.recipe import Reading
-from tokenfusion_runtime.walk import walk
-
-LIST_ENDINGS = (".csv", ".tsv", ".tab", ".txt", ".lst", ".jsonl", ".ndjson", ".json")
-TAR_ENDINGS = (".tar", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.lzma", ".tgz", ".tbz2", ".tbz", ".txz")
-"""Of plain and compressed tars, in small letters."""
 
 
 def open_dataset(
@@ -49,25 +45,35 @@ def open_dataset(
 
 def open_place(data: str | Path, reading: Reading) -> Dataset:
     """Everything that lies in a place. Each kind is imported when it is met: pyarrow and scikit-learn take a second."""
-    if str(data) == "digits":
+    path, kind = Path(data), kind_of(str(data))
+    if kind is Kind.DIGITS:
         from tokenfusion.data.digits import open_digits
 
         return open_digits()
-    if names_shards(str(data)):
+    if kind is Kind.SHARDS:
         from tokenfusion.data.shards import open_shards
 
         return open_shards(str(data), reading=reading)
-    path = Path(data)
     require_data(str(path))
-    return open_below(path, reading) if path.is_dir() else open_file(path, reading)
+    if kind is Kind.FOLDER:
+        return open_below(path, reading)
+    refuse_pointer(path)
+    if kind is Kind.PARQUET:
+        from tokenfusion.data.parquet import open_parquet
+
+        return open_parquet(path.parent, [path.name], (), reading)
+    if kind is Kind.LIST:
+        from tokenfusion.data.lists import open_list
+
+        return open_list(path, reading)
+    if kind is Kind.TAR:
+        return open_tar_or_shard(path, reading)
+    raise InputError(f"{path}: not a kind of data that is known here; give {KINDS}")
 
 
 def open_below(root: Path, reading: Reading) -> Dataset:
     """A folder of class folders, of Parquet files or of shards: what lies in it tells."""
-    try:
-        files, folders = walk(root)
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
+    files, folders = files_below(root)
     tree = read_tree(files, folders) if not (lists := named_by_lists(root, files, reading)) else None
     if tree is None:
         from tokenfusion.data.lists import open_image_folder
@@ -101,44 +107,14 @@ def named_by_lists(root: Path, files: list[str], reading: Reading) -> list[str]:
     return lists if lists and names_images(root / lists[0], reading) else []
 
 
-def open_file(path: Path, reading: Reading) -> Dataset:
-    """A list, a Parquet file, a shard or a tar, as its name ends."""
-    name = path.name.lower()
-    refuse_pointer(path)
-    if name.endswith(".parquet"):
-        from tokenfusion.data.parquet import open_parquet
+def open_tar_or_shard(path: Path, reading: Reading) -> Dataset:
+    """A tar of class folders, or a shard in the WebDataset layout."""
+    from tokenfusion.data.shard_index import is_webdataset
 
-        return open_parquet(path.parent, [path.name], (), reading)
-    if name.endswith(LIST_ENDINGS):
-        from tokenfusion.data.lists import open_list
-
-        return open_list(path, reading)
-    if name.endswith(".tar"):
-        from tokenfusion.data.shard_index import is_webdataset
+    if path.name.lower().endswith(".tar") and is_webdataset(path):
         from tokenfusion.data.shards import open_shards
 
-        if is_webdataset(path):
-            return open_shards(str(path), reading=reading)
-    if name.endswith(TAR_ENDINGS):
-        from tokenfusion.data.tar import open_tar
+        return open_shards(str(path), reading=reading)
+    from tokenfusion.data.tar import open_tar
 
-        return open_tar(path)
-    raise InputError(f"{path}: not a kind of data that is known here; give {KINDS}")
-
-
-def is_path(data: str) -> bool:
-    """Whether DATA is a file or folder that exists; `digits` is the built-in data even beside a folder of that name."""
-    return data != "digits" and os.path.exists(data)
-
-
-def resolved(data: str) -> str:
-    """DATA named so that it means the same from any folder."""
-    if "{" in data and "://" not in data:
-        return os.path.abspath(data)
-    return str(Path(data).resolve()) if is_path(data) else data
-
-
-def require_place(data: str, remedy: str) -> None:
-    """Refuse images of a run that are not where they were, InputError; `remedy` says where they are now."""
-    if data != "digits" and not names_shards(data) and not os.path.exists(data):
-        raise InputError(f"{data}: no such file or folder; where the images have moved, say so by `{remedy}`")
+    return open_tar(path)

@@ -49,7 +49,7 @@ class Table:
     """Of all its images, in bytes, about."""
 
 
-class Rows(Reader):
+class ParquetRows(Reader):
     """Image files in the rows of Parquet files.
 
     Parquet is read a row group at a time: in order, once each; in random order, fast while the row groups fit in
@@ -70,8 +70,8 @@ class Rows(Reader):
         self.unpacked: dict[int, list[pa.Array]] = {}
         self.lock = threading.Lock()
 
-    def __reduce__(self) -> tuple[type["Rows"], tuple[list[Table], str]]:
-        return Rows, (self.tables, self.column)  # another process starts with nothing in memory
+    def __reduce__(self) -> tuple[type["ParquetRows"], tuple[list[Table], str]]:
+        return ParquetRows, (self.tables, self.column)  # another process starts with nothing in memory
 
     def read(self, index: int) -> bytes:
         number = bisect_right(self.starts, index) - 1
@@ -189,7 +189,7 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
         splits=splits,
         weights=as_weights(str(root), names, weights),
         groups=as_groups(["" if value is None else str(value) for value in beside["group"]]),
-        reader=Rows(tables, layout.image),
+        reader=ParquetRows(tables, layout.image),
         notes=tuple(notes),
         **describe_ignored(others),
     )

@@ -28,6 +28,7 @@ from tokenfusion.data.shard_index import INDEX_VERSION, Index, index_parquet, in
 from tokenfusion.data.split_names import split_in_name
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_text
+from tokenfusion.formatting import counting
 from tokenfusion.recipe import Reading
 
 ENDINGS = (".tar", ".parquet")
@@ -164,15 +165,13 @@ def of_columns(reading: Reading) -> str:
 
 def read_indexes(shards: list[RemoteFile], cache: Cache, reading: Reading) -> Iterator[Index]:
     """Each shard's index, as it was kept or by reading through the shard, a few at a time."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
     pool = ThreadPoolExecutor(THREADS)
     try:
-        indexes = pool.map(lambda shard: read_index(shard, cache, reading), shards)
-        silent = len(shards) < 2 or not console.is_terminal
-        yield from track(indexes, "indexing shards", len(shards), console=console, transient=True, disable=silent)
+        with counting("indexing shards") as progress:
+            indexes = pool.map(lambda shard: read_index(shard, cache, reading), shards)
+            for done, index in enumerate(indexes, start=1):
+                yield index
+                progress(done, len(shards))
     finally:
         pool.shutdown(cancel_futures=True)
 

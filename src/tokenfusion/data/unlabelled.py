@@ -20,8 +20,8 @@ from tokenfusion.data.columns import path_column
 from tokenfusion.data.dataset import KINDS, printable
 from tokenfusion.data.decode import UnreadableImage, is_image
 from tokenfusion.data.ignored import why_ignored
+from tokenfusion.data.kinds import TAR_ENDINGS, Kind, files_below, kind_of
 from tokenfusion.data.lists import METADATA
-from tokenfusion.data.open import LIST_ENDINGS, TAR_ENDINGS
 from tokenfusion.data.paths import ListedPaths, exists, resolve_paths
 from tokenfusion.data.readers import read_file, refuse_pointer
 from tokenfusion.data.remote import RemoteFile, find_files, has_ending, look_up
@@ -32,7 +32,6 @@ from tokenfusion.errors import InputError
 from tokenfusion.places import names_shards, nearest
 from tokenfusion.recipe import Reading
 from tokenfusion_runtime.files import MAX_FILE_BYTES, expand
-from tokenfusion_runtime.walk import walk
 
 NO_BYTES = "the row holds no bytes; image files must be inside the Parquet file"
 
@@ -107,28 +106,26 @@ def places(source: str) -> list[str]:
 
 def look_into(place: str, reading: Reading) -> tuple[list[RemoteFile], list[NamedImage]]:
     """The shards of a place, or its images where it has no shards."""
-    if place == "digits":
+    kind = kind_of(place)
+    if kind is Kind.DIGITS:
         from tokenfusion.data.digits import open_digits
 
         digits = open_digits()
         return [], [NamedImage(name, partial(digits.read, index)) for index, name in enumerate(digits.names)]
-    if names_shards(place):
+    if kind is Kind.SHARDS:
         return find_files(place, ENDINGS), []
-    if os.path.isdir(place):
+    if kind is Kind.FOLDER:
         return look_below(place)
-    if has_ending(place, (".parquet", *TAR_ENDINGS)):
+    if kind in (Kind.PARQUET, Kind.TAR):
         refuse_pointer(Path(place))
         return [look_up(place, root=os.path.dirname(os.path.abspath(place)))], []
-    names = names_in_list(Path(place), reading) if has_ending(place, LIST_ENDINGS) else expand([place])
+    names = names_in_list(Path(place), reading) if kind is Kind.LIST else expand([place])
     return [], [NamedImage(printable(name), partial(read_file, name)) for name in names]
 
 
 def look_below(root: str) -> tuple[list[RemoteFile], list[NamedImage]]:
     """The shards below a folder, or all images."""
-    try:
-        files, _ = walk(Path(root))
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from error
+    files, _ = files_below(Path(root))
     images = [file for file in files if not why_ignored(file)]
     shards = [
         file

@@ -15,7 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.evaluate import as_outputs, output_of_class
-from tokenfusion.judged import choose_images, open_judged, read_readable
+from tokenfusion.judged import read_own_part
 from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion_runtime.image import prepare
@@ -51,11 +51,8 @@ LIMITS = {
 def held_out_images(run: Path, classifier: Classifier) -> tuple[Images, NDArray[Any], str]:
     """A run's held-out images, at most MOST_IMAGES spread evenly, their labels as outputs, and their part's name."""
     recipe = Recipe(**load_recipe(run / "recipe.toml"))
-    source, _, own = open_judged(run, recipe, None)
-    name, indices = choose_images(source, run, own=own, split=None)
-    spread = np.linspace(0, len(indices) - 1, min(len(indices), MOST_IMAGES)).round().astype(int)
-    images, _ = read_readable(source, indices[spread], recipe, name)
-    labels = as_outputs(images.labels, output_of_class(source, classifier.classes), len(classifier.classes))
+    images, _, name = read_own_part(run, recipe, most=MOST_IMAGES)
+    labels = as_outputs(images.labels, output_of_class(images.dataset, classifier.classes), len(classifier.classes))
     return images, labels.numpy(), name
 
 

@@ -1,6 +1,5 @@
 """ONNX, by PyTorch's own exporter."""
 
-import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,8 @@ from numpy.typing import NDArray
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.export.deployable import quiet, trace
-from tokenfusion.judged import choose_images, open_judged
+from tokenfusion.judged import read_own_part
 from tokenfusion.recipe import Recipe, load_recipe
-from tokenfusion_runtime.errors import UnreadableImage
 
 CALIBRATION_IMAGES = 300
 """Training images by which int8's ranges are chosen."""
@@ -70,11 +68,6 @@ def quantized_onnx(graph: Any, classifier: Classifier, run: Path, batch: int | N
 def calibration_batches(classifier: Classifier, run: Path, batch: int) -> Iterator[NDArray[np.uint8]]:
     """Training images of a run, prepared, each `batch` times; at most CALIBRATION_IMAGES, and never held-out ones."""
     recipe = Recipe(**load_recipe(run / "recipe.toml"))
-    source, _, own = open_judged(run, recipe, None)
-    _, indices = choose_images(source, run, own=own, split="train")
-    spread = np.linspace(0, len(indices) - 1, min(len(indices), CALIBRATION_IMAGES)).round().astype(int)
-    for index in indices[spread].tolist():
-        with contextlib.suppress(UnreadableImage):
-            yield (
-                classifier.preprocess.resize(source.decode(index, classifier.max_pixels))[None].numpy().repeat(batch, 0)
-            )
+    images, _, _ = read_own_part(run, recipe, split="train", most=CALIBRATION_IMAGES)
+    for index in range(len(images)):
+        yield classifier.preprocess.resize(images[index])[None].numpy().repeat(batch, 0)

@@ -19,7 +19,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.models.base import image_size
 from tokenfusion.models.cost import count_costs, count_macs, native_size
 from tokenfusion.models.create import create_model, default_config
-from tokenfusion.models.expressions import BUILDERS, parse
+from tokenfusion.models.expressions import BUILDERS, CHECKED, parse
 from tokenfusion.models.parents import FIRST_CONV, ResNet
 from tokenfusion.models.presets import VARIANTS
 from tokenfusion.models.registration import default_cfg, describe_built
@@ -50,12 +50,15 @@ def build_wide(name: str, factor: str, *, pretrained: bool = False, **arguments:
     def build(**widths: Any) -> nn.Module:
         return create_model(name, **(arguments | widths))
 
+    model = f"wide({name},{factor}) {arguments}"
     try:
         with torch.device("meta"):
             plain = build()
-            size = image_size(arguments["img_size"] or default_config(plain)["input_size"][1:])
-            # what does not fit together fails here, and not when training starts
-            count_costs(widen(plain, times, build), torch.empty(1, arguments["in_chans"], *size))
+            if model not in CHECKED:
+                size = image_size(arguments["img_size"] or default_config(plain)["input_size"][1:])
+                # what does not fit together fails here, and not when training starts
+                count_costs(widen(plain, times, build), torch.empty(1, arguments["in_chans"], *size))
+                CHECKED.add(model)
         return widen(plain, times, build)
     except InputError:
         raise

@@ -22,6 +22,10 @@ BUILDERS: dict[str, Build] = {}
 `controls.py` each bring their own."""
 
 
+CHECKED: set[str] = set()
+"""Expressions with their arguments that were tried on the meta device and found to fit: once a process is enough."""
+
+
 def build_expression(expression: str, **arguments: Any) -> nn.Module:
     """Build what a model expression says.
 

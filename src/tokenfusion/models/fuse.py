@@ -16,7 +16,7 @@ from tokenfusion.models.adapters import MAX_STAGES, as_cnn, as_transformer
 from tokenfusion.models.backbones import TokenBackbone
 from tokenfusion.models.base import choose, image_size, on_meta
 from tokenfusion.models.create import create_model
-from tokenfusion.models.expressions import BUILDERS
+from tokenfusion.models.expressions import BUILDERS, CHECKED
 from tokenfusion.models.operators import OPERATORS, Operator
 from tokenfusion.models.presets import OPERATOR as PRESET_OPERATOR
 from tokenfusion.models.pretrained import HUB, Pretrained, choices, swapped
@@ -93,8 +93,11 @@ def fuse(
         raise (swapped(weights) if HUB not in weights.values() else None) or error from error.__cause__
     task: dict[str, Any] = {"num_classes": num_classes, "img_size": size, "in_chans": in_chans, "gate": opened}
     assembled: Callable[..., TokenFusion] = partial(assemble, strategy=strategy, operator=meet, further=kwargs, **task)
-    with torch.device("meta"):  # what is refused is refused to copies without weights
-        require_size(assembled(on_meta(cnn), on_meta(vit)), size, in_chans)
+    pair = f"{name} {task} {kwargs}"
+    if not by_name or pair not in CHECKED:
+        with torch.device("meta"):  # what is refused is refused to copies without weights
+            require_size(assembled(on_meta(cnn), on_meta(vit)), size, in_chans)
+        CHECKED.add(pair)
     model = assembled(cnn, vit)
     keep_expression(model, name, kwargs)
     return model

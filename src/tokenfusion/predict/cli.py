@@ -3,17 +3,20 @@
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from tokenfusion.errors import InputError
+from tokenfusion.formatting import Show
 from tokenfusion.places import require_run
 from tokenfusion.recipe import Reading
 from tokenfusion.terminal import AsJson
+
+if TYPE_CHECKING:
+    from tokenfusion_runtime.prediction import Prediction
 
 Flag = Parameter(negative="")
 
@@ -87,7 +90,7 @@ def predict(
     if raw and abstain is not None:
         raise InputError("--abstain goes by calibrated scores; leave out --raw")
     reading = {"root": root, "path_column": path_column, "image_column": image_column}
-    counts = {"batch_size": batch_size, "workers": workers, "images_per_part": images_per_part}
+    counts: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "images_per_part": images_per_part}
     if out is None:
         given = [name for name, value in {"embeddings": embeddings, **counts, **reading}.items() if value]
         if given:
@@ -96,25 +99,26 @@ def predict(
         return
     if output != "table":
         raise InputError(f"--format {output} is printed, and --out writes Parquet; give one of them")
-    from tokenfusion.formatting import counted
+    options = {name: value for name, value in counts.items() if value is not None}
+    options |= {"topk": topk, "abstain": abstain, "raw": raw, "embeddings": embeddings}
+    options["reading"] = Reading(root=root or "", path_column=path_column or "", image_column=image_column or "")
+    write_predictions(run, sources, out, options)
+
+
+def write_predictions(run: Path, sources: list[str], out: Path, options: dict[str, Any]) -> None:
+    """Write what a run says of images into a folder; exits with 1 if none could be read, with 130 after Ctrl-C."""
+    from rich.console import Console
+
+    from tokenfusion.formatting import bars, counted
     from tokenfusion.predict.many import predict_many
 
-    options = {name: value for name, value in counts.items() if value is not None}
-    understood = Reading(root=root or "", path_column=path_column or "", image_column=image_column or "")
     try:
-        with show_progress() as progress:
-            found = predict_many(
-                run,
-                sources,
-                out,
-                topk=topk,
-                abstain=abstain,
-                raw=raw,
-                embeddings=embeddings,
-                reading=understood,
-                progress=progress,
-                **options,
-            )
+        with bars(Console(stderr=True)) as show:
+
+            def progress(done: int, parts: int, images: int) -> None:
+                show("parts", done, parts, f"{images:,} images")
+
+            found = predict_many(run, sources, out, progress=progress, **options)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -130,11 +134,10 @@ def predict(
 def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool, abstain: float | None) -> None:
     """Print what a run says of images; exits with 1 if any could not be read."""
     from rich.console import Console
-    from rich.progress import Progress
 
     from tokenfusion.classifier import Classifier
-    from tokenfusion.data.open import LIST_ENDINGS, TAR_ENDINGS
-    from tokenfusion.data.remote import has_ending
+    from tokenfusion.data.kinds import Kind, kind_of
+    from tokenfusion.formatting import bars
     from tokenfusion_runtime.abstain import why_silent
     from tokenfusion_runtime.files import expand
     from tokenfusion_runtime.output import print_predictions
@@ -145,33 +148,24 @@ def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool,
     classifier = classifier.uncalibrated() if raw else classifier
     topk = min(topk, len(classifier.classes))
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    counted_ahead = errors.is_terminal and "-" not in paths
-    images = list(expand(paths)) if counted_ahead else expand(paths)
-    total = len(images) if isinstance(images, list) else None
+    images = list(expand(paths)) if errors.is_terminal and "-" not in paths else expand(paths)
     above = sys.stdout.isatty()  # rows that go to the same terminal are printed above the bar
-    with Progress(console=errors, disable=not errors.is_terminal, transient=True, redirect_stdout=above) as bar:
+    with bars(errors, redirect_stdout=above) as show:
         found = classifier.iter_predictions(images, topk=topk, abstain=abstain)
         if silent := "" if abstain is None else why_silent(abstain, classifier.surest_errors):
             print(f"nothing is answered: {silent}", file=sys.stderr)
-        predictions = bar.track(found, total=total, description="images")
+        predictions = counted_off(found, len(images), show) if isinstance(images, list) else found
         failed = print_predictions(predictions, output, topk=topk, multi_label=classifier.multi_label)
     if failed:
         print(f"{failed} of the images could not be read", file=sys.stderr)
-        held = next((path for path in paths if has_ending(path, (*LIST_ENDINGS, ".parquet", *TAR_ENDINGS))), "")
+        held = next((path for path in paths if kind_of(path) in (Kind.LIST, Kind.PARQUET, Kind.TAR)), "")
         if held:
             print(f"{held} is no image; to predict the images that it names or holds, give --out DIR", file=sys.stderr)
         sys.exit(1)
 
 
-@contextmanager
-def show_progress() -> Iterator[Callable[[int, int, int], None]]:
-    """A bar on a terminal; gives what to call with parts done, parts in all, and images done."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    errors = Console(stderr=True)
-    with Progress(console=errors, disable=not errors.is_terminal, transient=True) as bar:
-        task = bar.add_task("predicting", total=None)
-        yield lambda done, parts, images: bar.update(
-            task, completed=done, total=parts, description=f"{images:,} images"
-        )
+def counted_off(predictions: Iterable["Prediction"], total: int, show: Show) -> Iterator["Prediction"]:
+    """Predictions as they come, each told to a bar."""
+    for done, prediction in enumerate(predictions, start=1):
+        yield prediction
+        show("images", done, total)

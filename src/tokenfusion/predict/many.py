@@ -13,16 +13,16 @@ import torch
 
 from tokenfusion.classifier import Classifier, Prepared, predictions_of
 from tokenfusion.data.decode import UnreadableImage, decode_image
-from tokenfusion.data.open import is_path
+from tokenfusion.data.kinds import is_path
 from tokenfusion.data.unlabelled import NamedImage, Part, find_parts
 from tokenfusion.errors import InputError
 from tokenfusion.files import FolderTaken, lock_folder, make_folder, refuse_inside, share_folder, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.hub import fetch, is_reference
+from tokenfusion.launch import Launch, choose_device, read_launch
 from tokenfusion.predict.ahead import prepared_ahead
 from tokenfusion.predict.table import Row, read_facts, schema_of, write_table
 from tokenfusion.recipe import Reading
-from tokenfusion.training.distributed.launch import Launch, choose_device, read_launch
 from tokenfusion.version import __version__
 from tokenfusion_runtime.classifier import hash_of
 from tokenfusion_runtime.prediction import Answers

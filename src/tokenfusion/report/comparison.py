@@ -8,11 +8,13 @@ from typing import Any
 
 from tokenfusion.compare.table import comparison_table, gaps, methods
 from tokenfusion.errors import InputError
-from tokenfusion.files import NUMBER, own_results, read_json
+from tokenfusion.files import own_results
 from tokenfusion.formatting import counted
+from tokenfusion.history import read_history
+from tokenfusion.json_files import AGAIN, NUMBER, damaged, read_json
 from tokenfusion.report.comparison_summary import fusion_against_others, headline, rank
 from tokenfusion.report.page import write_page
-from tokenfusion.report.run_folder import AGAIN, FieldTypes, damaged, read_epochs, require_fields
+from tokenfusion.report.run_folder import FieldTypes, require_fields
 
 RESULT: FieldTypes = (
     dict.fromkeys(("data", "budget", "hardware", "precision"), str)
@@ -109,22 +111,13 @@ def read_curves(out: Path, result: Mapping[str, Any]) -> dict[str, list[tuple[in
     """
     curves = {}
     for row in rank(result):
-        paths = [out / run["run"] / "metrics.jsonl" for run in row["runs"]]
-        if not all(path.is_file() for path in paths):  # a mean of predictions
+        runs = [{epoch["epoch"]: epoch["val_top1"] for epoch in read_history(out / run["run"])} for run in row["runs"]]
+        if not all(runs):  # a mean of predictions
             continue
-        runs = [read_accuracy(path) for path in paths]
         shared = [epoch for epoch in runs[0] if all(run.get(epoch) is not None for run in runs)]
         if shared:
             curves[row["name"]] = [(epoch, fmean(run[epoch] for run in runs)) for epoch in shared]
     return curves
-
-
-def read_accuracy(path: Path) -> dict[int, Any]:
-    """Held-out accuracy by epoch of one metrics.jsonl; None where it was not measured."""
-    epochs = read_epochs(path)
-    for epoch in epochs:
-        require_fields(epoch, {"epoch": int, "val_top1": NUMBER | None}, path)
-    return {epoch["epoch"]: epoch["val_top1"] for epoch in epochs}
 
 
 def list_setting(result: Mapping[str, Any]) -> list[tuple[str, str]]:

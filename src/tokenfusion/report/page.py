@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from tokenfusion.files import write_text
+from tokenfusion_runtime.output import spelled_out
 
 MAX_MISTAKES = 24
 """Mistakes that are shown as pictures at most."""
@@ -16,7 +17,6 @@ Thumbnails = Callable[[list[str]], dict[str, bytes]]
 """From names of images, as predictions.csv has them, to their PNG files by name, without what cannot be read."""
 Picture = tuple[str, bool]
 """A PNG file as a data: address, or "", and whether it has so few pixels that they are better shown as squares."""
-CONTROL_CHARACTERS = {code: repr(chr(code))[1:-1] for code in (*range(32), *range(127, 160))}
 
 
 def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
@@ -62,7 +62,7 @@ def percent(share: float | None, decimals: int = 1) -> str:
 
 def visible(text: object) -> str:
     r"""A name with its newlines and other control characters spelled out, such as \n."""
-    return str(text).translate(CONTROL_CHARACTERS)
+    return spelled_out(str(text))
 
 
 def name_of(text: object) -> Markup:

@@ -11,11 +11,11 @@ from torchvision.transforms.v2 import functional as F
 from tokenfusion.data.dataset import printable
 from tokenfusion.data.decode import UnreadableImage, decode_ahead
 from tokenfusion.errors import InputError
-from tokenfusion.files import read_json
+from tokenfusion.json_files import AGAIN, read_json
 from tokenfusion.judged import open_judged
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.report.page import Thumbnails
-from tokenfusion.report.run_folder import AGAIN, require_fields
+from tokenfusion.report.run_folder import require_fields
 
 SIDE = 160
 """Longest side of a picture in pixels."""

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from tokenfusion.formatting import spelled_out
 from tokenfusion.metrics import Bins
+from tokenfusion_runtime.output import spelled_out
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -161,7 +161,9 @@ def plot_risk_coverage(curves: Mapping[str, Mapping[str, Any]]) -> Markup:
     with drawing(4.8, 3.2) as (figure, axes):
         for name, colour in zip(worst, SERIES, strict=False):
             coverage, risk = ([100 * value for value in curves[name][key]] for key in ("coverage", "risk"))
-            axes.plot(coverage, risk, color=colour, label=f" {spelled_out(name)}")  # one that begins with _ were hidden
+            axes.plot(
+                coverage, risk, color=colour, label=f" {spelled_out(name, layout=True)}"
+            )  # one that begins with _ were hidden
         axes.set(xlim=(0, 100), title="Wrong answers (%)", xlabel="answered, the surest first (%)")
         axes.set_ylim(bottom=0)
         if "" not in curves:

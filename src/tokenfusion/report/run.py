@@ -13,13 +13,14 @@ from tokenfusion.checkpoint import load_description, weights_in_words
 from tokenfusion.corruptions import corruption_table
 from tokenfusion.data.dataset import printable
 from tokenfusion.evaluate import images_in_words, of_groups
-from tokenfusion.files import own_results, read_json, write_text
+from tokenfusion.files import own_results, write_text
 from tokenfusion.formatting import counted, duration
+from tokenfusion.json_files import AGAIN, read_json
 from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.report.page import MAX_MISTAKES, Thumbnails, percent, picture, pictures_of, write_page
 from tokenfusion.report.parents import parents_of
 from tokenfusion.report.pictures import overlays_of
-from tokenfusion.report.run_folder import AGAIN, LabelSetRow, PredictionRow, Results, read_results
+from tokenfusion.report.run_folder import LabelSetRow, PredictionRow, Results, read_results
 
 MAX_CONFUSED = 30
 """Classes that the confusion matrix shows at most."""

@@ -12,25 +12,13 @@ from tokenfusion.checkpoint import load_description
 from tokenfusion.data.decoded import Skipped
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import EVALUATIONS
-from tokenfusion.files import NUMBER, Shape, fault_in, read_json, read_json_lines
+from tokenfusion.history import read_history
+from tokenfusion.json_files import AGAIN, NUMBER, SHARE, Shape, damaged, read_json, require, require_shape
 from tokenfusion.places import resume_command
 from tokenfusion.recipe import Recipe, load_recipe
 
 FieldTypes = Mapping[str, type | UnionType]
 """Fields of a JSON object, and what each is."""
-AGAIN = "restore it, or train and evaluate again"
-"""What to do where a file of a run is damaged."""
-SHARE = NUMBER | None
-"""None where it is one of nothing."""
-EPOCH: dict[str, Shape] = {
-    "epoch": int,
-    "lr": NUMBER,
-    "train_loss": SHARE,
-    "val_loss": SHARE,
-    "seconds": NUMBER,
-    "images_per_s": NUMBER,
-    "*": SHARE,
-}
 RISK: Shape = {"coverage": [NUMBER], "risk": [NUMBER], "area": NUMBER}
 CORRUPTED: dict[str, Shape] = {
     "level": str,
@@ -148,7 +136,7 @@ def read_results(run: Path) -> Results:
         InputError: the folder is not a run, is incomplete, is of a newer version, or its files are damaged or disagree.
     """
     model = load_description(run)
-    epochs = read_epochs(run / "metrics.jsonl") if (run / "metrics.jsonl").is_file() else []
+    epochs = read_history(run)
     if not epochs:
         raise InputError(f"{run} has no finished epoch yet; go on with `{resume_command(run)}`")
     predictions: list[PredictionRow] = []
@@ -212,16 +200,6 @@ def read_judged(
     return evaluation, predictions
 
 
-def read_epochs(path: Path) -> list[dict[str, Any]]:
-    """A dict per line of metrics.jsonl."""
-    epochs = read_json_lines(path)
-    for epoch in epochs:
-        several = isinstance(epoch, dict) and "val_map" in epoch
-        measured = ("train_exact_match", "val_map") if several else ("train_top1", "val_top1")
-        require_shape(epoch, EPOCH | dict.fromkeys(measured, SHARE), path)
-    return epochs
-
-
 def read_optional(path: Path, shape: dict[str, Shape]) -> dict[str, Any] | None:
     """A JSON object that not every run has; None where there is none."""
     if not path.is_file():
@@ -279,24 +257,6 @@ def number(text: str, path: Path) -> float:
         raise InputError(f"{path}: score {text!r} is not a number; restore it, or evaluate again") from error
 
 
-def require(value: Any, keys: tuple[str, ...], path: Path) -> None:
-    """Refuse a file that lacks some of its fields."""
-    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
-    if missing:
-        raise InputError(f"{path} is incomplete: it lacks {', '.join(missing)}; {AGAIN}")
-
-
-def require_shape(value: Any, shape: dict[str, Shape], path: Path) -> None:
-    """Refuse a file that lacks some of its fields, or holds what cannot stand there.
-
-    Raises:
-        InputError: it does.
-    """
-    require(value, tuple(key for key in shape if key[-1] not in "?*"), path)
-    if fault := fault_in(value, shape):
-        raise damaged(path, fault)
-
-
 def require_fields(value: Any, types: FieldTypes, path: Path) -> None:
     """Refuse an object of a file that lacks some of its fields, or has one of another type.
 
@@ -307,8 +267,3 @@ def require_fields(value: Any, types: FieldTypes, path: Path) -> None:
     for key, expected in types.items():
         if not isinstance(value[key], expected):
             raise damaged(path, f"{key} is {value[key]!r:.60}")
-
-
-def damaged(path: Path, reason: str) -> InputError:
-    """What to raise of a file that cannot be as it was written."""
-    return InputError(f"{path} is damaged: {reason}; restore it, or make it anew")

@@ -6,7 +6,7 @@ import torch
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.errors import InputError
-from tokenfusion.features import Looked
+from tokenfusion.features import Features
 from tokenfusion.files import write_csv, write_json
 from tokenfusion.formatting import counted
 from tokenfusion.models.probe_fusion import ProbeFusion
@@ -64,27 +64,27 @@ def require_tunable(classifier: Classifier, source: Dataset, recipe: Recipe, run
             raise InputError(f"tune={recipe.tune}: {reason}")
 
 
-def fit_start(model: ProbeFusion, looked: Looked, tokens: bool, run: Run) -> Probe:
+def fit_start(model: ProbeFusion, features: Features, tokens: bool, run: Run) -> Probe:
     """Fit the linear classifiers on what the parents saw, and make their mixture what the model computes.
 
     Args:
         model: changed in place: what tokens are standardised by, its head, votes and gate.
-        looked: training images.
+        features: training images.
         tokens: whether every token votes too, where the images are few enough.
         run: told what cannot be done.
     """
-    standardize(model, looked)
-    chosen = drawn(len(looked.labels), 4 * model.num_means, run)
-    some = Looked(looked.images, looked.rows, looked.which.reshape(1, -1)[:, chosen])
+    standardize(model, features)
+    chosen = drawn(len(features.labels), 4 * model.num_means, run)
+    some = Features(features.images, features.rows, features.which.reshape(1, -1)[:, chosen])
     voting = tokens and len(chosen) <= VOTERS and 4 * len(chosen) * model.row_length <= PROBE_BYTES
     blocks = blocks_of(model, some, voting)
-    labels, images = looked.labels[chosen], chosen % looked.which.shape[1]
+    labels, images = features.labels[chosen], chosen % features.which.shape[1]
     probe = fit_probe(blocks, POOLED | (TOKENS if voting else {}), labels, run.say, images=images)
     give_start(model, probe)
     return probe
 
 
-def judge_start(model: ProbeFusion, probe: Probe, held_out: Looked, run: Run) -> None:
+def judge_start(model: ProbeFusion, probe: Probe, held_out: Features, run: Run) -> None:
     """Write what the parents know of held-out images to `probe.json`, and of each of them to `parents.csv`."""
     labels, classes = held_out.labels, held_out.images.dataset.classes
     voting = "cnn_tokens" in probe.weight
@@ -103,19 +103,19 @@ def judge_start(model: ProbeFusion, probe: Probe, held_out: Looked, run: Run) ->
     run.say(f"linear classifiers on held-out images: {known}; their mixture, the start, {judged['mixture']:.2%}")
 
 
-def standardize(model: ProbeFusion, looked: Looked) -> None:
+def standardize(model: ProbeFusion, features: Features) -> None:
     """By what the training images' tokens and means are standardised."""
     device = model.standardize.mean.device
     for index, part in enumerate((model.pixel_source, model.token_source)):
-        part.standardize.fit(model.recall(batch.to(device))[index] for batch in looked.batches())
-    model.standardize.fit(model.means(model.recall(batch.to(device))) for batch in looked.batches())
+        part.standardize.fit(model.recall(batch.to(device))[index] for batch in features.batches())
+    model.standardize.fit(model.means(model.recall(batch.to(device))) for batch in features.batches())
 
 
 @torch.no_grad()
-def blocks_of(model: ProbeFusion, looked: Looked, tokens: bool) -> Blocks:
+def blocks_of(model: ProbeFusion, features: Features, tokens: bool) -> Blocks:
     """What linear classifiers read of kept rows: standardised means of each parent's tokens, and the tokens."""
     device, found = model.standardize.mean.device, []
-    for batch in looked.batches():
+    for batch in features.batches():
         seen = model.recall(batch.to(device))
         means = model.standardize(model.means(seen)).tensor_split([model.channels[0]], dim=1)
         parts = zip((model.pixel_source, model.token_source), seen, strict=True)

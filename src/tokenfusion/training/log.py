@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenfusion.files import read_json_lines, write_csv, write_text
+from tokenfusion.files import write_csv, write_text
+from tokenfusion.history import HISTORY, read_history
 from tokenfusion.training.loggers import Loggers, lacking
 from tokenfusion.training.state import Record
 
@@ -37,7 +38,7 @@ class Log:
         recipe = recipe or {}
         self.before = before
         done = self.following(done)
-        self.path = run / "metrics.jsonl"
+        self.path = run / HISTORY
         self.events = SummaryWriter(str(run / "events"), purge_step=int(done[-1]["step"]) if done else None)
         self.loggers = Loggers(recipe.get("loggers", ()), run, recipe, say)
         if done:  # a kill may have come between the checkpoint and this
@@ -83,5 +84,5 @@ def send_rest(run: Path, recipe: Mapping[str, Any], say: Callable[[str], None]) 
     """
     if names := lacking(recipe["loggers"], run):
         loggers = Loggers(names, run, recipe, say)
-        loggers.send(read_json_lines(run / "metrics.jsonl"))
+        loggers.send(read_history(run))
         loggers.close(finished=True)

@@ -57,7 +57,7 @@ def fit(setup: Setup, state: TrainState, tell: Listener, log: Log | None) -> Non
             shipped = state.gather_shipped()
             with saved_when_data_fails(state, setup.run):
                 val_loss, val_score = validate(setup, state, shipped)
-                if state.best is not None and state.average and state.spare is None:
+                if state.best is not None and state.average and state.judges_both:
                     # an average that is slower than patience would be judged before it has learned anything
                     own_loss, own_score = validate(setup, state, state.model)
                     if own_score > val_score:

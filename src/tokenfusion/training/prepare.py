@@ -4,9 +4,7 @@ optimizer. The model comes before the images are decoded, so that one that canno
 import copy
 import shlex
 from dataclasses import replace
-
-from rich.progress import Progress as ProgressBar
-from rich.progress import TaskID
+from functools import partial
 
 from tokenfusion.checkpoint import load_description, value_range_of, weights_in_words
 from tokenfusion.classifier import Classifier
@@ -21,13 +19,16 @@ from tokenfusion.data.sampler import Share
 from tokenfusion.data.split import Split, choose_split, never_held_out, read_split, write_split
 from tokenfusion.data.value_range import with_value_range
 from tokenfusion.errors import InputError
-from tokenfusion.features import Decider, KeptClassifier
+from tokenfusion.features import FeatureClassifier, FeatureHead
 from tokenfusion.files import write_text
-from tokenfusion.formatting import counted
+from tokenfusion.formatting import bars, counted
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.recipe import Recipe, dump_recipe
+from tokenfusion.training.auto.batch_size import choose_batch_size, more_than_there_are
+from tokenfusion.training.auto.depth import choose_depth
+from tokenfusion.training.auto.rate import choose_lr
 from tokenfusion.training.distributed.ddp import average_gradients
-from tokenfusion.training.distributed.fsdp import is_saved, shard
+from tokenfusion.training.distributed.fsdp import shard
 from tokenfusion.training.distributed.sync_norm import globalize_norms
 from tokenfusion.training.identity import Identity
 from tokenfusion.training.linear_start import require_tunable
@@ -41,11 +42,9 @@ from tokenfusion.training.objective import (
 )
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.recovery import Unreadable, read_skipped_file
+from tokenfusion.training.saved import is_saved
 from tokenfusion.training.setup import Run, Setup, begun
-from tokenfusion.training.state import TrainState
-from tokenfusion.training.tune.batch_size import choose_batch_size, more_than_there_are
-from tokenfusion.training.tune.depth import choose_depth
-from tokenfusion.training.tune.rate import choose_lr
+from tokenfusion.training.state import SpreadState, TrainState
 from tokenfusion.training.warm_start import refuse_seen, warm_start
 from tokenfusion.training.watch import Measure, make_watch, require_measurable
 
@@ -155,18 +154,14 @@ def decode_images(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tu
     limits = {"max_pixels": recipe.max_pixels, "cache_bytes": recipe.cache_mb * 2**20}
     images: list[Images] = []
     skipped: list[Skipped] = []
-    with ProgressBar(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
+    with bars(run.console) as show:
         for name, indices in (("train", parts.train), ("val", parts.val)):
             if name == "train" and source.shards is not None:
                 source.reader.require_room()
                 images.append(unread_images(source, indices, recipe.max_pixels))
                 continue
-            task = bar.add_task(f"reading {name} images", total=len(indices))
-
-            def advance(done: int, total: int, task: TaskID = task) -> None:
-                bar.update(task, completed=done, total=total)
-
-            some, bad = read_images(source, indices, **limits, progress=advance, split=name)
+            progress = partial(show, f"reading {name} images")
+            some, bad = read_images(source, indices, **limits, progress=progress, split=name)
             images.append(some)
             skipped += bad
     training, held_out = images
@@ -216,7 +211,7 @@ def make_loader(training: Images, classifier: Classifier, recipe: Recipe, run: R
     batches = TrainLoader(
         training,
         as_it_is
-        if isinstance(classifier, KeptClassifier)
+        if isinstance(classifier, FeatureClassifier)
         else Augment.from_recipe(recipe, classifier.preprocess.img_size),
         batch_size=batch_size,
         seed=recipe.seed,
@@ -261,10 +256,11 @@ def make_state(setup: Setup) -> TrainState:
     keep_best = recipe.patience > 0 and recipe.epochs != "auto"  # an open end ships what its final decay ends with
     if recipe.parallel == "fsdp" and world.store is not None:
         spread = shard(copy.deepcopy(network))
-        return TrainState(spread, make_optimizer(spread, recipe), recipe.ema, keep_best, spread, world, spare=network)
+        optimizer = make_optimizer(spread, recipe)
+        return SpreadState(spread, optimizer, recipe.ema, keep_best, spread, world, whole_model=network)
     called = (
-        Decider(network)
-        if isinstance(network, ProbeFusion) and isinstance(setup.classifier, KeptClassifier)
+        FeatureHead(network)
+        if isinstance(network, ProbeFusion) and isinstance(setup.classifier, FeatureClassifier)
         else average_gradients(setup.classifier, world)
     )
     return TrainState(network, make_optimizer(network, recipe), recipe.ema, keep_best, called, world)

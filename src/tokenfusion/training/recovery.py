@@ -15,7 +15,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.hardware import is_out_of_memory
 from tokenfusion.places import resume_command
 from tokenfusion.recipe import Recipe
-from tokenfusion.training.distributed.fsdp import last_good
+from tokenfusion.training.saved import last_good
 from tokenfusion.training.setup import Run
 from tokenfusion.training.state import TrainState
 

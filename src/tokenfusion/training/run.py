@@ -11,10 +11,10 @@ from rich.console import Console
 from tokenfusion.checkpoint import load_description, load_tensors
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.exclude import EXCLUDED
-from tokenfusion.data.open import require_place, resolved
+from tokenfusion.data.kinds import require_place, resolved
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import calibrated
-from tokenfusion.features import of_images
+from tokenfusion.features import on_images
 from tokenfusion.files import lock_folder, own_folder, refuse_inside, write_text
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models import create_model, require_known
@@ -22,8 +22,7 @@ from tokenfusion.models.pretrained import find_weights, weighted_names
 from tokenfusion.places import require_begun, require_no_run, resume_command
 from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
 from tokenfusion.trained_on import TRAINED_ON, found_again, load_trained_on, save_trained_on
-from tokenfusion.training.distributed.fsdp import is_saved
-from tokenfusion.training.distributed.launch import processes, versions
+from tokenfusion.training.distributed.process_group import processes, versions
 from tokenfusion.training.distributed.world import READ, World
 from tokenfusion.training.identity import Identity, differences, first_key, identity_of
 from tokenfusion.training.log import Log, send_rest
@@ -31,7 +30,8 @@ from tokenfusion.training.loggers import require_installed
 from tokenfusion.training.loop import Interrupted, fit
 from tokenfusion.training.prepare import begin, prepare
 from tokenfusion.training.progress import Display, Listener, Update
-from tokenfusion.training.setup import START, Run, Setup
+from tokenfusion.training.saved import START, is_saved
+from tokenfusion.training.setup import Run, Setup
 from tokenfusion.training.stages import forget_stages, train_in_stages
 from tokenfusion.training.state import TrainState, read_progress
 from tokenfusion.training.times import TIMES, times_in_words
@@ -384,7 +384,7 @@ def ship(setup: Setup, state: TrainState) -> Classifier:
     if state.best:
         shipped.model.load_state_dict(state.best)
     if not state.world.is_first:
-        return of_images(shipped)
-    shipped = of_images(calibrated(shipped, setup.held_out, setup.recipe.workers))
+        return on_images(shipped)
+    shipped = on_images(calibrated(shipped, setup.held_out, setup.recipe.workers))
     shipped.save(setup.run.folder)
     return shipped

@@ -9,15 +9,10 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import TrainLoader
 from tokenfusion.recipe import Recipe
-from tokenfusion.training.distributed.fsdp import is_saved
 from tokenfusion.training.distributed.world import World
 from tokenfusion.training.objective import BatchMixing, Loss
+from tokenfusion.training.saved import CHECKPOINT, START, is_saved
 from tokenfusion.training.watch import Watch
-
-CHECKPOINT = Path("state", "last.safetensors")
-"""Where a run folder keeps all that it needs to go on."""
-START = Path("state", "start.safetensors")
-"""Where a run that is trained in stages keeps what all of them start from: the parents, and the linear classifier."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class Setup:
         classifier: the model, and how its images are prepared.
         batches: training images.
         mixing, loss: what a step minimises.
-        held_out: images that are evaluated and never trained on; a probe (`tune/timing.py`), which evaluates nothing,
+        held_out: images that are evaluated and never trained on; a timing (`auto/timing.py`), which evaluates nothing,
             gives its training images.
         watch: what is measured every few epochs.
     """

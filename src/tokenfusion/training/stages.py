@@ -11,11 +11,11 @@ training images. Every stage has a checkpoint of its own, so that a resumed run 
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import numpy as np
-from rich.progress import Progress as ProgressBar
 from torch import Tensor, nn
 
 from tokenfusion.checkpoint import load_tensors, load_weights_exactly, save_tensors
@@ -23,9 +23,10 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.split import choose_split
-from tokenfusion.features import Looked, keep_features, of_kept
-from tokenfusion.files import read_json, write_json
-from tokenfusion.formatting import counted
+from tokenfusion.features import Features, keep_features, on_features
+from tokenfusion.files import write_json
+from tokenfusion.formatting import bars, counted
+from tokenfusion.json_files import read_json
 from tokenfusion.models.fused_model import PARENTS
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.preset import ON_KEPT_TOKENS
@@ -36,7 +37,8 @@ from tokenfusion.training.log import Log
 from tokenfusion.training.loop import end_at_start, fit, validate
 from tokenfusion.training.prepare import begin, make_loader, make_setup, say_batches
 from tokenfusion.training.progress import Listener
-from tokenfusion.training.setup import CHECKPOINT, START, Setup
+from tokenfusion.training.saved import CHECKPOINT, START
+from tokenfusion.training.setup import Setup
 from tokenfusion.training.state import Record, TrainState
 from tokenfusion.training.times import FEATURES, FIT, JUDGE, seconds_until_judged, timed
 
@@ -70,7 +72,7 @@ def train_in_stages(setup: Setup, identity: Identity, tell: Listener) -> tuple[S
     if not begins:
         load_weights_exactly(model, load_tensors(run.folder / START)[0], run.folder / START)
     with timed(run.folder, FEATURES):
-        training, held_out = look(setup)
+        training, held_out = keep_both(setup)
     if begins:
         with timed(run.folder, FIT):
             probe = fit_start(model, training, recipe.tune != "probe", run)
@@ -84,20 +86,19 @@ def train_in_stages(setup: Setup, identity: Identity, tell: Listener) -> tuple[S
     return train_kept(setup, kept, start, training, held_out, identity, tell)
 
 
-def look(setup: Setup) -> tuple[Looked, Looked]:
+def keep_both(setup: Setup) -> tuple[Features, Features]:
     """Let the parents look at training and held-out images, and keep what they see."""
     run, recipe, classifier = setup.run, setup.recipe, setup.classifier
     augment = Augment.from_recipe(recipe, classifier.preprocess.img_size)
     count = recipe.views * len(setup.batches.images) + len(setup.held_out)
     run.say(f"both parents look at {counted(count, 'image')}, once; what is kept from before is not looked at again")
-    looked = []
-    with ProgressBar(console=run.console, disable=not run.console.is_terminal, transient=True) as bar:
+    kept = []
+    with bars(run.console) as show:
         for name, images, views in (
             ("training", setup.batches.images, recipe.views),
             ("held-out", setup.held_out, 1),
         ):
-            task = bar.add_task(f"parents look at {name} images", total=views * len(images))
-            looked.append(
+            kept.append(
                 keep_features(
                     classifier,
                     images,
@@ -105,14 +106,14 @@ def look(setup: Setup) -> tuple[Looked, Looked]:
                     augment=augment,
                     seed=recipe.seed,
                     workers=recipe.workers,
-                    progress=lambda done, total, task=task: bar.update(task, completed=done, total=total),  # type: ignore[misc]
+                    progress=partial(show, f"parents look at {name} images"),
                 )
             )
-    run.say(f"what the parents see is kept in {looked[0].rows.path.parent}")
-    return looked[0], looked[1]
+    run.say(f"what the parents see is kept in {kept[0].rows.path.parent}")
+    return kept[0], kept[1]
 
 
-def choose_stages(setup: Setup, training: Looked, identity: Identity, tell: Listener) -> tuple[str, ...]:
+def choose_stages(setup: Setup, training: Features, identity: Identity, tell: Listener) -> tuple[str, ...]:
     """Try the stages without the images that are set aside, and keep those that do better on them."""
     run, path = setup.run, setup.run.folder / JUDGED
     if path.exists():
@@ -168,8 +169,8 @@ def train_kept(
     setup: Setup,
     kept: Sequence[str],
     weights: Weights,
-    training: Looked,
-    held_out: Looked,
+    training: Features,
+    held_out: Features,
     identity: Identity,
     tell: Listener,
 ) -> tuple[Setup, TrainState]:
@@ -195,7 +196,7 @@ def train_kept(
 
 
 def stage_setup(
-    stage: str, setup: Setup, training: Looked, held_out: Looked, weights: Weights, checkpoint: str
+    stage: str, setup: Setup, training: Features, held_out: Features, weights: Weights, checkpoint: str
 ) -> Setup:
     """What a stage is trained on and judged by, from where the one before it ended."""
     recipe = stage_recipe(setup.recipe, stage)
@@ -208,7 +209,7 @@ def stage_setup(
         images, judged = training.images, held_out.images
     else:
         model.freeze(*PARENTS)
-        classifier = of_kept(classifier)
+        classifier = on_features(classifier)
         images, judged = training.as_images(), held_out.as_images()
     recipe, batches = make_loader(images, classifier, recipe, run)
     return make_setup(batches, judged, classifier, recipe, run, measure=None)

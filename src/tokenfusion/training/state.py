@@ -17,16 +17,15 @@ from tokenfusion.models.official import with_present_names
 from tokenfusion.training.distributed.fsdp import (
     copy_into,
     forget_shards,
-    last_good,
     load_shards,
     own_rows,
-    pointer_of,
     read_pointer,
     save_shards,
     shard,
     whole,
 )
 from tokenfusion.training.distributed.world import World
+from tokenfusion.training.saved import last_good, pointer_of
 
 Record = dict[str, float | int]
 
@@ -41,7 +40,7 @@ class Progress:
         step_in_epoch: optimiser steps done in the epoch under way.
         loss_sum, correct, seen: over the images of the epoch under way.
         seconds: of training in the epoch under way.
-        best_top1, best_epoch: on the held-out images, for early stopping; the mAP of multi-label data.
+        best_score, best_epoch: top-1 of the held-out images, or mAP of multi-label data, for early stopping.
         decay_epoch: epochs done when the final decay of a run with an open end began; 0 before.
         records: a line of `metrics.jsonl` for each epoch done.
         finished: whether the last epoch is done, or training was stopped early.
@@ -59,7 +58,7 @@ class Progress:
     correct: int = 0
     seen: int = 0
     seconds: float = 0.0
-    best_top1: float = -1.0
+    best_score: float = -1.0
     best_epoch: int = 0
     decay_epoch: int = 0
     records: list[Record] = field(default_factory=list)
@@ -108,9 +107,10 @@ class TrainState:
         keep_best: whether to remember the weights of the best epoch.
         network: what the loop calls for `model`'s output; not `model` itself where processes exchange gradients.
         world: the processes that train it; the first one writes.
-        spare: where `model` is spread over the processes, one in one piece to evaluate with, of the same weights; the
-            average is then spread like `model`, and every process writes its part.
     """
+
+    judges_both = True
+    """Whether the trained weights can be judged beside their average: one piece of each is at hand."""
 
     def __init__(
         self,
@@ -120,30 +120,22 @@ class TrainState:
         keep_best: bool,
         network: nn.Module | None = None,
         world: World = World(),  # noqa: B008 - frozen
-        spare: nn.Module | None = None,
     ) -> None:
         self.model = model
-        self.spare = spare
         self.network = network or model
         self.optimizer = optimizer
-        self.average = ModelEmaV3(spare or model, decay=ema, use_warmup=True, foreach=spare is None) if ema else None
-        if spare and self.average:
-            shard(self.average.module)
+        self.average = self.make_average(ema) if ema else None
         self.best: dict[str, Tensor] | None = {} if keep_best else None
         self.world = world
         self.progress = Progress(processes=world.size)
 
-    def gather_shipped(self) -> nn.Module:
-        """The model that is evaluated and shipped: the average where there is one.
+    def make_average(self, decay: float) -> ModelEmaV3:
+        """The average of the weights, which begins as they are."""
+        return ModelEmaV3(self.model, decay=decay, use_warmup=True, foreach=True)
 
-        Where weights are spread over the processes, all of them are gathered from all processes, which must call this
-        together.
-        """
-        own: nn.Module = self.average.module if self.average else self.model
-        if self.spare is None:
-            return own
-        self.spare.load_state_dict({name: whole(tensor) for name, tensor in own.state_dict().items()})
-        return self.spare
+    def gather_shipped(self) -> nn.Module:
+        """The model that is evaluated and shipped, the average where there is one; all processes must call this."""
+        return self.average.module if self.average else self.model
 
     def update_average(self) -> None:
         if self.average:
@@ -151,8 +143,8 @@ class TrainState:
 
     def remember_best(self, score: float, shipped: nn.Module) -> None:
         """Note this epoch's held-out score, and keep the weights that reached it if it is the best so far."""
-        if score > self.progress.best_top1:
-            self.progress.best_top1, self.progress.best_epoch = score, self.progress.epoch
+        if score > self.progress.best_score:
+            self.progress.best_score, self.progress.best_epoch = score, self.progress.epoch
             if self.best is not None:
                 self.best = {name: tensor.detach().clone() for name, tensor in shipped.state_dict().items()}
 
@@ -167,7 +159,7 @@ class TrainState:
         )
 
     def save(self, path: Path) -> None:
-        """Write everything to one file, or where weights are spread to a file by each process; whole or not at all.
+        """Write everything, whole or not at all.
 
         A checkpoint holds the tensors `model.NAME` (weights and buffers), `ema.NAME` (their average, where there is
         one), `best.NAME` (those of the best epoch, where it is what ships) and `optimizer.INDEX.NAME` (what the
@@ -184,6 +176,11 @@ class TrainState:
                 f"{broken[0]} is not finite after step {self.progress.step}; {last_good(path)} "
                 "train anew with a lower --lr or --precision fp32 and another --out"
             )
+        self.write(path, self.tensors())
+        self.world.meet()  # a launcher may stop the one that writes as soon as another ends
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by the names that they are saved under."""
         tensors = self.weights()
         if self.best:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
@@ -191,12 +188,13 @@ class TrainState:
             # no tensor is Muon's `use_muon` alone, which it tells anew by the weight's shape and group
             values = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
             tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
-        if self.spare is not None:
-            save_shards(path, tensors, asdict(self.progress))
-        elif self.world.is_first:
+        return tensors
+
+    def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Let the first process write tensors and progress to one file."""
+        if self.world.is_first:
             save_tensors(path, tensors, asdict(self.progress))
             forget_shards(path)
-        self.world.meet()  # a launcher may stop the one that writes as soon as another ends
 
     def weights(self) -> dict[str, Tensor]:
         """Tensors of the model and of its average, by the names that they are saved under."""
@@ -212,29 +210,38 @@ class TrainState:
             InputError: the file is damaged, or of another model or version.
         """
         progress = read_progress(path)
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        sharded = pointer_of(path).exists()
-        tensors = load_shards(path, self.weights(), parameters) if sharded else load_tensors(path)[0]
-
+        spread = pointer_of(path).exists()
+        tensors = load_shards(path, self.weights(), self.parameters) if spread else load_tensors(path)[0]
         weights = self.weights()
         names = {*weights, *(name.replace("model.", "best.", 1) for name in weights if name.startswith("model."))}
         tensors = with_present_names(tensors, names)
-
-        def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-        if self.spare is not None:
-            for name, tensor in self.weights().items():
-                if not sharded:
-                    copy_into(tensor, tensors[name])
-        elif not sharded:
-            load_weights_exactly(self.model, part("model."), path)
-            if self.average:
-                load_weights_exactly(self.average.module, part("ema."), path)
+        if not spread:
+            self.load_weights(tensors, path)
         if self.best is not None:
-            self.best = part("best.")
+            self.best = part_of(tensors, "best.")
+        self.load_moments(part_of(tensors, "optimizer."), path)
+        self.progress = progress
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """What the optimiser moves, in the order in which it numbers them."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def load_weights(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Take over weights and their average from tensors in one piece, by the names that they are saved under."""
+        load_weights_exactly(self.model, part_of(tensors, "model."), path)
+        if self.average:
+            load_weights_exactly(self.average.module, part_of(tensors, "ema."), path)
+
+    def load_moments(self, tensors: dict[str, Tensor], path: Path) -> None:
+        """Take over what the optimiser keeps of each parameter, from tensors by INDEX.NAME.
+
+        Raises:
+            InputError: one fits no parameter.
+        """
+        parameters = self.parameters
         moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in part("optimizer.").items():
+        for name, tensor in tensors.items():
             index, _, moment = name.partition(".")
             shape = parameters[int(index)].shape if index.isdecimal() and int(index) < len(parameters) else None
             if not moment.isidentifier() or (tensor.ndim and tensor.shape != shape) or not tensor.isfinite().all():
@@ -248,7 +255,45 @@ class TrainState:
                 copy_into(laid_out, tensor)
             moments.setdefault(int(index), {})[moment] = laid_out
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.progress = progress
+
+
+class SpreadState(TrainState):
+    """The same of a model whose weights, average and moments are spread over the processes (FSDP).
+
+    Args:
+        whole_model: the same model in one piece, to evaluate and ship.
+        others: as of `TrainState`.
+    """
+
+    judges_both = False
+
+    def __init__(self, *others: Any, whole_model: nn.Module, **named: Any) -> None:
+        self.whole_model = whole_model
+        super().__init__(*others, **named)
+
+    def make_average(self, decay: float) -> ModelEmaV3:
+        average = ModelEmaV3(self.whole_model, decay=decay, use_warmup=True, foreach=False)
+        shard(average.module)
+        return average
+
+    def gather_shipped(self) -> nn.Module:
+        """Its weights are gathered from all processes, which must call this together."""
+        own = super().gather_shipped().state_dict()
+        self.whole_model.load_state_dict({name: whole(tensor) for name, tensor in own.items()})
+        return self.whole_model
+
+    def write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        """Let every process write its part."""
+        save_shards(path, tensors, asdict(self.progress))
+
+    def load_weights(self, tensors: dict[str, Tensor], path: Path) -> None:  # noqa: ARG002
+        for name, tensor in self.weights().items():
+            copy_into(tensor, tensors[name])
+
+
+def part_of(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those of a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def read_progress(path: Path) -> Progress:
@@ -260,18 +305,21 @@ def read_progress(path: Path) -> Progress:
     description = read_pointer(path).description if pointer_of(path).exists() else read_header(path)
     for name in NO_LONGER_COUNTED:
         description.pop(name, None)
+    for before, name in RENAMED.items():
+        if before in description:
+            description[name] = description.pop(before)
     try:
         progress = Progress(**description)
     except TypeError as error:
         raise InputError(
             f"{path} was written by another version of tokenfusion: {error}; train again with another --out"
         ) from error
-    if fault := fault_of(progress):
+    if fault := fault_in_progress(progress):
         raise InputError(f"{path} is damaged: {fault}; delete the folder {path.parent}, and --resume starts anew")
     return progress
 
 
-def fault_of(progress: Progress) -> str:
+def fault_in_progress(progress: Progress) -> str:
     """What cannot be true of a run's progress: a type, a range, or what does not go together; "" where nothing is."""
     fresh = Progress()
     for one in fields(Progress):
@@ -279,7 +327,7 @@ def fault_of(progress: Progress) -> str:
         right = type(value) is kind or (kind is float and type(value) is int)
         if not right or (kind is float and not math.isfinite(value)):
             return f"{one.name} is {str(value)[:40]}, not of type {kind.__name__}"
-        if kind in (int, float) and value < (-1 if one.name == "best_top1" else 0) and one.name != "loss_sum":
+        if kind in (int, float) and value < (-1 if one.name == "best_score" else 0) and one.name != "loss_sum":
             return f"{one.name} is {value}, below 0"
     if progress.processes < 1 or progress.correct > progress.seen or progress.step_in_epoch > progress.step:
         return "its counts of processes, images or steps contradict each other"
@@ -296,6 +344,8 @@ def fault_of(progress: Progress) -> str:
 
 NO_LONGER_COUNTED = ("recent_losses", "skipped_steps", "rollbacks", "bad_steps")
 """Fields of checkpoints that were written when a run could go on after a bad loss."""
+RENAMED = {"best_top1": "best_score"}
+"""Fields by the names that they had, in checkpoints that were written then."""
 
 
 def read_header(path: Path) -> dict[str, Any]:

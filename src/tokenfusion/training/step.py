@@ -12,7 +12,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.hardware import autocast
 from tokenfusion.recipe import Recipe
 from tokenfusion.training.distributed.ddp import gradients_exchanged
-from tokenfusion.training.distributed.fsdp import last_good, whole
+from tokenfusion.training.distributed.fsdp import whole
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.optimizer import seed_step
 from tokenfusion.training.recovery import (
@@ -24,6 +24,7 @@ from tokenfusion.training.recovery import (
     undo,
     use_smaller_parts,
 )
+from tokenfusion.training.saved import last_good
 from tokenfusion.training.schedule import learning_rate
 from tokenfusion.training.setup import Setup
 from tokenfusion.training.state import TrainState

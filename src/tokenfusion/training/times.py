@@ -7,8 +7,9 @@ from time import perf_counter
 from typing import Any
 
 from tokenfusion.errors import InputError
-from tokenfusion.files import read_json, write_json
+from tokenfusion.files import write_json
 from tokenfusion.formatting import duration
+from tokenfusion.json_files import read_json
 
 TIMES = "times.json"
 FEATURES, FIT, JUDGE = "features", "fit", "judging"

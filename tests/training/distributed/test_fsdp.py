@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from tokenfusion.errors import InputError
-from tokenfusion.training.distributed.fsdp import last_good, load_shards, pointer_of, read_pointer
+from tokenfusion.training.distributed.fsdp import load_shards, read_pointer
+from tokenfusion.training.saved import last_good, pointer_of
 
 
 @pytest.mark.parametrize("folder", ["..", "", ".", "/etc", "last.2", "../state/last.0", "epoch.0", 3])

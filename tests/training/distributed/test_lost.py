@@ -12,9 +12,9 @@ from torch._C._distributed_c10d import HashStore
 from group import run_all, said_by, train_or_resume
 from runs import tiny_recipe
 from tokenfusion.checkpoint import load_tensors
+from tokenfusion.launch import read_launch
 from tokenfusion.training import prepare, state
 from tokenfusion.training.distributed import heartbeat
-from tokenfusion.training.distributed.launch import read_launch
 
 RECIPE = tiny_recipe(epochs=1)
 

@@ -27,6 +27,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.files import sync, write_json
 from tokenfusion.hardware import default_device
 from tokenfusion.models.official import with_present_names
+from tokenfusion.training.saved import last_good, pointer_of
 
 
 def shard(model: nn.Module) -> nn.Module:
@@ -63,11 +64,6 @@ def copy_into(tensor: Tensor, value: Tensor) -> None:
     if isinstance(tensor, DTensor) and not isinstance(value, DTensor):
         value = distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
     tensor.copy_(value)
-
-
-def pointer_of(path: Path) -> Path:
-    """The file that names the folder of a sharded checkpoint."""
-    return path.with_suffix(".json")
 
 
 def slots_of(path: Path) -> tuple[Path, Path]:
@@ -127,16 +123,6 @@ def damaged(path: Path, reason: str) -> InputError:
     return InputError(
         f"{pointer_of(path)} is damaged: {reason}; delete the folder {path.parent}, and --resume starts anew"
     )
-
-
-def is_saved(path: Path) -> bool:
-    """Whether there is a checkpoint of this name, in one file or in parts."""
-    return path.exists() or pointer_of(path).exists()
-
-
-def last_good(path: Path) -> str:
-    """What is left to a run that cannot go on."""
-    return f"the last good checkpoint is kept as {path};" if is_saved(path) else "there is no checkpoint yet;"
 
 
 def save_shards(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any]) -> None:

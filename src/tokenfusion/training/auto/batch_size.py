@@ -1,4 +1,4 @@
-"""The largest batch that fits into memory, by a probe that trains a few steps on batches twice as large each time."""
+"""The largest batch that fits into memory, by a process that trains a few steps on batches twice as large each time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -7,8 +7,8 @@ from math import log2
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import available_mb, default_device
 from tokenfusion.recipe import Recipe
+from tokenfusion.training.auto.timing import measuring_process
 from tokenfusion.training.recovery import OutOfMemory
-from tokenfusion.training.tune.timing import open_probe
 
 SHARE = 0.8
 """Of the available memory, what a training step may take; the rest is for evaluation and the loader."""
@@ -41,7 +41,7 @@ def choose_batch_size(
     smallest = max(8 // recipe.accumulate, 2) * recipe.accumulate
     doublings = int(log2(max(images / MIN_STEPS / smallest, 1)))
     sizes = [smallest * 2**doubling for doubling in range(doublings + 1)]
-    with open_probe(recipe, classes, steps=2) as measure:
+    with measuring_process(recipe, classes, steps=2) as measure:
         chosen, reason = largest_that_fits(lambda size: measure(size).grown_mb, sizes, memory_mb, say)
     if not chosen:
         raise InputError(f"batch_size=auto: {reason}; give a smaller --model or --img-size, or --grad-checkpointing")

@@ -10,7 +10,7 @@ from runs import small_recipe
 from serving import serving, write_shards
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
-from tokenfusion.training.tune import timing
+from tokenfusion.training.auto import timing
 
 
 def test_of_many_shards_only_those_of_the_first_batches_are_fetched(tmp_path, monkeypatch):

@@ -7,13 +7,13 @@ from pathlib import Path
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.recipe import Recipe
+from tokenfusion.training.auto.timing import every_epoch
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.recovery import BadStep, OutOfMemory
 from tokenfusion.training.setup import Setup
 from tokenfusion.training.state import TrainState
 from tokenfusion.training.step import train_step
-from tokenfusion.training.tune.timing import every_epoch
 
 LR_RANGE = Path("lr_range.json")
 """Where a run folder keeps the curve of the range test."""

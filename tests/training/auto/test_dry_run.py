@@ -12,8 +12,8 @@ from tokenfusion import InputError, Recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.models import list_models
 from tokenfusion.recipe import load_recipe
+from tokenfusion.training.auto.dry_run import plan, plan_table
 from tokenfusion.training.schedule import MAX_EPOCHS
-from tokenfusion.training.tune.dry_run import plan, plan_table
 
 ROOT = Path(__file__).parents[3]
 IMAGENET = sorted((ROOT / "recipes").glob("imagenet_*.toml"))

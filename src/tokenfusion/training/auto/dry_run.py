@@ -20,16 +20,16 @@ from tokenfusion.data.value_range import with_value_range
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted, duration
 from tokenfusion.hardware import available_mb, default_device, hardware_name, resolve_precision
+from tokenfusion.launch import read_launch
 from tokenfusion.recipe import Recipe
-from tokenfusion.training.distributed.launch import read_launch
+from tokenfusion.training.auto.batch_size import choose_batch_size, more_than_there_are
+from tokenfusion.training.auto.depth import DepthPlan, depth_table, plan_depths
+from tokenfusion.training.auto.timing import measuring_process
 from tokenfusion.training.linear_start import require_tunable
 from tokenfusion.training.model import build
 from tokenfusion.training.recovery import OutOfMemory
 from tokenfusion.training.schedule import MAX_EPOCHS
 from tokenfusion.training.setup import Run
-from tokenfusion.training.tune.batch_size import choose_batch_size, more_than_there_are
-from tokenfusion.training.tune.depth import DepthPlan, depth_table, plan_depths
-from tokenfusion.training.tune.timing import open_probe
 
 STEPS = 4
 """Training steps that are measured."""
@@ -106,7 +106,7 @@ def plan(recipe: Recipe, say: Callable[[str], None]) -> Plan:
     if "lr" in recipe.autos:
         say("lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top")
     available = available_mb(default_device())
-    with open_probe(recipe, classes, STEPS) as measure:
+    with measuring_process(recipe, classes, STEPS) as measure:
         try:
             cost = measure(batch_size // processes)
         except OutOfMemory as error:

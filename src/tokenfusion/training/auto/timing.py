@@ -100,7 +100,7 @@ class StepCost:
 
 
 @contextmanager
-def open_probe(recipe: Recipe, classes: int, steps: int) -> Iterator[Callable[[int], StepCost]]:
+def measuring_process(recipe: Recipe, classes: int, steps: int) -> Iterator[Callable[[int], StepCost]]:
     """A process of its own that trains so many steps on so many random images, as often as it is called.
 
     Larger batches must come after smaller ones. A call raises OutOfMemory where they do not fit, and InputError where
@@ -126,7 +126,7 @@ def open_probe(recipe: Recipe, classes: int, steps: int) -> Iterator[Callable[[i
 
 
 def random_steps(recipe: Recipe, classes: int, images: int, steps: int, threads: int) -> StepCost:
-    """What `open_probe` does in the other process."""
+    """What `measuring_process` does in the other process."""
     torch.set_num_threads(threads)
     # The cost depends neither on the rate nor on the order of the images.
     recipe = replace(recipe, lr=1e-6, workers=0, balance="none", batch_size=0)

@@ -15,13 +15,13 @@ from tokenfusion.options import AUTO_OPTIONS
 from tokenfusion.recipe import dump_recipe, load_recipe
 from tokenfusion.report import write_report
 from tokenfusion.training import Interrupted, resume, start
+from tokenfusion.training.auto import timing
+from tokenfusion.training.auto.batch_size import choose_batch_size, largest_that_fits
+from tokenfusion.training.auto.rate import LrRange
+from tokenfusion.training.auto.timing import measuring_process
 from tokenfusion.training.recovery import OutOfMemory
 from tokenfusion.training.schedule import LATEST_DECAY, MAX_EPOCHS, decide_end, epochs_ahead, learning_rate
 from tokenfusion.training.state import Progress
-from tokenfusion.training.tune import timing
-from tokenfusion.training.tune.batch_size import choose_batch_size, largest_that_fits
-from tokenfusion.training.tune.rate import LrRange
-from tokenfusion.training.tune.timing import open_probe
 
 QUIET = Console(quiet=True)
 
@@ -95,7 +95,7 @@ def ask_for_too_much(*_):
 
 
 def test_a_larger_batch_takes_more_memory_and_python_s_own_error_means_that_one_does_not_fit(monkeypatch):
-    with open_probe(tiny_recipe(img_size=(32, 32)), 10, steps=2) as measure:
+    with measuring_process(tiny_recipe(img_size=(32, 32)), 10, steps=2) as measure:
         small, large = (measure(size) for size in (4, 256))
         monkeypatch.setattr(timing, "random_steps", ask_for_too_much)
         with pytest.raises(OutOfMemory, match="MemoryError"):
@@ -176,8 +176,8 @@ def ended(recipe, accuracies):
     progress = Progress()
     for accuracy in accuracies:
         progress.epoch += 1
-        if accuracy > progress.best_top1:
-            progress.best_top1, progress.best_epoch = accuracy, progress.epoch
+        if accuracy > progress.best_score:
+            progress.best_score, progress.best_epoch = accuracy, progress.epoch
         decide_end(recipe, progress)
         if progress.finished:
             break

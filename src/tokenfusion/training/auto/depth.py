@@ -17,20 +17,20 @@ from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import Images, sample_images
 from tokenfusion.data.loader import TrainLoader, Views, as_it_is
 from tokenfusion.data.split import Split
-from tokenfusion.features import Decider, KeptClassifier, Looked, Rows, of_kept, seen_rows
+from tokenfusion.features import FeatureClassifier, FeatureHead, FeatureRows, Features, compute_rows, on_features
 from tokenfusion.formatting import counted, duration
 from tokenfusion.hardware import default_device, hardware_name, resolve_precision
 from tokenfusion.models.fused_model import PARENTS
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.preset import ON_KEPT_TOKENS, at_depth
 from tokenfusion.recipe import Recipe, number
+from tokenfusion.training.auto.timing import every_epoch, time_steps
 from tokenfusion.training.model import build
 from tokenfusion.training.objective import BatchMixing, make_loss
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.setup import Run, Setup
 from tokenfusion.training.state import TrainState
 from tokenfusion.training.times import note_estimate
-from tokenfusion.training.tune.timing import every_epoch, time_steps
 
 Depth = Literal["probe", "fusion", "all"]
 DEPTHS: tuple[Depth, ...] = ("probe", "fusion", "all")
@@ -125,8 +125,8 @@ def measure_depths(recipe: Recipe, classifier: Classifier, sample: Images, train
     model = cast(ProbeFusion, stepping.model)
     if stepping is not classifier:
         model.freeze(*PARENTS)
-        looked = Looked(sample, Rows(Path(), rows), np.arange(len(sample)).reshape(1, -1))
-        token_step = image_seconds(of_kept(stepping), looked.as_images(), on_tokens(recipe))
+        features = Features(sample, FeatureRows(Path(), rows), np.arange(len(sample)).reshape(1, -1))
+        token_step = image_seconds(on_features(stepping), features.as_images(), on_tokens(recipe))
         seconds["fusion"] = looking + TWICE * (lines * VOTES + epochs_of(on_tokens(recipe)) * views * token_step)
         further = seconds["fusion"] + epochs * look * (0.2 * training + held_out)
         if "all" in allowed and further + TWICE * epochs * training * LEAST_STEP * look <= limit:
@@ -210,18 +210,18 @@ def epochs_of(recipe: Recipe) -> int:
 def look_at(classifier: Classifier, images: Images, count: int) -> np.ndarray:
     """What the parents see of the first images, float16 (count, F)."""
     views = Views(images, classifier.preprocess, None, 0, range(count))
-    return torch.cat(list(seen_rows(classifier, views))).numpy()
+    return torch.cat(list(compute_rows(classifier, views))).numpy()
 
 
 def image_seconds(classifier: Classifier, images: Images, recipe: Recipe) -> float:
     """Seconds that a training step takes for each of its images, loading included."""
-    model, tokens = classifier.model, isinstance(classifier, KeptClassifier)
+    model, tokens = classifier.model, isinstance(classifier, FeatureClassifier)
     size = min(recipe.batch_size_for(len(images)), len(images))
     augment = as_it_is if tokens else Augment.from_recipe(recipe, classifier.preprocess.img_size)
     loader = TrainLoader(images, augment, batch_size=size, seed=recipe.seed, workers=0)
     mixing, loss = BatchMixing(recipe, len(classifier.classes)), make_loss(images, recipe)
     setup = Setup(recipe, Run(Path(), Console(quiet=True)), classifier, loader, mixing, loss, images)
-    network = Decider(cast(ProbeFusion, model)) if tokens else model
+    network = FeatureHead(cast(ProbeFusion, model)) if tokens else model
     state = TrainState(model, make_optimizer(model, recipe), recipe.ema, keep_best=False, network=network)
     times = list(islice(time_steps(setup, state, every_epoch(loader)), STEPS))
     return median(times[1:]) / size
