@@ -41,7 +41,11 @@ def test_fewer_images_than_features_give_the_classifier_that_all_features_give()
 
 
 @pytest.mark.parametrize(
-    ("rarest", "said"), [(3, "3 training images, fewer than 5 folds"), (1, "C is 0.01, not chosen")]
+    ("rarest", "said"),
+    [
+        (3, "3 training images: the strength of the linear classifiers' penalty is cross-validated in 3 parts, not 5"),
+        (1, "is not chosen (C is 0.01)"),
+    ],
 )
 def test_folds_adapt_to_a_class_of_few_images_and_say_so(rarest, said):
     blocks, labels = blobs(60, 3, 10)

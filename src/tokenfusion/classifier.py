@@ -30,6 +30,7 @@ from tokenfusion.data.decode import UnreadableImage, ValueRange, decode_ahead, d
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
+from tokenfusion.formatting import counted
 from tokenfusion.hardware import Precision, autocast, default_device, hardware_name
 from tokenfusion.hub import fetch, is_reference
 from tokenfusion.models import create_model, default_config
@@ -51,7 +52,7 @@ Prepared = tuple[str, Tensor | str]
 Item = TypeVar("Item")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Classifier:
     """A model that knows how its images are prepared and what its outputs are called.
 
@@ -80,6 +81,13 @@ class Classifier:
     temperature: float = 1.0
     surest_errors: tuple[SurestErrors, ...] = ()
     began_with: tuple[Mapping[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        height, width = self.preprocess.img_size
+        classes = ", ".join(self.classes[:5]) + ", ..." * (len(self.classes) > 5)
+        return (
+            f"<{type(self).__name__}: {self.name}, {height}×{width}, {counted(len(self.classes), 'class')}: {classes}>"
+        )
 
     @property
     def multi_label(self) -> bool:

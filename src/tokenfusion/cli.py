@@ -18,16 +18,9 @@ from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
 from tokenfusion.export.cli import export
 from tokenfusion.formatting import abridged, counted, counting
-from tokenfusion.places import (
-    require_begun,
-    require_data,
-    require_files,
-    require_no_run,
-    require_run,
-    resume_command,
-)
+from tokenfusion.places import require_data, require_run, resume_command
 from tokenfusion.predict.cli import predict
-from tokenfusion.recipe import HUB, Recipe
+from tokenfusion.recipe import Recipe
 from tokenfusion.serve.cli import serve
 from tokenfusion.terminal import AsJson, console, show, stderr
 from tokenfusion.version import __version__
@@ -81,7 +74,7 @@ def train(
     """
     if as_json and not dry_run:
         raise InputError("--json prints a plan; give --dry-run with it, or leave it out")
-    require_trainable(settings, out, resume)
+    options.require_trainable(settings, out, resume)
     if settings.pretrained and not as_json and os.environ.get("RANK", "0") == "0":
         console.print(f"{settings.model}, from pretrained weights; loading PyTorch takes some seconds")
     from tokenfusion import training
@@ -108,24 +101,6 @@ def train(
         stderr.print(f"\nstopped {where} checkpoint; go on with `{resume_command(run)}`")
         sys.exit(130)
     console.print(f"the model is in {run}; next: tokenfusion evaluate {shlex.quote(str(run))}")
-
-
-def require_trainable(settings: Recipe, out: Path | None, resume: Path | None) -> None:
-    """Refuse paths that cannot be right before anything heavy is imported.
-
-    Raises:
-        InputError: data, weights, a list or a run is not there, or a run is where one is to be written.
-    """
-    if resume:
-        require_begun(resume)
-        return
-    require_data(settings.data)
-    require_files(tuple(name for name in settings.pretrained if name != HUB), "--pretrained")
-    require_files((settings.exclude,) if settings.exclude else (), "--exclude")
-    for run in settings.warm_start_from:
-        require_run(Path(run))
-    if out is not None:
-        require_no_run(out)
 
 
 @app.command

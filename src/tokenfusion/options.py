@@ -12,8 +12,9 @@ from cyclopts.help import DefaultFormatter, HelpPanel
 
 from tokenfusion.errors import InputError
 from tokenfusion.names import split_names
+from tokenfusion.places import require_begun, require_data, require_files, require_no_run, require_run
 from tokenfusion.preset import preset
-from tokenfusion.recipe import AUTO_FIELDS, load_recipe
+from tokenfusion.recipe import AUTO_FIELDS, HUB, Recipe, load_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
@@ -168,6 +169,24 @@ def took_all(argument: Argument) -> str:
     given = [token.value for token in argument.tokens if token.source == "cli"]
     option = argument.name
     return f"{option} took all words behind it, {given[-1]!r} the last: put DATA before {option}" if given else ""
+
+
+def require_trainable(settings: Recipe, out: Path | None, resume: Path | None) -> None:
+    """Refuse paths that cannot be right before anything heavy is imported.
+
+    Raises:
+        InputError: data, weights, a list or a run is not there, or a run is where one is to be written.
+    """
+    if resume:
+        require_begun(resume)
+        return
+    require_data(settings.data)
+    require_files(tuple(name for name in settings.pretrained if name != HUB), "--pretrained")
+    require_files((settings.exclude,) if settings.exclude else (), "--exclude")
+    for run in settings.warm_start_from:
+        require_run(Path(run))
+    if out is not None:
+        require_no_run(out)
 
 
 def explain_error(error: CycloptsError) -> "Panel | Text":

@@ -132,8 +132,9 @@ def folds_of(labels: np.ndarray, say: Callable[[str], None], images: np.ndarray)
     rarest = int(np.bincount(own)[np.unique(own)].min())
     folds = min(FOLDS, rarest)
     if folds < FOLDS:
-        how = f"is chosen by {folds} folds" if folds > 1 else f"is {FEW:g}, not chosen"
-        say(f"a class has {counted(rarest, 'training image')}, fewer than {FOLDS} folds: the linear ones' C {how}")
+        few = counted(rarest, "training image")
+        how = f"is cross-validated in {folds} parts, not {FOLDS}" if folds > 1 else f"is not chosen (C is {FEW:g})"
+        say(f"a class has {few}: the strength of the linear classifiers' penalty {how}")
     if folds < 2:
         return []
     parts = StratifiedKFold(folds, shuffle=True, random_state=0).split(own, own)

@@ -9,7 +9,14 @@ from typing import Any
 from tokenfusion_runtime.prediction import Prediction
 
 
-def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: int, multi_label: bool = False) -> int:
+def print_predictions(
+    predictions: Iterable[Prediction],
+    output: str,
+    *,
+    topk: int,
+    multi_label: bool = False,
+    widths: Sequence[int] = (),
+) -> int:
     """Print as "table", "json" or "csv", each row when it is known; returns how many images failed.
 
     Args:
@@ -17,11 +24,12 @@ def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: i
         output: how to print them.
         topk: how many classes a prediction names.
         multi_label: whether an image has any number of classes.
+        widths: of the table's first columns, where they are known before it begins; they grow where need be.
     """
     names, failed = headings(multi_label), 0
-    widths = [24, *[0] * (len(names) - 1)]
+    wide = [*widths, *[24, *[0] * (len(names) - 1)][len(widths) :]]
     if output == "table":
-        print_row(names, widths)
+        print_row(names, wide)
     columns = csv_columns(topk, multi_label)
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if output == "csv":
@@ -34,7 +42,7 @@ def print_predictions(predictions: Iterable[Prediction], output: str, *, topk: i
             cells = csv_cells(prediction) or [""] * len(columns)
             writer.writerow([prediction.path, *cells, prediction.error])
         else:
-            print_row(table_cells(prediction, len(names)), widths)
+            print_row(table_cells(prediction, len(names)), wide)
     return failed
 
 

@@ -87,6 +87,23 @@ def test_the_worst_mistakes_are_in_the_report(command, run):
         write_report(run)
 
 
+def test_without_a_mistake_the_least_sure_right_answers_are_explained_and_it_is_said(command, run):
+    assert command("evaluate", run)[0] == 0
+    heading, *lines = (run / "predictions.csv").read_text().splitlines()
+    rows = [line.rsplit(",", 3) for line in lines]
+    right = [",".join([path, prediction, prediction, score]) for path, _, prediction, score in rows]
+    (run / "predictions.csv").write_text("\n".join([heading, *right]))
+    status, output, errors = command("explain", run, "--branch", "cnn")
+    assert status == 0, errors
+    assert output.startswith(
+        "the evaluation found no mistake to explain; these are the right answers that it was least"
+    )
+    found = json.loads((run / "explain" / "least-sure" / "explain.json").read_text())
+    least = sorted((float(score), path) for path, _, _, score in rows)[:8]
+    assert [image["path"] for image in found["images"]] == [path for _, path in least]
+    assert (found["chosen"], (run / "explain" / "mistakes").exists()) == ("least sure", False)
+
+
 def test_mistakes_are_explained_as_the_evaluation_named_them(command, run):
     assert command("evaluate", run)[0] == 0
     heading, *lines = (run / "predictions.csv").read_text().splitlines()

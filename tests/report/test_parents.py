@@ -58,3 +58,4 @@ def test_the_page_stands_in_the_report_of_a_run_with_parents(trained, tmp_path):
     page = write_report(run).read_text()
     assert 'id="parents"' in page
     assert "Fusing is not worth it here. The CNN alone names" in page
+    assert f"Which tokens decide: <code>tokenfusion analyze tokens {run}</code>, then" in page

@@ -1,7 +1,10 @@
 """From pretrained weights to a run, through the depths of training: timm's small test models on a folder of photos."""
 
+import csv
 import json
+import os
 import shutil
+import signal
 from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
@@ -14,12 +17,13 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from children import begin
 from runs import assert_same, interrupt_at
-from tokenfusion import Classifier, InputError, Recipe, fuse
+from tokenfusion import Classifier, InputError, Recipe, features, fuse
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.preset import FINE_TUNING, KEPT_TOKENS, at_depth, preset
-from tokenfusion.training import Interrupted, resume, start
+from tokenfusion.training import Interrupted, resume, stages, start
 from tokenfusion.training.auto.depth import Depth, deepest_within
 from tokenfusion.training.loop import fit
 
@@ -128,6 +132,36 @@ def test_the_most_similar_training_image_of_one_is_itself(deepest, photos, comma
     assert found[0]["likeness"] > found[1]["likeness"] >= found[2]["likeness"]
 
 
+def test_predictions_and_mistakes_stand_beside_the_training_images_that_are_nearest(deepest, photos, tmp_path, command):
+    run = shutil.copytree(deepest, tmp_path / "run")
+    held_out = [line.split(",")[0] for line in (run / "split.csv").read_text().splitlines() if line.endswith("val")]
+    image = photos / held_out[0]
+    status, output, errors = command("predict", run, image, tmp_path / "none.png", "--explain-by-example", "--json")
+    assert (status, "1 of the images could not be read" in errors) == (1, True), errors
+    predicted, missing = map(json.loads, output.splitlines())
+    found = json.loads(command("similar", run, image, "--topk", 3, "--json")[1])
+    assert [{"image": str(image)} | row for row in predicted["examples"]] == found
+    assert "examples" not in missing
+    status, output, _ = command("predict", run, image, "--explain-by-example")
+    assert status == 0
+    assert found[0]["path"] in output
+    assert "likeness: 1 is the same to both pretrained parents" in output
+    status, _, errors = command("predict", run, image, "--explain-by-example", "--format", "csv")
+    assert (status, "leave out --out and --format csv" in errors) == (2, True)
+    assert command("evaluate", run)[0] == 0
+    heading, *lines = (run / "predictions.csv").read_text().splitlines()
+    path, label, _, score = lines[0].rsplit(",", 3)
+    wrong = next(name for name in ("above", "below", "left") if name != label)
+    (run / "predictions.csv").write_text("\n".join([heading, f"{path},{label},{wrong},{score}", *lines[1:]]))
+    assert command("report", run)[0] == 0
+    page = (run / "report.html").read_text()
+    nearest = next(row for row in csv.DictReader((run / "nearest.csv").open()) if row["path"] == path)
+    shown = page.partition('<div class="nearest">')[2].partition("</div>")[0]
+    for rank in (1, 2, 3):
+        assert f'title="{nearest[f"path_{rank}"]}: likeness {float(nearest[f"likeness_{rank}"]):.2f}"' in shown
+    assert shown.count("data:image/png") == 3
+
+
 def test_what_keeps_nothing_to_compare_by_has_no_similar_images(trained, digit, command):
     status, _, errors = command("similar", trained, digit)
     assert status == 2
@@ -183,12 +217,12 @@ def test_interrupted_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepe
         patch.setattr("tokenfusion.training.stages.judge_start", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):  # before the first checkpoint
             go_on(run, recipe_of(photos, tuple(own)), None)
-    stages = ["fusion on trial", "all on trial", "fusion", "all"]
-    for stage in stages:
+    names = ["fusion on trial", "all on trial", "fusion", "all"]
+    for stage in names:
         stop = interrupt_at(3)
 
         def listen(update, stage=stage, stop=stop):
-            assert update.stage in stages[: stages.index(stage) + 1]
+            assert update.stage in names[: names.index(stage) + 1]
             if update.stage == stage:
                 stop(update)
 
@@ -197,6 +231,36 @@ def test_interrupted_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepe
         for path in own:
             Path(path).unlink(missing_ok=True)  # a run goes on without the files that it began with
     resume(run, QUIET)
+    assert_same(deepest, run)
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(run, recipe, cache, part):
+    """Start a run or go on with it in a process of its own, which is killed in the middle of a part; "" to the end."""
+    os.environ["TOKENFUSION_CACHE"] = str(cache)
+    rising = count()
+    stages.validate = lambda *_: (0.0, float(next(rising)))  # every stage is kept
+    if part == "features":
+        features.write_json = die  # a block is on the disk, and not noted
+    elif part == "fit":
+        stages.judge_start = die
+
+    def listen(update):
+        if update.stage == part and update.step == 3:
+            die()
+
+    go_on(run, recipe, listen)
+
+
+def test_killed_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepest, photos, files, tmp_path):
+    run, words = tmp_path / "run", (recipe_of(photos, files), tmp_path / "cache")
+    for part in ("features", "fit", "fusion on trial", "all on trial", "fusion", "all", ""):
+        process = begin(train_and_die, run, *words, part)
+        process.join()
+        assert (part, process.exitcode) == (part, -signal.SIGKILL if part else 0)
     assert_same(deepest, run)
 
 
@@ -249,16 +313,16 @@ def test_the_command_takes_the_depth_that_fits_and_says_so_first(photos, files, 
     words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            "tokenfusion.training.tune.depth.image_seconds", None
+            "tokenfusion.training.auto.depth.image_seconds", None
         )  # no step is measured that cannot be chosen
         status, output, errors = command(*words, "--out", run)
     assert status == 0, errors
     assert output.index(f"loading the weights of {CNN} and {VIT}") < output.index("data: 42 images")
     assert "tune=auto takes probe: fewer than 100 training images cannot say whether more is better" in output
-    assert output.index("tune=auto takes") < output.index("linear classifiers on held-out images")
+    assert output.index("tune=auto takes") < output.index("named right of the held-out images")
     times = json.loads((run / "times.json").read_text())
     assert times["seconds"].keys() == {"features", "fit", "judging"}
-    assert output.count("were estimated") == 1
+    assert "measuring" not in output  # for there is nothing to choose
     recipe = (run / "recipe.toml").read_text()
     assert recipe.startswith("# Chosen by measuring: tune.")
     assert 'tune = "probe"' in recipe
@@ -271,17 +335,30 @@ def test_the_command_takes_the_depth_that_fits_and_says_so_first(photos, files, 
 
 
 def test_what_is_too_long_even_at_the_least_is_not_measured(photos, files, command, monkeypatch):
-    monkeypatch.setattr("tokenfusion.training.tune.depth.FEWEST", 10)
+    monkeypatch.setattr("tokenfusion.training.auto.depth.FEWEST", 10)
     measured = []
     monkeypatch.setattr(
-        "tokenfusion.training.tune.depth.image_seconds",
+        "tokenfusion.training.auto.depth.image_seconds",
         lambda classifier, *_: measured.append(type(classifier).__name__) or 1e-9,
     )
-    monkeypatch.setattr("tokenfusion.training.tune.depth.LEAST_STEP", 1e9)
+    monkeypatch.setattr("tokenfusion.training.auto.depth.LEAST_STEP", 1e9)
     words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64, "--dry-run", "--json")
     planned = json.loads(command(*words)[1])
     assert measured == ["KeptClassifier"]
     assert (planned["tune"], [*planned["seconds"]]) == ("fusion", ["probe", "fusion"])
+
+
+def test_what_was_estimated_is_kept_beside_what_was_taken(photos, files, tmp_path, command, monkeypatch):
+    monkeypatch.setattr("tokenfusion.training.auto.depth.FEWEST", 10)
+    words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64, "--tune-minutes", 0)
+    status, output, errors = command(*words, "--out", tmp_path / "run")
+    assert status == 0, errors
+    assert "none fits into tune_minutes=0, and this is the least" in output
+    times = json.loads((tmp_path / "run" / "times.json").read_text())
+    assert times.keys() == {"estimated", "seconds"}
+    taken, *_ = [line for line in output.splitlines() if line.startswith("took ")]
+    assert taken.endswith("were estimated")
+    assert all(f"{part} " in taken for part in times["seconds"])
 
 
 def test_the_report_of_a_linear_classifier_draws_no_curves_and_says_what_took_how_long(
@@ -336,9 +413,7 @@ def test_images_smaller_than_a_patch_gray_ones_and_rare_classes_are_trained_on(f
     said = Console(record=True, width=200)
     recipe = recipe_of(tmp_path / "photos", files, in_chans=1, epochs=1)
     start(recipe, tmp_path / "run", said)
-    assert "a class has 2 training images, fewer than 5 folds: the linear ones' C is chosen by 2 folds" in (
-        said.export_text()
-    )
+    assert "penalty is cross-validated in 2 parts, not 5" in (said.export_text())
     model = Classifier.load(tmp_path / "run")
     assert model.preprocess.in_chans == 1
     assert model.predict(path)[0].label in ("above", "below")

@@ -60,6 +60,14 @@ def test_a_thread_that_is_not_the_main_one_trains_the_same(whole, tmp_path):
     assert_same(tmp_path / "run", whole[0])
 
 
+def test_a_classifier_and_an_update_are_a_line_to_look_at(whole):
+    classifier, update = whole[1], whole[2][0]
+    assert repr(classifier).startswith("<Classifier: fuse(wide(resnet_micro")
+    assert repr(classifier).endswith("8×8, 10 classes: 0, 1, 2, 3, 4, ...>")
+    assert repr(update).startswith("<Update: epoch 1/2, step 1/22, loss ")
+    assert len(repr(whole[2][11])) < 120
+
+
 def test_what_progress_raises_ends_the_training(tmp_path):
     def refuse(update):
         raise KeyError(update.step)

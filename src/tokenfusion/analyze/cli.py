@@ -18,10 +18,6 @@ app = App(
     help="Measure what goes on inside a model: how its attention behaves, which tokens decide.\n\n"
     "Example: tokenfusion analyze tokens runs/photos",
 )
-LIKENESS = (
-    "likeness: 1 is the same to both pretrained parents, 0 as unlike as two training images are on average, "
-    "below 0 more unlike (the cosine between what they see of both images)"
-)
 RunOrModel = Annotated[
     str,
     Parameter(
@@ -123,7 +119,8 @@ def explain(
     run
         Folder that `train` wrote.
     images
-        Files, folders, globs, or - for a list on standard input; the evaluation's worst mistakes when not given.
+        Files, folders, globs, or - for a list on standard input; the evaluation's worst mistakes when not given, or
+        without mistakes the right answers that are least sure.
     method
         Grad-CAM, attention rollout, or what CLS attends to in the last layer.
     branch
@@ -153,6 +150,8 @@ def explain(
     else:
         for line in room.faithfulness_summary(result["faithfulness"] or {}):
             print(line)
+        if result["chosen"] == "least sure":
+            print("the evaluation found no mistake to explain; these are the right answers that it was least sure of")
         pictures = sum(len(image.get("overlays", ())) for image in result["images"])
         print(f"{pictures} overlays of {len(result['images']) - len(failed)} images, and explain.json, are in {folder}")
     if failed:
@@ -183,7 +182,8 @@ def similar(
         Print JSON instead of a table.
     """
     require_run(run)
-    from tokenfusion.analyze.similar import similar as find_similar
+    from tokenfusion.similar import LIKENESS
+    from tokenfusion.similar import similar as find_similar
     from tokenfusion_runtime.files import expand
 
     if topk < 1:

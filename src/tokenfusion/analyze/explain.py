@@ -25,7 +25,7 @@ from tokenfusion.hardware import autocast
 from tokenfusion.models.base import choose
 from tokenfusion.report.pictures import decode_named, png_of
 from tokenfusion.report.run import worst_mistakes
-from tokenfusion.report.run_folder import read_evaluation
+from tokenfusion.report.run_folder import PredictionRow, read_evaluation
 from tokenfusion_runtime.files import expand
 
 Method = Literal["gradcam", "rollout", "attention"]
@@ -79,7 +79,8 @@ def explain(
 
     Args:
         run: a finished run folder.
-        images: files, folders, globs; the worst mistakes of the run's evaluation when none is given.
+        images: files, folders, globs; the worst mistakes of the run's evaluation when none is given, or where it made
+            none the right answers that it was least sure of.
         question: what to explain; of mistakes the predicted class is the one that the evaluation named.
         out: folder to write to; RUN/explain when not given, and RUN/explain/mistakes of the worst mistakes, where the
             report finds them.
@@ -87,7 +88,8 @@ def explain(
         progress: called with (images done, images in all).
 
     Returns:
-        what `explain.json` holds: `model`, `method`, `images`, each with `path`, `prediction`, `score` and `overlays`
+        what `explain.json` holds: `model`, `method`, `chosen` ("named", the "mistakes", or where there are none the
+        right answers that are "least sure"), `images`, each with `path`, `prediction`, `score` and `overlays`
         (`branch`, `class`, `score`, `file`), or with `path` and `error`; `faithfulness`, or None; and the folder.
 
     Raises:
@@ -101,8 +103,10 @@ def explain(
         choose(dict.fromkeys(classifier.classes), question.of_class, "class")
     require_readable(classifier.model, classifier.preprocess.img_size, question.method)
     named = list(expand(images))
-    prepared = ((*one, "") for one in classifier.prepare_ahead(named)) if named else mistakes_of(run, classifier)
-    folder = out or run / "explain" / ("" if named else "mistakes")
+    wrong, shown = (True, []) if named else judged_of(run, classifier)
+    prepared = ((*one, "") for one in classifier.prepare_ahead(named)) if named else evaluated(run, classifier, shown)
+    chosen = "named" if named else "mistakes" if wrong else "least sure"
+    folder = out or run / "explain" / {"named": ""}.get(chosen, chosen.replace(" ", "-"))
     refuse_inside_images(folder, run)
     with own_folder(folder):
         entries: list[dict[str, Any]] = []
@@ -111,29 +115,44 @@ def explain(
             if progress and named:
                 progress(len(entries), len(named))
         measured = measure_run(run, faithfulness, question) if faithfulness else None
-        result = {"model": classifier.name, "method": question.method, "images": entries, "faithfulness": measured}
+        about: dict[str, Any] = {"model": classifier.name, "method": question.method, "chosen": chosen}
+        result = about | {"images": entries, "faithfulness": measured}
         write_json(folder / "explain.json", result)
     return result, folder
 
 
-def mistakes_of(run: Path, classifier: Classifier) -> Iterator[ToExplain]:
-    """The images of the worst mistakes, read from the data that the run was evaluated on.
+LEAST_SURE = 8
+"""Right answers that are explained where there is no mistake."""
+
+
+def judged_of(run: Path, classifier: Classifier) -> tuple[bool, list[PredictionRow]]:
+    """Whether a run's evaluation found mistakes, and the worst of them, or else the right answers that are least sure.
 
     Raises:
-        InputError: it has not been evaluated, the data is gone, or it was taken for a class that there is not.
+        InputError: it has not been evaluated, or an image was taken for a class that there is not.
     """
     evaluation, predictions = read_evaluation(run, list(classifier.classes))
     if evaluation is None:
         raise InputError(f"{run} has not been evaluated; name images, or run `tokenfusion evaluate {run}` first")
     worst = worst_mistakes(predictions)
-    for mistake in worst:
-        choose(dict.fromkeys(classifier.classes), mistake.prediction, "prediction")
-    found = decode_named(run, (mistake.path for mistake in worst))
-    for (path, image), mistake in zip(found, worst, strict=True):
+    shown = worst or sorted(predictions, key=lambda row: (row.score, row.path))[:LEAST_SURE]
+    for row in shown:
+        choose(dict.fromkeys(classifier.classes), row.prediction, "prediction")
+    return bool(worst), shown
+
+
+def evaluated(run: Path, classifier: Classifier, rows: Sequence[PredictionRow]) -> Iterator[ToExplain]:
+    """Images of a run's evaluation, read from the data that it was evaluated on.
+
+    Raises:
+        InputError: the data is gone.
+    """
+    found = decode_named(run, (row.path for row in rows))
+    for (path, image), row in zip(found, rows, strict=True):
         if isinstance(image, Tensor):
-            yield path, classifier.preprocess.resize(image), mistake.prediction
+            yield path, classifier.preprocess.resize(image), row.prediction
         else:
-            yield path, f"it cannot be read any more: {image}", mistake.prediction
+            yield path, f"it cannot be read any more: {image}", row.prediction
 
 
 def explain_images(

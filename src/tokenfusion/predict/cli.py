@@ -4,8 +4,9 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -14,9 +15,8 @@ from tokenfusion.formatting import Show
 from tokenfusion.places import require_run
 from tokenfusion.recipe import Reading
 from tokenfusion.terminal import AsJson
-
-if TYPE_CHECKING:
-    from tokenfusion_runtime.prediction import Prediction
+from tokenfusion.terminal import show as show_table
+from tokenfusion_runtime.prediction import Prediction
 
 Flag = Parameter(negative="")
 
@@ -29,6 +29,7 @@ def predict(
     topk: int = 5,
     output: Annotated[Literal["table", "json", "csv"], Parameter(name="--format")] = "table",
     as_json: AsJson = False,
+    explain_by_example: Annotated[bool, Flag] = False,
     raw: Annotated[bool, Flag] = False,
     abstain: float | None = None,
     out: Path | None = None,
@@ -59,6 +60,8 @@ def predict(
         A table to read, a JSON object per image and line, or CSV: path, label, score, label_2, score_2 ..., error.
     as_json
         The same as --format json.
+    explain_by_example
+        Show the training images that are nearest to each image too, of a run of pretrained parents (see `similar`).
     raw
         Give the model's scores as they are, without the temperature that calibrates them.
     abstain
@@ -87,6 +90,8 @@ def predict(
     if as_json and output == "csv":
         raise InputError("--json and --format csv contradict each other; give one of them")
     output = "json" if as_json else output
+    if explain_by_example and (out is not None or output == "csv"):
+        raise InputError("--explain-by-example is printed as a table or as JSON; leave out --out and --format csv")
     if raw and abstain is not None:
         raise InputError("--abstain goes by calibrated scores; leave out --raw")
     reading = {"root": root, "path_column": path_column, "image_column": image_column}
@@ -95,7 +100,7 @@ def predict(
         given = [name for name, value in {"embeddings": embeddings, **counts, **reading}.items() if value]
         if given:
             raise InputError(f"--{given[0].replace('_', '-')} is for many images; give --out DIR too")
-        print_images(run, sources, topk, output, raw, abstain)
+        print_images(run, sources, topk, output, raw, abstain, explain_by_example)
         return
     if output != "table":
         raise InputError(f"--format {output} is printed, and --out writes Parquet; give one of them")
@@ -131,7 +136,9 @@ def write_predictions(run: Path, sources: list[str], out: Path, options: dict[st
         sys.exit(1)
 
 
-def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool, abstain: float | None) -> None:
+def print_images(
+    run: Path, paths: list[str], topk: int, output: str, raw: bool, abstain: float | None, by_example: bool
+) -> None:
     """Print what a run says of images; exits with 1 if any could not be read."""
     from rich.console import Console
 
@@ -148,14 +155,22 @@ def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool,
     classifier = classifier.uncalibrated() if raw else classifier
     topk = min(topk, len(classifier.classes))
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
-    images = list(expand(paths)) if errors.is_terminal and "-" not in paths else expand(paths)
+    images = expand(paths) if "-" in paths else list(expand(paths))
     above = sys.stdout.isatty()  # rows that go to the same terminal are printed above the bar
     with bars(errors, redirect_stdout=above) as show:
         found = classifier.iter_predictions(images, topk=topk, abstain=abstain)
         if silent := "" if abstain is None else why_silent(abstain, classifier.surest_errors):
             print(f"nothing is answered: {silent}", file=sys.stderr)
         predictions = counted_off(found, len(images), show) if isinstance(images, list) else found
-        failed = print_predictions(predictions, output, topk=topk, multi_label=classifier.multi_label)
+        if by_example:
+            failed = print_examples(run, list(predictions), output, topk)
+        else:
+            several = classifier.multi_label
+            longest = (
+                [max(map(len, names)) for names in (images, classifier.classes)] if isinstance(images, list) else []
+            )
+            widths = longest[: 1 if several else 2]
+            failed = print_predictions(predictions, output, topk=topk, multi_label=several, widths=widths)
     if failed:
         print(f"{failed} of the images could not be read", file=sys.stderr)
         held = next((path for path in paths if kind_of(path) in (Kind.LIST, Kind.PARQUET, Kind.TAR)), "")
@@ -164,8 +179,31 @@ def print_images(run: Path, paths: list[str], topk: int, output: str, raw: bool,
         sys.exit(1)
 
 
-def counted_off(predictions: Iterable["Prediction"], total: int, show: Show) -> Iterator["Prediction"]:
+def counted_off(predictions: Iterable[Prediction], total: int, show: Show) -> Iterator[Prediction]:
     """Predictions as they come, each told to a bar."""
     for done, prediction in enumerate(predictions, start=1):
         yield prediction
         show("images", done, total)
+
+
+def print_examples(run: Path, predictions: list[Prediction], output: str, topk: int) -> int:
+    """Print predictions, each with the training images that are nearest to it, as `similar` finds them.
+
+    Returns:
+        how many images could not be read.
+    """
+    from tokenfusion.similar import KEPT, LIKENESS, similar
+    from tokenfusion_runtime.output import json_text, print_predictions
+
+    read = [prediction.path for prediction in predictions if not prediction.error]
+    nearest = dict(zip(read, similar(run, read, KEPT), strict=True)) if read else {}
+    if output == "json":
+        for prediction in predictions:
+            examples = [asdict(other) for other in nearest.get(prediction.path, [])]
+            print(json_text(prediction.to_dict() | ({} if prediction.error else {"examples": examples})))
+        return len(predictions) - len(read)
+    failed = print_predictions(predictions, output, topk=topk)
+    table = [["image", "nearest training image", "label", "likeness"]]
+    table += [[path, each.path, each.label, f"{each.likeness:.3f}"] for path in read for each in nearest[path]]
+    show_table(None, False, table, [LIKENESS])
+    return failed

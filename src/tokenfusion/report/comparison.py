@@ -98,7 +98,7 @@ def comparison_values(result: Mapping[str, Any], curves: Mapping[str, list[tuple
         "rows": list(zip(result["models"], rows, strict=True)),
         "methods": methods(result),
         "cost": plot_cost(result) if rank(result) else "",
-        "epochs": plot_accuracy(curves, looks_of(result)) if curves else "",
+        "epochs": plot_accuracy(curves, looks_of(result)) if any(len(line) > 1 for line in curves.values()) else "",
         "gaps": gaps(result),
         "setting": list_setting(result),
     }

@@ -1,12 +1,13 @@
 """What the reports share: one HTML file without a script, a font or a link to anything outside it, and its words."""
 
 import base64
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from tokenfusion.files import write_text
 from tokenfusion_runtime.output import spelled_out
@@ -36,7 +37,7 @@ def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "visible": visible, "name": name_of}
+    environment.filters |= {"percent": percent, "visible": visible, "prose": prose, "name": name_of}
     page = environment.get_template(template).render(values)
     # a name that is not UTF-8 was read as surrogates, which a page cannot hold
     write_text(path, page.encode("utf-8", "replace").decode())
@@ -63,6 +64,11 @@ def percent(share: float | None, decimals: int = 1) -> str:
 def visible(text: object) -> str:
     r"""A name with its newlines and other control characters spelled out, such as \n."""
     return spelled_out(str(text))
+
+
+def prose(text: object) -> Markup:
+    """Sentences, in which what stands between backticks is set as code."""
+    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(visible(text)))))
 
 
 def name_of(text: object) -> Markup:

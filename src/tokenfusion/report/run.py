@@ -20,7 +20,7 @@ from tokenfusion.metrics import reliability, wilson_interval
 from tokenfusion.report.page import MAX_MISTAKES, Thumbnails, percent, picture, pictures_of, write_page
 from tokenfusion.report.parents import parents_of
 from tokenfusion.report.pictures import overlays_of
-from tokenfusion.report.run_folder import LabelSetRow, PredictionRow, Results, read_results
+from tokenfusion.report.run_folder import LabelSetRow, PredictionRow, Results, read_nearest, read_results
 
 MAX_CONFUSED = 30
 """Classes that the confusion matrix shows at most."""
@@ -325,11 +325,20 @@ def worst_mistakes(predictions: list[PredictionRow]) -> list[PredictionRow]:
 
 
 def show_mistakes(results: Results, thumbnails: Thumbnails | None) -> list[dict[str, Any]]:
-    """The worst mistakes: `row`, `picture`, and `overlays`, which are captions and data: addresses."""
+    """The worst mistakes: `row`, `picture`, `overlays`, which are captions and data: addresses, and the `nearest`
+    training images with their pictures, where the run noted them."""
     worst, overlays = worst_mistakes(results.predictions), overlays_of(results.run)
     pictures = pictures_of([row.path for row in worst], thumbnails)
+    nearest = read_nearest(results.run)
+    names = list(dict.fromkeys(other.path for row in worst for other in nearest.get(row.path, [])))
+    known = dict(zip(names, pictures_of(names, thumbnails), strict=True))
     return [
-        {"row": row, "picture": shown, "overlays": [(caption, picture(png)[0]) for caption, png in drawn]}
+        {
+            "row": row,
+            "picture": shown,
+            "overlays": [(caption, picture(png)[0]) for caption, png in drawn],
+            "nearest": [(other, *known[other.path]) for other in nearest.get(row.path, [])],
+        }
         for row, shown in zip(worst, pictures, strict=True)
         for drawn in [overlays.get((printable(row.path), row.prediction), [])]
     ]

@@ -16,6 +16,7 @@ from tokenfusion.history import read_history
 from tokenfusion.json_files import AGAIN, NUMBER, SHARE, Shape, damaged, read_json, require, require_shape
 from tokenfusion.places import resume_command
 from tokenfusion.recipe import Recipe, load_recipe
+from tokenfusion.similar import KEPT, NEAREST, Neighbour
 
 FieldTypes = Mapping[str, type | UnionType]
 """Fields of a JSON object, and what each is."""
@@ -217,6 +218,23 @@ def read_predictions(path: Path) -> list[PredictionRow]:
         )
         for row in read_csv(path, ("path", "label", "prediction", "score"))
     ]
+
+
+def read_nearest(run: Path) -> dict[str, list[Neighbour]]:
+    """The nearest training images of each held-out image, by its name; nothing where the run noted none."""
+    path = run / NEAREST
+    if not path.is_file():
+        return {}
+    ranks = range(1, KEPT + 1)
+    columns = tuple(f"{what}_{rank}" for rank in ranks for what in ("path", "label", "likeness"))
+    return {
+        row["path"]: [
+            Neighbour(row[f"path_{rank}"], row[f"label_{rank}"], number(row[f"likeness_{rank}"], path))
+            for rank in ranks
+            if row[f"likeness_{rank}"]
+        ]
+        for row in read_csv(path, ("path", *columns))
+    }
 
 
 def read_label_sets(path: Path) -> list[LabelSetRow]:

@@ -100,7 +100,10 @@ def judge_start(model: ProbeFusion, probe: Probe, held_out: Features, run: Run) 
     write_csv(run.folder / "parents.csv", ("path", "label", *WAYS, "mixture"), rows)
     write_json(run.folder / "probe.json", described(probe, judged))
     known = ", ".join(f"{name} {judged[way]:.2%}" for way, name in WAYS.items())
-    run.say(f"linear classifiers on held-out images: {known}; their mixture, the start, {judged['mixture']:.2%}")
+    run.say(
+        f"named right of the held-out images, by linear classifiers on what each sees: {known}; by their mixture, with "
+        f"which the run starts, {judged['mixture']:.2%}"
+    )
 
 
 def standardize(model: ProbeFusion, features: Features) -> None:

@@ -220,7 +220,7 @@ def make_loader(training: Images, classifier: Classifier, recipe: Recipe, run: R
         share=Share(run.world.rank, run.world.size, recipe.accumulate, before=bool(recipe.mixup or recipe.cutmix)),
         on_unreadable=Unreadable(run, training, recipe),
     )
-    if batch_size > len(training):
+    if batch_size > len(training) and not recipe.tune:
         run.say(more_than_there_are(batch_size, len(training)))
     return recipe, batches
 

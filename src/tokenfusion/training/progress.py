@@ -14,7 +14,7 @@ WORDS = {"top1": "accuracy", "exact_match": "exact match", "map": "mAP"}
 """Scores as people call them, by their names in `metrics.jsonl`."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Update:
     """Where training stands, after a step or after an epoch.
 
@@ -41,6 +41,14 @@ class Update:
     record: Record | None = None
     seconds_left: float = 0.0
     stage: str = ""
+
+    def __repr__(self) -> str:
+        stage = f"{self.stage}, " * bool(self.stage)
+        done = ", the epoch is done" * (self.record is not None)
+        return (
+            f"<Update: {stage}epoch {self.epoch}/{self.epochs}, step {self.step}/{self.steps}, "
+            f"loss {self.loss:.4g}, score {self.score:.2%}{done}>"
+        )
 
 
 Listener = Callable[[Update], object]

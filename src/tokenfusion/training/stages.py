@@ -31,6 +31,7 @@ from tokenfusion.models.fused_model import PARENTS
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.preset import ON_KEPT_TOKENS
 from tokenfusion.recipe import Recipe
+from tokenfusion.similar import NEAREST, write_nearest
 from tokenfusion.training.identity import Identity
 from tokenfusion.training.linear_start import fit_start, judge_start
 from tokenfusion.training.log import Log
@@ -78,6 +79,7 @@ def train_in_stages(setup: Setup, identity: Identity, tell: Listener) -> tuple[S
             probe = fit_start(model, training, recipe.tune != "probe", run)
         with timed(run.folder, JUDGE):
             judge_start(model, probe, held_out, run)
+            write_nearest(setup.classifier, training, held_out, run.folder / NEAREST)
         setup.classifier.save_description(run.folder)
         (run.folder / START).parent.mkdir(exist_ok=True)
         save_tensors(run.folder / START, model.state_dict(), identity)

@@ -56,7 +56,7 @@ def test_a_plan_says_what_is_not_as_the_recipe_has_it():
     said = []
     planned = plan(tiny_recipe(batch_size=100_000, lr="auto"), said.append)
     assert said == [
-        "batch_size=100000 is more than the images there are: a step takes all 1,438",
+        "each step takes all 1,438 training images, for batch_size=100000 is more than there are",
         "lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top",
     ]
     assert (planned.batch_size, planned.steps_per_epoch) == (1438, 1)

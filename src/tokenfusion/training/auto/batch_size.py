@@ -51,7 +51,7 @@ def choose_batch_size(
 
 def more_than_there_are(batch_size: int, images: int) -> str:
     """What there is to say of a batch that cannot be filled."""
-    return f"batch_size={batch_size} is more than the images there are: a step takes all {images:,}"
+    return f"each step takes all {images:,} training images, for batch_size={batch_size} is more than there are"
 
 
 def largest_that_fits(

@@ -36,6 +36,7 @@ Depth = Literal["probe", "fusion", "all"]
 DEPTHS: tuple[Depth, ...] = ("probe", "fusion", "all")
 FEWEST = 100
 """Training images from which on a part of them can say whether more than a linear classifier is worth it."""
+TOO_FEW = f"fewer than {FEWEST} training images cannot say whether more is better"
 TWICE = 1.8
 """A stage is tried on four fifths of the training images before it is trained on all."""
 WARM, SAMPLE, STEPS = 8, 32, 3
@@ -95,6 +96,9 @@ def choose_depth(recipe: Recipe, classifier: Classifier, training: Images, held_
         held_out: how many are held out.
         run: told what each depth takes, and which it is; keeps the estimate.
     """
+    if len(allowed_depths(recipe, len(training))) == 1:
+        run.say(f"tune=auto takes {DEPTHS[0]}: {TOO_FEW}")
+        return at_depth(recipe, DEPTHS[0])
     sample = training.subset(np.arange(min(SAMPLE, len(training))))
     run.say(f"measuring on {counted(len(sample), 'image')} how long training takes")
     planned = measure_depths(recipe, classifier, sample, len(training), held_out)
@@ -170,7 +174,7 @@ def depths_in_words(planned: DepthPlan) -> str:
     takes = ", ".join(f"{depth} {duration(seconds)}" for depth, seconds in planned.seconds.items())
     few = planned.training_images < FEWEST
     why = (
-        f"fewer than {FEWEST} training images cannot say whether more is better"
+        TOO_FEW
         if few
         else (
             f"the deepest within tune_minutes={planned.minutes:g}"

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
-from tokenfusion.features import keep_features
+from tokenfusion.features import Features, keep_features
+from tokenfusion.files import write_csv
 from tokenfusion.judged import read_own_part
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.recipe import Recipe, load_recipe
@@ -29,6 +30,17 @@ class Neighbour:
     path: str
     label: str
     likeness: float
+
+
+LIKENESS = (
+    "likeness: 1 is the same to both pretrained parents, 0 as unlike as two training images are on average, "
+    "below 0 more unlike (the cosine between what they see of both images)"
+)
+"""What `Neighbour.likeness` says, for a person."""
+NEAREST = "nearest.csv"
+"""Of each held-out image of a run, the training images that are nearest to it."""
+KEPT = 3
+"""How many of these."""
 
 
 def similar(
@@ -56,15 +68,43 @@ def similar(
     queries = means_of(classifier, prepared(classifier, images))
     training, _, _ = read_own_part(run, recipe, split="train")
     features = keep_features(classifier, training, workers=recipe.workers, progress=progress)
-    seen = torch.cat([means_of_rows(classifier, batch) for batch in features.batches()])
-    likeness, nearest = (queries @ seen.T).topk(min(topk, len(seen)), dim=1)
+    return nearest(classifier, queries, features, topk)
+
+
+def nearest(classifier: Classifier, queries: Tensor, training: Features, topk: int) -> list[list[Neighbour]]:
+    """The nearest of the training images to each query, which is what `means_of_rows` gives, the nearest first."""
+    likeness, which, start = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.long), 0
+    for batch in training.batches():
+        scores = queries @ means_of_rows(classifier, batch).T
+        places = torch.arange(start, start + len(batch)).expand_as(scores)
+        likeness, order = torch.cat([likeness, scores], dim=1).topk(min(topk, likeness.shape[1] + len(batch)), dim=1)
+        which, start = torch.cat([which, places], dim=1).gather(1, order), start + len(batch)
+    images = training.images
+    names, classes, labels = images.names, images.dataset.classes, images.labels.tolist()
     return [
-        [
-            Neighbour(training.names[i], training.dataset.classes[int(training.labels[i])], value)
-            for i, value in zip(*row, strict=True)
-        ]
-        for row in zip(nearest.tolist(), likeness.tolist(), strict=True)
+        [Neighbour(names[i], classes[labels[i]], value) for i, value in zip(*row, strict=True)]
+        for row in zip(which.tolist(), likeness.tolist(), strict=True)
     ]
+
+
+def write_nearest(classifier: Classifier, training: Features, held_out: Features, path: Path) -> None:
+    """Write the training images that are nearest to each held-out image.
+
+    Args:
+        classifier: of the run, as it starts.
+        training, held_out: what its parents saw.
+        path: of the CSV.
+    """
+    everything = np.arange(len(training.images))
+    queries = torch.cat([means_of_rows(classifier, batch) for batch in held_out.batches()])
+    found = nearest(classifier, queries, training.subset(everything, views=1), KEPT)
+    heading = [f"{what}_{rank}" for rank in range(1, KEPT + 1) for what in ("path", "label", "likeness")]
+    rows = (
+        (name, *(cell for other in others for cell in (other.path, other.label, f"{other.likeness:.4f}")))
+        for name, others in zip(held_out.images.names, found, strict=True)
+    )
+    width = 1 + len(heading)
+    write_csv(path, ("path", *heading), ((*row, *[""] * (width - len(row))) for row in rows))
 
 
 def prepared(classifier: Classifier, images: Sequence[str]) -> Tensor:
