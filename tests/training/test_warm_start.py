@@ -179,7 +179,7 @@ def test_a_parent_must_be_finished(parents, tmp_path):
     (unfinished / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"is not finished: it has no weights yet; go on with"):
         started(recipe_of([parents[0], unfinished]))
-    with pytest.raises(InputError, match="is not a folder"):
+    with pytest.raises(InputError, match="no such folder"):
         started(Recipe(**vars(recipe_of([tmp_path / "nowhere", parents[1]]))))
 
 
