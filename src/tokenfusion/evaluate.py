@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from itertools import compress, count
 from pathlib import Path
 from typing import Any
@@ -83,34 +82,45 @@ def evaluate(
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = as_outputs(labels, to_output, len(classifier.classes))
     out = out or place_of(run, place, name, own=own)
-    predictions = out / "predictions.csv"
     cross_fit = own and name == ("val" if (run / "split.csv").exists() else held_out_name(source))
-    groups = images.dataset.groups
-    if classifier.multi_label:
-        chosen = choose_classes(classifier, logits, labels, cross_fit)
-        thresholds = classifier.thresholds
-        result = evaluate_multilabel(logits, labels, chosen, classifier.classes, thresholds, len(skipped), groups)
-        result |= {"multi_label": True, "risk_coverage": risk_by_class(classifier, logits, labels, chosen)}
-        write = partial(write_label_sets, predictions, classifier.classes, images.names, labels, chosen, logits)
-    else:
-        require_finite(logits)
-        temperatures = torch.full((len(labels),), classifier.temperature)
-        if cross_fit and classifier.surest_errors:  # where an older version fitted none, there is none to be fair about
-            temperatures = cross_fitted_temperatures(logits, labels)
-        result = evaluate_logits(logits, labels, classifier.classes, len(skipped), temperatures, groups)
-        scores = (logits / temperatures[:, None]).softmax(1)
-        if corruptions:
-            result["corruptions"] = judge_corrupted(classifier, images, to_output, progress)
-        write = partial(write_predictions, predictions, classifier.classes, images.names, labels, scores, groups)
+    judge = judge_label_sets if classifier.multi_label else judge_classes
+    result, write = judge(classifier, images, logits, labels, cross_fit, len(skipped))
+    if corruptions:
+        result["corruptions"] = judge_corrupted(classifier, images, to_output, progress)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"cross_fitted": cross_fit, "data": place, "split": name, "own": own, "unreadable": unreadable}
     result |= {"trained_on": judged.trained_on, "trained_on_left_out": judged.left_out}
     result |= {"began_with": list(classifier.began_with), "moved_to": moved_to}
     make_folder(out)
     with own_results(out):
-        write()
+        write(out / "predictions.csv")
         write_json(out / "evaluation.json", result)
     return result
+
+
+def judge_classes(
+    classifier: Classifier, images: Images, logits: Tensor, labels: Tensor, cross_fit: bool, skipped: int
+) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """What is said of one class an image, and what writes a line of each image to a file."""
+    require_finite(logits)
+    temperatures = torch.full((len(labels),), classifier.temperature)
+    if cross_fit and classifier.surest_errors:  # where an older version fitted none, there is none to be fair about
+        temperatures = cross_fitted_temperatures(logits, labels)
+    classes, groups = classifier.classes, images.dataset.groups
+    result = evaluate_logits(logits, labels, classes, skipped, temperatures, groups)
+    scores = (logits / temperatures[:, None]).softmax(1)
+    return result, lambda path: write_predictions(path, classes, images.names, labels, scores, groups)
+
+
+def judge_label_sets(
+    classifier: Classifier, images: Images, logits: Tensor, labels: Tensor, cross_fit: bool, skipped: int
+) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """The same of any number of classes an image."""
+    chosen = choose_classes(classifier, logits, labels, cross_fit)
+    classes, groups = classifier.classes, images.dataset.groups
+    result = evaluate_multilabel(logits, labels, chosen, classes, classifier.thresholds, skipped, groups)
+    result |= {"multi_label": True, "risk_coverage": risk_by_class(classifier, logits, labels, chosen)}
+    return result, lambda path: write_label_sets(path, classes, images.names, labels, chosen, logits)
 
 
 def judge_corrupted(

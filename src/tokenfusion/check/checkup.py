@@ -117,23 +117,28 @@ def look_at(
         ],
         "near_duplicates_searched": {key: value for key, value in asdict(near).items() if key != "pairs"},
         "classes": count_classes(dataset.classes, dataset.labels, dataset.splits),
-        "labels": {
-            "judged": judgement.judged,
-            "model_accuracy": judgement.accuracy,
-            "judged_by": list(parents.began_with) if parents else [],
-            "note": judgement.note,
-            "disputes": [
-                known(dataset, dispute.image)
-                | {"suggestion": dataset.classes[dispute.suggestion]}
-                | {"score": round(dispute.score, 4), "label_score": round(dispute.label_score, 4)}
-                for dispute in judgement.disputes
-            ],
-        },
+        "labels": labels_found(dataset, judgement, parents),
         "crop": measure_crop(dataset.names, inspections, img_size, Recipe().crop_pct),
         "quarantined": len(excluded),
         "train_refuses": why_train_refuses(dataset, excluded, rare_classes),
     }
     return result, excluded
+
+
+def labels_found(dataset: Dataset, judgement: Judgement, parents: Classifier | None) -> dict[str, Any]:
+    """What is said of the labels: by whom they were judged, how well, and which are disputed."""
+    return {
+        "judged": judgement.judged,
+        "model_accuracy": judgement.accuracy,
+        "judged_by": list(parents.began_with) if parents else [],
+        "note": judgement.note,
+        "disputes": [
+            known(dataset, dispute.image)
+            | {"suggestion": dataset.classes[dispute.suggestion]}
+            | {"score": round(dispute.score, 4), "label_score": round(dispute.label_score, 4)}
+            for dispute in judgement.disputes
+        ],
+    }
 
 
 def folder_for(data: str, out: Path | None) -> Path:

@@ -24,7 +24,7 @@ from tokenfusion.launch import read_launch
 from tokenfusion.recipe import Recipe
 from tokenfusion.training.auto.batch_size import choose_batch_size, more_than_there_are
 from tokenfusion.training.auto.depth import DepthPlan, depth_table, plan_depths
-from tokenfusion.training.auto.timing import measuring_process
+from tokenfusion.training.auto.timing import StepCost, measuring_process
 from tokenfusion.training.linear_start import require_tunable
 from tokenfusion.training.model import build
 from tokenfusion.training.recovery import OutOfMemory
@@ -106,14 +106,7 @@ def plan(recipe: Recipe, say: Callable[[str], None]) -> Plan:
     if "lr" in recipe.autos:
         say("lr=auto is not tried in a dry run: its range test, of up to 100 steps, comes on top")
     available = available_mb(default_device())
-    with measuring_process(recipe, classes, STEPS) as measure:
-        try:
-            cost = measure(batch_size // processes)
-        except OutOfMemory as error:
-            raise InputError(
-                f"a batch of {batch_size // processes} images does not fit into memory ({error}); give a smaller "
-                "--batch-size, or more --accumulate"
-            ) from error
+    cost = measure_step(recipe, classes, batch_size // processes)
     loading = loading_rate(recipe, source, split.train, cost.img_size)
     load_seconds = batch_size / processes / loading
     seconds = max(cost.seconds, load_seconds / recipe.workers) if recipe.workers else cost.seconds + load_seconds
@@ -141,6 +134,22 @@ def plan(recipe: Recipe, say: Callable[[str], None]) -> Plan:
         available_mb=available,
         checkpoint_mb=cost.checkpoint_mb,
     )
+
+
+def measure_step(recipe: Recipe, classes: int, batch_size: int) -> StepCost:
+    """What a step on so many random images costs.
+
+    Raises:
+        InputError: they do not fit into memory.
+    """
+    with measuring_process(recipe, classes, STEPS) as measure:
+        try:
+            return measure(batch_size)
+        except OutOfMemory as error:
+            raise InputError(
+                f"a batch of {batch_size} images does not fit into memory ({error}); give a smaller --batch-size, or "
+                "more --accumulate"
+            ) from error
 
 
 def loading_rate(recipe: Recipe, source: Dataset, training: np.ndarray, img_size: tuple[int, int]) -> float:
