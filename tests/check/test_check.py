@@ -300,7 +300,7 @@ def test_a_list_that_can_be_read_once_only_is_kept_whole(data, tmp_path):
     [
         ("path,reason\nelsewhere/1.jpg,bad\n", "nothing that it names (1 path) is in"),
         ("file\n1.jpg\n", "it must name a column path"),
-        (None, "cannot be read"),
+        (None, "list.csv: no such file"),
     ],
 )
 def test_a_list_of_other_data_is_refused(command, data, tmp_path, content, message):
