@@ -126,7 +126,7 @@ class Addresses:
 
 def unreadable(reason: str) -> Refused:
     """What is said of an image that cannot be read."""
-    return Refused(422, "the image", reason, f"send a whole {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+    return Refused(422, "the image", reason, "send a whole image file, or the same image in another format")
 
 
 def query_of(request: Request, known: set[str]) -> dict[str, str]:

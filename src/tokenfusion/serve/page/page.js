@@ -56,7 +56,7 @@ function add(files) {
     const card = { file, item, answer: item.querySelector(".answer"), name: file.name || "pasted image", found: null };
     const thumbnail = item.querySelector("img");
     thumbnail.src = card.url = URL.createObjectURL(file);
-    thumbnail.onerror = () => { thumbnail.removeAttribute("src"); };
+    thumbnail.onerror = () => thumbnail.replaceWith(element("div", "no picture", "thumbnail"));
     item.querySelector("h2").textContent = card.name;
     $("cards").append(item);
     cards.push(card);
@@ -83,8 +83,7 @@ async function judge(card) {
   try {
     if (!model) await connect();
     if (model && card.file.size > model.limits.bytes) {
-      const most = Math.floor(model.limits.bytes / 2 ** 20);
-      throw new Told(`${(card.file.size / 2 ** 20).toFixed(1)} MB are more than the ${most} MB that are taken; give a smaller image`);
+      throw new Told(`${size(card.file.size)} are more than the ${size(model.limits.bytes)} that are taken; give a smaller image`);
     }
     const abstain = $("abstain").value ? `&abstain=${$("abstain").value}` : "";
     const type = card.file.type.startsWith("image/") ? card.file.type : "application/octet-stream";
@@ -108,6 +107,7 @@ function show(card, ...parts) {
   card.answer.replaceChildren(card.answer.querySelector("h2"), ...parts);
 }
 
+const size = (bytes) => (bytes < 2 ** 20 ? `${Math.round(bytes / 2 ** 10)} KB` : `${(bytes / 2 ** 20).toFixed(1)} MB`);
 const percent = (score) => `${(100 * score).toFixed(1)} %`;
 
 function answered(card) {

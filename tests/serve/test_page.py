@@ -1,0 +1,188 @@
+"""The page, in a real browser: images come in by every way, and what goes wrong is said beside the image."""
+
+import base64
+import csv
+import io
+import os
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from services import answers_of, pictures, service, write_export
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WAIT = 60_000
+"""Milliseconds that the page may take, however busy the machine."""
+HAND_OVER = """([kind, files]) => {
+    const held = new DataTransfer();
+    for (const [name, type, data] of files) {
+        held.items.add(new File([Uint8Array.from(atob(data), (c) => c.charCodeAt(0))], name, { type }));
+    }
+    const event = kind === "paste"
+        ? new ClipboardEvent("paste", { clipboardData: held, bubbles: true, cancelable: true })
+        : new DragEvent(kind, { dataTransfer: held, bubbles: true, cancelable: true });
+    document.body.dispatchEvent(event);
+}"""
+SCREENSHOTS = os.environ.get("TOKENFUSION_SCREENSHOTS")
+"""Folder to keep pictures of the page in, for a person to look at."""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    return write_export(tmp_path_factory.mktemp("served") / "export")
+
+
+@pytest.fixture(scope="module")
+def served(exported):
+    with service(exported, "--max-bytes", 50_000) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("there is no Chromium on this machine; apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(browser, served):
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+    context.set_default_timeout(WAIT)
+    opened, said = context.new_page(), []
+    opened.on("pageerror", lambda error: said.append(str(error)))
+    asked = []
+    opened.on("request", lambda request: asked.append(request.url))
+    opened.goto(f"http://127.0.0.1:{served.port}/")
+    yield opened
+    assert said == []
+    here = ("http://127.0.0.1:", "blob:", "data:")
+    assert [url for url in asked if not url.startswith(here)] == []  # nothing is fetched from elsewhere
+    context.close()
+
+
+def hand_over(page, kind, files):
+    encoded = [(name, "image/png", base64.b64encode(data).decode()) for name, data in files]
+    page.evaluate(HAND_OVER, [kind, encoded])
+
+
+def done(page, text):
+    page.get_by_text(text).wait_for()
+    return page.locator(".card")
+
+
+def keep(page, name):
+    if SCREENSHOTS:
+        page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
+
+
+def test_images_are_dropped_pasted_and_chosen_and_each_shows_its_answer(page, exported):
+    files = pictures(3)
+    page.get_by_text("tiny knows 3 classes: red, green, blue; scores are calibrated on 359 images").wait_for()
+    hand_over(page, "drop", [("dropped.png", files[0])])
+    hand_over(page, "paste", [("pasted.png", files[1])])
+    page.locator("#files").set_input_files({"name": "chosen.png", "mimeType": "image/png", "buffer": files[2]})
+    cards = done(page, "3 of 3 images done")
+    for number, expected in enumerate(answers_of(exported, files)):
+        card = cards.nth(number)
+        assert card.locator(".named").inner_text() == expected["label"]
+        rows = [tuple(row.split("\n")) for row in card.locator(".rows li").all_inner_texts()]
+        assert rows == [(one["label"], f"{100 * one['score']:.1f} %") for one in expected["topk"]]
+        assert card.locator(".mistaken").count() == (expected["label"] == "red")
+        assert card.locator("img.thumbnail").evaluate("image => image.naturalWidth") > 0
+    assert page.locator("#camera").get_attribute("capture") == "environment"
+
+
+def test_a_bad_and_a_huge_file_are_refused_beside_themselves_and_the_others_answered(page):
+    files = [("bad.png", b"no image"), ("huge.png", bytes(60_000)), ("good.png", pictures(1)[0])]
+    hand_over(page, "drop", files)
+    cards = done(page, "3 of 3 images done, of which 2 could not be judged")
+    assert "not an image" in cards.nth(0).get_by_role("alert").inner_text()
+    assert "59 KB are more than the 49 KB" in cards.nth(1).get_by_role("alert").inner_text()
+    assert cards.nth(2).locator(".named").count() == 1
+    assert cards.nth(0).get_by_text("no picture").is_visible()
+    keep(page, "errors")
+
+
+def test_none_of_these_is_said_where_a_largest_share_of_wrong_answers_is_chosen(page):
+    page.locator("#abstain").select_option("0.01")
+    hand_over(page, "drop", [("a.png", pictures(1)[0])])
+    assert done(page, "1 of 1 images done").locator(".named").inner_text() == "none of these"
+
+
+def test_many_images_are_all_answered_and_downloaded_as_predict_prints_them(page, exported):
+    files = pictures(40)
+    hand_over(page, "drop", [(f'{number},"x".png', data) for number, data in enumerate(files)] + [("bad", b"no")])
+    done(page, "41 of 41 images done, of which 1 could not be judged")
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download CSV").click()
+    rows = list(csv.reader(io.StringIO(Path(download.value.path()).read_text())))
+    assert rows[0] == ["path", "label", "score", "label_2", "score_2", "label_3", "score_3", "error"]
+    for row, (number, expected) in zip(rows[1:], enumerate(answers_of(exported, files)), strict=False):
+        assert row[:2] == [f'{number},"x".png', expected["label"]]
+        assert float(row[2]) == pytest.approx(expected["score"], abs=2e-6)
+    assert "not an image" in rows[-1][-1]
+    page.get_by_role("button", name="Clear").click()
+    assert page.locator(".card").count() == 0
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1280, "light")])
+def test_it_fits_a_phone_and_a_desk_in_dark_and_light(page, width, scheme):
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
+    name = "an_image_with_a_name_that_is_much_longer_than_a_telephone_is_wide_and_has_no_blank_in_it.png"
+    hand_over(page, "drop", [(name, pictures(1)[0]), *((f"{i}.jpg", one) for i, one in enumerate(pictures(3)))])
+    hand_over(page, "drop", [("bad.png", b"no image")])
+    done(page, "5 of 5 images done")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    ink, paper = page.evaluate(
+        "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"
+    )
+    assert (brightness(ink) > brightness(paper)) == (scheme == "dark")
+    keep(page, f"{width}-{scheme}")
+
+
+def brightness(colour):
+    return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(",")))
+
+
+def test_it_is_used_by_keyboard_and_told_to_a_screen_reader(page):
+    page.get_by_text("tiny knows").wait_for()
+    focused = []
+    for _ in range(4):
+        page.keyboard.press("Tab")
+        focused.append(page.evaluate("document.activeElement.id || document.activeElement.textContent"))
+    assert focused == ["files", "camera", "abstain", "For programs"]
+    hand_over(page, "drop", [("a.png", pictures(1)[0])])
+    done(page, "1 of 1 images done")
+    assert page.get_by_role("status").inner_text() == "1 of 1 images done"
+    for name in ("Download CSV", "Clear"):
+        assert page.get_by_role("button", name=name).is_visible()
+    assert page.get_by_role("heading", name="a.png").is_visible()
+
+
+def test_the_service_going_away_is_said_and_trying_again_works(page, exported):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with service(exported, port=port):
+        page.goto(f"http://127.0.0.1:{port}/")
+        page.get_by_text("tiny knows").wait_for()
+    hand_over(page, "drop", [("a.png", pictures(1)[0])])
+    card = done(page, "1 of 1 images done, of which 1 could not be judged")
+    assert "cannot be reached" in card.get_by_role("alert").inner_text()
+    keep(page, "gone")
+    with service(exported, port=port):
+        card.get_by_role("button", name="Try a.png again").click()
+        page.get_by_text("1 of 1 images done").wait_for()
+        card.locator(".named").wait_for()
+
+
+def test_the_description_for_programs_is_drawn(page, served):
+    page.goto(f"http://127.0.0.1:{served.port}/docs")
+    page.get_by_text("/v1/predict").first.wait_for()
