@@ -2,10 +2,12 @@
 
     python benchmarks/calibration.py RUN...
 
-Writes results/calibration.json: for each run the calibration error on its held-out images of raw scores, by the
-temperature of the other half of them, and by the temperature that its training images choose.
+Adds to results/calibration.json, for each run, the calibration error on its held-out images of raw scores, by the
+temperature of the other half of them, and by the temperature that its training images choose. What stands there of the
+same data and model is replaced.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -42,7 +44,11 @@ def measure(run: Path) -> dict:
 
 
 if __name__ == "__main__":
-    runs = [measure(Path(run)) for run in sys.argv[1:]]
-    write_json(Path(__file__).parent / "results" / "calibration.json", {"runs": runs})
-    for run in runs:
-        print(run)
+    path = Path(__file__).parent / "results" / "calibration.json"
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    kept = {(run["data"], run["model"]): run for run in runs}
+    for folder in sys.argv[1:]:
+        found = measure(Path(folder))
+        print(found)
+        kept[found["data"], found["model"]] = found
+        write_json(path, {"runs": list(kept.values())})

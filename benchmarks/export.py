@@ -36,7 +36,8 @@ from tokenfusion.files import write_json, write_text
 from tokenfusion.models.base import on_meta
 from tokenfusion.models.cost import CountProducts
 from tokenfusion.recipe import Recipe, dump_recipe
-from tokenfusion_runtime.classifier import ExportedClassifier, hash_of
+from tokenfusion_runtime.classifier import ExportedClassifier
+from tokenfusion_runtime.description import hash_of
 from yardsticks import yardstick_of
 
 PAIR = "fuse(tf_efficientnet_lite0,vit_small_patch14_dinov2,late)"

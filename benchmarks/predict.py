@@ -62,8 +62,12 @@ def whole(run: Path, data: str, batch_size: int, workers: int | None) -> float:
 
 
 def measure(models: list[str], data: str, given: argparse.Namespace) -> Iterator[dict]:
-    """A row a model."""
+    """A row a model; none is begun after `given.minutes`."""
+    begun = time.monotonic()
     for name in models:
+        if time.monotonic() - begun > 60 * given.minutes:
+            print(f"{name} is left out: {given.minutes:g} minutes are over")
+            continue
         classifier = Classifier.create(name, [str(number) for number in range(10)], img_size=(224, 224))
         batches = prepared(classifier, data, given.batch_size, given.in_memory)
         rates: dict[str, list[float]] = {"alone": [], "predict": []}
@@ -84,6 +88,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, help="threads that decode; one a core when not given")
     parser.add_argument("--in-memory", type=int, default=512, help="images that the model alone is measured on")
     parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=15.0, help="no further model is begun after so many")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "predict.json")
     given = parser.parse_args()
     settings = {"batch_size": given.batch_size, "workers": given.workers, "repetitions": given.repetitions}

@@ -266,6 +266,23 @@ def calibration() -> str:
     return table(["data", "run", "held-out images", *ways.values()], rows)
 
 
+def checksum() -> str:
+    """What looking at the weights' checksums costs."""
+    found = load("checksum")
+    rows = []
+    for name, row in found["weights"].items():
+        times = (f"{row[key]:.1f}" for key in ("read_ms", "checksum_ms"))
+        rows.append(
+            [f"`{name}`", f"{row['megabytes']:.0f}", *times, f"{row['checksum_ms'] / row['build_model_ms']:.1%}"]
+        )
+    kept = found["kept_rows"]
+    heading = ["weights", "MB", "ms to read", "ms to check", "checking over building the model"]
+    return (
+        f"Processor time on {found['hardware']}, files in the page cache:\n\n{table(heading, rows)}\n\n"
+        f"What is kept of frozen parents ({kept['megabytes']:.0f} MB) takes {kept['check_ms']:.0f} ms to check."
+    )
+
+
 def shipped() -> str:
     """How fast classifiers are as they are shipped, against the peer's eager fp32."""
     if not (RESULTS / "export.json").exists():
@@ -311,6 +328,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "check.md": {"check": check},
     DOCS / "export.md": {"calibration": calibration, "shipped": shipped},
     DOCS / "predict.md": {"many": many},
+    DOCS / "safety.md": {"checksum": checksum},
     DOCS / "scale.md": {"scaling_plan": scaling_plan, "distributed": distributed},
     results_page.PAGE: results_page.blocks(),
 }

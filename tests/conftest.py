@@ -40,6 +40,18 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+@pytest.fixture(scope="session")
+def exported(trained, tmp_path_factory) -> Path:
+    """The run as ONNX."""
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+    from tokenfusion.export.artefact import export
+
+    out = tmp_path_factory.mktemp("exported") / "onnx"
+    export(trained, out)
+    return out
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Run the command in this process; gives (exit status, standard output, standard error)."""

@@ -122,7 +122,9 @@ def test_a_public_repository_gets_nothing_private(hub, command, run):
     assert "public; give --public, or another name" in errors
     assert hub.commits[REPO][-1][1] == {}
     assert command("push", run, REPO, "--send", "--public")[0] == 0
-    assert command("push", run, "digits")[0] == 2
+    for name in ("digits", "../digits", "ü/digits", "lab/" + "d" * 99):
+        status, _, errors = command("push", run, name)
+        assert (status, "names no repository; write ORG/NAME" in " ".join(errors.split())) == (2, True)
 
 
 EXPRESSIONS = {

@@ -170,6 +170,11 @@ def load_description(run: Path) -> dict[str, Any]:
         description = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError, OSError) as error:
         raise InputError(f"{path} cannot be read: {error}; it is damaged, train again with another --out") from error
+    if isinstance(description, dict) and "export_format" in description:
+        raise InputError(
+            f"{run} is what `tokenfusion export` wrote, which runs without a run: "
+            f"`python -m tokenfusion_runtime {shlex.quote(str(run))} IMAGE...`; for other verbs give the run itself"
+        )
     version = description.get("format") if isinstance(description, dict) else None
     if not isinstance(version, int):
         raise InputError(f"{path} names no format; it is damaged, train again with another --out")

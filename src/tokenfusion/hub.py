@@ -67,10 +67,16 @@ def send(files: Sequence[Path], repo: str, *, public: bool, message: str) -> str
         return hub.create_commit(repo, added, commit_message=message).commit_url
 
 
+LONGEST_REPO = 96
+"""Characters of a repository's name that a hub takes."""
+
+
 def require_repo(repo: str) -> None:
     """Refuse what is no name of a repository."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise InputError(f"{repo!r} names no repository; write ORG/NAME")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", repo, re.ASCII) or len(repo) > LONGEST_REPO:
+        raise InputError(
+            f"{repo!r} names no repository; write ORG/NAME, of up to {LONGEST_REPO} letters, digits, - _ ."
+        )
 
 
 def client() -> Any:

@@ -1,7 +1,5 @@
 """An exported classifier: its graph, its preprocessing, its class names, and how its scores become answers."""
 
-import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO, IOBase
@@ -13,14 +11,13 @@ import numpy as np
 from PIL import Image
 
 from tokenfusion_runtime.abstain import SurestErrors, why_silent
+from tokenfusion_runtime.description import read_description, require_whole
 from tokenfusion_runtime.engines import ENGINES, Engine
 from tokenfusion_runtime.errors import InputError, UnreadableImage
 from tokenfusion_runtime.files import read_file
 from tokenfusion_runtime.image import Pixels, ValueRange, opened, pillow_image, prepare, to_rgb, whole_rgb
 from tokenfusion_runtime.prediction import Answers, Floats, Prediction, cuts_for
 
-FORMAT = 1
-"""Of exported folders; a reader refuses a newer one."""
 ImageLike = str | Path | bytes | BytesIO | np.ndarray | Image.Image
 
 
@@ -61,7 +58,13 @@ class ExportedClassifier:
             if count > fixed:
                 return np.concatenate([self.probabilities(images[i : i + fixed]) for i in range(0, count, fixed)])
             images = np.concatenate([images, np.zeros((fixed - count, *images.shape[1:]), np.uint8)])
-        found = self.engine(images)[:count]
+        try:
+            found = self.engine(images)[:count]
+        except Exception as error:  # engines raise whatever they like
+            raise InputError(
+                f"the graph takes no images of {images.shape}: {reason_of(error)}; model.json and graph do not belong "
+                "together, or there is too little memory: export again, or give a smaller batch"
+            ) from error
         if found.shape != (count, len(self.classes)):
             raise InputError(
                 f"the graph gives {found.shape[-1]} scores an image and model.json names {len(self.classes)} classes; "
@@ -187,54 +190,11 @@ def load(folder: str | Path, *, threads: int = 0) -> ExportedClassifier:
     except InputError:
         raise
     except Exception as error:  # engines raise whatever they like
-        lines = [line.strip() for line in str(error).splitlines() if not line.startswith("Exception from ")]
-        reason = next(filter(None, lines), type(error).__name__)[:300].rstrip(".")
-        raise InputError(f"{folder} cannot be run: {reason}; update the engine, or export again") from error
+        raise InputError(f"{folder} cannot be run: {reason_of(error)}; update the engine, or export again") from error
     return ExportedClassifier(description, run, note)
 
 
-def read_description(folder: Path) -> dict[str, Any]:
-    """An exported folder's `model.json`.
-
-    Raises:
-        InputError: there is none, or it is damaged or of a newer version.
-    """
-    path = folder / "model.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}; give the folder that `tokenfusion export --out` wrote"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); export again") from error
-    version = description.get("export_format") if isinstance(description, dict) else None
-    if not isinstance(version, int):
-        raise InputError(f"{folder} is no exported classifier; `tokenfusion export RUN --out DIR` writes one")
-    if version > FORMAT:
-        raise InputError(
-            f"{folder} is of export format {version}, newer than the {FORMAT} that this version reads; "
-            "update tokenfusion-runtime"
-        )
-    return description
-
-
-def require_whole(folder: Path, description: dict[str, Any]) -> None:
-    """Refuse a graph that is not the one that `model.json` was written with."""
-    try:
-        found = hash_of([folder / name for name in description["files"]])
-    except OSError as error:
-        raise InputError(f"{folder} lacks its graph: {error}; copy the folder whole, or export again") from error
-    if found != description["graph_sha256"]:
-        raise InputError(
-            f"{folder}: model.json and {description['files'][0]} do not belong together, or the graph is damaged; copy "
-            "the folder whole, or export again"
-        )
-
-
-def hash_of(files: Sequence[Path]) -> str:
-    """SHA-256 of files, one behind another."""
-    digest = hashlib.sha256()
-    for path in files:
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
+def reason_of(error: Exception) -> str:
+    """What an engine says, in a line."""
+    lines = [line.strip() for line in str(error).splitlines() if not line.startswith("Exception from ")]
+    return next(filter(None, lines), type(error).__name__)[:300].rstrip(".")

@@ -1,12 +1,12 @@
 """A run becomes a folder: checked beforehand, written under another name, gated, and only then called by its own."""
 
 import contextlib
+import glob
 import importlib.util
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,15 @@ from tokenfusion.errors import InputError
 from tokenfusion.evaluate import mistaken_of
 from tokenfusion.export.gate import LIMITS, faults, held_out_images, measure, parity_lines
 from tokenfusion.files import lock, make_folder, refuse_inside, write_json, write_text
-from tokenfusion.recipe import load_recipe
+from tokenfusion.judged import open_judged
+from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.version import __version__
 from tokenfusion_runtime import classifier as runtime
+from tokenfusion_runtime.description import FORMAT, hash_of, read_description, require_whole
 
 PRECISIONS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "fp16", "bf16", "int8"), "pt2": ("fp32",)}
 """What each format has; the CPU's ONNX Runtime computes neither fp16 nor bf16."""
+MOST_BATCH = 4096
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
 
 
@@ -53,17 +56,19 @@ def export(
         InputError: the run or the format cannot be used, or the artefact answers otherwise than the run.
     """
     require_possible(format, precision, batch)
-    classifier = replace(Classifier.load(run), precision="fp32")
-    refuse_inside(out, str(load_recipe(run / "recipe.toml").get("data", "")))
+    classifier = Classifier.load(run)
+    recipe = Recipe(**load_recipe(run / "recipe.toml"))
+    refuse_inside(out, recipe.data)
     with new_folder(out) as folder:
         description = describe(run, format, precision, batch)
-        images, labels, split = held_out_images(run, classifier)
+        open_judged(run, recipe, None)  # what is not there, and what no engine can do, is said before images are read
         files = write_graph(classifier, run, folder, description)
-        description |= {"files": files, "graph_sha256": runtime.hash_of([folder / name for name in files])}
+        description |= {"files": files, "graph_sha256": hash_of([folder / name for name in files])}
         write_json(folder / "model.json", description)
         artefact = load(folder)
         if artefact.note:
             say(artefact.note)
+        images, labels, split = held_out_images(run, classifier)
         parity = measure(classifier, artefact.probabilities, images, labels) | {"split": split}
         found = faults(parity, precision)
         for line in parity_lines(parity):
@@ -101,6 +106,8 @@ def require_possible(format: str, precision: str, batch: int | None) -> None:
         )
     if batch is not None and batch < 1:
         raise InputError(f"batch={batch} has no image; give 1 or more, or dynamic")
+    if batch is not None and batch > MOST_BATCH:
+        raise InputError(f"batch={batch} are more images than the {MOST_BATCH:,} of a call; give fewer, or dynamic")
 
 
 @contextlib.contextmanager
@@ -116,6 +123,8 @@ def new_folder(out: Path) -> Iterator[Path]:
         with lock(out.parent / f".{out.name}.lock", out):
             if out.exists():
                 raise InputError(f"{out} exists; give another --out, or remove it")
+            for left in out.parent.glob(f".{glob.escape(out.name)}.????????.tmp"):  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
             folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".tmp", dir=out.parent))
             try:
                 yield folder
@@ -132,9 +141,9 @@ def describe(run: Path, format: str, precision: str, batch: int | None) -> dict[
     trained = load_description(run)
     kept = ("name", "classes", "preprocess", "max_pixels", "multi_label", "thresholds", "temperature", "surest_errors")
     saved = {key: trained[key] for key in kept}
-    weights = runtime.hash_of([run / "model.safetensors"])
+    weights = hash_of([run / "model.safetensors"])
     return (
-        {"export_format": runtime.FORMAT, "format": format, "precision": precision, "batch": batch}
+        {"export_format": FORMAT, "format": format, "precision": precision, "batch": batch}
         | saved
         | {"mistaken": mistaken_of(run, trained["classes"])}
         | {"weights_sha256": weights, "tokenfusion": __version__, "license": ""}
@@ -168,12 +177,12 @@ def write_graph(classifier: Classifier, run: Path, folder: Path, description: di
 
 def load(folder: Path) -> runtime.ExportedClassifier:
     """An exported classifier of any format; `tokenfusion_runtime.load` is what loads those without torch."""
-    description = runtime.read_description(folder)
+    description = read_description(folder)
     if description["format"] != "pt2":
         return runtime.load(folder)
     from tokenfusion.export.pt2 import pt2_engine
 
-    runtime.require_whole(folder, description)
+    require_whole(folder, description)
     return runtime.ExportedClassifier(description, pt2_engine(folder / "model.pt2"))
 
 

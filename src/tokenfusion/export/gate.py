@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as F
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.evaluate import as_outputs, output_of_class
+from tokenfusion.hardware import resolve_precision
 from tokenfusion.judged import read_own_part
 from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, load_recipe
@@ -59,32 +60,41 @@ def held_out_images(run: Path, classifier: Classifier) -> tuple[Images, NDArray[
 def measure(
     classifier: Classifier, artefact: Callable[[NDArray[np.uint8]], Floats], images: Images, labels: NDArray[Any]
 ) -> dict[str, Any]:
-    """Let run, in float32, and artefact judge the same pixels, in batches of 7, 2 and 1 in turn.
+    """Let run and artefact judge the same pixels, in batches of 7, 2 and 1 in turn.
+
+    The run's answers are those of its weights in float32, the same on every machine. What `predict` computes in, bf16
+    where the hardware has it, is measured beside: nothing is refused for it.
 
     Returns:
         What `model.json` holds as `parity`: `n`, `probability_difference` (greatest), `label_agreement`,
         `accuracy_run` and `accuracy` (of multi-label models all classes of an image right), `accuracy_difference_ci95`
         (paired, normal; without a change Wilson's of none to either side), `pixel_difference`
         (greatest between the run's resize and the runtime's, grey levels),
-        `batches`, and `differing`: names of the first images with other labels.
+        `batches`, `differing`: names of the first images with other labels, and `predict`: the same of the classifier
+        as `predict` runs it on this machine, in its `precision`.
     """
-    ours, theirs, pixels = [], [], 0
+    exact = replace(classifier, precision="fp32")
+    precision = resolve_precision(classifier.precision, classifier.device)
+    ours, theirs, shown, pixels = [], [], [], 0
     for batch in batches_of(len(images)):
         decoded = [images[index] for index in batch]
         prepared = torch.stack([classifier.preprocess.resize(image) for image in decoded])
         outside = np.stack([prepare(F.to_pil_image(image), classifier.preprocess.to_dict()) for image in decoded])
         pixels = max(pixels, int(np.abs(outside.astype(int) - prepared.numpy()).max()))
-        ours.append(classifier.scores(classifier.logits(prepared)).numpy())
+        ours.append(exact.scores(exact.logits(prepared)).numpy())
         theirs.append(artefact(prepared.numpy()))
-    run, found = np.concatenate(ours), np.concatenate(theirs)
-    said_by_run, said = (labels_of(scores, classifier.thresholds) for scores in (run, found))
-    same = (said_by_run == said).reshape(len(run), -1).all(1)
+        shown.append(ours[-1] if precision == "fp32" else classifier.scores(classifier.logits(prepared)).numpy())
+    run, found, predicted = map(np.concatenate, (ours, theirs, shown))
+    said_by_run, said, said_by_predict = (
+        labels_of(scores, classifier.thresholds) for scores in (run, found, predicted)
+    )
+    same, as_predicted = ((other == said).reshape(len(run), -1).all(1) for other in (said_by_run, said_by_predict))
     right_run, right = ((answers == labels).reshape(len(run), -1).all(1) for answers in (said_by_run, said))
     change = right.astype(float) - right_run
     half = 1.96 * float(change.std()) / math.sqrt(len(change)) if change.any() else wilson_interval(0, len(change))[1]
     return {
         "n": len(run),
-        "probability_difference": float(np.nan_to_num(np.abs(run - found), nan=1.0).max()),
+        "probability_difference": greatest_difference(run, found),
         "label_agreement": float(same.mean()),
         "accuracy_run": float(right_run.mean()),
         "accuracy": float(right.mean()),
@@ -92,7 +102,17 @@ def measure(
         "pixel_difference": pixels,
         "batches": list(BATCHES),
         "differing": [images.names[index] for index in np.flatnonzero(~same)[:SHOWN]],
+        "predict": {
+            "precision": precision,
+            "probability_difference": greatest_difference(predicted, found),
+            "label_agreement": float(as_predicted.mean()),
+        },
     }
+
+
+def greatest_difference(scores: Floats, others: Floats) -> float:
+    """Of two probabilities; 1 where one is no number."""
+    return float(np.nan_to_num(np.abs(scores - others), nan=1.0).max())
 
 
 def batches_of(count: int) -> Iterator[range]:
@@ -136,13 +156,15 @@ def faults(parity: dict[str, Any], precision: str) -> list[str]:
 
 def parity_lines(parity: dict[str, Any]) -> list[str]:
     """The gate's table, line by line."""
-    low, high = parity["accuracy_difference_ci95"]
+    (low, high), shown = parity["accuracy_difference_ci95"], parity["predict"]
     lines = [
-        f"{parity['n']:,} held-out images, batches of {', '.join(map(str, sorted(parity['batches'])))}:",
+        f"{parity['n']:,} held-out images in batches of {', '.join(map(str, sorted(parity['batches'])))}; run in fp32:",
         f"  greatest difference of a probability  {parity['probability_difference']:.2g}",
         f"  same labels                           {parity['label_agreement']:.2%}",
         f"  accuracy of run and artefact          {parity['accuracy_run']:.2%}, {parity['accuracy']:.2%} "
         f"(95 % interval of the difference {low:+.2%} to {high:+.2%})",
         f"  greatest difference of a pixel        {parity['pixel_difference']} grey level(s)",
+        f"`predict` computes in {shown['precision']} on this machine: greatest difference from the artefact "
+        f"{shown['probability_difference']:.2g}, same labels {shown['label_agreement']:.2%}",
     ]
     return lines + [f"  differs: {name}" for name in parity["differing"]]

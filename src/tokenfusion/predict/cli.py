@@ -142,12 +142,15 @@ def print_images(
     """Print what a run says of images; exits with 1 if any could not be read."""
     from rich.console import Console
 
-    from tokenfusion.classifier import Classifier
     from tokenfusion.data.kinds import Kind, kind_of
     from tokenfusion.formatting import bars
+    from tokenfusion.processes import first_import
     from tokenfusion_runtime.abstain import why_silent
     from tokenfusion_runtime.files import expand
     from tokenfusion_runtime.output import print_predictions
+
+    with first_import("timm"):
+        from tokenfusion.classifier import Classifier
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes

@@ -24,7 +24,7 @@ from tokenfusion.predict.ahead import prepared_ahead
 from tokenfusion.predict.table import Row, read_facts, schema_of, write_table
 from tokenfusion.recipe import Reading
 from tokenfusion.version import __version__
-from tokenfusion_runtime.classifier import hash_of
+from tokenfusion_runtime.description import hash_of
 from tokenfusion_runtime.prediction import Answers
 
 MANIFEST = "_manifest.json"

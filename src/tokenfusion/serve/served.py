@@ -16,7 +16,8 @@ from tokenfusion.serve.batching import Batches
 from tokenfusion.serve.measure import STAGE_SECONDS, UNREADABLE
 from tokenfusion.serve.refusal import Refused
 from tokenfusion.serve.settings import Settings
-from tokenfusion_runtime.classifier import ExportedClassifier, load, read_description
+from tokenfusion_runtime.classifier import ExportedClassifier, load
+from tokenfusion_runtime.description import read_description
 from tokenfusion_runtime.errors import InputError
 from tokenfusion_runtime.image import Pixels
 from tokenfusion_runtime.prediction import Answers, Floats, Prediction

@@ -1,0 +1,77 @@
+"""Every family goes through folder and gate, in some format and precision, and comes out answering alike."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tokenfusion import Classifier
+from tokenfusion.export import artefact
+from tokenfusion.recipe import Recipe, dump_recipe
+
+CLASSES = ("blue", "green", "red")
+PAIR = "fuse(wide(resnet_micro,0.2),wide(vit_micro,0.2),{})"
+RUNS = {
+    "crossvit": ("wide(crossvit_micro,0.25)", "pt2", "fp32", {}),
+    "deepvit, gray": ("wide(deepvit_micro,0.25)", "openvino", "fp32", {"in_chans": 1}),
+    "cmt, several labels": ("wide(cmt_micro,0.25)", "onnx", "fp32", {"multi_label": True}),
+    "late": (PAIR.format("late"), "openvino", "fp16", {}),
+    "early": (PAIR.format("early"), "openvino", "bf16", {}),
+    "layerwise, several labels": (PAIR.format("layerwise"), "openvino", "fp32", {"multi_label": True}),
+    "layerwise, gray": (PAIR.format("layerwise,cross"), "pt2", "fp32", {"in_chans": 1}),
+    "probe": (PAIR.format("probe"), "onnx", "int8", {}),
+    "a pair with means of its own": ("fuse(resnet10t,vit_tiny_patch16_224,late)", "onnx", "fp32", {}),
+    "a control": ("cnn(tokenfusion_early_micro)", "openvino", "int8", {}),
+    "the other control": ("vit(tokenfusion_layerwise_micro)", "onnx", "fp32", {}),
+    "timm's": ("mobilenetv3_small_050", "onnx", "fp32", {}),
+}
+"""Name, format, precision and task. `test_export.py` has shallow ones of them as ONNX, number by number."""
+
+
+def save_run(folder: Path, name: str, *, in_chans: int = 3, multi_label: bool = False, size: int = 32) -> Path:
+    """A finished run of random weights, in which no gate is closed, on pictures of three colours."""
+    random = np.random.default_rng(0)
+    data = folder / "data"
+    rows = ["path,labels,split"]
+    for number in range(21):
+        split, colour = ("train", "val")[number % 7 > 2], number % 3
+        path = data / split / CLASSES[colour] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 120, (40, 44, 3), dtype=np.uint8)
+        pixels[..., 2 - colour] += 120
+        Image.fromarray(pixels).save(path)
+        rows.append(f"{path.relative_to(data)},{'|'.join({CLASSES[colour], CLASSES[number % 2]})},{split}")
+    torch.manual_seed(0)
+    classifier = Classifier.create(name, CLASSES, in_chans=in_chans, img_size=(size, size), multi_label=multi_label)
+    for parameter in classifier.model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    replace(classifier, temperature=0.7).save(folder)
+    place = data
+    if multi_label:
+        place = data / "list.csv"
+        place.write_text("\n".join(rows))
+    recipe = Recipe(data=str(place), model=name, img_size=(size, size), in_chans=in_chans)
+    (folder / "recipe.toml").write_text(dump_recipe(recipe))
+    return folder
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_every_family_passes_the_gate(kind, tmp_path):
+    name, format, precision, task = RUNS[kind]
+    for package in artefact.PACKAGES[format] + ("nncf",) * (precision == "int8"):
+        pytest.importorskip(package, reason="the extra `export` is not installed")
+    run = save_run(tmp_path / "run", name, **task)
+    said = artefact.export(run, tmp_path / "out", format=format, precision=precision)
+    assert (said["parity"]["n"], said["forced"]) == (12, False)
+    exported, classifier = artefact.load(tmp_path / "out"), Classifier.load(run)
+    assert exported.multi_label == classifier.multi_label
+    files = sorted(map(str, (run / "data" / "val").glob("*/*.png")))
+    tolerance = 1e-4 if precision == "fp32" else 0.05
+    for one, other in zip(exported.predict(files), replace(classifier, precision="fp32").predict(files), strict=True):
+        assert dict(one.topk) == pytest.approx(dict(other.topk), abs=tolerance)
+    assert json.loads((tmp_path / "out" / "model.json").read_text())["name"] == name
