@@ -60,6 +60,16 @@ def save_run(folder: Path, name: str, *, in_chans: int = 3, multi_label: bool = 
     return folder
 
 
+def note_of(precision: str) -> str:
+    """What is to be said on this machine."""
+    if precision != "bf16":
+        return ""
+    import openvino
+
+    able = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "" if able else "this CPU has no bf16; the classifier runs in fp32"
+
+
 @pytest.mark.parametrize("kind", RUNS)
 def test_every_family_passes_the_gate(kind, tmp_path):
     name, format, precision, task = RUNS[kind]
@@ -70,6 +80,7 @@ def test_every_family_passes_the_gate(kind, tmp_path):
     assert (said["parity"]["n"], said["forced"]) == (12, False)
     exported, classifier = artefact.load(tmp_path / "out"), Classifier.load(run)
     assert exported.multi_label == classifier.multi_label
+    assert exported.note == note_of(precision)
     files = sorted(map(str, (run / "data" / "val").glob("*/*.png")))
     tolerance = 1e-4 if precision == "fp32" else 0.05
     for one, other in zip(exported.predict(files), replace(classifier, precision="fp32").predict(files), strict=True):
