@@ -24,12 +24,12 @@ def measure(run: Path) -> dict:
     """Calibration errors of a run with their intervals, and the temperatures."""
     classifier, recipe = Classifier.load(run), Recipe(**load_recipe(run / "recipe.toml"))
     found = {}
-    for split in ("train", "val"):
+    for part, split in (("train", "train"), ("held out", None)):
         images, _, _ = read_own_part(run, recipe, split=split)
         logits, labels = collect_logits(classifier, images, workers=recipe.workers)
         to_output = output_of_class(images.dataset, classifier.classes)
-        found[split] = logits, as_outputs(labels, to_output, len(classifier.classes))
-    by_training, (logits, labels) = choose_temperature(*found["train"]), found["val"]
+        found[part] = logits, as_outputs(labels, to_output, len(classifier.classes))
+    by_training, (logits, labels) = choose_temperature(*found["train"]), found["held out"]
     choices = {"none": 1.0, "other half": cross_fitted_temperatures(logits, labels), "training images": by_training}
     results = {name: evaluate_logits(logits, labels, classifier.classes, 0, t) for name, t in choices.items()}
     return {

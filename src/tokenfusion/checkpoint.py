@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path

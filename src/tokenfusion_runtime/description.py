@@ -93,7 +93,7 @@ def is_errors(value: Any) -> bool:
     """Whether it is a `SurestErrors` as a dictionary."""
     if not isinstance(value, dict) or not is_whole(value.get("images"), 0):
         return False
-    ranks, scores = value.get("ranks"), value.get("scores")
+    ranks, scores = value.get("ranks", ()), value.get("scores", ())
     return is_list(ranks, is_whole) and is_list(scores, is_number) and len(ranks) == len(scores)
 
 
