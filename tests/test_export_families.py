@@ -41,7 +41,7 @@ def save_run(folder: Path, name: str, *, in_chans: int = 3, multi_label: bool = 
         split, colour = ("train", "val")[number % 7 > 2], number % 3
         path = data / split / CLASSES[colour] / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = random.integers(0, 120, (40, 44, 3), dtype=np.uint8)
+        pixels = random.integers(0, 120, (32, 32, 3), dtype=np.uint8)  # that need no resize
         pixels[..., 2 - colour] += 120
         Image.fromarray(pixels).save(path)
         rows.append(f"{path.relative_to(data)},{'|'.join({CLASSES[colour], CLASSES[number % 2]})},{split}")
