@@ -144,7 +144,7 @@ def test_an_operator_that_a_format_lacks_is_said_before_any_image_is_read(run, t
 
     odd = replace(Classifier.load(run), model=Bessel())
     monkeypatch.setattr(artefact.Classifier, "load", lambda _: odd)
-    monkeypatch.setattr(artefact.HeldOut, "read", lambda *_: pytest.fail("images were read"))
+    monkeypatch.setattr(artefact, "held_out_images", lambda *_: pytest.fail("images were read"))
     with pytest.raises(InputError, match=r"cannot be exported to ONNX: .*bessel_j0.*; try --format pt2"):
         artefact.export(run, tmp_path / "out", format=format)
     assert not (tmp_path / "out").exists()
