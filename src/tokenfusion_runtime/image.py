@@ -4,20 +4,19 @@ import ctypes
 import importlib
 import math
 import os
-import re
 import struct
 import threading
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from io import BytesIO
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from tokenfusion_runtime.decoding import decoding
 from tokenfusion_runtime.errors import InputError, UnreadableImage
 
 Pixels = NDArray[np.uint8]
@@ -68,7 +67,7 @@ def opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
     if data.startswith(LFS_POINTER):
         raise UnreadableImage("a pointer of Git LFS, not the image itself; fetch it by `git lfs pull`")
     try:
-        with pillow_limit_lifted(), Image.open(BytesIO(with_end(data, max_pixels)), formats=FORMATS) as image:
+        with decoding(), Image.open(BytesIO(with_end(data, max_pixels)), formats=FORMATS) as image:
             refuse_large(image.height, image.width, max_pixels)
             with alone_if_large(image.height * image.width):
                 if image.format == "PNG":  # whose checksums decoding alone does not look at; verifying uses it up
@@ -101,6 +100,15 @@ def with_end(data: bytes, max_pixels: int) -> bytes:
 
 large_lock = threading.RLock()
 large = threading.local()
+
+
+def forget_threads() -> None:
+    """In a child of fork no other thread goes on, and what they held would be waited for forever."""
+    global large_lock
+    large_lock = threading.RLock()
+
+
+os.register_at_fork(after_in_child=forget_threads)
 
 
 @contextmanager
@@ -302,7 +310,8 @@ def scaled(values: NDArray[Any], value_range: ValueRange) -> Pixels:
             f"its values, {finite.min():.9g} to {finite.max():.9g}, lie outside the value range {low:.9g} to "
             f"{high:.9g} of the training images; convert it to their unit, or train with another --value-range"
         )
-    shares = (values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
+    with np.errstate(all="ignore"):  # values that float32 cannot tell apart become black or white
+        shares = (values.astype(np.float32) - np.float32(low)) / np.float32(high - low)
     return np.rint(255 * np.nan_to_num(shares, nan=0.0).clip(0, 1)).astype(np.uint8)
 
 
@@ -341,46 +350,3 @@ def centre(image: Image.Image, height: int, width: int) -> Image.Image:
     """The middle of an image that is at least so large."""
     top, left = round((image.height - height) / 2), round((image.width - width) / 2)
     return image.crop((left, top, left + width, top + height))
-
-
-lifted_lock = threading.Lock()
-lifted = 0
-
-
-def forget_threads() -> None:
-    """In a child of fork no other thread goes on, and what they held would be waited for forever."""
-    global lifted_lock, large_lock, lifted
-    lifted_lock, large_lock, lifted = threading.Lock(), threading.RLock(), 0
-
-
-os.register_at_fork(after_in_child=forget_threads)
-pillow_limit: int | None = None
-PILLOWS = re.compile(r"PIL\.")
-"""Modules whose warnings, as of a TIFF's damaged tags, are not for a user: what matters of a damaged file is said by
-us."""
-HUSHED = ("ignore", None, Warning, PILLOWS, 0)
-
-
-@contextmanager
-def pillow_limit_lifted() -> Iterator[None]:
-    """While `max_pixels` guards us, Pillow's own limit, which is one for the whole process and warns, stands aside, and
-    so do its other warnings.
-
-    Counted, for threads decode at the same time; whoever leaves last puts the limit back.
-    """
-    global lifted, pillow_limit
-    with lifted_lock:
-        if lifted == 0:
-            pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        if HUSHED not in warnings.filters:
-            warnings.filterwarnings("ignore", module=PILLOWS.pattern)
-        lifted += 1
-    try:
-        yield
-    finally:
-        with lifted_lock:
-            lifted -= 1
-            if lifted == 0:
-                Image.MAX_IMAGE_PIXELS = pillow_limit
-                with suppress(ValueError):
-                    cast("list[object]", warnings.filters).remove(HUSHED)

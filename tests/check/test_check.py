@@ -26,6 +26,7 @@ from tokenfusion.check.duplicates import exact_duplicates, near_duplicates
 from tokenfusion.check.inspection import Inspection, inspect_images
 from tokenfusion.check.labels import choose_judged, count_classes, disputed, judge_labels, thumbnail_features
 from tokenfusion.check.quarantine import connected
+from tokenfusion.data.describe import describe
 from tokenfusion.data.exclude import keep_list
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.preprocess import cover
@@ -207,12 +208,15 @@ def test_the_command_that_check_prints_trains(command, data, tmp_path, monkeypat
     for split in ("train", "val"):
         (data / split / "a" / "empty.jpg").write_bytes(b"")
     output = command("check", data)[1]
+    assert {*describe(open_dataset(data))} <= {*output.splitlines()}
     (printed,) = (line for line in output.splitlines() if "better be left out" in line)
     count, words = printed.split("; ")
     assert count == "2 images had better be left out"
     status, output, errors = command(*shlex.split(words)[1:], *TINY_RUN)
     assert status == 0, errors
     assert "2 images excluded" in output
+    listed = str(tmp_path / "check-photos" / "quarantine.csv")
+    assert {*describe(open_dataset(data, listed))} <= {*output.splitlines()}
     assert "16 training and 8 held-out images" in output
     run = tmp_path / "runs" / "photos"
     assert not (run / "skipped.csv").exists()

@@ -373,13 +373,13 @@ def test_a_flat_jpeg_without_pixels_is_refused() -> None:
 
 
 def test_no_library_says_anything_of_damaged_files(capfd: pytest.CaptureFixture[str]) -> None:
-    """libjpeg prints by itself, and Pillow warns of tags; the reason why a file cannot be read is ours to say."""
+    """libjpeg and libtiff print by themselves, Pillow warns and logs; why a file cannot be read is ours to say."""
     random = np.random.default_rng(0)
     pixels = random.integers(0, 256, (64, 64, 3), dtype=np.uint8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for kind in ("JPEG", "TIFF"):
-            whole = encode(pixels, kind)
+        for kind, options in (("JPEG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})):
+            whole = encode(pixels, kind, **options)
             for trial in range(200):
                 data = bytearray(whole)
                 for place in random.integers(2 if trial % 2 else len(whole) - 200, len(whole), 4):

@@ -147,6 +147,17 @@ def test_long_cells_are_named_by_their_beginnings(tmp_path: Path, command: Calla
         open_dataset(tmp_path / "long.csv")
 
 
+def test_labels_with_bars_are_several_or_warned_of_and_empty_rows_of_excel_are_none(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("Image Index,Finding Labels,x\na.png,Mass|Edema,\nb.png,Edema,\n,,\n,,\n")
+    source = open_dataset(tmp_path / "x.csv", reading=Reading(label_column="Finding Labels"))
+    assert source.multi_label
+    assert source.classes == ("Edema", "Mass")
+    (tmp_path / "x.csv").write_text("path,label\na.png,Mass|Edema\nb.png,Edema\n")
+    assert "warning: 'Mass|Edema' of 'label' is taken for one label" in "\n".join(
+        open_dataset(tmp_path / "x.csv").notes
+    )
+
+
 def test_a_column_that_numbers_the_rows_is_no_label(tmp_path: Path) -> None:
     (tmp_path / "images.txt").write_text("1 a/x.png\n2 a/y.png\n3 b/z.png\n")
     with pytest.raises(InputError, match="which is the label is not clear"):
@@ -168,6 +179,11 @@ def test_paths_by_labels_and_file_urls_are_read(tmp_path: Path) -> None:
         ("cat", "dog"),
         [0, 0, 1],
     )
+    pairs = [["a.png", "cat"], ["b.png", "dog"]]
+    for value in (pairs, [["path", "label"], *pairs], {"columns": ["path", "label"], "index": [0, 1], "data": pairs}):
+        (tmp_path / "x.json").write_text(json.dumps(value))
+        source = open_dataset(tmp_path / "x.json")
+        assert (source.names, source.classes) == (["a.png", "b.png"], ("cat", "dog"))
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "x.csv").write_text(f"path,label\nfile://{tmp_path}/a.png,cat\n")
     assert open_dataset(tmp_path / "x.csv", reading=Reading(root=str(tmp_path))).names == ["a.png"]

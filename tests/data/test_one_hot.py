@@ -52,6 +52,8 @@ def test_only_columns_of_one_1_a_row_are_classes(
     source = listed(tmp_path, "x.csv", text)
     assert (source.multi_label, sorted(source.classes)) == (False, classes)
     told = next(line for line in describe(source) if line.startswith("columns: "))
+    warned = any("taken for no class" in line for line in describe(source))
+    assert warned == (left in ("'indoor'", "'dark', 'blurred'"))
     assert told.endswith(f"; not read: {left}" if left else "are classes of 0 and 1")
 
 
@@ -82,6 +84,7 @@ def test_one_hot_columns_of_parquet_are_labels(kind: type, tmp_path: Path) -> No
     source = open_dataset(write_columns(tmp_path / "a.parquet", columns))
     assert (source.multi_label, source.classes, source.labels.tolist()) == (False, ("cat", "dog"), [0, 1, 1, 0])
     assert "columns: 'img' is the image, 'cat', 'dog' are classes of 0 and 1; not read: 'reviewed'" in describe(source)
+    assert not any(line.startswith("warning") for line in describe(source))
     shard = open_dataset((tmp_path / "a.parquet").as_uri())
     assert (shard.classes, shard.labels.tolist()) == (("cat", "dog"), [0, 1, 1, 0])
 
@@ -106,6 +109,15 @@ def test_a_column_of_parquet_that_may_tell_splits_is_not_passed_over(name: str, 
     )
     with pytest.raises(InputError, match=f"does '{name}', of yes and no, tell the .* images"):
         open_dataset(path)
+
+
+def test_what_was_taken_is_said_where_nothing_is_called_as_usual(tmp_path: Path) -> None:
+    images = [png(np.full((4, 4, 3), n, np.uint8)) for n in range(4)]
+    write_parquet(tmp_path / "x.parquet", images, [0, 1, 0, 1], ["a", "b"], "mask")
+    assert "columns: 'mask' is the image, 'label' is the label" in describe(open_dataset(tmp_path / "x.parquet"))
+    told = ["train", "test"] * 2
+    write_parquet(tmp_path / "y.parquet", images, [0, 1, 1, 0], ["a", "b"], train_test=told, text=["x"] * 4)
+    assert open_dataset(tmp_path / "y.parquet").splits == told
 
 
 def test_columns_called_as_labels_or_without_a_one_are_no_classes(tmp_path: Path) -> None:

@@ -496,6 +496,13 @@ def test_flags_of_a_samples_json_tell_splits(tmp_path: Path) -> None:
     assert open_dataset(shard("1.tar", *({"is_valid": value} for value in values))).splits == [
         *("train", "train", "val", "val")
     ]
+    rows = [{"subset": name, "group_id": name, "sample_weight": 2} for name in ("train", "train", "dev", "dev")]
+    source = open_dataset(shard("4.tar", *rows))
+    assert source.splits == ["train", "train", "val", "val"]
+    assert source.weights is not None
+    assert source.groups is not None
+    assert source.groups.tolist() == [1, 1, 0, 0]
+    assert open_dataset(shard("5.tar", {"subset": "?"}, {"subset": ""})).splits == ["", ""]
     with pytest.raises(InputError, match="is_test='maybe' is neither yes nor no"):
         open_dataset(shard("2.tar", {"is_test": "maybe"}, {"is_test": True}))
     with pytest.raises(InputError, match="'is_valid', 'is_test' all tell splits"):

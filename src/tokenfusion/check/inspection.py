@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, has_deep_channels
-from tokenfusion_runtime.image import FORMATS, ValueRange, is_deep, pillow_limit_lifted
+from tokenfusion_runtime.decoding import decoding
+from tokenfusion_runtime.image import FORMATS, ValueRange, is_deep
 
 SIDE = 48
 """Height and width of the thumbnails that images are compared by; their aspect is not kept."""
@@ -86,7 +87,7 @@ def inspect_image(dataset: Dataset, index: int, max_pixels: int, compared: bool)
     data = dataset.read(index)
     if isinstance(data, bytes):
         image = decode_image(data, max_pixels=max_pixels, value_range=dataset.value_range)
-        with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as file:
+        with decoding(), Image.open(BytesIO(data), formats=FORMATS) as file:
             colour, frames = odd_colour(file, data) + beyond(file, dataset.value_range), further_frames(file)
     else:
         image = dataset.decode(index, max_pixels)

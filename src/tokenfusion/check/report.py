@@ -89,10 +89,8 @@ def encode_picture(image: Tensor, side: int) -> dict[str, Any]:
 
 def summarise(result: dict[str, Any]) -> list[str]:
     """What was found, a line each."""
-    parts = ", ".join(f"{count:,} {name}" for name, count in result["splits"].items())
     lines = [
-        f"{counted(result['images'], 'image')} of {counted(len(result['classes']), 'class')} ({parts})",
-        *result["understood"][1:],
+        *result["understood"],
         *result["suspected"],
         ", ".join(f"{len(result[kind])} {heading.lower()}" for kind, heading in KINDS.items()),
     ]

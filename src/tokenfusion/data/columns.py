@@ -117,7 +117,7 @@ def choose_columns(table: Table, reading: Reading) -> Columns:
     rest = [name for name in names if name not in (path, split)]
     label, labels = asked(where, names, reading.label_column, "--label-column"), ""
     one_hot: tuple[str, ...] = ()
-    if label and plain(label) in KNOWN["labels"]:
+    if label and plain(label).endswith(KNOWN["labels"]):
         label, labels = "", label
     if not label and not labels:
         label, labels, one_hot = label_columns(table, rest)
@@ -186,7 +186,7 @@ def class_columns(flags: Mapping[str, np.ndarray]) -> tuple[str, ...]:
         flags: the columns, bool (N,) each.
     """
     numbers = {name: column.astype(np.int64) for name, column in flags.items()}
-    said = {n: column for n, column in numbers.items() if re.sub("^(is|was|has)", "", plain(n)) not in NO_CLASS}
+    said = {name: column for name, column in numbers.items() if not says_else(name)}
     for some in (said, numbers):
         if len(some) > 1 and np.all(sum(some.values()) == 1):
             return tuple(some)
@@ -199,6 +199,25 @@ def class_columns(flags: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     others = next((found for found in (alone, pairs) if found), set())
     without = next(iter(others)) if len(others) == 1 else frozenset()
     return tuple(name for name in said if name not in without or len(said) < len(without) + 2)
+
+
+def says_else(name: str) -> bool:
+    """Whether a column of 0 and 1 says something else than a class by its name, such as `is_verified`."""
+    return re.sub("^(is|was|has)", "", plain(name)) in NO_CLASS
+
+
+def warn_of_no_classes(hot: Sequence[str], left: Iterable[str], texts: Callable[[str], set[str]]) -> list[str]:
+    """A warning of columns of 0 and 1 that are no classes only because the others have one 1 a row.
+
+    Args:
+        hot: the classes.
+        left, texts: as in `refuse_doubtful`.
+    """
+    others = [name for name in left if hot and may_be_class(name) and not says_else(name) and are_flags(texts(name))]
+    return [
+        f"warning: {quoted(others)} of 0 and 1 is taken for no class, for the others have exactly one 1 a row; where "
+        "images have several labels, write these in a column labels (a|b)"
+    ] * bool(others)
 
 
 def warn_of_groups(left: Iterable[str], texts: Callable[[str], Sequence[str]]) -> list[str]:

@@ -5,13 +5,10 @@ single wrong byte in a PNG's data ends the process with a segmentation fault in 
 `tokenfusion_runtime.image`, so that an exported classifier decodes by the same lines.
 """
 
-import ctypes
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from io import BytesIO
 from typing import TypeVar
 
@@ -22,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from tokenfusion_runtime.decoding import decoding
 from tokenfusion_runtime.errors import UnreadableImage
 from tokenfusion_runtime.image import (
     EXTENSIONS,
@@ -33,7 +31,6 @@ from tokenfusion_runtime.image import (
     large_ones_alone,
     opened,
     orientation,
-    pillow_limit_lifted,
     refuse_large,
     refuse_missing_blocks,
     to_rgb,
@@ -83,7 +80,7 @@ def deep_values(data: bytes, *, max_pixels: int) -> np.ndarray | None:
         UnreadableImage: it is damaged or too large.
     """
     try:  # the header tells, and most images are not looked at further
-        with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
+        with decoding(), Image.open(BytesIO(data), formats=FORMATS) as image:
             deep = is_deep(image)
     except Exception:  # as in `opened`, whose caller hears the reason
         return None
@@ -104,47 +101,9 @@ def decode_plain(data: bytes) -> Tensor | None:
     The operator is called directly: from 0.29 on, its wrapper `torchvision.io.decode_image` warns on every call.
     """
     try:
-        with hush:
-            return torch.ops.image.decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB, False)
+        return torch.ops.image.decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), RGB, False)
     except (RuntimeError, AttributeError):
         return None
-
-
-class Hush:
-    """While torchvision decodes, C's `stderr` leads nowhere: libjpeg prints there what it thinks of damaged files.
-
-    Python's own standard error, and file descriptor 2, stay what they are. Counted, for threads decode at the same
-    time; a C library that calls it otherwise than Linux's is left alone.
-    """
-
-    def __init__(self) -> None:
-        self.begin_anew()
-        library = ctypes.CDLL(None)
-        with suppress(ValueError):
-            self.stderr = ctypes.c_void_p.in_dll(library, "stderr")
-            self.before = self.stderr.value
-            library.fopen.restype = ctypes.c_void_p
-            self.nowhere = library.fopen(os.devnull.encode(), b"w")
-            os.register_at_fork(after_in_child=self.begin_anew)
-
-    def begin_anew(self) -> None:
-        """In a child of fork no thread decodes yet."""
-        self.lock, self.decoding = threading.Lock(), 0
-
-    def count(self, more: int) -> None:
-        with self.lock:
-            self.decoding += more
-            if hasattr(self, "nowhere"):
-                self.stderr.value = self.nowhere if self.decoding else self.before
-
-    def __enter__(self) -> None:
-        self.count(1)
-
-    def __exit__(self, *_: object) -> None:
-        self.count(-1)
-
-
-hush = Hush()
 
 
 def deep_colour(data: bytes, *, max_pixels: int) -> int | None:
@@ -155,7 +114,7 @@ def deep_colour(data: bytes, *, max_pixels: int) -> int | None:
         UnreadableImage: it is damaged or too large.
     """
     try:
-        with pillow_limit_lifted(), Image.open(BytesIO(data), formats=FORMATS) as image:
+        with decoding(), Image.open(BytesIO(data), formats=FORMATS) as image:
             deep = has_deep_channels(image, data) and not is_deep(image)
     except Exception:  # as in `deep_values`
         return None

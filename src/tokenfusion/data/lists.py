@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenfusion.data.columns import KNOWN, Columns, choose_columns, is_true, plain, warn_of_groups
+from tokenfusion.data.columns import KNOWN, Columns, choose_columns, is_true, plain, warn_of_groups, warn_of_no_classes
 from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.ignored import describe_ignored, why_ignored
 from tokenfusion.data.labels import clean_label, no_label
@@ -130,6 +130,8 @@ def from_tables(
         paths, changes = resolve_paths(where, root / folder, listed, bool(reading.root))
         guessed = not columns.usual or not table.header or bool(columns.left)
         notes += [*table.notes, *[columns.in_words()] * guessed, *changes]
+        notes += warn_of_bars(table, columns.label)
+        notes += warn_of_no_classes(columns.one_hot, columns.left, table.texts)
         cells = partial(column_texts, table)
         notes += [] if columns.group or reading.group_by else warn_of_groups(columns.left, cells)
         said = split_cells(table, columns) if columns.split else [folder] * len(found)
@@ -185,6 +187,13 @@ def from_rows(where: str, root: Path, rows: list[Row], several: bool, notes: lis
 def empty_dataset(where: str) -> Dataset:
     reader = ListedPaths(Path(), [], where)
     return Dataset(where=where, classes=(), names=[], labels=np.empty(0, dtype=np.int64), splits=[], reader=reader)
+
+
+def warn_of_bars(table: Table, label: str) -> list[str]:
+    """A warning where labels, one an image, hold the sign that separates several."""
+    bars = sorted(text for text in table.texts(label) if "|" in text) if label else []
+    said = "is taken for one label; where | separates several, call the column labels"
+    return [f"warning: {text!r} of {label!r} {said}" for text in bars[:1]]
 
 
 def column_texts(table: Table, column: str) -> list[str]:

@@ -18,13 +18,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tokenfusion.data.cache import default_cache
-from tokenfusion.data.columns import warn_of_groups
+from tokenfusion.data.columns import warn_of_groups, warn_of_no_classes
 from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.data.ignored import describe_ignored
 from tokenfusion.data.labels import number_labels
 from tokenfusion.data.parquet_cells import read_cells
-from tokenfusion.data.parquet_layout import Layout, read_labels, read_layout, read_splits, refuse_paths_alone
+from tokenfusion.data.parquet_layout import Layout, read_labels, read_layout, read_splits, refuse_paths_alone, texts_in
 from tokenfusion.data.readers import Reader, refuse_pointer
 from tokenfusion.data.remote import look_up
 from tokenfusion.data.rows import as_groups, as_weights, read_weight
@@ -164,6 +164,7 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
                 count = sum(tables[-1].rows)
                 columns = [column for column in (layout.split, layout.weight, layout.group) if column]
                 cells = read_cells(root / name, file, columns)
+                suspected += warn_of_no_classes(layout.one_hot, layout.left, partial(texts_in, file))
                 if not layout.group and not reading.group_by:
                     suspected += warn_of_groups(layout.left, partial(texts_of, root / name, file))
         except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
@@ -179,8 +180,7 @@ def open_parquet(root: Path, files: list[str], others: Sequence[str], reading: R
             raise InputError(f"{root}: {first!r} and {other!r} differ: {words}; make them alike, or give one of them")
     classes, numbers = number_all(str(root), names, labels, layout)
     weights = [read_weight(value, name) for name, value in zip(names, beside["weight"], strict=True)]
-    read = layout.left or layout.one_hot or layout.split or layout.weight or layout.group
-    notes = [layout.in_words()] * bool(read) + list(dict.fromkeys(suspected))
+    notes = [layout.in_words()] * (not layout.usual) + list(dict.fromkeys(suspected))
     return Dataset(
         where=str(root),
         names=names,

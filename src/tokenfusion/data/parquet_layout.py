@@ -18,6 +18,7 @@ from tokenfusion.data.columns import (
     choose,
     class_columns,
     may_be_class,
+    name_splits,
     plain,
     refuse_doubtful,
     split_column,
@@ -50,6 +51,12 @@ class Layout:
     group: str = ""
     left: tuple[str, ...] = ()
     """Columns that might have been the image or the label."""
+
+    @property
+    def usual(self) -> bool:
+        """Whether nothing was guessed and nothing but image and label is read: all are called what they are here."""
+        others = (*self.left, *self.one_hot, self.split, self.weight, self.group)
+        return not any(others) and plain(self.image) in IMAGE_NAMES and self.label in ("label", "labels")
 
     @property
     def several(self) -> bool:
@@ -100,7 +107,8 @@ def read_layout(path: Path | str, file: pq.ParquetFile, reading: Reading) -> Lay
         label = label or label_column(path, schema, features)
     kind, names = label_type(path, label, schema, features) if label else (pa.list_(pa.int64()), one_hot)
     weight, group = (found[0] if (found := choose(schema.names, role)) else "" for role in ("weight", "group"))
-    candidates = [name for name in schema.names if plain(name) in (*KNOWN["split"], *FLAGS) and name != label]
+    called = [name for name in schema.names if plain(name) in (*KNOWN["split"], *FLAGS)]
+    candidates = [name for name in (called or holding_splits(file)) if name != label]
     split = split_column(str(path), candidates, lambda name: texts_in(file, name))
     used = {image, label, split, weight, group, *one_hot}
     left = tuple(name for name in schema.names if name not in used)
@@ -143,6 +151,15 @@ def one_hot_columns(file: pq.ParquetFile, schema: pa.Schema, features: Features)
 def zeros_and_ones(file: pq.ParquetFile, column: str) -> np.ndarray:
     """A column of 0 and 1, or of yes and no, as bool (N,)."""
     return file.read(columns=[column], use_threads=False)[column].cast(pa.int64()).to_numpy().astype(bool)
+
+
+def holding_splits(file: pq.ParquetFile) -> list[str]:
+    """The columns of texts of which the first ones name splits."""
+    texts = [column.name for column in file.schema_arrow if label_kind(column.type) == pa.string()]
+    if not texts or not file.metadata.num_rows:
+        return []
+    first = next(file.iter_batches(batch_size=16, columns=texts, use_threads=False))
+    return [name for name in texts if name_splits({str(value) for value in first[name].to_pylist()})]
 
 
 def texts_in(file: pq.ParquetFile, column: str) -> set[str]:

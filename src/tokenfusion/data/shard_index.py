@@ -7,7 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tokenfusion.data.columns import plain
+from tokenfusion.data.columns import choose, plain
 from tokenfusion.data.dataset import printable, quoted
 from tokenfusion.data.decode import EXTENSIONS
 from tokenfusion.data.rows import read_weight
@@ -138,16 +138,20 @@ def row_of(name: str, data: bytes) -> Row:
     value = json.loads(data.decode())
     if not isinstance(value, dict):
         return Row()
-    group = value.get("group")
-    return Row(split_of(name, value), read_weight(value.get("weight"), name), "" if group is None else str(group))
+    weight, group = (next((value[key] for key in choose([*value], role)), None) for role in ("weight", "group"))
+    return Row(split_of(name, value), read_weight(weight, name), "" if group is None else str(group))
 
 
 def split_of(name: str, value: dict[str, object]) -> str:
-    """The split that a sample's JSON says, as `split` or by a flag such as `is_valid`; "" where it says none."""
-    told = value.get("split")
-    if told not in (None, ""):
+    """The split that a sample's JSON says, as a list's column does or by a flag such as `is_valid`; "" where it says
+    none."""
+    for key in choose([*value], "split"):
+        if (told := value[key]) in (None, ""):
+            continue
         if split := split_named(told):
             return split
+        if plain(key) != "split":
+            continue
         raise InputError(f"{name}: split={str(told)[:40]!r} is not known; give train, val or test")
     flags = [key for key in value if plain(key) in FLAGS]
     if len(flags) > 1:

@@ -56,7 +56,7 @@ def read_table(path: Path) -> Table:
         if path.suffix.lower() in (".jsonl", ".ndjson"):
             return of_rows(path, [(f"{path}, line {line}", row) for line, row in read_jsonl(path, text)])
         if path.suffix.lower() == ".json":
-            return of_rows(path, [(f"{path}, entry {number}", row) for number, row in read_json(path, text)])
+            return read_json(path, text)
         return read_separated(path, text, encoding)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a text file, best in UTF-8") from error
@@ -127,7 +127,7 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
                 f"{path}, line {line}: {len(cells)} cells, where the first line has {len(columns)}; put cells with a "
                 f"{separator!r} in them in double quotes"
             )
-        if cells:
+        if any(cell.strip() for cell in cells):  # Excel writes rows of separators alone
             padded = [*cells, *[None] * len(columns)]
             rows.append((f"{path}, line {line}", dict(zip(columns, padded, strict=False))))
     usual = encoding == "utf-8" and separator == "," and header and not said
@@ -177,9 +177,9 @@ def read_jsonl(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
     return rows
 
 
-def read_json(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
-    """A list of objects; one alone under a name; labels by paths, or lists of paths by labels; or columns, as pandas
-    writes them."""
+def read_json(path: Path, text: str) -> Table:
+    """A list of objects or of lists; one alone under a name; labels by paths, or lists of paths by labels; or columns,
+    as pandas writes them."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -196,9 +196,22 @@ def read_json(path: Path, text: str) -> list[tuple[int, dict[str, Any]]]:
             value = [{"path": name, "labels": labels} for name, labels in value.items()]
         elif all(isinstance(name, str) and is_image(name) for names in value.values() for name in names):
             value = [{"path": name, "label": label} for label, names in value.items() for name in names]
+    if isinstance(value, dict) and isinstance(value.get("columns"), list) and isinstance(value.get("data"), list):
+        value = [value["columns"], *value["data"]]
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        if isinstance(value, list) and all(isinstance(row, list) and len(row) == len(value[0]) > 1 for row in value):
+            return of_lists(path, value)
         raise InputError(f'{path}: is not like [{{"path": …, "label": …}}, …]; give a list of such objects')
-    return list(enumerate(value, start=1))
+    return of_rows(path, [(f"{path}, entry {number}", row) for number, row in enumerate(value, start=1)])
+
+
+def of_lists(path: Path, lines: list[list[Any]]) -> Table:
+    """A table of lines, the first of which names the columns unless it names an image."""
+    header = all(isinstance(cell, str) and not is_image(cell) and "://" not in cell for cell in lines[0])
+    columns = tuple(lines[0]) if header else tuple(f"column {number}" for number in range(1, len(lines[0]) + 1))
+    refuse_twice(path, columns)
+    rows = [(f"{path}, entry {n}", dict(zip(columns, cells, strict=True))) for n, cells in enumerate(lines, start=1)]
+    return Table(str(path), columns, rows[header:], header, (f"{path.name}: without a header",) * (not header))
 
 
 def of_rows(path: Path, rows: list[tuple[str, dict[str, Any]]]) -> Table:
