@@ -40,6 +40,12 @@ def test_what_chance_explains_is_plainly_not_worth_it(run, reason):
     assert reason in said
 
 
+def test_of_few_images_the_verdict_is_said_to_be_preliminary():
+    few = [hits(9, 0, 10), hits(10, 0, 10), hits(9, 0, 10), hits(9, 0, 10)]
+    assert "10 images are few to judge by: with more the verdict may be another." in verdict(answers(*few))
+    assert "few to judge by" not in verdict(answers(*[hits(60, 0)] * 4))
+
+
 def test_the_chance_is_that_of_scipy_on_images_that_only_one_names():
     assert difference(hits(8, 0, 10), hits(2, 8, 10)) == (6, pytest.approx(0.109375))
     assert difference(hits(3, 0, 10), hits(3, 0, 10)) == (0, 1.0)

@@ -17,6 +17,8 @@ WAYS = {"cnn": "CNN alone", "vit": "Transformer alone", "both": "Both, one class
 RUN = "This run"
 CHANCE = 0.05
 """Probability below which a difference is not called chance."""
+FEW = 100
+"""Held-out images below which a verdict is called preliminary."""
 STAGES = {"probe": "the linear classifier", "fusion": "fusion on kept tokens", "all": "fine-tuning of all weights"}
 
 
@@ -80,7 +82,8 @@ def verdict(right: dict[str, np.ndarray]) -> str:
         )
         return f"Fusing is worth it here: {known[0].lower()}{known[1:]} ({likely(chance)}), {mean}."
     reason = "this run is no better" if gain <= 0 else f"so small a difference may be chance ({likely(chance)})"
-    return f"Fusing is not worth it here. {known}: {reason}. The {name} alone would cost less."
+    few = f" {count} images are few to judge by: with more the verdict may be another." * (count < FEW)
+    return f"Fusing is not worth it here. {known}: {reason}. The {name} alone would cost less.{few}"
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> tuple[int, float]:
