@@ -95,6 +95,6 @@ def test_a_compressed_tar_beyond_the_memory_limit(tmp_path: Path, pets: Tree, mo
 def test_a_class_folder_given_as_data_is_told_from_its_parent(pets_folder: Path) -> None:
     images = len(list((pets_folder / "cat").iterdir()))
     with pytest.raises(
-        InputError, match=rf"cat: {images} images directly in it.* or give its parent {pets_folder}, of which it is"
+        InputError, match=rf"cat: {images} images directly in it.*; give its parent {pets_folder}, of which it is"
     ):
         open_dataset(pets_folder / "cat")

@@ -344,7 +344,7 @@ def test_what_is_too_long_even_at_the_least_is_not_measured(photos, files, comma
     monkeypatch.setattr("tokenfusion.training.auto.depth.LEAST_STEP", 1e9)
     words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64, "--dry-run", "--json")
     planned = json.loads(command(*words)[1])
-    assert measured == ["KeptClassifier"]
+    assert measured == ["FeatureClassifier"]
     assert (planned["tune"], [*planned["seconds"]]) == ("fusion", ["probe", "fusion"])
 
 

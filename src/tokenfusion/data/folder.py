@@ -74,11 +74,15 @@ def refuse_without_classes(root: Path, files: list[str]) -> None:
     lists = [file for file in files if "/" not in file and file.lower().endswith((".csv", ".tsv", ".txt", ".jsonl"))]
     listed = f"{root / lists[0]}, if that labels them" if lists else "a CSV that labels them"
     if loose:
-        above = root.resolve().parent
-        parent = f"its parent {above}, of which it is a class, or " if holds_classes(above, root) else ""
+        above, classless = (
+            root.resolve().parent,
+            f"{counted(len(loose), 'image')} directly in it, without a class folder",
+        )
+        if holds_classes(above, root):
+            raise InputError(f"{root}: {classless}; give its parent {above}, of which it is a class, or {listed}")
         raise InputError(
-            f"{root}: {counted(len(loose), 'image')} directly in it, without a class folder; put the images of each "
-            f"class into a folder of its own, such as {root / 'cat' / loose[0]}, or give {parent}{listed}"
+            f"{root}: {classless}; put the images of each class into a folder of its own, such as "
+            f"{root / 'cat' / loose[0]}, or give {listed}"
         )
     if images:
         raise InputError(
