@@ -1,5 +1,6 @@
 """What is exported answers as its run does, without torch, or is refused."""
 
+import hashlib
 import json
 import os
 import resource
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import tokenfusion
 from children import begin
 from tokenfusion import Classifier, InputError
 from tokenfusion.data.preprocess import Preprocess
@@ -33,6 +35,8 @@ def test_the_folder_holds_what_it_takes_to_answer_alike(exported, trained):
     assert parity["probability_difference"] < 1e-4
     assert parity["accuracy"] == parity["accuracy_run"] > 0.8
     assert not said["forced"]
+    assert said["weights_sha256"] == hashlib.sha256((trained / "model.safetensors").read_bytes()).hexdigest()
+    assert (said["license"], said["tokenfusion"]) == ("", tokenfusion.__version__)
     (inside,) = onnx.load(exported / "model.onnx").metadata_props
     assert json.loads(inside.value)["classes"] == run["classes"]
     assert "Resize" not in {node.op_type for node in onnx.load(exported / "model.onnx").graph.node}

@@ -74,6 +74,15 @@ def test_of_pixels_that_need_no_resize_both_commands_print_the_same_lines(export
         np.testing.assert_allclose(list(map(float, one[1::2])), list(map(float, other[1::2])), rtol=0, atol=tolerance)
 
 
+def test_the_lines_of_its_readme_run_it(copied, digit, capsys, monkeypatch):
+    code = re.search(r"```python\n(.*?)```", (copied / "README.md").read_text(), re.DOTALL)[1]
+    assert len(code.splitlines()) <= 5
+    monkeypatch.chdir(copied)
+    Image.open(digit).save("image.jpg")
+    exec(code, {})
+    assert "'label': " in capsys.readouterr().out
+
+
 def test_each_command_says_what_the_other_ones_folder_is(exported, trained, digit, command, capsys):
     status, _, errors = command("predict", exported, digit)
     assert (status, "`python -m tokenfusion_runtime" in errors) == (2, True)

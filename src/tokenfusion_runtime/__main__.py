@@ -8,7 +8,7 @@ import sys
 from tokenfusion_runtime.classifier import load
 from tokenfusion_runtime.errors import InputError
 from tokenfusion_runtime.files import expand
-from tokenfusion_runtime.output import print_predictions, spelled_out
+from tokenfusion_runtime.output import first_widths, print_predictions, spelled_out
 
 
 def main(words: list[str] | None = None) -> int:
@@ -30,10 +30,13 @@ def main(words: list[str] | None = None) -> int:
         if classifier.note:
             print(classifier.note, file=sys.stderr)
         topk = min(given.topk, len(classifier.classes))
-        predictions = classifier.iter_predictions(expand(given.paths), topk=topk, abstain=given.abstain)
+        images = expand(given.paths) if "-" in given.paths else list(expand(given.paths))
+        predictions = classifier.iter_predictions(images, topk=topk, abstain=given.abstain)
         if silent := "" if given.abstain is None else classifier.why_silent(given.abstain):
             print(f"nothing is answered: {silent}", file=sys.stderr)
-        failed = print_predictions(predictions, given.format, topk=topk, multi_label=classifier.multi_label)
+        several = classifier.multi_label
+        widths = first_widths(images, classifier.classes, several)
+        failed = print_predictions(predictions, given.format, topk=topk, multi_label=several, widths=widths)
     except InputError as error:
         print(f"error: {spelled_out(str(error))}", file=sys.stderr)
         return 2

@@ -53,6 +53,14 @@ SPELLED_OUT_BUT_LAYOUT = {code: text for code, text in SPELLED_OUT.items() if ch
 ESCAPED = {code: f"\\u{code:04x}" for code in SPELLED_OUT_BUT_LAYOUT}
 
 
+def first_widths(images: Iterable[str], classes: Sequence[str], multi_label: bool) -> list[int]:
+    """Widths of the table's columns that are known before it begins: of names of images, if these are a list, and of
+    classes, if an image has one."""
+    if not isinstance(images, list):
+        return []
+    return [max(map(len, names)) for names in (images, classes)][: 1 if multi_label else 2]
+
+
 def spelled_out(text: str, layout: bool = False) -> str:
     r"""A text whose control characters are spelled out, such as \x1b; with `layout`, lines and tabs stay."""
     return text.translate(SPELLED_OUT_BUT_LAYOUT if layout else SPELLED_OUT)

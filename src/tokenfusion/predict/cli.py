@@ -147,7 +147,7 @@ def print_images(
     from tokenfusion.processes import first_import
     from tokenfusion_runtime.abstain import why_silent
     from tokenfusion_runtime.files import expand
-    from tokenfusion_runtime.output import print_predictions
+    from tokenfusion_runtime.output import first_widths, print_predictions
 
     with first_import("timm"):
         from tokenfusion.classifier import Classifier
@@ -169,10 +169,7 @@ def print_images(
             failed = print_examples(run, list(predictions), output, topk)
         else:
             several = classifier.multi_label
-            longest = (
-                [max(map(len, names)) for names in (images, classifier.classes)] if isinstance(images, list) else []
-            )
-            widths = longest[: 1 if several else 2]
+            widths = first_widths(images, classifier.classes, several)
             failed = print_predictions(predictions, output, topk=topk, multi_label=several, widths=widths)
     if failed:
         print(f"{failed} of the images could not be read", file=sys.stderr)
