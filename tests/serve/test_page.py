@@ -93,7 +93,7 @@ def test_images_are_dropped_pasted_and_chosen_and_each_shows_its_answer(page, ex
         card = cards.nth(number)
         assert card.locator(".named").inner_text() == expected["label"]
         rows = [tuple(row.split("\n")) for row in card.locator(".rows li").all_inner_texts()]
-        assert rows == [(one["label"], f"{100 * one['score']:.1f} %") for one in expected["topk"]]
+        assert rows == [(one["label"], f"{100 * one['score']:.1f}\N{NO-BREAK SPACE}%") for one in expected["topk"]]
         assert card.locator(".mistaken").count() == (expected["label"] == "red")
         assert card.locator("img.thumbnail").evaluate("image => image.naturalWidth") > 0
     assert page.locator("#camera").get_attribute("capture") == "environment"

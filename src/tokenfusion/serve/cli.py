@@ -4,7 +4,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -26,6 +26,9 @@ def serve(
     queue: int = 128,
     seconds: float = 60,
     batch_size: int = 32,
+    dockerfile: Path | None = None,
+    layout: Literal["triton"] | None = None,
+    out: Path | None = None,
 ) -> None:
     """Answer over HTTP what `predict` answers, and give a page to people; needs the extra `serve`.
 
@@ -59,10 +62,27 @@ def serve(
         That a request may take to arrive, and then may wait.
     batch_size
         Images in the model at once.
+    dockerfile
+        New folder to write in place of serving: Dockerfile, compose file, pinned versions, the classifier.
+    layout
+        With --out, write the folders that Triton and OpenVINO Model Server read, in place of serving.
+    out
+        New folder for --layout.
     """
     from tokenfusion.serve.settings import Settings
 
     require(artefact, workers=workers, max_bytes=max_bytes, max_images=max_images, queue=queue, batch_size=batch_size)
+    if (layout is None) != (out is None):
+        raise InputError("--layout says what to write and --out where; give both, or neither")
+    if dockerfile or out:
+        from tokenfusion.serve.deploy import write_docker, write_triton
+
+        write = write_docker if dockerfile else write_triton
+        folder = dockerfile or out
+        assert folder is not None
+        write(artefact, folder)
+        print(f"written to {folder}")
+        return
     if not 0 < seconds <= 3600 or not 0 <= port < 2**16 or (max_pixels is not None and max_pixels < 1):
         given = f"seconds={seconds:g}, port={port}, max_pixels={max_pixels}"
         raise InputError(f"{given}: one is out of range; give more than 0, a port below 65536, an hour at most")

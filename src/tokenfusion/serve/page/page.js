@@ -108,7 +108,7 @@ function show(card, ...parts) {
 }
 
 const size = (bytes) => (bytes < 2 ** 20 ? `${Math.round(bytes / 2 ** 10)} KB` : `${(bytes / 2 ** 20).toFixed(1)} MB`);
-const percent = (score) => `${(100 * score).toFixed(1)} %`;
+const percent = (score) => `${(100 * score).toFixed(1)}\u00a0%`;
 
 function answered(card) {
   const { label, labels, unsure, score, topk } = card.found, parts = [];
@@ -123,7 +123,7 @@ function answered(card) {
   const rows = element("ul", "", "rows");
   for (const row of topk) {
     const item = document.createElement("li"), fill = element("div", "", "fill");
-    fill.style.width = percent(row.score).replace(" ", "");
+    fill.style.width = percent(row.score).replace("\u00a0", "");
     item.append(fill, element("span", row.label), element("span", percent(row.score)));
     rows.append(item);
   }

@@ -1,0 +1,79 @@
+"""The folders that a classifier is deployed by hold what they need; no image was built and no other server started."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+import tokenfusion
+from services import NAMES, write_export
+
+pytest.importorskip("bentoml", reason="the extra `serve` is not installed")
+
+
+def test_the_folder_for_docker_pins_all_that_is_imported_and_runs_as_no_root(tmp_path, command):
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    export, out = write_export(tmp_path / "export"), tmp_path / "docker"
+    assert command("serve", export, "--dockerfile", out)[0] == 0
+    assert command("serve", export, "--dockerfile", out)[0] == 2  # it is there now
+    file = (out / "Dockerfile").read_text()
+    assert file.index("useradd") < file.index("USER serve") < file.index("ENTRYPOINT")
+    assert "HEALTHCHECK" in file
+    assert json.loads((out / "model" / "model.json").read_text())["name"] == "tiny"
+    compose = yaml.safe_load((out / "compose.yaml").read_text())
+    assert set(compose["services"]) == {"classifier", "prometheus"}
+    assert all(":v" in one["image"] for one in compose["services"].values() if "image" in one)
+    (job,) = yaml.safe_load((out / "prometheus.yml").read_text())["scrape_configs"]
+    assert job["static_configs"][0]["targets"] == ["classifier:3000"]
+    lines = (out / "requirements.txt").read_text().splitlines()[1:]
+    assert all("==" in line for line in lines)
+    pinned = {line.partition("==")[0] for line in lines}
+    assert not {"torch", "timm", "scipy"} & pinned
+    code = (
+        "import sys, tokenfusion.cli, tokenfusion.serve.cli, tokenfusion.serve.launch, tokenfusion.serve.worker\n"
+        "import tokenfusion_runtime, onnxruntime\ntokenfusion_runtime.load(sys.argv[1])\n"
+        "print(*{name.partition('.')[0] for name in sys.modules}, tokenfusion.__file__)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(out / "packages"), "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, out / "model"], env=environment, capture_output=True, text=True, check=True
+    )
+    *modules, place = done.stdout.split()
+    assert Path(place).is_relative_to(out)
+    owners = packages_distributions()
+    needed = {owners[name][0].lower().replace("_", "-").replace(".", "-") for name in modules if name in owners}
+    assert needed - pinned - {"tokenfusion", "setuptools", "distutils-precedence"} == set()
+
+
+@pytest.mark.parametrize("batch", [None, 8])
+def test_the_folder_for_triton_names_the_graph_its_tensors_and_its_labels(tmp_path, command, batch):
+    onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
+    export = write_export(tmp_path / "export")
+    description = json.loads((export / "model.json").read_text()) | {"name": "fuse(a,b,early)", "batch": batch}
+    (export / "model.json").write_text(json.dumps(description))
+    assert command("serve", export, "--layout", "triton", "--out", tmp_path / "models")[0] == 0
+    folder = tmp_path / "models" / "fuse_a_b_early"
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == [
+        "1/model.onnx", "config.pbtxt", "labels.txt",
+    ]  # fmt: skip
+    graph = onnx.load(folder / "1" / "model.onnx").graph
+    config = (folder / "config.pbtxt").read_text()
+    assert f'name: "{graph.input[0].name}" data_type: TYPE_UINT8 dims: {[8] if batch else []}'[:-2] in config
+    assert f'name: "{graph.output[0].name}" data_type: TYPE_FP32' in config
+    assert ("max_batch_size: 0" in config, "dynamic_batching" in config) == (bool(batch), not batch)
+    assert (folder / "labels.txt").read_text().split() == NAMES
+
+
+def test_a_run_and_half_an_order_are_refused(tmp_path, command):
+    export = write_export(tmp_path / "export")
+    assert "--out" in command("serve", export, "--layout", "triton")[2]
+    assert "--layout" in command("serve", export, "--out", tmp_path / "x")[2]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "model.json").write_text("{}")
+    status, _, errors = command("serve", tmp_path / "run", "--dockerfile", tmp_path / "docker")
+    assert (status, "no exported classifier" in " ".join(errors.split())) == (2, True)
+    assert tokenfusion.__version__
