@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import children  # noqa: F401 - processes of their own are forked from one that has imported everything
-from runs import tiny_recipe
+from runs import small_recipe, tiny_recipe
 from tokenfusion import cli
 
 torch.set_num_threads(1)  # the tests run side by side, one process a core
@@ -41,14 +41,26 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def exported(trained, tmp_path_factory) -> Path:
-    """The run as ONNX."""
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that names nearly all digits right, for what depends on how sure it is."""
+    from rich.console import Console
+
+    from tokenfusion.training import start
+
+    run = tmp_path_factory.mktemp("learned") / "run"
+    start(small_recipe(epochs=4), run, Console(quiet=True))
+    return run
+
+
+@pytest.fixture(scope="session")
+def exported(learned, tmp_path_factory) -> Path:
+    """That run as ONNX."""
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     from tokenfusion.export.artefact import export
 
     out = tmp_path_factory.mktemp("exported") / "onnx"
-    export(trained, out)
+    export(learned, out)
     return out
 
 

@@ -24,10 +24,10 @@ from tokenfusion.models.fuse import FUSABLE, fuse
 from tokenfusion_runtime.__main__ import main
 
 
-def test_the_folder_holds_what_it_takes_to_answer_alike(exported, trained):
+def test_the_folder_holds_what_it_takes_to_answer_alike(exported, learned):
     import onnx
 
-    said, run = (json.loads((folder / "model.json").read_text()) for folder in (exported, trained))
+    said, run = (json.loads((folder / "model.json").read_text()) for folder in (exported, learned))
     for key in ("classes", "preprocess", "temperature", "thresholds", "surest_errors", "max_pixels"):
         assert said[key] == run[key]
     parity = said["parity"]
@@ -35,7 +35,7 @@ def test_the_folder_holds_what_it_takes_to_answer_alike(exported, trained):
     assert parity["probability_difference"] < 1e-4
     assert parity["accuracy"] == parity["accuracy_run"] > 0.8
     assert not said["forced"]
-    assert said["weights_sha256"] == hashlib.sha256((trained / "model.safetensors").read_bytes()).hexdigest()
+    assert said["weights_sha256"] == hashlib.sha256((learned / "model.safetensors").read_bytes()).hexdigest()
     assert (said["license"], said["tokenfusion"]) == ("", tokenfusion.__version__)
     (inside,) = onnx.load(exported / "model.onnx").metadata_props
     assert json.loads(inside.value)["classes"] == run["classes"]
@@ -53,10 +53,10 @@ def test_the_folder_holds_what_it_takes_to_answer_alike(exported, trained):
     ],
 )
 def test_what_is_not_installed_is_named_with_its_extra(
-    exported, trained, digit, command, capsys, tmp_path, monkeypatch, package, words, said
+    exported, learned, digit, command, capsys, tmp_path, monkeypatch, package, words, said
 ):
     monkeypatch.setitem(sys.modules, package, None)  # as Python has it of what cannot be imported
-    status, _, errors = command("export", trained, *words, "--out", tmp_path / "out")
+    status, _, errors = command("export", learned, *words, "--out", tmp_path / "out")
     errors = " ".join(errors.split())
     assert (status, said in errors, "pip install 'tokenfusion[export]'" in errors) == (2, True, True)
     if package == "onnxruntime":
@@ -67,12 +67,12 @@ def test_what_is_not_installed_is_named_with_its_extra(
 
 
 @pytest.mark.parametrize(("format", "precision"), [("openvino", "int8"), ("pt2", "fp32")])
-def test_the_other_formats_pass_the_gate_too(trained, tmp_path, format, precision):
+def test_the_other_formats_pass_the_gate_too(learned, tmp_path, format, precision):
     if format == "openvino":
         pytest.importorskip("nncf", reason="the extra `export` is not installed")
         pytest.importorskip("openvino", reason="the extra `export` is not installed")
     # of 359 images an image more or less is 0.28 points, and a short training leaves many undecided
-    said = artefact.export(trained, tmp_path / "out", format=format, precision=precision, batch=4, force=True)
+    said = artefact.export(learned, tmp_path / "out", format=format, precision=precision, batch=4, force=True)
     assert said["parity"]["n"] == 359  # in batches that are no 4
     assert said["parity"]["label_agreement"] > 0.97
     assert artefact.load(tmp_path / "out").predict(np.zeros((8, 8), np.uint8))[0].label
@@ -166,8 +166,8 @@ class Eight:
         return torch.full((3, 8, 8), 30 * index, dtype=torch.uint8)
 
 
-def test_the_gate_names_the_images_that_differ(trained):
-    classifier = replace(Classifier.load(trained), precision="fp32")
+def test_the_gate_names_the_images_that_differ(learned):
+    classifier = replace(Classifier.load(learned), precision="fp32")
 
     def wrong(images):
         scores = classifier.scores(classifier.logits(torch.from_numpy(images))).numpy()
@@ -186,22 +186,22 @@ def test_the_gate_names_the_images_that_differ(trained):
     assert [len(batch) for batch in batches_of(13)] == [7, 2, 1, 3]
 
 
-def test_an_artefact_that_answers_otherwise_is_refused_and_kept_only_by_force(exported, trained, tmp_path, monkeypatch):
+def test_an_artefact_that_answers_otherwise_is_refused_and_kept_only_by_force(exported, learned, tmp_path, monkeypatch):
     import onnx
 
     from tokenfusion.export import onnx as onnx_file
 
     monkeypatch.setattr(onnx_file, "to_onnx", lambda *_: turned(onnx.load(exported / "model.onnx")))
     with pytest.raises(InputError, match=r"answers otherwise than .*labels are the same.*digits:.*--force"):
-        artefact.export(trained, tmp_path / "out")
+        artefact.export(learned, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    said = artefact.export(trained, tmp_path / "out", force=True)
+    said = artefact.export(learned, tmp_path / "out", force=True)
     assert said["forced"]
     assert "kept by force" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_what_predict_computes_in_is_measured_beside_the_run_in_fp32(trained):
-    classifier = Classifier.load(trained)
+def test_what_predict_computes_in_is_measured_beside_the_run_in_fp32(learned):
+    classifier = Classifier.load(learned)
     exact = replace(classifier, precision="fp32")
 
     def answers(images):
@@ -268,20 +268,20 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, format):
         (("--batch", 10**30), "are more images than the 4,096 of a call"),
     ],
 )
-def test_what_cannot_be_exported_is_said_before_the_work_starts(command, trained, tmp_path, words, said):
-    status, _, errors = command("export", trained, *words, "--out", tmp_path / "out")
+def test_what_cannot_be_exported_is_said_before_the_work_starts(command, learned, tmp_path, words, said):
+    status, _, errors = command("export", learned, *words, "--out", tmp_path / "out")
     assert (status, said in errors, list(tmp_path.glob("out*"))) == (2, True, [])
 
 
-def test_a_folder_that_exists_and_two_exports_at_once_are_refused(trained, tmp_path):
+def test_a_folder_that_exists_and_two_exports_at_once_are_refused(learned, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match="exists"):
-        artefact.export(trained, tmp_path / "out", format="pt2")
+        artefact.export(learned, tmp_path / "out", format="pt2")
     with (
         artefact.new_folder(tmp_path / "new"),
         pytest.raises(InputError, match="new: another process is writing there"),
     ):
-        artefact.export(trained, tmp_path / "new", format="pt2")
+        artefact.export(learned, tmp_path / "new", format="pt2")
 
 
 def die_in(out):

@@ -32,16 +32,16 @@ def copied(exported, tmp_path) -> Path:
     return shutil.copytree(exported, tmp_path / "copied")
 
 
-def test_the_command_without_torch_prints_what_the_one_with_it_does(exported, trained, digit, command, capsys):
+def test_the_command_without_torch_prints_what_the_one_with_it_does(exported, learned, digit, command, capsys):
     Image.fromarray(np.zeros((9, 9, 4), np.uint8)).save(digit.with_name("clear.png"))
     digit.with_name("bad.png").write_bytes(b"no image")
     names = sorted(map(str, digit.parent.glob("*.png")))
     for form in ("csv", "json", "table"):
-        _, expected, _ = command("predict", trained, *names, "--format", form, "--topk", 3)
+        _, expected, _ = command("predict", learned, *names, "--format", form, "--topk", 3)
         assert main([str(exported), *names, "--format", form, "--topk", "3"]) == 1
         found = capsys.readouterr().out
         assert re.sub(NUMBERS, "#", found) == re.sub(NUMBERS, "#", expected)
-    for one, other in zip(load(exported).predict(names), Classifier.load(trained).predict(names), strict=True):
+    for one, other in zip(load(exported).predict(names), Classifier.load(learned).predict(names), strict=True):
         assert (one.label, one.error) == (other.label, other.error)
         assert one.score == pytest.approx(other.score, abs=0.02)  # a grey level, and bfloat16 in the run
 
@@ -59,7 +59,8 @@ def test_it_answers_without_torch_in_its_imports(exported, digit):
     assert int(done.stderr.split()[-1]) < 200_000  # kB
 
 
-def test_of_pixels_that_need_no_resize_both_commands_print_the_same_lines(exported, run, tmp_path, command, capsys):
+def test_of_pixels_that_need_no_resize_both_commands_print_the_same_lines(exported, learned, tmp_path, command, capsys):
+    run = shutil.copytree(learned, tmp_path / "run")
     description = json.loads((run / "model.json").read_text())
     (run / "model.json").write_text(json.dumps(description | {"precision": "fp32"}))
     random, files = np.random.default_rng(0), [str(tmp_path / f"{number}.png") for number in range(9)]
@@ -83,10 +84,10 @@ def test_the_lines_of_its_readme_run_it(copied, digit, capsys, monkeypatch):
     assert "'label': " in capsys.readouterr().out
 
 
-def test_each_command_says_what_the_other_ones_folder_is(exported, trained, digit, command, capsys):
+def test_each_command_says_what_the_other_ones_folder_is(exported, learned, digit, command, capsys):
     status, _, errors = command("predict", exported, digit)
     assert (status, "`python -m tokenfusion_runtime" in errors) == (2, True)
-    assert main([str(trained), str(digit)]) == 2
+    assert main([str(learned), str(digit)]) == 2
     assert "is no exported classifier; `tokenfusion export RUN --out DIR` writes one" in capsys.readouterr().err
 
 
@@ -119,10 +120,10 @@ def test_its_jpeg_decoder_is_within_a_grey_level_of_the_runs(options):
         assert np.abs(found - run).max() <= 1
 
 
-def test_an_export_abstains_where_the_run_does(exported, trained):
+def test_an_export_abstains_where_the_run_does(exported, learned):
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (8, 8), dtype=np.uint8) for _ in range(60)]
-    run = Classifier.load(trained).predict(images, abstain=0.05)
+    run = Classifier.load(learned).predict(images, abstain=0.05)
     found = load(exported).predict(images, abstain=0.05)
     assert {prediction.abstains for prediction in found} == {True, False}
     differing = [one for one, other in zip(found, run, strict=True) if one.abstains != other.abstains]
