@@ -20,6 +20,7 @@ def onnx_engine(graph: Path, _precision: str, threads: int) -> tuple[Engine, str
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would keep decoders from the cores
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images})[0], ""
 

@@ -80,6 +80,8 @@ def launch(settings: Settings, host: str, port: int, say: Callable[[str], None])
         )
         heed_signals(arbiter, watcher)
         say(f"listening on http://{f'[{listening.host}]' if ':' in host else listening.host}:{listening.port}")
+        if is_open(listening.host, settings):
+            say("whoever reaches this address may ask; --token-file FILE lets in only those who have its token")
         failed = arbiter.start().exception()
         if failed is not None and not cannot_start:
             raise failed
@@ -102,6 +104,11 @@ def heed_signals(arbiter: Arbiter, watcher: Watcher) -> None:
 
     for number, act in ((signal.SIGTERM, stop), (signal.SIGINT, stop), (signal.SIGHUP, reload)):
         signal.signal(number, lambda *_, act=act: arbiter.loop.add_callback_from_signal(act))
+
+
+def is_open(host: str, settings: Settings) -> bool:
+    """Whether others than this machine's users may ask, given a numeric address."""
+    return not settings.token_file and not ipaddress.ip_address(host).is_loopback
 
 
 def listen(host: str, port: int) -> CircusSocket:
@@ -129,5 +136,6 @@ def environment(folder: str) -> dict[str, str]:
         "PROMETHEUS_MULTIPROC_DIR": folder,
         "BENTOML_HOME": folder,
         "BENTOML_DO_NOT_TRACK": "True",
+        "OTEL_SDK_DISABLED": "true",  # BentoML would trace each request four times over, for nobody
         "PYTHONSAFEPATH": "1",  # no module of the folder that the command was given in
     }

@@ -17,6 +17,9 @@ from tokenfusion_runtime.errors import InputError
 MAX_HEADERS = 2**15
 """Bytes of a request's headers."""
 
+SECONDS_KEPT = 75
+"""That a connection stays open without a request: longer than clients keep theirs, so that none asks on a closed one."""
+
 
 def application(settings: Settings) -> ASGIApp:
     """All of the service as one ASGI application.
@@ -54,6 +57,7 @@ def main() -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=SECONDS_KEPT,
         timeout_graceful_shutdown=int(3 * settings.seconds) + 1,
     )
     with socket.socket(fileno=int(sys.argv[1])) as listening:
