@@ -13,7 +13,6 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from services import DEADLINE, NAMES, answers_of, form, pictures, rest_of, service, write_export
-from tokenfusion.serve.launch import is_open
 from tokenfusion.serve.settings import Settings
 from tokenfusion_runtime.__main__ import main
 
@@ -262,6 +261,7 @@ def test_what_cannot_be_served_is_said_before_or_as_it_starts(exported, tmp_path
 
 
 def test_who_may_ask_is_known_by_the_address_and_the_token():
+    is_open = pytest.importorskip("tokenfusion.serve.launch").is_open
     open_to_all = {host: is_open(host, Settings("")) for host in ("127.0.0.1", "::1", "0.0.0.0", "::", "192.0.2.1")}
     assert open_to_all == {"127.0.0.1": False, "::1": False, "0.0.0.0": True, "::": True, "192.0.2.1": True}
     assert not is_open("0.0.0.0", Settings("", token_file="token"))

@@ -18,7 +18,7 @@ MAX_HEADERS = 2**15
 """Bytes of a request's headers."""
 
 SECONDS_KEPT = 75
-"""That a connection stays open without a request: longer than clients keep theirs, so that none asks on a closed one."""
+"""That a connection stays open without a request, longer than clients keep theirs: none asks on a closed one."""
 
 
 def application(settings: Settings) -> ASGIApp:
