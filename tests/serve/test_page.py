@@ -4,7 +4,6 @@ import base64
 import csv
 import io
 import os
-import shutil
 import socket
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 
 from services import answers_of, pictures, service, write_export
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WAIT = 60_000
 """Milliseconds that the page may take, however busy the machine."""
 HAND_OVER = """([kind, files]) => {
@@ -38,17 +36,6 @@ def exported(tmp_path_factory):
 def served(exported):
     with service(exported, "--max-bytes", 50_000) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("there is no Chromium on this machine; apt-get install chromium")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
