@@ -136,6 +136,7 @@ def test_evaluate_judges_writes_and_draws_it(run, command):
 def test_without_it_the_evaluation_and_the_page_say_nothing_of_it(run):
     assert "corruptions" not in evaluate(run)
     assert write_figures(run) == ["risk_coverage.svg"]
+    assert not (run / "corruptions.svg").exists()
     assert "Worse images" not in write_report(run).read_text()
 
 

@@ -1,7 +1,7 @@
 """Held-out images made worse, as sensors, lenses and networks do it, and what each corruption costs.
 
 Images are changed as the model gets them: resized, of 8 bits, before they are normalised. What is random follows from
-the image's place in the data, so that all models meet the same images.
+the image's place in the data, so that models of one preprocessing meet the same images.
 
 Source of the kinds: Hendrycks and Dietterich, Benchmarking Neural Network Robustness, ICLR 2019 (noise, blur, JPEG,
 contrast); Naseer et al., Intriguing Properties of Vision Transformers, NeurIPS 2021 (occlusion, patches shuffled). The

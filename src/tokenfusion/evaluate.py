@@ -54,7 +54,7 @@ def evaluate(
         out: folder to write to; `place_of` says which when not given.
         with_training_images: whether images that the run was trained on are judged too; they are told by their pixels,
             and left out otherwise, but where they are the run's own and `split` asks for them.
-        corruptions: whether to judge the images made worse too; takes nineteen times as long.
+        corruptions: whether to judge the images made worse too; takes some twenty times as long.
 
     Returns:
         What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split` and the `unreadable` images;
@@ -86,7 +86,7 @@ def evaluate(
     judge = judge_label_sets if classifier.multi_label else judge_classes
     result, write = judge(classifier, images, logits, labels, cross_fit, len(skipped))
     if corruptions:
-        result["corruptions"] = judge_corrupted(classifier, images, to_output, progress)
+        result["corruptions"] = judge_corrupted(classifier, images, to_output, recipe.workers, progress)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"cross_fitted": cross_fit, "data": place, "split": name, "own": own, "unreadable": unreadable}
     result |= {"trained_on": judged.trained_on, "trained_on_left_out": judged.left_out}
@@ -124,10 +124,11 @@ def judge_label_sets(
 
 
 def judge_corrupted(
-    classifier: Classifier, images: Images, to_output: Tensor, progress: Callable[[int, int], None] | None
+    classifier: Classifier, images: Images, to_output: Tensor, workers: int, progress: Callable[[int, int], None] | None
 ) -> dict[str, Any]:
     """What `measure_corruptions` finds of images whose labels are those of the data."""
-    batches = eval_batches(images, classifier.preprocess, batch_size=256)
+    workers = 0 if images.cached else workers
+    batches = eval_batches(images, classifier.preprocess, batch_size=256, workers=workers)
     labelled = ((batch, to_output[labels]) for batch, labels in batches)
     told = (lambda done: progress(done, len(images))) if progress else (lambda _: None)
     return measure_corruptions(classifier.logits, labelled, images.dataset.groups, told)

@@ -161,7 +161,7 @@ def keep_features(
     if images.checksums is None:
         raise InputError(
             "images in shards are not looked at before training, and what frozen parents see of them cannot be kept; "
-            "give a folder, Parquet files or a tar, or leave out --tune"
+            "give a folder, Parquet files or a tar, or a single model, such as --model resnet50 --pretrained hub"
         )
     how = [views, seed, vars(augment) if augment else None] if views > 1 else [1]
     path = folder / f"{key_of(classifier, images.checksums, how)}.f16"

@@ -109,6 +109,8 @@ def write_figures(run: Path) -> list[str]:
             drawn["corruptions.svg"] = plot_corruptions(found)
         for name, figure in drawn.items():
             write_text(run / name, standalone(figure))
+        if not found:
+            (run / "corruptions.svg").unlink(missing_ok=True)  # of an evaluation before this one
     return [*drawn]
 
 
