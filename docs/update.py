@@ -289,8 +289,9 @@ def pays() -> str:
     return (
         "**Does fusing pay?** With pretrained parents and few images, a little: of CIFAR-10's test images, a linear "
         f"classifier on the tokens of both names {'; '.join(told)} training images right. {control} ([how, and what "
-        f"is not settled](docs/stages.md)). From random weights, no: at equal cost the best fused model reaches {fused} "
-        f"and the CNN alone {cnn} on CIFAR-10, which no test tells apart ([all comparisons](docs/results/README.md))."
+        "is not settled](docs/stages.md)). From random weights, no: at equal cost the best fused model reaches "
+        f"{fused} and the CNN alone {cnn} on CIFAR-10, which no test tells apart ([all comparisons]"
+        "(docs/results/README.md))."
     )
 
 

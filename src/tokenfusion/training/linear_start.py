@@ -48,9 +48,8 @@ def require_tunable(classifier: Classifier, source: Dataset, recipe: Recipe, run
         "--trivial-augment": recipe.views > 1
         and recipe.crop_scale == 1
         and not (recipe.hflip or recipe.trivial_augment or recipe.crop_padding),
-        "an image has any number of classes here, and the linear classifier gives one; give a single model, such as --model resnet50": (
-            source.multi_label
-        ),
+        "an image has any number of classes here, and the linear classifier gives one; give a single model, such as "
+        "--model resnet50": source.multi_label,
         f"every={recipe.every} looks at attention to images, of which the parents' was seen before; give 0": (
             recipe.every > 0
         ),
