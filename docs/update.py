@@ -243,7 +243,9 @@ def pretrained() -> str:
             row.append(f"{(low + high) / 2:+.2f}{half}" if all(rival in d for d in draws) else "")
         rows.append(row)
     heading = ["training images", "draws", *ways.values(), *rivals.values()]
-    notes = [f"Training images are drawn from {found['pool']:,}; top-1 on all 10,000 test images. {found['features']}"]
+    notes = [
+        f"Training images are drawn from {found['pool']:,}; top-1 on {found['test_images']:,} test images. {found['features']}"
+    ]
     for operator in ("query",):
         also = [(d["count"], 100 * (d[operator] - d["votes"])) for d in found["draws"] if operator in d]
         notes += [

@@ -207,9 +207,9 @@ def test_a_description_that_was_tampered_with_is_refused(command, run, digit, ch
 
 
 def test_a_misspelled_option_of_predict_is_not_taken_for_a_file(command, run, digit):
-    status, _, errors = command("predict", run, digit, "--json")
+    status, _, errors = command("predict", run, digit, "--jsn")
     assert status == 2
-    assert "--json is no option of predict" in errors
+    assert "--jsn is no option of predict" in errors
 
 
 def test_an_unknown_model_is_refused_before_any_image_is_read(command, tmp_path):

@@ -32,7 +32,8 @@ def test_paths_arrays_and_pil_images_give_the_same_prediction(classifier, tmp_pa
     )
     assert one.path == str(tmp_path / "a.png")
     assert three.path == ""
-    assert one.topk == two.topk == three.topk == four.topk
+    for other in (two, three, four):  # a row of a batch may round otherwise than its neighbour
+        assert dict(other.topk) == pytest.approx(dict(one.topk), rel=1e-5)
 
 
 def test_a_single_image_needs_no_list(classifier):

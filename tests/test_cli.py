@@ -30,7 +30,7 @@ def test_help_of_the_command_and_of_every_verb(command):
     status, output, _ = command("--help")
     assert status == 0
     verbs = [name for name in app if not name.startswith("-")]
-    assert len(verbs) == 13
+    assert len(verbs) == 14
     for words in (*([verb] for verb in verbs), ["analyze", "collapse"], ["analyze", "tokens"]):
         assert words[0] in output
         status, help_text, _ = command(*words, "--help")
@@ -384,7 +384,7 @@ def test_models_lists_costs(command):
         (["evaluate", "."], "is not a run"),
         (["predict", "no-such-run", "a.png"], "no-such-run: no such folder"),
         (["report", "no-such-run"], "no-such-run"),
-        (["models", "nothing*"], "no model matches"),
+        (["models", "nothing*"], "no model of this package matches"),
     ],
 )
 def test_bad_input_is_said_without_a_traceback(command, tmp_path, monkeypatch, words, said):

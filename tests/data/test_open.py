@@ -128,7 +128,7 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_class_folders(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
-    with pytest.raises(InputError, match=r"1 image directly in it, .* such as .*/cat/1\.png, or give a CSV that"):
+    with pytest.raises(InputError, match=r"1 image directly in it, .* of which it is a class, or a CSV that"):
         open_dataset(save_tree(tmp_path, {"1.png": pets["cat/1.png"]}))
 
 
