@@ -214,6 +214,8 @@ WAYS = {
     "vit": "transformer",
     "both": "both",
     "mean": "mean of the two",
+    "cnn_tokens": "CNN by tokens",
+    "vit_tokens": "transformer by tokens",
     "mean_tokens": "mean of the two by tokens",
     "larger": "larger CNN",
     "sklearn": "scikit-learn",
@@ -243,9 +245,8 @@ def pretrained() -> str:
             row.append(f"{(low + high) / 2:+.2f}{half}" if all(rival in d for d in draws) else "")
         rows.append(row)
     heading = ["training images", "draws", *ways.values(), *rivals.values()]
-    notes = [
-        f"Training images are drawn from {found['pool']:,}; top-1 on {found['test_images']:,} test images. {found['features']}"
-    ]
+    judged = f"top-1 on {found['test_images']:,} test images"
+    notes = [f"Training images are drawn from {found['pool']:,}; {judged}. {found['features']}"]
     for operator in ("query",):
         also = [(d["count"], 100 * (d[operator] - d["votes"])) for d in found["draws"] if operator in d]
         notes += [
@@ -272,28 +273,28 @@ def gain_over(rival: str, draws: list[dict[str, Any]]) -> tuple[float, float]:
 
 def pays() -> str:
     """Where fusing pays and where it does not, in a sentence each."""
-    counted, told = draws_by_count(load("pretrained")), []
-    for count, draws in counted:
-        votes, mean = (fmean(draw[way] for draw in draws) for way in ("votes", "mean"))
-        told.append(f"{votes:.1%} with {count:,} (the mean of both parents' predictions: {mean:.1%})")
-    controls = [gain_over("mean_tokens", draws) for _, draws in counted if all("mean_tokens" in d for d in draws)]
-    if not controls:
-        control = "How much of that each parent gains by its own tokens is not measured"
-    elif all(low > 0 for low, _ in controls):
-        control = "It stays ahead where each parent's own tokens vote too and the two are averaged"
-    elif all(high < 0 for _, high in controls):
-        control = "But where each parent's own tokens vote and the two are averaged, the mean is ahead"
+    counted = [(n, draws) for n, draws in draws_by_count(load("pretrained")) if all("mean_tokens" in d for d in draws)]
+    told = [
+        f"{fmean(d['votes'] for d in draws):.1%} with {count:,} training images (the CNN alone "
+        f"{fmean(d['cnn_tokens'] for d in draws):.1%}, the mean of both parents' own predictions "
+        f"{fmean(d['mean_tokens'] for d in draws):.1%})"
+        for count, draws in counted
+    ]
+    gains = [gain_over("mean_tokens", draws) for _, draws in counted]
+    if all(low > 0 for low, _ in gains):
+        control = "fusing is ahead of that mean"
+    elif all(high < 0 for _, high in gains):
+        control = "that mean is ahead of fusing"
     else:
-        control = "But where each parent's own tokens vote and the two are averaged, nothing is left of it that is sure"
+        control = "whether fusing adds to that mean cannot be told"
     models = {model["name"]: model for model in load("cifar10_comparison")["models"]}
     fused = max((m for n, m in models.items() if n.startswith("tokenfusion")), key=lambda model: model["top1_mean"])
     fused, cnn = (f"{model['top1_mean']:.1%}" for model in (fused, models["resnet_micro"]))
     return (
-        "**Does fusing pay?** With pretrained parents and few images, a little: of CIFAR-10's test images, a linear "
-        f"classifier on the tokens of both names {'; '.join(told)} training images right. {control} ([how, and what "
-        "is not settled](docs/stages.md)). From random weights, no: at equal cost the best fused model reaches "
-        f"{fused} and the CNN alone {cnn} on CIFAR-10, which no test tells apart ([all comparisons]"
-        "(docs/results/README.md))."
+        "**Does fusing pay?** With pretrained parents and few images two know more than one: of CIFAR-10's test "
+        f"images a classifier on the tokens of both names {' and '.join(told)}; {control} ([how](docs/stages.md)). "
+        f"From random weights, no: at equal cost the best fused model reaches {fused} and the CNN alone {cnn} on "
+        "CIFAR-10, which no test tells apart ([all comparisons](docs/results/README.md))."
     )
 
 
