@@ -47,6 +47,25 @@ def test_a_worker_that_is_killed_is_replaced_and_the_next_answer_is_right(export
         assert running.stop()[0] == 0
 
 
+def test_a_worker_that_cannot_be_replaced_ends_no_other_and_is_tried_until_it_can_be(exported):
+    image, whole = pictures(1)[0], (exported / "model.onnx").read_bytes()
+    expected = answers_of(exported, [image])[0]
+    with service(exported, "--workers", 2) as running:
+        one, other = running.workers()
+        (exported / "model.onnx").write_bytes(b"damaged")
+        os.kill(one, signal.SIGKILL)
+        said = running.process.stderr.readline()
+        assert "a worker cannot take the place" in said
+        assert "do not belong together" in said
+        assert running.predict(image) == expected
+        os.kill(other, signal.SIGKILL)
+        assert "a worker cannot take the place" in running.process.stderr.readline()
+        (exported / "model.onnx").write_bytes(whole)
+        running.wait_until(lambda: running.ask("/v1/predict", image)[0] == 200)
+        assert running.predict(image) == expected
+        assert running.stop()[0] == 0
+
+
 def test_another_folder_under_the_same_link_takes_over_and_every_answer_is_of_the_classifier_it_names(tmp_path):
     folders = [write_export(tmp_path / str(seed), seed) for seed in (1, 2)]
     files = pictures(8)

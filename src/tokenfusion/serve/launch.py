@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from circus.arbiter import Arbiter
@@ -22,7 +23,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from psutil import NoSuchProcess
 
 from tokenfusion.errors import InputError
-from tokenfusion.serve.settings import CANNOT_START, Settings
+from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, Settings
 
 SECONDS_BETWEEN_LOOKS = 0.5
 """How often it looks whether a worker has died."""
@@ -50,7 +51,7 @@ def launch(settings: Settings, host: str, port: int, say: Callable[[str], None])
         def reaped(process_pid: int, exit_code: int, **_: Any) -> bool:
             nonlocal cannot_start
             mark_process_dead(process_pid, folder)  # whose requests are under way no more
-            cannot_start |= exit_code == CANNOT_START
+            cannot_start |= exit_code == CANNOT_START and not Path(folder, CAME_UP).exists()
             return True
 
         def spawning(**_: Any) -> bool:
@@ -133,7 +134,7 @@ def listen(host: str, port: int) -> CircusSocket:
 def environment(folder: str) -> dict[str, str]:
     """What workers are told besides their settings: where measures are shared, and to tell nobody else anything."""
     return {
-        "PROMETHEUS_MULTIPROC_DIR": folder,
+        FOLDER: folder,
         "BENTOML_HOME": folder,
         "BENTOML_DO_NOT_TRACK": "True",
         "OTEL_SDK_DISABLED": "true",  # BentoML would trace each request four times over, for nobody

@@ -12,7 +12,13 @@ VARIABLE = "TOKENFUSION_SERVE"
 """Environment variable that hands the settings to the workers."""
 
 CANNOT_START = 3
-"""Exit status of a worker that would not start the next time either."""
+"""Exit status of a worker that cannot start, where none has before."""
+
+FOLDER = "PROMETHEUS_MULTIPROC_DIR"
+"""Environment variable with the folder that the workers of a service share."""
+
+CAME_UP = "came-up"
+"""File in it that there is once a worker has come up."""
 
 
 @dataclass(frozen=True)

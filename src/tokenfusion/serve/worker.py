@@ -1,7 +1,10 @@
 """`python -m tokenfusion.serve.worker FD`: one process that answers on a socket which the launcher has opened."""
 
+import os
 import socket
 import sys
+import time
+from pathlib import Path
 
 import uvicorn
 from bentoml._internal.context import server_context
@@ -11,7 +14,7 @@ from starlette.types import ASGIApp
 from tokenfusion.serve.guard import Guard
 from tokenfusion.serve.holder import Holder
 from tokenfusion.serve.service import FILES, Addresses, service
-from tokenfusion.serve.settings import CANNOT_START, Settings
+from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, Settings
 from tokenfusion_runtime.errors import InputError
 
 MAX_HEADERS = 2**15
@@ -19,6 +22,9 @@ MAX_HEADERS = 2**15
 
 SECONDS_KEPT = 75
 """That a connection stays open without a request, longer than clients keep theirs: none asks on a closed one."""
+
+SECONDS_BETWEEN_TRIES = 2
+"""How often a worker that is to replace another tries to start."""
 
 
 def application(settings: Settings) -> ASGIApp:
@@ -40,14 +46,29 @@ def application(settings: Settings) -> ASGIApp:
     return app
 
 
+def started(settings: Settings) -> ASGIApp:
+    """The application; where it cannot start now, but a worker could before, it is tried until it can."""
+    came_up, said = Path(os.environ[FOLDER], CAME_UP), ""
+    while True:
+        try:
+            app = application(settings)
+        except InputError as error:
+            if not came_up.exists():
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                sys.exit(CANNOT_START)
+            if said != (said := str(error)):
+                again = f"tried again every {SECONDS_BETWEEN_TRIES} seconds"
+                print(f"a worker cannot take the place of one that died: {error}; {again}", file=sys.stderr, flush=True)
+            time.sleep(SECONDS_BETWEEN_TRIES)
+        else:
+            came_up.touch()
+            return app
+
+
 def main() -> None:
     """Answer until SIGTERM, and then what has been asked."""
     settings = Settings.from_environment()
-    try:
-        app = application(settings)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(CANNOT_START)
+    app = started(settings)
     server_context.service_name = server_context.bento_name = "tokenfusion"  # in the labels of measures
     config = uvicorn.Config(
         app,
