@@ -68,10 +68,18 @@ def test_the_folder_for_triton_names_the_graph_its_tensors_and_its_labels(tmp_pa
     assert (folder / "labels.txt").read_text().split() == NAMES
 
 
-def test_a_run_and_half_an_order_are_refused(tmp_path, command):
+def test_a_run_half_an_order_and_options_that_would_be_lost_are_refused(tmp_path, command):
     export = write_export(tmp_path / "export")
     assert "--out" in command("serve", export, "--layout", "triton")[2]
     assert "--layout" in command("serve", export, "--out", tmp_path / "x")[2]
+    for order in (["--dockerfile", tmp_path / "x"], ["--layout", "triton", "--out", tmp_path / "x"]):
+        for option in (["--token-file", "t"], ["--port", 80], ["--allow-origin", "https://a.b"], ["--workers", 2]):
+            status, _, errors = command("serve", export, *order, *option)
+            assert status == 2
+            assert f"{option[0]} {option[1]} is not used by {order[0]}" in " ".join(errors.split())
+    both = command("serve", export, "--dockerfile", tmp_path / "x", "--layout", "triton", "--out", tmp_path / "y")
+    assert (both[0], "--layout triton is not used by --dockerfile" in " ".join(both[2].split())) == (2, True)
+    assert not (tmp_path / "x").exists()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "model.json").write_text("{}")
     status, _, errors = command("serve", tmp_path / "run", "--dockerfile", tmp_path / "docker")

@@ -1,6 +1,7 @@
 """The verb `serve`, which imports what it needs when it is called."""
 
 import importlib.util
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -69,12 +70,14 @@ def serve(
     out
         New folder for --layout.
     """
+    chosen = locals()
     from tokenfusion.serve.settings import Settings
 
     require(artefact, workers=workers, max_bytes=max_bytes, max_images=max_images, queue=queue, batch_size=batch_size)
     if (layout is None) != (out is None):
         raise InputError("--layout says what to write and --out where; give both, or neither")
     if dockerfile or out:
+        require_alone(chosen)
         from tokenfusion.serve.deploy import write_docker, write_triton
 
         write = write_docker if dockerfile else write_triton
@@ -104,6 +107,23 @@ def serve(
     status = launch(settings, host, port, lambda text: print(text, flush=True))
     if status:
         sys.exit(status)
+
+
+def require_alone(given: dict[str, object]) -> None:
+    """Refuse beside an order to write a folder what that folder would not keep to.
+
+    Raises:
+        InputError: an option of serving, or the order to write another folder.
+    """
+    order, kept = ("dockerfile", ()) if given["dockerfile"] else ("layout", ("out",))
+    for name, option in inspect.signature(serve).parameters.items():
+        if name not in ("artefact", order, *kept) and given[name] != option.default:
+            said = " ".join(map(str, value)) if isinstance(value := given[name], tuple) else value
+            remedy = "leave it out"
+            if order == "dockerfile" and name not in ("layout", "out"):
+                remedy = "append it to the ENTRYPOINT of the Dockerfile, with files that are in the container"
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag} {said} is not used by --{order}, which writes a folder; {remedy}")
 
 
 def require(artefact: Path, **counts: int) -> None:
