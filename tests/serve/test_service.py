@@ -1,8 +1,10 @@
 """A service answers as `predict` does, says what it refuses, and keeps to its limits."""
 
+import asyncio
 import json
 import os
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from services import DEADLINE, NAMES, answers_of, form, pictures, rest_of, service, write_export
 from tokenfusion.serve.settings import Settings
 from tokenfusion_runtime.__main__ import main
+from tokenfusion_runtime.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +261,44 @@ def test_what_cannot_be_served_is_said_before_or_as_it_starts(exported, tmp_path
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     assert "tokenfusion[serve]" in command("serve", exported)[2]
     assert os.environ.get("BENTOML_HOME") is None
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda text: text[:-40], "is not JSON"),
+        (lambda text: text.replace('"classes"', '"clases"'), "lacks classes; it is damaged, export again"),
+        (lambda text: text.replace('"parity"', '"parrot"'), "lacks parity; it is damaged, export again"),
+        (lambda text: text.replace('"export_format": 1', '"export_format": 9'), "export format 9, newer than"),
+        (lambda text: text.replace('"export_format"', '"run_format"'), "is a run, which needs torch"),
+    ],
+)
+def test_a_damaged_export_is_named_as_such_and_not_taken_for_a_run(tmp_path, change, said, monkeypatch):
+    opened = pytest.importorskip("tokenfusion.serve.served", reason="the extra `serve` is not installed").open_served
+    monkeypatch.setitem(sys.modules, "torch", None)  # as where it is not installed
+    monkeypatch.delitem(sys.modules, "tokenfusion.serve.run", raising=False)
+    folder = write_export(tmp_path / "export")
+    whole = (folder / "model.json").read_text()
+    (folder / "model.json").write_text(change(whole))
+    with pytest.raises(InputError, match=said):
+        opened(Settings(str(folder)))
+
+
+def test_whatever_another_classifier_raises_leaves_the_one_in_use(exported, capsys, monkeypatch):
+    holder = pytest.importorskip("tokenfusion.serve.holder", reason="the extra `serve` is not installed")
+
+    def fails(_):
+        raise RuntimeError("out of memory")
+
+    async def reloaded():
+        held = holder.Holder(Settings(str(exported)))
+        before = held.served
+        monkeypatch.setattr(holder, "open_served", fails)
+        await held.reload()
+        return held.served is before
+
+    assert asyncio.run(reloaded())
+    assert "the classifier before it goes on: RuntimeError: out of memory" in capsys.readouterr().err
 
 
 def test_who_may_ask_is_known_by_the_address_and_the_token():

@@ -47,9 +47,10 @@ class Holder:
             self.identity = identity_of(self.settings.path)
             try:
                 served = await asyncio.to_thread(open_served, self.settings)
-            except (InputError, OSError) as error:
+            except Exception as error:  # an engine, or a folder half written, may raise anything
                 LOADED.labels("failed").inc()
-                print(f"not loaded again, the classifier before it goes on: {error}", file=sys.stderr, flush=True)
+                said = error if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {error}"
+                print(f"not loaded again, the classifier before it goes on: {said}", file=sys.stderr, flush=True)
                 return
             before, self.served = self.served, served
             if not before.users:

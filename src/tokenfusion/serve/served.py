@@ -1,6 +1,7 @@
 """The classifier that a worker answers by: an exported folder without torch, or a run."""
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,6 @@ from tokenfusion.serve.measure import STAGE_SECONDS, UNREADABLE
 from tokenfusion.serve.refusal import Refused
 from tokenfusion.serve.settings import Settings
 from tokenfusion_runtime.classifier import ExportedClassifier, load
-from tokenfusion_runtime.description import read_description
 from tokenfusion_runtime.errors import InputError
 from tokenfusion_runtime.image import Pixels
 from tokenfusion_runtime.prediction import Answers, Floats, Prediction
@@ -103,8 +103,11 @@ def open_served(settings: Settings) -> Served:
     """
     path = Path(settings.path)
     if not is_exported(path):
-        from tokenfusion.serve.run import open_run
-
+        try:
+            from tokenfusion.serve.run import open_run
+        except ModuleNotFoundError as error:
+            reason = f"is a run, which needs {error.name}, and that is not installed"
+            raise InputError(f"{path} {reason}; serve a folder that `export` wrote, or install it") from error
         model, about, explain = open_run(path, settings.max_pixels, settings.threads)
         return Served(model, about, settings, explain)
     exported = load(path, threads=settings.threads)
@@ -115,18 +118,34 @@ def open_served(settings: Settings) -> Served:
 
 
 def is_exported(path: Path) -> bool:
-    """Whether a folder is an exported one, rather than a run."""
+    """Whether a folder says that it is an exported one, rather than a run, whatever else is wrong with it.
+
+    Raises:
+        InputError: it says nothing that can be read.
+    """
+    file = path / "model.json"
     try:
-        read_description(path)
-    except InputError:
-        return False
-    return True
+        said = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{file} cannot be read: {error.strerror}; give a folder that `export` or `train` wrote"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{file} is not JSON ({error}); it is damaged, export again or copy the run anew") from error
+    return isinstance(said, dict) and "export_format" in said
 
 
 def about_exported(exported: ExportedClassifier) -> dict[str, Any]:
-    """What is said of an exported classifier."""
+    """What is said of an exported classifier.
+
+    Raises:
+        InputError: its model.json lacks some of it.
+    """
     said = exported.description
     kept = ("name", "format", "precision", "classes", "multi_label", "thresholds", "preprocess", "max_pixels")
+    needed = (*kept, "parity", "temperature", "tokenfusion")
+    if lacking := [key for key in needed if key not in said]:
+        raise InputError(f"model.json lacks {', '.join(lacking)}; it is damaged, export again")
     return {key: said[key] for key in kept} | {
         "parity": said["parity"],
         "calibration": calibration(said),
