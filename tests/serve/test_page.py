@@ -3,6 +3,7 @@
 import base64
 import csv
 import io
+import json
 import os
 import socket
 from pathlib import Path
@@ -67,6 +68,20 @@ def done(page, text):
 def keep(page, name):
     if SCREENSHOTS:
         page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
+
+
+def test_scores_that_nothing_calibrated_are_not_called_calibrated(browser, tmp_path):
+    exported = write_export(tmp_path / "export")
+    description = json.loads((exported / "model.json").read_text()) | {"surest_errors": []}
+    (exported / "model.json").write_text(json.dumps(description))
+    with service(exported) as running, browser.new_context() as context:
+        context.set_default_timeout(WAIT)
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{running.port}/")
+        page.get_by_text("red, green, blue; scores are not calibrated.").wait_for()
+        page.locator("#files").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": pictures(1)[0]})
+        card = done(page, "1 of 1 images done")
+        assert "which says little of how often such answers are right" in card.inner_text()
 
 
 def test_images_are_dropped_pasted_and_chosen_and_each_shows_its_answer(page, exported):

@@ -75,6 +75,35 @@ def test_where_it_looked_is_the_picture_of_explain(run):
     assert (bad.status_code, none.status_code) == (422, 400)
 
 
+def test_a_branch_that_the_model_has_not_is_refused_by_its_own_reason(tmp_path):
+    torch.manual_seed(0)
+    Classifier.create("resnet_micro", CLASSES, img_size=(32, 32), precision="fp32").save(tmp_path)
+    (answer,) = ask(tmp_path, ("POST", "/v1/explain?branch=transformer", pictures(1)[0]))
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["value"] == "branch=transformer"
+    assert "has no transformer" in error["reason"]
+    assert error["remedy"] == "take branch=both"
+
+
+def test_the_open_inference_protocol_gives_one_label_an_image_of_models_of_one_class_alone(run, tmp_path):
+    several = tmp_path / "run"
+    several.mkdir()
+    Classifier.create("tokenfusion_early_micro", CLASSES, img_size=(32, 32), multi_label=True).save(several)
+    pixels = {"name": "pixels", "datatype": "UINT8", "data": [0] * 3 * 32 * 32}
+    for folder, outputs in ((run, ["probabilities", "label"]), (several, ["probabilities"])):
+        model = "/v2/models/tokenfusion_early_micro"
+        about, found, asked = ask(
+            folder,
+            ("GET", model, None),
+            ("POST", f"{model}/infer", json.dumps({"inputs": [pixels]})),
+            ("POST", f"{model}/infer", json.dumps({"inputs": [pixels], "outputs": [{"name": "label"}]})),
+        )
+        assert [output["name"] for output in about.json()["outputs"]] == outputs
+        assert [output["name"] for output in found.json()["outputs"]] == outputs
+        assert asked.status_code == (200 if "label" in outputs else 400)
+
+
 def test_a_run_of_several_labels_is_answered_and_says_why_it_is_not_explained(tmp_path):
     (tmp_path / "run").mkdir()
     classifier = Classifier.create("tokenfusion_early_micro", CLASSES, img_size=(32, 32), multi_label=True)

@@ -226,7 +226,8 @@ def test_more_requests_than_it_takes_get_429_slow_ones_408_and_those_under_way_t
         status, headers, text = running.ask("/v1/predict", image)
         assert (status, headers["retry-after"]) == (429, "1")
         assert set(json.loads(text)["error"]) == {"value", "reason", "remedy"}
-        assert running.ask("/readyz")[0] == 200
+        for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"):
+            assert running.ask(path)[0] == 200
         late.sendall(image[-1:])
         assert rest_of(late)[0] == 200
         status, text = rest_of(slow)
@@ -238,13 +239,24 @@ def test_a_token_is_wanted_of_all_but_the_page_and_health(exported, tmp_path):
     (tmp_path / "token").write_text("s3cret\n")
     with service(exported, "--token-file", tmp_path / "token", "--allow-origin", "https://example.org") as running:
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
-            for path in ("/v1/model", "/metrics", "/v2/health/ready", "/openapi.json"):
+            for path in ("/v1/model", "/metrics", "/v2/models/tiny", "/openapi.json"):
                 assert running.ask(path, headers=headers)[0] == 401
         assert running.ask("/v1/model", headers={"Authorization": "Bearer s3cret"})[0] == 200
-        assert [running.ask(path)[0] for path in ("/", "/page.js", "/page.css", "/livez", "/readyz")] == [200] * 5
+        free = ("/", "/page.js", "/page.css", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
+        assert {path: running.ask(path)[0] for path in free} == dict.fromkeys(free, 200)
         origin = {"Origin": "https://example.org"}
         assert running.ask("/livez", headers=origin)[1]["access-control-allow-origin"] == origin["Origin"]
         assert "access-control-allow-origin" not in running.ask("/livez", headers={"Origin": "https://other.org"})[1]
+
+
+def test_a_tensor_of_empty_elements_is_refused_by_their_number_before_all_are_read(served):
+    text = b'{"inputs": [{"name": "image", "datatype": "BYTES", "shape": [4000]}]}'
+    headers = {"Inference-Header-Content-Length": str(len(text))}
+    whole, cut = bytes(4 * 4000), bytes(4 * 6) + b"\xff"
+    for tensor in (whole, cut):  # the second is damaged behind the sixth, which nobody reads
+        status, _, said = served.ask("/v2/models/tiny/infer", text + tensor, headers)
+        assert (status, "more than 5 images" in json.loads(said)["error"]) == (413, True)
+    assert served.ask("/v2/models/tiny/infer", text + bytes(4 * 5) + b"\xff", headers)[0] == 400
 
 
 def test_what_cannot_be_served_is_said_before_or_as_it_starts(exported, tmp_path, command, monkeypatch):

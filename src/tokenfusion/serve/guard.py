@@ -10,6 +10,8 @@ from tokenfusion.serve.measure import REFUSED
 from tokenfusion.serve.refusal import Refused, overloaded
 
 HEALTH = frozenset({"/livez", "/readyz", "/healthz"})
+SAME = {"/v2/health/live": "/livez", "/v2/health/ready": "/readyz"}
+"""Other names of health's addresses, those of the Open Inference Protocol."""
 MEASURES = "/metrics"
 STATIC = "/static_content/swagger-ui"
 """Beginning of the two files of BentoML's that the page /docs needs."""
@@ -34,6 +36,8 @@ class Guard:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # a websocket, of which there is none
             return await send({"type": "websocket.close", "code": 1000})
+        if scope["path"] in SAME:
+            scope = {**scope, "path": (path := SAME[scope["path"]]), "raw_path": path.encode()}
         path, refused = scope["path"], None
         if not (path in HEALTH or path == MEASURES or path.startswith(STATIC) or self.known(path)):
             refused = Refused(404, path[:200], "no such address", "see /docs")

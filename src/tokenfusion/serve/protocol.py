@@ -3,9 +3,11 @@
 Source: github.com/kserve/open-inference-protocol, and Triton's binary tensor data extension.
 """
 
+import asyncio
 import json
 import struct
 from collections.abc import Callable, Coroutine, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -34,12 +36,10 @@ class Protocol:
         self.holder, self.settings = holder, settings
 
     def routes(self) -> list[Route]:
-        """Each with its errors as the protocol wants them."""
+        """Each with its errors as the protocol wants them; those of its health are the guard's."""
         model = "/v2/models/{name}"
         return [
             Route("/v2", plainly_refused(self.server)),
-            Route("/v2/health/live", plainly_refused(self.ready)),
-            Route("/v2/health/ready", plainly_refused(self.ready)),
             Route(model, plainly_refused(self.metadata)),
             Route(f"{model}/ready", plainly_refused(self.ready)),
             Route(f"{model}/infer", plainly_refused(self.infer), methods=["POST"]),
@@ -50,7 +50,7 @@ class Protocol:
         return json_response({"name": "tokenfusion", "version": __version__, "extensions": ["binary_tensor_data"]})
 
     async def ready(self, request: Request) -> Response:
-        """That it, or the model, is ready: a worker takes no request before."""
+        """That the model is ready: a worker takes no request before."""
         self.require_name(request)
         return json_response({})
 
@@ -58,6 +58,7 @@ class Protocol:
         """What goes into the model and comes out of it."""
         self.require_name(request)
         about = self.holder.served.about
+        label = {"name": "label", "datatype": "BYTES", "shape": [-1]}
         (height, width), channels = about["preprocess"]["img_size"], about["preprocess"]["in_chans"]
         return json_response(
             {
@@ -70,7 +71,7 @@ class Protocol:
                 ],
                 "outputs": [
                     {"name": "probabilities", "datatype": "FP32", "shape": [-1, len(about["classes"])]},
-                    {"name": "label", "datatype": "BYTES", "shape": [-1]},
+                    *([] if about["multi_label"] else [label]),
                 ],
             }
         )
@@ -79,27 +80,38 @@ class Protocol:
         """Probabilities and labels of image files, or of prepared pixels."""
         with self.holder.use() as served:
             self.require_name(request)
-            body = await read_body(request, self.settings)
-            asked, binary = split_body(body, request.headers.get(SIZE_HEADER))
-            pixels = await self.pixels_of(served, asked, binary)
+            asked, pixels = await self.read(request, served)
             rows = await served.batches(pixels)
-        labels = [served.model.classes[index] for index in rows.argmax(1)]
-        return answer(asked, served.about["name"], {"probabilities": rows, "label": labels})
+        found: dict[str, Any] = {"probabilities": rows}
+        if not served.about["multi_label"]:
+            found["label"] = [served.model.classes[index] for index in rows.argmax(1)]
+        return answer(asked, served.about["name"], found)
 
-    async def pixels_of(self, served: Served, asked: dict[str, Any], binary: bytes) -> Pixels:
-        """What is to be judged: uint8 (n, in_chans, h, w)."""
-        inputs = asked.get("inputs")
+    async def read(self, request: Request, served: Served) -> tuple[dict[str, Any], Pixels]:
+        """What is asked for, and the pixels to judge, uint8 (n, in_chans, h, w); files are let go of when decoded."""
+        body, header = await read_body(request, self.settings), request.headers.get(SIZE_HEADER)
+        asked, given = await asyncio.to_thread(self.parsed, body, header, served.about["preprocess"])
+        del body
+        if not isinstance(given, list):
+            return asked, given
+        prepared = await served.decode(given)
+        if bad := [pixels for pixels in prepared if isinstance(pixels, str)]:
+            raise Refused(422, "image", bad[0], "send whole image files")
+        return asked, np.stack([pixels for pixels in prepared if not isinstance(pixels, str)])
+
+    def parsed(
+        self, body: bytes, header: str | None, preprocess: dict[str, Any]
+    ) -> tuple[dict[str, Any], list[bytes] | Pixels]:
+        """A body's JSON without its inputs, and these: image files, or pixels."""
+        asked, binary = split_body(body, header)
+        inputs = asked.pop("inputs", None)
         if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
             raise Refused(400, "inputs", "there is not one input", REMEDY)
         name, kind = inputs[0].get("name"), inputs[0].get("datatype")
-        preprocess = served.about["preprocess"]
         if (name, kind) == ("image", "BYTES"):
-            files = list(elements(binary))
+            files = list(islice(elements(binary), self.settings.max_images + 1))
             self.require_few(len(files))
-            prepared = await served.decode(files)
-            if bad := [pixels for pixels in prepared if isinstance(pixels, str)]:
-                raise Refused(422, "image", bad[0], "send whole image files")
-            return np.stack([pixels for pixels in prepared if not isinstance(pixels, str)])
+            return asked, files
         if (name, kind) != ("pixels", "UINT8"):
             raise Refused(400, f"{str(name)[:50]} of {str(kind)[:50]}", "no such input", REMEDY)
         data = inputs[0].get("data")
@@ -110,7 +122,7 @@ class Protocol:
             shape = [-1, preprocess["in_chans"], *preprocess["img_size"]]
             raise Refused(400, "pixels", f"not of the shape {shape}, or not whole bytes", "prepare them so") from error
         self.require_few(len(pixels))
-        return pixels
+        return asked, pixels
 
     def require_name(self, request: Request) -> None:
         """Refuse a model of another name."""
@@ -120,9 +132,11 @@ class Protocol:
 
     def require_few(self, images: int) -> None:
         """Refuse no images, and too many."""
-        if not 0 < images <= self.settings.max_images:
-            reason = f"a request may have 1 to {self.settings.max_images} images"
-            raise Refused(413 if images else 400, f"{images} images", reason, "send as many")
+        most = self.settings.max_images
+        if not 0 < images <= most:
+            value = f"more than {most:,} images" if images else "0 images"
+            reason = f"a request may have 1 to {most:,} images"
+            raise Refused(413 if images else 400, value, reason, "send as many")
 
 
 def plainly_refused(endpoint: Endpoint) -> Endpoint:

@@ -42,16 +42,14 @@ class RunModel:
     def answers(self, topk: int, abstain: float | None) -> Answers:
         return self.classifier.answers(topk, abstain)
 
-    def explain(self, image: bytes, branch: str) -> tuple[list[str], bytes]:
-        """Where it looked: the branches from left to right, and their overlays in one PNG.
+    def explain(self, pixels: Pixels, branch: str) -> tuple[list[str], bytes]:
+        """Where it looked in an image (in_chans, h, w): the branches from left to right, and their overlays in one PNG.
 
         Raises:
-            InputError: the image cannot be read, or the model has no such branch.
+            InputError: the model has no such branch, or its map is not finite.
         """
-        _, pixels = self.classifier.prepare(image)
-        if isinstance(pixels, str):
-            raise InputError(pixels)
-        ((_, _, overlays),) = draw_batch(self.classifier, [(pixels, "")], Question(branch=branch))  # type: ignore[arg-type]
+        image = torch.from_numpy(pixels)
+        ((_, _, overlays),) = draw_batch(self.classifier, [(image, "")], Question(branch=branch))  # type: ignore[arg-type]
         return [branch for branch, *_ in overlays], png_of(torch.cat([picture for *_, picture in overlays], 2))
 
 

@@ -41,7 +41,7 @@ class Served:
     Attributes:
         model: what answers.
         about: what `GET /v1/model` says of it.
-        explain: gives branches and a PNG of (an image's bytes, branch); None where the artefact cannot.
+        explain: gives branches and a PNG of (an image's pixels, branch); None where the artefact cannot.
         users: requests that are using it.
     """
 
@@ -66,14 +66,15 @@ class Served:
         except InputError as error:
             raise Refused.because(error) from error
 
-    async def predict(self, images: Sequence[tuple[str, bytes]], answers: Answers) -> list[Prediction]:
-        """Predictions of named image files, in order; of one that cannot be read, why."""
-        prepared = await self.decode([data for _, data in images])
+    async def predict(
+        self, names: Sequence[str], prepared: Sequence[Pixels | str], answers: Answers
+    ) -> list[Prediction]:
+        """Predictions of what `decode` gave, in order; of an image that cannot be read, why."""
         readable = [pixels for pixels in prepared if not isinstance(pixels, str)]
         rows = iter(await self.batches(np.stack(readable)) if readable else ())
         return [
             Prediction(name, error=pixels) if isinstance(pixels, str) else answers.of(name, next(rows))
-            for (name, _), pixels in zip(images, prepared, strict=True)
+            for name, pixels in zip(names, prepared, strict=True)
         ]
 
     async def decode(self, files: Sequence[bytes]) -> list[Pixels | str]:

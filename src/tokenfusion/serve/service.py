@@ -19,9 +19,11 @@ from tokenfusion.serve.measure import STAGE_SECONDS
 from tokenfusion.serve.openapi import openapi
 from tokenfusion.serve.protocol import Protocol
 from tokenfusion.serve.refusal import OURS, Refused, json_response
+from tokenfusion.serve.served import Served
 from tokenfusion.serve.settings import Settings
 from tokenfusion.version import __version__
-from tokenfusion_runtime.image import FORMATS
+from tokenfusion_runtime.errors import InputError
+from tokenfusion_runtime.image import FORMATS, Pixels
 from tokenfusion_runtime.prediction import Answers
 
 PAGE = Path(__file__).parent / "page"
@@ -72,16 +74,25 @@ class Addresses:
         """The answers of `predict`: an object for an image, a list for a form of several."""
         with self.holder.use() as served:
             answers = self.answers(request, served.answers)
-            with STAGE_SECONDS.labels("read").time():
-                given = await read_images(request, self.settings)
-            predictions = await served.predict(given.images, answers)
+            names, several, prepared = await self.read(request, served)
+            predictions = await served.predict(names, prepared, answers)
         found = [prediction.to_dict() for prediction in predictions]
         headers = {"X-Model-SHA256": served.sha256}
-        if given.several:
+        if several:
             return json_response(found, headers=headers)
         if reason := predictions[0].error:
             raise unreadable(reason)
         return json_response(found[0], headers=headers)
+
+    async def read(self, request: Request, served: Served) -> tuple[list[str], bool, list[Pixels | str]]:
+        """Names of a request's images, whether they came as a form, and their pixels; files are let go of here."""
+        with STAGE_SECONDS.labels("read").time():
+            given = await read_images(request, self.settings)
+        return (
+            [name for name, _ in given.images],
+            given.several,
+            await served.decode([file for _, file in given.images]),
+        )
 
     async def explain(self, request: Request) -> Response:
         """Where the classifier looked, as PNG: the branches from left to right, named in a header."""
@@ -95,10 +106,15 @@ class Addresses:
             given = await read_images(request, self.settings)
             if len(given.images) > 1:
                 raise Refused(413, f"{len(given.images)} images", "one is explained at a time", "send one")
+            (pixels,) = await served.decode([given.images[0][1]])
+            del given
+            if isinstance(pixels, str):
+                raise unreadable(pixels)
             try:
-                names, png = await served.in_turn(served.explain, given.images[0][1], branch)
-            except ValueError as error:
-                raise unreadable(str(error)) from error
+                names, png = await served.in_turn(served.explain, pixels, branch)
+            except InputError as error:  # as `explain` says it, of --branch
+                reason, _, remedy = str(error).replace("--branch ", "branch=").partition("; ")
+                raise Refused(400, f"branch={branch}", reason, remedy or "take another branch") from error
         return Response(png, headers=OURS | {"X-Branches": ", ".join(names)}, media_type="image/png")
 
     async def model(self, _: Request) -> Response:

@@ -37,7 +37,7 @@ async function connect() {
   }
   $("token-form").hidden = true;
   const held = model.calibration.held_out_images;
-  const trust = held ? `scores are calibrated on ${held.toLocaleString("en")} images` : "scores are calibrated";
+  const trust = held ? `scores are calibrated on ${held.toLocaleString("en")} images` : "scores are not calibrated";
   const names = model.classes.slice(0, 12).join(", ") + (model.classes.length > 12 ? ", …" : "");
   $("about").textContent = `${model.name} knows ${model.classes.length} classes: ${names}; ${trust}.`;
   if (!held) $("abstain").parentElement.hidden = true;
@@ -117,8 +117,10 @@ function answered(card) {
     if (unsure?.length) parts.push(element("p", `Not sure about: ${unsure.join(", ")}`, "note"));
   } else {
     parts.push(element("p", label === null ? "none of these" : label, "named"));
-    const true_ = label === null ? "Too unsure to name one; the likeliest:" : `Such an answer is right in about ${percent(score)} of cases`;
-    parts.push(element("p", true_, "note"));
+    const right = model?.calibration.held_out_images
+      ? `Such an answer is right in about ${percent(score)} of cases`
+      : `Its score is ${percent(score)}, which says little of how often such answers are right`;
+    parts.push(element("p", label === null ? "Too unsure to name one; the likeliest:" : right, "note"));
   }
   const rows = element("ul", "", "rows");
   for (const row of topk) {
