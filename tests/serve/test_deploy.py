@@ -1,13 +1,17 @@
 """The folders that a classifier is deployed by hold what they need; no image was built and no other server started."""
 
+import ast
 import json
 import os
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import tokenfusion
 from services import NAMES, write_export
@@ -47,6 +51,22 @@ def test_the_folder_for_docker_pins_all_that_is_imported_and_runs_as_no_root(tmp
     owners = packages_distributions()
     needed = {owners[name][0].lower().replace("_", "-").replace(".", "-") for name in modules if name in owners}
     assert needed - pinned - {"tokenfusion", "setuptools", "distutils-precedence"} == set()
+
+
+def test_every_package_that_the_service_imports_is_named_by_its_extra():
+    root = Path(__file__).parents[2]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + project["optional-dependencies"]["serve"]
+    named = {canonicalize_name(Requirement(line).name) for line in lines}
+    owners, used = packages_distributions(), set()
+    for file in (root / "src" / "tokenfusion" / "serve").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            used |= {name.partition(".")[0] for name in names}
+    used = {canonicalize_name(owner) for name in used for owner in owners.get(name, [])}
+    assert {"bentoml", "kantoku", "psutil", "prometheus-client"} <= used
+    assert used - named - {"tokenfusion", "tokenfusion-runtime"} == set()
 
 
 @pytest.mark.parametrize("batch", [None, 8])

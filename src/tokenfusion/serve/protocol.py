@@ -7,6 +7,7 @@ import asyncio
 import json
 import struct
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -90,8 +91,9 @@ class Protocol:
     async def read(self, request: Request, served: Served) -> tuple[dict[str, Any], Pixels]:
         """What is asked for, and the pixels to judge, uint8 (n, in_chans, h, w); files are let go of when decoded."""
         body, header = await read_body(request, self.settings), request.headers.get(SIZE_HEADER)
-        asked, given = await asyncio.to_thread(self.parsed, body, header, served.about["preprocess"])
-        del body
+        parsing = partial(self.parsed, body, header, served.about["preprocess"])
+        asked, given = await asyncio.get_running_loop().run_in_executor(served.decoders, parsing)  # few hold much JSON
+        del body, parsing
         if not isinstance(given, list):
             return asked, given
         prepared = await served.decode(given)
@@ -154,8 +156,8 @@ def plainly_refused(endpoint: Endpoint) -> Endpoint:
     return answered
 
 
-def split_body(body: bytes, header: str | None) -> tuple[dict[str, Any], bytes]:
-    """The JSON of a request, and the tensor behind it."""
+def split_body(body: bytes, header: str | None) -> tuple[dict[str, Any], memoryview]:
+    """The JSON of a request, and the tensor behind it, which is not copied."""
     size = len(body) if header is None else int(header) if header.isdecimal() and len(header) < 12 else -1
     if not 0 <= size <= len(body):
         raise Refused(400, f"{SIZE_HEADER}: {header}", "not a size within the body", "give the bytes of its JSON")
@@ -165,10 +167,10 @@ def split_body(body: bytes, header: str | None) -> tuple[dict[str, Any], bytes]:
         raise Refused(400, "the body", "its JSON cannot be read", REMEDY) from error
     if not isinstance(asked, dict):
         raise Refused(400, "the body", "its JSON is no object", REMEDY)
-    return asked, body[size:]
+    return asked, memoryview(body)[size:]
 
 
-def elements(tensor: bytes) -> Iterator[bytes]:
+def elements(tensor: memoryview) -> Iterator[bytes]:
     """Those of a BYTES tensor: each its length in 4 bytes, the lowest first, and so many bytes."""
     place = 0
     while place < len(tensor):
@@ -176,7 +178,7 @@ def elements(tensor: bytes) -> Iterator[bytes]:
         place += 4 + size
         if place > len(tensor):
             raise Refused(400, "image", "the tensor ends before its last element", "send it whole, as binary data")
-        yield tensor[place - size : place]
+        yield bytes(tensor[place - size : place])
 
 
 def whole_bytes(data: Any) -> Pixels:
