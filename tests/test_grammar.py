@@ -12,6 +12,7 @@ VALUES = {
     "--warm-start-from": ["runs/cnn", "runs/vit"],
     "--pretrained": ["cnn.safetensors", "vit.safetensors"],
     "--models": ["resnet18", "fuse(a,b,late)"],
+    "--allow-origin": ["https://a.org", "http://b.org"],
 }
 VERBS = [(name,) for name in cli.app if name[0] != "-" and name != "analyze"]
 VERBS += [("analyze", name) for name in cli.analyze if name[0] != "-"]
@@ -41,7 +42,7 @@ CASES = [(verb, option) for verb in VERBS for option in options_of_several_value
 
 def test_every_option_of_several_values_is_known():
     assert {option for _, option in CASES} == set(SEVERAL) == set(VALUES)
-    assert {verb[0] for verb, _ in CASES} == {"train", "compare", "check", "profile"}
+    assert {verb[0] for verb, _ in CASES} == {"train", "compare", "check", "profile", "serve"}
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -42,6 +42,7 @@ SEVERAL: dict[str, Callable[[str, int], bool]] = {
     "--warm-start-from": lambda _, before: before < 2,
     "--pretrained": lambda word, before: before < 2 and (word.endswith(WEIGHTS) or not seems_data(word)),
     "--models": lambda word, _: not seems_data(word),
+    "--allow-origin": lambda word, _: word.startswith(("http://", "https://")),
 }
 """Options of several values, and whether a word is one of them, given how many stand before it."""
 
