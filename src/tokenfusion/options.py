@@ -178,6 +178,8 @@ def require_trainable(settings: Recipe, out: Path | None, resume: Path | None) -
     Raises:
         InputError: data, weights, a list or a run is not there, or a run is where one is to be written.
     """
+    if {"RANK", "SLURM_PROCID"} & os.environ.keys():  # of several processes: once they have met, so that all are told
+        return
     if resume:
         require_begun(resume)
         return

@@ -151,8 +151,8 @@ def claim(folder: Path, recipe: Recipe) -> None:
 
 def leave_nothing(folder: Path, kind: type[BaseException] | None, _error: object, _trace: object) -> None:
     """Remove what a run wrote that is refused before its first step; what is called as a block of code ends."""
-    if kind is not None and issubclass(kind, InputError) and is_unused(folder):
-        with suppress(OSError):
+    with suppress(OSError):  # as where it can be neither read nor written any more
+        if kind is not None and issubclass(kind, InputError) and is_unused(folder):
             for name in ("recipe.toml", *BEFORE_THE_FIRST_STEP):
                 (folder / name).unlink(missing_ok=True)
 

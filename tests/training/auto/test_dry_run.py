@@ -22,7 +22,7 @@ IMAGENET = sorted((ROOT / "recipes").glob("imagenet_*.toml"))
 @pytest.fixture(scope="module")
 def planned():
     said = []
-    return plan(small_recipe(epochs=4), said.append)
+    return plan(tiny_recipe(epochs=4), said.append)
 
 
 def test_a_plan_counts_what_a_run_does_and_weighs_what_it_writes(planned, trained):
