@@ -189,7 +189,8 @@ def test_the_card_says_what_was_measured(command, run):
     assert f"differ by {result['ece']:.2%} on average (95 % interval" in card
     assert f"divide logits by {json.loads((run / 'model.json').read_text())['temperature']:.4g}." in card
     for name, scores in result["per_class"].items():
-        assert f"| {name} | {scores['n']} | {scores['precision']:.2%} |" in card
+        precision = "–" if scores["precision"] is None else f"{scores['precision']:.2%}"
+        assert f"| {name} | {scores['n']} | {precision} |" in card
     assert "| epochs | 4 |" in card
     assert "equal to the bit" in card
     assert card.startswith("---\nlibrary_name: timm\n")

@@ -128,8 +128,12 @@ def test_an_empty_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_class_folders(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
-    with pytest.raises(InputError, match=r"1 image directly in it, .* of which it is a class, or a CSV that"):
-        open_dataset(save_tree(tmp_path, {"1.png": pets["cat/1.png"]}))
+    alone = save_tree(tmp_path / "alone" / "photos", {"1.png": pets["cat/1.png"]})
+    with pytest.raises(InputError, match=r"1 image directly in it, .* such as .*/cat/1\.png, or give a CSV that"):
+        open_dataset(alone)
+    parent = save_tree(tmp_path / "pets", {"cat/1.png": pets["cat/1.png"], "dog/1.png": pets["dog/1.png"]})
+    with pytest.raises(InputError, match=r"1 image directly in it, .*/pets, of which it is a class, or a CSV that"):
+        open_dataset(parent / "cat")
 
 
 def test_a_single_class_cannot_be_trained_on(tmp_path: Path, pets: Tree, save_tree: SaveTree) -> None:
