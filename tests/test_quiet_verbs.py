@@ -20,7 +20,7 @@ def run_and_image(request, tmp_path):
         return request.getfixturevalue("run"), request.getfixturevalue("digit")
     source = open_dataset(request.getfixturevalue("shared") / "data" / request.param)
     for index in range(6):
-        folder = tmp_path / "data" / source.classes[source.labels[index]]
+        folder = tmp_path / "data" / ("train", "val")[index % 2] / source.classes[source.labels[index // 2]]
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{index}.jpg"
         F.to_pil_image(source.decode(index, 10**8)).save(path)
