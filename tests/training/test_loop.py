@@ -245,12 +245,12 @@ def test_patience_stops_early_and_ships_the_best_epoch(tmp_path):
     assert not torch.equal(shipped["vit.head.weight"], state["model.vit.head.weight"])
 
 
-def test_training_learns_and_logs(trained):
-    records = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+def test_training_learns_and_logs(learned):
+    records = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records] == [1, 2, 3, 4]
     assert [record["step"] for record in records] == [11, 22, 33, 44]
     assert records[-1]["train_loss"] < records[0]["train_loss"]
-    assert records[-1]["val_top1"] > records[0]["val_top1"]
+    assert records[-1]["val_top1"] > 0.8
     assert all(record["images_per_s"] > 0 and record["peak_memory_mb"] > 0 for record in records)
 
 
