@@ -1,5 +1,6 @@
 """Processes that tests start, kill and wait for: children of one that has imported everything and run nothing yet."""
 
+import gc
 import multiprocessing
 
 import torch
@@ -24,4 +25,5 @@ def as_the_command(start_method, work, words):
     """Loader processes start as the command's own do, and not by another server that imports everything first."""
     multiprocessing.set_start_method(start_method, force=True)
     torch.set_num_threads(1)
+    gc.freeze()  # a look through all that is imported takes longer than most of what tests start
     work(*words)

@@ -1,19 +1,27 @@
 """What several tests need: where shared data may lie, a trained run, and the command."""
 
+import gc
 import io
 import os
 import shutil
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 
 import children  # noqa: F401 - processes of their own are forked from one that has imported everything
 from runs import small_recipe, tiny_recipe
 from tokenfusion import cli
+from tokenfusion.recipe import Recipe
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+"""Takes a folder's name and what makes it."""
 
 torch.set_num_threads(1)  # the tests run side by side, one process a core
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # and so do the processes that they start
@@ -28,40 +36,63 @@ def shared() -> Path:
     return path
 
 
+def pytest_collection_finish() -> None:
+    """All packages are imported: the garbage collector need not look through them again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Whatever a library or another test has set: bits depend on the number of threads."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Folders that the first test process to need them makes, and all others of this session read."""
+    base = tmp_path_factory.getbasetemp()
+    common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def make(name: str, work: Callable[[Path], object]) -> Path:
+        done = common / f"{name} is made"
+        with FileLock(common / f"{name}.lock"):
+            if not done.exists():
+                work(common / name)
+                done.touch()
+        return common / name
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def trained(made_once) -> Path:
     """A finished run; tests that write into it take a copy."""
-    from rich.console import Console
-
-    from tokenfusion.training import start
-
-    run = tmp_path_factory.mktemp("trained") / "run"
-    start(tiny_recipe(epochs=4), run, Console(quiet=True))
-    return run
+    return made_once("trained", partial(train_quietly, tiny_recipe(epochs=4)))
 
 
 @pytest.fixture(scope="session")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def learned(made_once) -> Path:
     """A finished run that names nearly all digits right, for what depends on how sure it is."""
+    return made_once("learned", partial(train_quietly, small_recipe(epochs=4)))
+
+
+def train_quietly(recipe: Recipe, run: Path) -> None:
     from rich.console import Console
 
     from tokenfusion.training import start
 
-    run = tmp_path_factory.mktemp("learned") / "run"
-    start(small_recipe(epochs=4), run, Console(quiet=True))
-    return run
+    start(recipe, run, Console(quiet=True))
 
 
 @pytest.fixture(scope="session")
-def exported(learned, tmp_path_factory) -> Path:
+def exported(learned, made_once) -> Path:
     """That run as ONNX."""
     pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
     from tokenfusion.export.artefact import export
 
-    out = tmp_path_factory.mktemp("exported") / "onnx"
-    export(learned, out)
-    return out
+    return made_once("exported", partial(export, learned))
 
 
 @pytest.fixture(scope="module")
