@@ -3,7 +3,7 @@
 import math
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import BytesIO
@@ -280,9 +280,20 @@ class Classifier:
         return list(self.iter_predictions(several, topk=topk, batch_size=batch_size, abstain=abstain))
 
     def iter_predictions(
-        self, images: Iterable[ImageLike], *, topk: int = 5, batch_size: int = 64, abstain: float | None = None
+        self,
+        images: Iterable[ImageLike],
+        *,
+        topk: int = 5,
+        batch_size: int = 64,
+        abstain: float | None = None,
+        on_damage: Callable[[str, str], object] | None = None,
     ) -> Iterator[Prediction]:
         """As `predict`, batch by batch, for inputs without end; few images wait in memory.
+
+        Args:
+            images, topk, batch_size, abstain: as in `predict`.
+            on_damage: called with the path of each JPEG whose data is damaged and read as far as it goes, and with what
+                libjpeg says of it.
 
         Raises:
             InputError: `topk` names no class, `batch_size` no image, or `abstain` cannot be kept.
@@ -290,7 +301,7 @@ class Classifier:
         if batch_size < 1:
             raise InputError(f"batch_size={batch_size} lets no image into the model; give 1 or more")
         answers = self.answers(topk, abstain)
-        batches = batched(self.prepare_ahead(images), batch_size)
+        batches = batched(self.prepare_ahead(images, on_damage), batch_size)
         return (prediction for batch in batches for prediction in self.predict_prepared(batch, answers))
 
     def answers(self, topk: int = 5, abstain: float | None = None) -> Answers:
@@ -298,25 +309,35 @@ class Classifier:
         cuts = () if abstain is None else cuts_for(abstain, self.surest_errors)
         return Answers(self.classes, self.thresholds, topk, cuts)
 
-    def prepare_ahead(self, images: Iterable[ImageLike]) -> Iterator[Prepared]:
+    def prepare_ahead(
+        self, images: Iterable[ImageLike], on_damage: Callable[[str, str], object] | None = None
+    ) -> Iterator[Prepared]:
         """What `prepare` gives of each image, in order; files are decoded by a few threads, a few ahead.
 
         Arrays and PIL images are prepared before the next is asked for, which may be in the same memory.
         """
         given = (image if isinstance(image, str | Path) else self.prepare(image) for image in images)
-        for _, prepared in decode_ahead(
-            given, lambda image: image if isinstance(image, tuple) else self.prepare(image)
+        for image, found in decode_ahead(
+            given,
+            lambda image: image[1] if isinstance(image, tuple) else self.prepared(image),
+            on_damage=None if on_damage is None else lambda image, said: on_damage(str(image), said),
         ):
-            assert not isinstance(prepared, UnreadableImage)  # which `prepare` has put into words
-            yield prepared
+            if isinstance(image, tuple):
+                yield image
+            else:
+                yield str(image), str(found) if isinstance(found, UnreadableImage) else found
 
     def prepare(self, image: ImageLike) -> Prepared:
         """An image's path, and its prepared pixels or why there are none."""
         path = str(image) if isinstance(image, str | Path) else ""
         try:
-            return path, self.preprocess.resize(decode(image, self.max_pixels, self.preprocess.value_range))
+            return path, self.prepared(image)
         except UnreadableImage as error:
             return path, str(error)
+
+    def prepared(self, image: ImageLike) -> Tensor:
+        """An image's pixels as the model wants them, or UnreadableImage."""
+        return self.preprocess.resize(decode(image, self.max_pixels, self.preprocess.value_range))
 
     def predict_prepared(self, prepared: Sequence[Prepared], answers: Answers) -> Iterator[Prediction]:
         """Predictions of what `prepare` gave, one each, in order."""

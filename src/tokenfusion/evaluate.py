@@ -19,6 +19,7 @@ from tokenfusion.checkpoint import weights_in_words
 from tokenfusion.classifier import Classifier
 from tokenfusion.corruptions import measure_corruptions
 from tokenfusion.data.dataset import Dataset, held_out_name
+from tokenfusion.data.decode import damaged_in_words
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
@@ -57,8 +58,8 @@ def evaluate(
         corruptions: whether to judge the images made worse too; takes some twenty times as long.
 
     Returns:
-        What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split` and the `unreadable` images;
-        of multi-label runs see `multilabel.evaluate_multilabel`. `own`: whether these are the run's own images.
+        What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split`, the `unreadable` images and the
+        `damaged` ones that were read as far as they go; of multi-label runs see `multilabel.evaluate_multilabel`. `own`: whether these are the run's own images.
         `trained_on`: how many images the run was trained on, None where that is not known, and
         `trained_on_left_out`. `cross_fitted`: whether these are the held-out images that temperature and thresholds
         were fitted on, so that each half of them is judged by those of the other half. `corruptions`: what
@@ -89,6 +90,7 @@ def evaluate(
         result["corruptions"] = judge_corrupted(classifier, images, to_output, recipe.workers, progress)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"cross_fitted": cross_fit, "data": place, "split": name, "own": own, "unreadable": unreadable}
+    result |= {"damaged": [{"path": path, "reason": said} for path, said in images.damaged.items()]}
     result |= {"trained_on": judged.trained_on, "trained_on_left_out": judged.left_out}
     result |= {"began_with": list(classifier.began_with), "moved_to": moved_to}
     make_folder(out)
@@ -306,7 +308,8 @@ def evaluation_summary(result: dict[str, Any]) -> list[str]:
     """What an evaluation found, in a few lines."""
     began = [f"began with {weights_in_words(files)}"] if (files := result.get("began_with")) else []
     moved = [f"the images were moved along with the run, to {to}"] if (to := result.get("moved_to")) else []
-    return [*moved, *training_images_in_words(result), *scores_in_words(result), *began]
+    damaged = damaged_in_words({image["path"]: image["reason"] for image in result.get("damaged", ())})
+    return [*moved, *training_images_in_words(result), *[damaged] * bool(damaged), *scores_in_words(result), *began]
 
 
 def training_images_in_words(result: dict[str, Any]) -> list[str]:

@@ -75,6 +75,46 @@ def test_a_range_that_few_images_stretch_is_warned_of(tmp_path: Path) -> None:
     assert "such as 'dark/2.tif' with 65535 to 65535" in line
 
 
+@pytest.mark.parametrize("value", [3e38, -3e38, 1e6])
+def test_an_image_that_would_leave_the_others_nothing_makes_no_part_of_the_range(value, command, tmp_path) -> None:
+    folder = deep_folder(tmp_path / "x", (RAMP * 1000).astype("f4"))
+    source = open_dataset(folder)
+    plain, _ = with_value_range(source, np.arange(len(source)), (), LIMIT)
+    Image.fromarray(np.full((48, 32), value, "f4")).save(folder / "dark" / "2.tif")
+    ranged, line = with_value_range(source, np.arange(len(source)), (), LIMIT)
+    assert ranged.value_range == plain.value_range == (0, 1000)
+    assert "warning: 1 of these images has values so far from all others' that they make no part of the range" in line
+    assert f"such as 'dark/2.tif' with {np.float32(value):.9g} to {np.float32(value):.9g}" in line
+    assert command("check", folder, "--out", tmp_path / "found")[0] == 0
+    found = json.loads((tmp_path / "found" / "check.json").read_text())
+    assert found["exact_duplicates"] == []
+    assert [image["path"] for image in found["unreadable"]] == ["dark/2.tif"]
+
+
+@pytest.mark.parametrize("value", [-3.4028234e38, -9.9e4, 3e38])
+def test_values_that_stand_for_none_make_no_part_of_the_range(value: float, tmp_path: Path) -> None:
+    values = (RAMP * 1000).astype("f4")
+    values[:9] = value  # in every image, as where a map ends
+    source = open_dataset(deep_folder(tmp_path / "x", values))
+    source, line = with_value_range(source, np.arange(len(source)), (), LIMIT)
+    assert source.value_range == (0, 1000)
+    assert f"make no part of it, such as {np.float32(value):.9g} in 'dark/0.tif'" in line
+    assert source.decode(0, LIMIT)[0, 0].unique().tolist() == [255 * (value > 0)]
+
+
+@pytest.mark.parametrize("kind", ["a value for none that is not far enough to be told", "levels of their own"])
+def test_a_range_of_which_most_images_use_little_is_warned_of(kind: str, tmp_path: Path) -> None:
+    values = (RAMP * 800).astype("f4")
+    if "none" in kind:
+        values[:9] = -9999
+    folder = deep_folder(tmp_path / "x", values)
+    for number, path in enumerate(sorted(folder.glob("*/*.tif")) if "levels" in kind else []):
+        Image.fromarray((RAMP[:, :32] * 40 + 1000 * number).astype("f4")).save(path)
+    source = open_dataset(folder)
+    line = with_value_range(source, np.arange(len(source)), (), LIMIT)[1]
+    assert "warning: most values of most images lie within 32 of 256 shades of gray, as those of " in line
+
+
 def test_what_is_no_number_is_black_and_broken_pixels_decide_nothing(tmp_path: Path) -> None:
     values = np.tile((RAMP * 1000).astype("f4"), (4, 4))
     values[0, :3] = np.nan, np.inf, 1e9

@@ -208,14 +208,17 @@ def group_of(dataset: Dataset, group: list[int]) -> dict[str, Any]:
 
 
 def find_unusual(dataset: Dataset, inspections: list[Inspection]) -> dict[str, list[dict[str, Any]]]:
-    """Readable images that are tiny, huge, animated or oddly coloured."""
-    found: dict[str, list[dict[str, Any]]] = {"tiny": [], "huge": [], "animated": [], "odd_colour": []}
+    """Readable images that are damaged, tiny, huge, animated or oddly coloured."""
+    found: dict[str, list[dict[str, Any]]] = {
+        kind: [] for kind in ("damaged", "tiny", "huge", "animated", "odd_colour")
+    }
     read = {index: image for index, image in enumerate(inspections) if not image.reason}
     sides = np.array([sorted((image.height, image.width)) for image in read.values()] or [[0, 0]])
     short, long = np.median(sides, 0) * (TINY, HUGE)
     for index, image in read.items():
         size = f"{image.width}×{image.height} pixels"
         reasons = {
+            "damaged": image.damage,
             "tiny": size * bool(min(image.height, image.width) < short),
             "huge": size * bool(max(image.height, image.width) > long),
             "animated": image.frames,

@@ -3,7 +3,7 @@
 import hashlib
 import re
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 
 import numpy as np
@@ -13,7 +13,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.dataset import Dataset
-from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_image, has_deep_channels
+from tokenfusion.data.decode import (
+    UnreadableImage,
+    decode_ahead,
+    decode_image,
+    decode_plain,
+    has_deep_channels,
+    is_plain,
+)
 from tokenfusion_runtime.decoding import decoding
 from tokenfusion_runtime.image import FORMATS, ValueRange, is_deep
 
@@ -47,6 +54,8 @@ class Inspection:
     """A hash of size and decoded pixels: equal for exact duplicates only."""
     thumbnail: Tensor = NO_THUMBNAIL
     """uint8 (3, SIDE, SIDE)."""
+    damage: str = ""
+    """What libjpeg says of damaged data that it decodes all the same; empty where it says nothing."""
 
     @property
     def kind(self) -> str:
@@ -70,9 +79,17 @@ def inspect_images(
     """
     dataset.reader.require_there()
     inspections: list[Inspection] = []
-    count = len(dataset)
-    for _, found in decode_ahead(range(count), lambda i: inspect_image(dataset, i, max_pixels, i in compared)):
-        inspections.append(Inspection(reason=str(found)) if isinstance(found, UnreadableImage) else found)
+    count, damaged = len(dataset), dict[int, str]()
+    images = decode_ahead(
+        range(count),
+        lambda index: inspect_image(dataset, index, max_pixels, index in compared),
+        on_damage=damaged.__setitem__,
+    )
+    for index, found in images:
+        if isinstance(found, UnreadableImage):
+            inspections.append(Inspection(reason=str(found)))
+        else:
+            inspections.append(replace(found, damage=damaged.get(index, "")))
         progress(len(inspections), count)
     return inspections
 
@@ -89,6 +106,8 @@ def inspect_image(dataset: Dataset, index: int, max_pixels: int, compared: bool)
         image = decode_image(data, max_pixels=max_pixels, value_range=dataset.value_range)
         with decoding(), Image.open(BytesIO(data), formats=FORMATS) as file:
             colour, frames = odd_colour(file, data) + beyond(file, dataset.value_range), further_frames(file)
+            if file.format == "JPEG" and not is_plain(file):
+                decode_plain(data)  # for what libjpeg says of it; Pillow, which has decoded it, keeps that to itself
     else:
         image = dataset.decode(index, max_pixels)
     height, width = image.shape[1:]

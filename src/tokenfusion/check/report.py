@@ -27,6 +27,7 @@ MAX_LISTED = 200
 """Images of a kind that are listed at most."""
 KINDS = {
     "unreadable": "Unreadable",
+    "damaged": "Damaged",
     "tiny": "Tiny",
     "huge": "Huge",
     "animated": "Animated",

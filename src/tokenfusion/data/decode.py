@@ -6,9 +6,11 @@ single wrong byte in a PNG's data ends the process with a segmentation fault in 
 """
 
 import os
+import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from io import BytesIO
 from typing import TypeVar
 
@@ -19,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tokenfusion_runtime.decoding import decoding
+from tokenfusion_runtime.decoding import decoding, printed, printed_by
 from tokenfusion_runtime.errors import UnreadableImage
 from tokenfusion_runtime.image import (
     EXTENSIONS,
@@ -42,6 +44,8 @@ __all__ = ["EXTENSIONS", "LFS_POINTER", "UnreadableImage", "ValueRange", "is_ima
 THREADS = min(4, os.cpu_count() or 1)
 """Threads that decode at the same time."""
 RGB = 3  # torchvision's ImageReadMode.RGB, as its operator takes it
+DAMAGE = re.compile("Corrupt JPEG data: (?!bad ICC)|Premature end of JPEG|Inconsistent progression")
+"""How what libjpeg prints of pixels begins; the rest is of headers."""
 
 
 Item = TypeVar("Item")
@@ -129,7 +133,10 @@ def has_deep_channels(image: Image.Image, data: bytes) -> bool:
 
 
 def decode_ahead(
-    items: Iterable[Item], decode: Callable[[Item], Decoded], waiting: int = 2 * THREADS
+    items: Iterable[Item],
+    decode: Callable[[Item], Decoded],
+    waiting: int = 2 * THREADS,
+    on_damage: Callable[[Item, str], object] | None = None,
 ) -> Iterator[tuple[Item, Decoded | UnreadableImage]]:
     """Decode by a few threads, in order, only so far ahead that few images wait in memory.
 
@@ -138,28 +145,64 @@ def decode_ahead(
         decode: called with each in one of the threads; what it gives is passed on, and so is an UnreadableImage that
             it raises.
         waiting: most images that are decoded, or being decoded, and not yet taken.
+        on_damage: called with each item of which libjpeg says that its data is damaged, though it gives a picture, and
+            with what it says, before the item is yielded.
 
     Yields:
         each item, with what it decoded to or the reason why it cannot be.
     """
 
-    def attempt(item: Item) -> Decoded | UnreadableImage:
+    def attempt(item: Item) -> tuple[Decoded | UnreadableImage, bool]:
+        before = printed()
         try:
             with large_ones_alone():
-                return decode(item)
+                found: Decoded | UnreadableImage = decode(item)
         except UnreadableImage as error:
-            return error
+            return error, False
+        return found, printed() != before
 
-    begun: deque[tuple[Item, Future[Decoded | UnreadableImage]]] = deque()
+    def settle() -> tuple[Item, Decoded | UnreadableImage]:
+        item, future = begun.popleft()
+        found, suspect = future.result()
+        if suspect and on_damage is not None:  # something was printed meanwhile, perhaps of another image
+            wait([other for _, other in begun])
+            if damage := damage_of(lambda: decode(item)):
+                on_damage(item, damage)
+        return item, found
+
+    begun: deque[tuple[Item, Future[tuple[Decoded | UnreadableImage, bool]]]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             for item in items:
                 begun.append((item, pool.submit(attempt, item)))
                 if len(begun) > waiting:
-                    first, future = begun.popleft()
-                    yield first, future.result()
+                    yield settle()
             while begun:
-                first, future = begun.popleft()
-                yield first, future.result()
+                yield settle()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def damage_of(decode: Callable[[], object]) -> str:
+    """What libjpeg says of damaged data while `decode` runs, and no other thread decodes; "" where it says nothing.
+
+    It decodes such data all the same, as far as it goes, and says so by a line of C's standard error alone.
+    """
+    with suppress(UnreadableImage):
+        for line in printed_by(decode).splitlines():
+            if DAMAGE.match(line):
+                return line.removeprefix("Corrupt JPEG data: ")
+    return ""
+
+
+def damaged_in_words(damaged: Mapping[str, str]) -> str:
+    """How many JPEGs have damaged data, and what libjpeg says of the first; "" where none has.
+
+    Args:
+        damaged: what it says of each, by name.
+    """
+    if not damaged:
+        return ""
+    name, said = next(iter(damaged.items()))
+    have = "1 JPEG has" if len(damaged) == 1 else f"{len(damaged):,} JPEGs have"
+    return f"{have} damaged data, read as far as it goes, such as {name!r} ({said})"

@@ -39,6 +39,9 @@ class Images:
     """uint64 (N,): of the pixels as they were first read, by which an image is known, and one that changes noticed."""
     checked: bool = True
     """Whether every image was decoded once; where not, an unreadable one shows while training."""
+    damaged: dict[str, str] = field(default_factory=dict)
+    """Names of JPEGs whose data is damaged, and what libjpeg says of each; of those that Pillow decodes (turned or of
+    inks) it says nothing."""
     labels: Tensor = field(init=False)
     """int64 (N,); of multi-label data bool (N, K)."""
     weights: Tensor | None = field(init=False)
@@ -112,7 +115,12 @@ def read_images(
     checksums: list[int] = []
     skipped: list[Skipped] = []
     keep = True
-    images = decode_ahead(map(int, indices), lambda index: dataset.decode(index, max_pixels))
+    damaged: dict[str, str] = {}
+    images = decode_ahead(
+        map(int, indices),
+        lambda index: dataset.decode(index, max_pixels),
+        on_damage=lambda index, said: damaged.setdefault(dataset.names[index], said),
+    )
     for done, (index, image) in enumerate(images):
         if progress is not None and done % 64 == 0:
             progress(done, len(indices))
@@ -132,7 +140,7 @@ def read_images(
     chosen = dataset.subset(readable)
     if keep:
         chosen = replace(chosen, reader=as_pixels(pixels, sizes), rows=None, shards=None)
-    found = Images(chosen, max_pixels, keep, np.array(checksums, dtype=np.uint64))
+    found = Images(chosen, max_pixels, keep, np.array(checksums, dtype=np.uint64), damaged=damaged)
     return found, skipped
 
 

@@ -18,6 +18,13 @@ DARK = 63
 """Highest value, to 255, of colour images of 16 bits that are warned of: two bits or more are not used."""
 STRETCHED = 4
 """How many times as wide a range may become by its rarest images: two bits are lost to the others."""
+LOST = 64
+"""Where it would become so many times as wide, the others would keep four shades of gray: these images or values then
+decide nothing."""
+FEW = 32
+"""Shades of gray; where most images use fewer, the range is warned of."""
+LEAST = 5
+"""Images of which one may be unlike the others."""
 EIGHT_BITS = (".jpg", ".jpeg", ".jpe", ".jfif", ".gif", ".bmp", ".webp")
 """Endings of files that never have more."""
 
@@ -34,6 +41,10 @@ class Values:
     """Without the rare ones."""
     whole: bool
     """Whether they are integers."""
+    width: float
+    """What most of them span, without a least or greatest one that lies apart."""
+    lone: float | None = None
+    """The least or greatest value where it lies far from all others, as what stands for no value (-3.4e38) does."""
 
 
 def with_value_range(
@@ -61,19 +72,59 @@ def with_value_range(
         ) + f"; {dark}" * bool(dark)
     if not deep:
         return dataset, dark
-    low_high = find_range(deep)
+    near, far = told_apart(deep)
+    low_high = find_range(near)
     share = f"{len(deep):,} of the {len(looked_at):,} training images looked at, which have more than 8 bits"
     line = (
         f"value range: {in_words(low_high)}, found in {share}; what lies beyond is cut off (--value-range sets another)"
     )
-    warnings = [words for words in (stretched_in_words(deep), dark) if words]
-    return replace(dataset, value_range=low_high), "; ".join([line, *warnings])
+    said = (
+        lone_in_words(near, low_high),
+        far_in_words(far) or stretched_in_words(near) or few_in_words(near, low_high),
+        dark,
+    )
+    return replace(dataset, value_range=low_high), "; ".join([line, *(words for words in said if words)])
+
+
+def most(deep: Sequence[Values]) -> ValueRange:
+    """The lowest and the highest value but for a tenth of the images at either end."""
+    low = np.quantile([image.low for image in deep], 0.1, method="higher")
+    return float(low), float(np.quantile([image.high for image in deep], 0.9, method="lower"))
+
+
+def told_apart(deep: Sequence[Values]) -> tuple[list[Values], list[Values]]:
+    """The images that make the range, and those that would leave the others next to nothing of it."""
+    low, high = most(deep)
+    room = LOST * (high - low)
+    far = [image for image in deep if image.low < low - room or image.high > high + room]
+    if not room > 0 or len(deep) < LEAST or 10 * len(far) > max(10, len(deep)):
+        return list(deep), []
+    return [image for image in deep if image not in far], far
+
+
+def far_in_words(far: Sequence[Values]) -> str:
+    """A warning of images that make no part of the range; "" where there are none."""
+    if not far:
+        return ""
+    have = "1 of these images has" if len(far) == 1 else f"{len(far):,} of these images have"
+    return (
+        f"warning: {have} values so far from all others' that they make no part of the range, such as {far[0].name!r} "
+        f"with {in_words((far[0].low, far[0].high))}: they are cut off, or the image refused; mend it, or take it away"
+    )
+
+
+def lone_in_words(deep: Sequence[Values], low_high: ValueRange) -> str:
+    """Which values make no part of the range, as they stand for none; "" where none are."""
+    low, high = low_high
+    lone = [(value, image.name) for image in deep if (value := image.lone) is not None and not low <= value <= high]
+    if not lone:
+        return ""
+    return f"values far from all others of their image make no part of it, such as {lone[0][0]:.9g} in {lone[0][1]!r}"
 
 
 def stretched_in_words(deep: Sequence[Values]) -> str:
     """A warning where a tenth of the images or fewer make the range more than four times as wide; "" where not."""
-    low = float(np.quantile([image.low for image in deep], 0.1, method="higher"))
-    high = float(np.quantile([image.high for image in deep], 0.9, method="lower"))
+    low, high = most(deep)
     outer = min(image.low for image in deep), max(image.high for image in deep)
     if outer[1] - outer[0] <= STRETCHED * (high - low):
         return ""
@@ -82,6 +133,19 @@ def stretched_in_words(deep: Sequence[Values]) -> str:
         f"warning: {len(far):,} of these images have values far from the others', {in_words((low, high))}, such as "
         f"{far[0].name!r} with {in_words((far[0].low, far[0].high))}: most images keep few shades of gray; take these "
         "away, or give --value-range LOW HIGH"
+    )
+
+
+def few_in_words(deep: Sequence[Values], low_high: ValueRange) -> str:
+    """A warning where most images use few of the shades of gray that the range has; "" where not."""
+    widths = np.array([image.width for image in deep])
+    shades = 256 * float(np.median(widths)) / (low_high[1] - low_high[0])
+    if not 0 < shades < FEW:
+        return ""
+    usual = deep[int(np.argsort(widths)[len(widths) // 2])]
+    return (
+        f"warning: most values of most images lie within {FEW} of 256 shades of gray, as those of {usual.name!r}, which "
+        f"span {usual.width:.9g}; give --value-range LOW HIGH for more"
     )
 
 
@@ -132,10 +196,28 @@ def summary_of(name: str, values: np.ndarray) -> Values | None:
     finite = values[np.isfinite(values)]
     if not finite.size:
         return None
-    some = finite[:: -(-finite.size // MOST_VALUES)]
+    some = finite[:: -(-finite.size // MOST_VALUES)].astype(np.float64)
+    some, lone = without_lone(some, LOST)
+    together, _ = without_lone(some, STRETCHED)
+    width = float(np.ptp(together))
     low, high = np.quantile(some, RARE, method="lower"), np.quantile(some, 1 - RARE, method="higher")
     whole = values.dtype.kind in "ui"
-    return Values(printable(name), float(finite.min()), float(finite.max()), float(low), float(high), whole)
+    return Values(
+        printable(name), float(finite.min()), float(finite.max()), float(low), float(high), whole, width, lone
+    )
+
+
+def without_lone(values: np.ndarray, times: float) -> tuple[np.ndarray, float | None]:
+    """Values (N,) without the least or the greatest where these lie far from all others, by more than `times` what the
+    others span; and one of those."""
+    lone = None
+    for end in (values.min(), values.max()):
+        others = values[values != end]
+        if others.size:
+            low, high = others.min(), others.max()
+            if min(abs(end - low), abs(end - high)) > times * (high - low) > 0:
+                values, lone = others, float(end)
+    return values, lone
 
 
 def find_range(deep: Sequence[Values]) -> ValueRange:

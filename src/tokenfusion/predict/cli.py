@@ -147,10 +147,11 @@ def print_images(
     from tokenfusion.processes import first_import
     from tokenfusion_runtime.abstain import why_silent
     from tokenfusion_runtime.files import expand
-    from tokenfusion_runtime.output import first_widths, print_predictions
+    from tokenfusion_runtime.output import first_widths, print_predictions, spelled_out
 
     with first_import("timm"):
         from tokenfusion.classifier import Classifier
+        from tokenfusion.data.decode import damaged_in_words
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
@@ -161,7 +162,8 @@ def print_images(
     images = expand(paths) if "-" in paths else list(expand(paths))
     above = sys.stdout.isatty()  # rows that go to the same terminal are printed above the bar
     with bars(errors, redirect_stdout=above) as show:
-        found = classifier.iter_predictions(images, topk=topk, abstain=abstain)
+        damaged: dict[str, str] = {}
+        found = classifier.iter_predictions(images, topk=topk, abstain=abstain, on_damage=damaged.setdefault)
         if silent := "" if abstain is None else why_silent(abstain, classifier.surest_errors):
             print(f"nothing is answered: {silent}", file=sys.stderr)
         predictions = counted_off(found, len(images), show) if isinstance(images, list) else found
@@ -171,6 +173,8 @@ def print_images(
             several = classifier.multi_label
             widths = first_widths(images, classifier.classes, several)
             failed = print_predictions(predictions, output, topk=topk, multi_label=several, widths=widths)
+    if damaged:
+        print(spelled_out(damaged_in_words(damaged)), file=sys.stderr)
     if failed:
         print(f"{failed} of the images could not be read", file=sys.stderr)
         held = next((path for path in paths if kind_of(path) in (Kind.LIST, Kind.PARQUET, Kind.TAR)), "")

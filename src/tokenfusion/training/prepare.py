@@ -10,6 +10,7 @@ from tokenfusion.checkpoint import load_description, value_range_of, weights_in_
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset, held_out_name
+from tokenfusion.data.decode import damaged_in_words
 from tokenfusion.data.decoded import Images, Skipped, read_images, require_every_class, unread_images, write_skipped
 from tokenfusion.data.describe import describe
 from tokenfusion.data.exclude import EXCLUDED, keep_list
@@ -171,6 +172,7 @@ def decode_images(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tu
     if skipped and run.world.is_first:
         write_skipped(run.folder / "skipped.csv", skipped)
         run.say(f"set aside {counted(len(skipped), 'unreadable image')}, listed in {run.folder / 'skipped.csv'}")
+    run.say(damaged_in_words(training.damaged | held_out.damaged))
     require_every_class(training, source.classes, skipped)
     refuse_damage(parts, training, held_out, skipped, recipe)
     where = "kept in memory" if training.cached else f"over cache_mb={recipe.cache_mb}, so decoded anew each epoch"
