@@ -58,8 +58,9 @@ def evaluate(
         corruptions: whether to judge the images made worse too; takes some twenty times as long.
 
     Returns:
-        What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split`, the `unreadable` images and the
-        `damaged` ones that were read as far as they go; of multi-label runs see `multilabel.evaluate_multilabel`. `own`: whether these are the run's own images.
+        What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split`, the `unreadable` images and
+        those `damaged`, which were read as far as they go; of multi-label runs see `multilabel.evaluate_multilabel`.
+        `own`: whether these are the run's own images.
         `trained_on`: how many images the run was trained on, None where that is not known, and
         `trained_on_left_out`. `cross_fitted`: whether these are the held-out images that temperature and thresholds
         were fitted on, so that each half of them is judged by those of the other half. `corruptions`: what

@@ -21,8 +21,8 @@ PRINTED = ctypes.create_string_buffer(2**16)
 """What C libraries print while images are decoded; what goes beyond is lost."""
 
 
-def c_stderr() -> tuple[ctypes.c_void_p, ctypes.c_void_p | None, ctypes.CDLL | None]:
-    """The variable `stderr` of C's library, a stream into memory and that library; nowhere where these are not found."""
+def c_stderr() -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.CDLL | None]:
+    """The variable `stderr` of C's library, a stream into memory and that library; nowhere where there are none."""
     with suppress(OSError, TypeError, ValueError, AttributeError):
         library = ctypes.CDLL(None)
         library.fmemopen.restype, library.ftell.restype = ctypes.c_void_p, ctypes.c_long
@@ -30,7 +30,7 @@ def c_stderr() -> tuple[ctypes.c_void_p, ctypes.c_void_p | None, ctypes.CDLL | N
         into_memory = ctypes.c_void_p(library.fmemopen(PRINTED, len(PRINTED), b"w"))
         library.setvbuf(into_memory, None, 2, 0)  # unbuffered (_IONBF)
         return stderr, into_memory, library
-    return ctypes.c_void_p(), None, None
+    return ctypes.c_void_p(), ctypes.c_void_p(), None
 
 
 C_STDERR, INTO_MEMORY, C_LIBRARY = c_stderr()
@@ -63,7 +63,7 @@ def decoding() -> Iterator[None]:
     with lifted_lock:
         if lifted == 0:
             pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            C_STDERR.value = INTO_MEMORY and INTO_MEMORY.value
+            C_STDERR.value = INTO_MEMORY.value
             make_room(len(PRINTED) // 2)
         if NOT_FOR_USERS not in warnings.filters:
             warnings.filterwarnings("ignore", module=NOT_FOR_USERS[3].pattern)
@@ -103,4 +103,4 @@ def printed_by(decode: Callable[[], object]) -> str:
         make_room(0 if lifted == 0 else len(PRINTED))
     start = in_memory()
     decode()
-    return bytes(PRINTED[start : in_memory()]).decode(errors="replace")
+    return PRINTED.raw[start : in_memory()].decode(errors="replace")

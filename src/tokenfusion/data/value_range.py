@@ -144,8 +144,8 @@ def few_in_words(deep: Sequence[Values], low_high: ValueRange) -> str:
         return ""
     usual = deep[int(np.argsort(widths)[len(widths) // 2])]
     return (
-        f"warning: most values of most images lie within {FEW} of 256 shades of gray, as those of {usual.name!r}, which "
-        f"span {usual.width:.9g}; give --value-range LOW HIGH for more"
+        f"warning: most values of most images lie within {FEW} of 256 shades of gray, as those of {usual.name!r}, "
+        f"which span {usual.width:.9g}; give --value-range LOW HIGH for more"
     )
 
 
