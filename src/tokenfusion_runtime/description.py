@@ -20,15 +20,7 @@ def read_description(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: there is none, or it is damaged or of a newer version.
     """
-    path = folder / "model.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{path} cannot be read: {error.strerror}; give the folder that `tokenfusion export --out` wrote"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); export again") from error
+    description = read_model_json(folder)
     version = description.get("export_format") if isinstance(description, dict) else None
     if type(version) is not int:
         raise InputError(f"{folder} is no exported classifier; `tokenfusion export RUN --out DIR` writes one")
@@ -38,8 +30,27 @@ def read_description(folder: Path) -> dict[str, Any]:
             "update tokenfusion-runtime"
         )
     if fault := fault_of(description):
-        raise InputError(f"{path} {fault}; it is damaged, export again")
+        raise InputError(f"{folder / 'model.json'} {fault}; it is damaged, export again")
     return description
+
+
+def read_model_json(folder: Path) -> Any:
+    """What the `model.json` of an exported folder, or of a run, says, whatever that is.
+
+    Raises:
+        InputError: there is none, or it is not JSON.
+    """
+    path = folder / "model.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror}; give the folder that `tokenfusion export --out` wrote"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path} is not JSON ({error}); it is damaged, copy the folder whole or export again"
+        ) from error
 
 
 def fault_of(description: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -10,8 +10,8 @@ from tokenfusion.serve.measure import REFUSED
 from tokenfusion.serve.refusal import Refused, overloaded
 
 HEALTH = frozenset({"/livez", "/readyz", "/healthz"})
-SAME = {"/v2/health/live": "/livez", "/v2/health/ready": "/readyz"}
-"""Other names of health's addresses, those of the Open Inference Protocol."""
+SAME = {"/v2/health/live": "/livez", "/v2/health/ready": "/readyz", "/v2/models/{name}/ready": "/readyz"}
+"""Other names of health's addresses; the Open Inference Protocol counts all three as health."""
 MEASURES = "/metrics"
 STATIC = "/static_content/swagger-ui"
 """Beginning of the two files of BentoML's that the page /docs needs."""
@@ -22,24 +22,32 @@ class Guard:
 
     Args:
         app: BentoML's, with our addresses in it.
-        known: whether there is an address; BentoML would keep a measure for every other one that is ever asked for.
-        token: that requests must bring; "" for none.
+        known: addresses that there are; BentoML would keep a measure for every other one that is ever asked for.
+        pattern: an address with {name} in place of the name of the classifier in use.
+        token: gives what requests must bring now; "" for nothing.
         free: addresses that need no token.
     """
 
-    def __init__(self, app: ASGIApp, known: Callable[[str], bool], token: str, free: frozenset[str]) -> None:
-        self.app, self.known, self.free = app, known, free | HEALTH
-        self.token = hashlib.sha256(token.encode()).digest() if token else None
+    def __init__(
+        self,
+        app: ASGIApp,
+        known: Container[str],
+        pattern: Callable[[str], str],
+        token: Callable[[], str],
+        free: frozenset[str],
+    ) -> None:
+        self.app, self.known, self.pattern, self.token, self.free = app, known, pattern, token, free | HEALTH
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # a websocket, of which there is none
             return await send({"type": "websocket.close", "code": 1000})
-        if scope["path"] in SAME:
-            scope = {**scope, "path": (path := SAME[scope["path"]]), "raw_path": path.encode()}
+        pattern = self.pattern(scope["path"])
+        if pattern in SAME:
+            scope = {**scope, "path": (pattern := SAME[pattern]), "raw_path": pattern.encode()}
         path, refused = scope["path"], None
-        if not (path in HEALTH or path == MEASURES or path.startswith(STATIC) or self.known(path)):
+        if not (path in HEALTH or path == MEASURES or path.startswith(STATIC) or pattern in self.known):
             refused = Refused(404, path[:200], "no such address", "see /docs")
         elif not self.allowed(scope):
             refused = Refused(401, "Authorization", "not the token of this service", "send Authorization: Bearer TOKEN")
@@ -50,13 +58,13 @@ class Guard:
 
     def allowed(self, scope: Scope) -> bool:
         """Whether a request may be answered."""
-        path = scope["path"]
-        if self.token is None or path in self.free or path.startswith(STATIC):
+        path, wanted = scope["path"], self.token()
+        if not wanted or path in self.free or path.startswith(STATIC):
             return True
         sent = dict(scope["headers"]).get(b"authorization", b"")
         kind, _, token = sent.partition(b" ")
-        matches = hmac.compare_digest(hashlib.sha256(token.strip()).digest(), self.token)
-        return matches and kind.lower() == b"bearer"
+        same_length = [hashlib.sha256(one).digest() for one in (token.strip(), wanted.encode())]
+        return hmac.compare_digest(*same_length) and kind.lower() == b"bearer"
 
 
 def in_our_words(scope: Scope, receive: Receive, send: Send) -> Send:

@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -23,10 +24,16 @@ from prometheus_client.multiprocess import mark_process_dead
 from psutil import NoSuchProcess
 
 from tokenfusion.errors import InputError
-from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, Settings
+from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, WAIT, Settings
 
 SECONDS_BETWEEN_LOOKS = 0.5
 """How often it looks whether a worker has died."""
+
+SECONDS_STEADY = 10
+"""A worker that dies within so many seconds of its start is thought to do so again."""
+
+LONGEST_WAIT = 30
+"""Seconds between the tries of workers that do."""
 
 
 def launch(settings: Settings, host: str, port: int, say: Callable[[str], None]) -> int:
@@ -46,21 +53,7 @@ def launch(settings: Settings, host: str, port: int, say: Callable[[str], None])
     """
     with tempfile.TemporaryDirectory(prefix="tokenfusion-serve-") as folder:
         listening = listen(host, port)
-        cannot_start = False
-
-        def reaped(process_pid: int, exit_code: int, **_: Any) -> bool:
-            nonlocal cannot_start
-            mark_process_dead(process_pid, folder)  # whose requests are under way no more
-            cannot_start |= exit_code == CANNOT_START and not Path(folder, CAME_UP).exists()
-            return True
-
-        def spawning(**_: Any) -> bool:
-            return not cannot_start  # without a worker, circus ends
-
-        def stopping(**_: Any) -> bool:
-            listening.close()  # so that who comes now is refused at once, rather than kept waiting
-            return True
-
+        hooks = Hooks(folder, listening)
         watcher = Watcher(
             "workers",
             sys.executable,
@@ -70,7 +63,7 @@ def launch(settings: Settings, host: str, port: int, say: Callable[[str], None])
             env=settings.to_environment() | environment(folder),
             use_sockets=True,
             graceful_timeout=4 * settings.seconds,
-            hooks={"after_reap": (reaped, True), "before_spawn": (spawning, False), "before_stop": (stopping, True)},
+            hooks={name: (getattr(hooks, name), name != "before_spawn") for name in HOOKS},
         )
         arbiter = Arbiter(
             [watcher],
@@ -84,9 +77,67 @@ def launch(settings: Settings, host: str, port: int, say: Callable[[str], None])
         if is_open(listening.host, settings):
             say("whoever reaches this address may ask; --token-file FILE lets in only those who have its token")
         failed = arbiter.start().exception()
-        if failed is not None and not cannot_start:
+        if failed is not None and not hooks.cannot_start:
             raise failed
-    return 2 if cannot_start else 0
+    return 2 if hooks.cannot_start else 0
+
+
+class Hooks:
+    """What is done as workers come and go.
+
+    Attributes:
+        cannot_start: whether a worker ended before any had come up, for which the service ends.
+    """
+
+    def __init__(self, folder: str, listening: CircusSocket) -> None:
+        self.folder, self.listening, self.cannot_start, self.ends = folder, listening, False, False
+        self.began = dict[int, float]()
+        self.early, self.said = 0, ""
+
+    @property
+    def wait(self) -> float:
+        """Seconds that the next worker waits: none after one early death, and twice as long after each further one."""
+        return min(LONGEST_WAIT, 2.0 ** (self.early - 2)) if self.early > 1 else 0.0
+
+    def before_spawn(self, watcher: Watcher, **_: Any) -> bool:
+        """Whether there shall be a worker, which is told how long to wait; without one, circus ends."""
+        watcher.env[WAIT] = f"{self.wait}"
+        return not self.cannot_start
+
+    def after_spawn(self, pid: int, **_: Any) -> bool:
+        """Note when it may begin."""
+        self.began[pid] = time.monotonic() + self.wait
+        return True
+
+    def after_reap(self, process_pid: int, exit_code: int, **_: Any) -> bool:
+        """Count a death, and say each way to die once."""
+        mark_process_dead(process_pid, self.folder)  # whose requests are under way no more
+        lived = time.monotonic() - self.began.pop(process_pid, 0.0)
+        if self.ends:
+            return True
+        how = f"by signal {-exit_code}" if exit_code < 0 else f"with status {exit_code}"
+        if not Path(self.folder, CAME_UP).exists():
+            self.cannot_start = True
+            if exit_code != CANNOT_START:  # who ends so has said why
+                print(
+                    f"error: a worker ended {how} before it could answer; see what it said", file=sys.stderr, flush=True
+                )
+            return True
+        self.early = self.early + 1 if lived < SECONDS_STEADY else 0
+        if not self.early or how != self.said:
+            remedy = "another takes its place, and what it was answering is lost to its clients, who may ask again"
+            print(f"worker {process_pid} ended {how}: {remedy}", file=sys.stderr, flush=True)
+        self.said = how
+        return True
+
+    def before_stop(self, **_: Any) -> bool:
+        """Let who comes now be refused at once, rather than kept waiting."""
+        self.ends = True
+        self.listening.close()
+        return True
+
+
+HOOKS = ("before_spawn", "after_spawn", "after_reap", "before_stop")
 
 
 def heed_signals(arbiter: Arbiter, watcher: Watcher) -> None:

@@ -37,23 +37,17 @@ class Protocol:
         self.holder, self.settings = holder, settings
 
     def routes(self) -> list[Route]:
-        """Each with its errors as the protocol wants them; those of its health are the guard's."""
+        """Each with its errors as the protocol wants them; health, the model's too, is the guard's."""
         model = "/v2/models/{name}"
         return [
             Route("/v2", plainly_refused(self.server)),
             Route(model, plainly_refused(self.metadata)),
-            Route(f"{model}/ready", plainly_refused(self.ready)),
             Route(f"{model}/infer", plainly_refused(self.infer), methods=["POST"]),
         ]
 
     async def server(self, _: Request) -> Response:
         """What the server is."""
         return json_response({"name": "tokenfusion", "version": __version__, "extensions": ["binary_tensor_data"]})
-
-    async def ready(self, request: Request) -> Response:
-        """That the model is ready: a worker takes no request before."""
-        self.require_name(request)
-        return json_response({})
 
     async def metadata(self, request: Request) -> Response:
         """What goes into the model and comes out of it."""

@@ -1,7 +1,6 @@
 """The classifier that a worker answers by: an exported folder without torch, or a run."""
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from tokenfusion.serve.measure import STAGE_SECONDS, UNREADABLE
 from tokenfusion.serve.refusal import Refused
 from tokenfusion.serve.settings import Settings
 from tokenfusion_runtime.classifier import ExportedClassifier, load
+from tokenfusion_runtime.description import read_model_json
 from tokenfusion_runtime.errors import InputError
 from tokenfusion_runtime.image import Pixels
 from tokenfusion_runtime.prediction import Answers, Floats, Prediction
@@ -103,7 +103,8 @@ def open_served(settings: Settings) -> Served:
         InputError: it is neither an exported folder nor a finished run, or cannot be loaded.
     """
     path = Path(settings.path)
-    if not is_exported(path):
+    said = read_model_json(path)
+    if not isinstance(said, dict) or "export_format" not in said:  # what is wrong with an export is for `load` to say
         try:
             from tokenfusion.serve.run import open_run
         except ModuleNotFoundError as error:
@@ -111,29 +112,14 @@ def open_served(settings: Settings) -> Served:
             raise InputError(f"{path} {reason}; serve a folder that `export` wrote, or install it") from error
         model, about, explain = open_run(path, settings.max_pixels, settings.threads)
         return Served(model, about, settings, explain)
+    if said.get("format") == "pt2":
+        reason = "is of format pt2, which needs torch in every worker and is not served"
+        raise InputError(f"{path} {reason}; serve its run, or export that as onnx or openvino")
     exported = load(path, threads=settings.threads)
     if settings.max_pixels:
         limited = exported.description | {"max_pixels": settings.max_pixels}
         exported = replace(exported, description=limited)
     return Served(exported, about_exported(exported), settings)
-
-
-def is_exported(path: Path) -> bool:
-    """Whether a folder says that it is an exported one, rather than a run, whatever else is wrong with it.
-
-    Raises:
-        InputError: it says nothing that can be read.
-    """
-    file = path / "model.json"
-    try:
-        said = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{file} cannot be read: {error.strerror}; give a folder that `export` or `train` wrote"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{file} is not JSON ({error}); it is damaged, export again or copy the run anew") from error
-    return isinstance(said, dict) and "export_format" in said
 
 
 def about_exported(exported: ExportedClassifier) -> dict[str, Any]:

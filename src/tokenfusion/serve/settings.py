@@ -14,6 +14,9 @@ VARIABLE = "TOKENFUSION_SERVE"
 CANNOT_START = 3
 """Exit status of a worker that cannot start, where none has before."""
 
+WAIT = "TOKENFUSION_SERVE_WAIT"
+"""Environment variable with the seconds that a worker waits before it starts, others having died before it."""
+
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable with the folder that the workers of a service share."""
 

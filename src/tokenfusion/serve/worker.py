@@ -11,10 +11,11 @@ from bentoml._internal.context import server_context
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
+from tokenfusion.serve.connection import connection_for
 from tokenfusion.serve.guard import Guard
 from tokenfusion.serve.holder import Holder
 from tokenfusion.serve.service import FILES, Addresses, service
-from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, Settings
+from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, WAIT, Settings
 from tokenfusion_runtime.errors import InputError
 
 MAX_HEADERS = 2**15
@@ -33,14 +34,15 @@ def application(settings: Settings) -> ASGIApp:
     Raises:
         InputError: the classifier or the token cannot be read.
     """
-    holder, token = Holder(settings), settings.read_token()
+    holder = Holder(settings)
     addresses = Addresses(holder, settings).app()
     paths = {route.path for route in addresses.routes if hasattr(route, "path")}
 
-    def known(path: str) -> bool:
-        return path.replace(f"/models/{holder.served.about['name']}", "/models/{name}", 1) in paths
+    def pattern(path: str) -> str:
+        return path.replace(f"/models/{holder.served.about['name']}", "/models/{name}", 1)
 
-    app: ASGIApp = Guard(service(addresses, settings).to_asgi(is_main=True), known, token, frozenset(FILES))
+    bento = service(addresses, settings).to_asgi(is_main=True)
+    app: ASGIApp = Guard(bento, paths, pattern, lambda: holder.token, frozenset(FILES))
     if settings.origins:
         app = CORSMiddleware(app, settings.origins, allow_methods=["*"], allow_headers=["*"])
     return app
@@ -52,13 +54,14 @@ def started(settings: Settings) -> ASGIApp:
     while True:
         try:
             app = application(settings)
-        except InputError as error:
+        except Exception as error:  # an engine, or a folder half written, may raise anything
+            reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
             if not came_up.exists():
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                print(f"error: {reason}", file=sys.stderr, flush=True)
                 sys.exit(CANNOT_START)
-            if said != (said := str(error)):
-                again = f"tried again every {SECONDS_BETWEEN_TRIES} seconds"
-                print(f"a worker cannot take the place of one that died: {error}; {again}", file=sys.stderr, flush=True)
+            if said != (said := reason):
+                reason += f"; tried again every {SECONDS_BETWEEN_TRIES} seconds"
+                print(f"a worker cannot take the place of one that died: {reason}", file=sys.stderr, flush=True)
             time.sleep(SECONDS_BETWEEN_TRIES)
         else:
             came_up.touch()
@@ -68,11 +71,12 @@ def started(settings: Settings) -> ASGIApp:
 def main() -> None:
     """Answer until SIGTERM, and then what has been asked."""
     settings = Settings.from_environment()
+    time.sleep(float(os.environ.get(WAIT, "0")))
     app = started(settings)
     server_context.service_name = server_context.bento_name = "tokenfusion"  # in the labels of measures
     config = uvicorn.Config(
         app,
-        http="h11",  # which, other than httptools, bounds the headers
+        http=connection_for(settings.seconds),  # of h11, which, other than httptools, bounds the headers
         h11_max_incomplete_event_size=MAX_HEADERS,
         ws="none",
         log_level="warning",

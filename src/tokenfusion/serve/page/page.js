@@ -1,5 +1,6 @@
 // One image a request, a few at once; what goes wrong is said beside the image.
 const AT_ONCE = 4, RETRIES = 20, TOPK = 5;
+const LOST = 3; // a worker that dies loses what it was answering; another takes its place meanwhile
 const $ = (id) => document.getElementById(id);
 const cards = [];
 const waiting = [];
@@ -9,11 +10,15 @@ class Told extends Error {}
 
 async function ask(address, options = {}) {
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
-  for (let tried = 0; ; tried++) {
+  for (let tried = 0, lost = 0; ; tried++) {
     let answer;
     try {
       answer = await fetch(address, { ...options, headers: { ...options.headers, ...headers } });
     } catch {
+      if (++lost < LOST) {
+        await new Promise((go) => setTimeout(go, 500));
+        continue;
+      }
       throw new Told("The service cannot be reached. Is it running, and is the network there?");
     }
     if (answer.ok) return answer;
