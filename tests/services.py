@@ -117,11 +117,12 @@ class Service:
         assert status == 200, text
         return json.loads(text)
 
-    def begin(self, body: bytes, path: str = "/v1/predict") -> socket.socket:
+    def begin(self, body: bytes, headers: dict[str, str] | None = None) -> socket.socket:
         """Ask with the last byte of the body kept back, once the service is reading it: it says so."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
-        connection.sendall(head.encode())
+        own = {"Host": "x", "Content-Length": str(len(body)), "Expect": "100-continue"} | (headers or {})
+        lines = ["POST /v1/predict HTTP/1.1", *(f"{name}: {value}" for name, value in own.items()), "", ""]
+        connection.sendall("\r\n".join(lines).encode())
         assert connection.recv(25).startswith(b"HTTP/1.1 100 ")
         connection.sendall(body[:-1])
         return connection
@@ -142,6 +143,14 @@ class Service:
             time.sleep(0.05)
         raise AssertionError("it has not happened in time")
 
+    def wait_for_words(self, words: str) -> str:
+        """The next line of standard error that has them."""
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            if words in line:
+                return line
+        raise AssertionError(f"it ended without saying {words}")
+
     def stop(self) -> tuple[int, str]:
         """End it as a supervisor would; exit status and what it said on standard error."""
         self.process.terminate()
@@ -159,6 +168,28 @@ def service(*words: Any, port: int = 0) -> Iterator[Service]:
     finally:
         if running.process.poll() is None:
             running.stop()
+
+
+class Restarted:
+    """A service that several tests share; one that has ended since is started again, on the same port.
+
+    Args:
+        words: of the command.
+    """
+
+    def __init__(self, *words: Any) -> None:
+        pytest.importorskip("bentoml", reason="the extra `serve` is not installed")
+        self.words = words
+        self.latest: Service | None = None
+
+    def __call__(self) -> Service:
+        if self.latest is None or self.latest.process.poll() is not None:
+            self.latest = Service(*self.words, port=self.latest.port if self.latest else 0)
+        return self.latest
+
+    def end(self) -> None:
+        if self.latest is not None and self.latest.process.poll() is None:
+            self.latest.stop()
 
 
 def rest_of(connection: socket.socket) -> tuple[int, bytes]:

@@ -2,68 +2,109 @@
 
 import json
 import os
+import re
 import signal
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from services import DEADLINE, answers_of, pictures, rest_of, service, start, write_export
+from services import DEADLINE, Restarted, answers_of, pictures, rest_of, service, start, write_export
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_export(tmp_path_factory.mktemp("served") / "export")
+
+
+@pytest.fixture(scope="module")
+def shared_service(folder):
+    starting = Restarted(folder, "--workers", 2)
+    yield starting
+    starting.end()
 
 
 @pytest.fixture
-def exported(tmp_path):
-    return write_export(tmp_path / "export")
+def running(shared_service):
+    """A service of two workers, which a test may kill and end."""
+    return shared_service()
 
 
-def test_sigterm_finishes_what_is_under_way_and_exits_with_0(exported):
+@pytest.fixture
+def damaged(folder):
+    """Damages the folder that is served, until the test ends or says otherwise."""
+    graph = folder / "model.onnx"
+    whole = graph.read_bytes()
+
+    def change(to_what=b"damaged"):
+        graph.write_bytes(to_what or whole)
+
+    yield change
+    graph.write_bytes(whole)
+
+
+def test_sigterm_finishes_what_is_under_way_and_exits_with_0(running, folder):
     image = pictures(1)[0]
-    with service(exported) as running:
-        begun, (worker,) = running.begin(image), running.workers()
-        running.process.terminate()
+    begun, workers = running.begin(image), running.workers()
+    running.process.terminate()
 
-        def accepts_no_more():
-            try:
-                return running.ask("/livez")[0] != 200
-            except ConnectionError:
-                return True
+    def accepts_no_more():
+        try:
+            return running.ask("/livez")[0] != 200
+        except ConnectionError:
+            return True
 
-        running.wait_until(accepts_no_more)
-        begun.sendall(image[-1:])
-        status, body = rest_of(begun)
-        assert (status, json.loads(body)["label"]) == (200, answers_of(exported, [image])[0]["label"])
-        _, errors = running.process.communicate(timeout=60)
-        assert (running.process.returncode, errors) == (0, "")
-        assert not os.path.exists(f"/proc/{worker}")
+    running.wait_until(accepts_no_more)
+    begun.sendall(image[-1:])
+    status, body = rest_of(begun)
+    assert (status, json.loads(body)["label"]) == (200, answers_of(folder, [image])[0]["label"])
+    _, errors = running.process.communicate(timeout=60)
+    assert (running.process.returncode, errors) == (0, "")
+    assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
 
 
-def test_a_worker_that_is_killed_is_replaced_and_the_next_answer_is_right(exported):
+def test_a_worker_that_cannot_be_replaced_ends_no_other_and_is_tried_until_it_can_be(running, folder, damaged):
     image = pictures(1)[0]
-    with service(exported) as running:
-        (worker,) = running.workers()
-        os.kill(worker, signal.SIGKILL)
-        running.wait_until(lambda: running.ask("/v1/predict", image)[0] == 200)
-        assert running.predict(image) == answers_of(exported, [image])[0]
-        assert running.workers() != {worker}
-        assert running.stop()[0] == 0
+    expected = answers_of(folder, [image])[0]
+    one, other = running.workers()
+    damaged()
+    os.kill(one, signal.SIGKILL)
+    running.wait_for_words(f"worker {one} ended by signal 9: another takes its place")
+    assert "do not belong together" in running.wait_for_words("a worker cannot take the place")
+    assert running.predict(image) == expected
+    os.kill(other, signal.SIGKILL)
+    running.wait_for_words("a worker cannot take the place")
+    damaged(None)
+    running.wait_until(lambda: running.ask("/v1/predict", image)[0] == 200)
+    assert running.predict(image) == expected
+    assert not {one, other} & running.workers()
 
 
-def test_a_worker_that_cannot_be_replaced_ends_no_other_and_is_tried_until_it_can_be(exported):
-    image, whole = pictures(1)[0], (exported / "model.onnx").read_bytes()
-    expected = answers_of(exported, [image])[0]
-    with service(exported, "--workers", 2) as running:
-        one, other = running.workers()
-        (exported / "model.onnx").write_bytes(b"damaged")
-        os.kill(one, signal.SIGKILL)
-        said = running.process.stderr.readline()
-        assert "a worker cannot take the place" in said
-        assert "do not belong together" in said
-        assert running.predict(image) == expected
-        os.kill(other, signal.SIGKILL)
-        assert "a worker cannot take the place" in running.process.stderr.readline()
-        (exported / "model.onnx").write_bytes(whole)
-        running.wait_until(lambda: running.ask("/v1/predict", image)[0] == 200)
-        assert running.predict(image) == expected
-        assert running.stop()[0] == 0
+def test_workers_that_die_one_after_another_are_waited_with_twice_as_long_and_spoken_of_once(tmp_path, capsys):
+    hooks = pytest.importorskip("tokenfusion.serve.launch", reason="the extra `serve` is not installed").Hooks
+    (tmp_path / "came-up").touch()
+    watcher = SimpleNamespace(env={})
+    counted, waits = hooks(str(tmp_path), None), []
+    for pid in range(8):
+        assert counted.before_spawn(watcher)
+        counted.after_spawn(pid)
+        waits.append(float(watcher.env["TOKENFUSION_SERVE_WAIT"]))
+        counted.after_reap(pid, -11)
+    assert waits == [0, 0, 1, 2, 4, 8, 16, 30]
+    counted.after_reap(8, 1)  # of which nobody knows when it began: long ago
+    assert (counted.before_spawn(watcher), watcher.env["TOKENFUSION_SERVE_WAIT"]) == (True, "0.0")
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in said] == ["worker 0 ended by signal 11", "worker 8 ended with status 1"]
+
+
+def test_a_worker_that_ends_before_any_could_answer_ends_the_service(tmp_path, capsys):
+    hooks = pytest.importorskip("tokenfusion.serve.launch", reason="the extra `serve` is not installed").Hooks
+    counted = hooks(str(tmp_path), None)
+    counted.after_spawn(1)
+    counted.after_reap(1, -9)
+    assert counted.cannot_start
+    assert not counted.before_spawn(SimpleNamespace(env={}))
+    assert capsys.readouterr().err == "error: a worker ended by signal 9 before it could answer\n"
 
 
 def test_another_folder_under_the_same_link_takes_over_and_every_answer_is_of_the_classifier_it_names(tmp_path):
@@ -99,31 +140,31 @@ def test_another_folder_under_the_same_link_takes_over_and_every_answer_is_of_th
             assert json.loads(body)["score"] == pytest.approx(expected[headers["x-model-sha256"]][number], abs=1e-6)
 
 
-def test_sighup_loads_anew_and_what_cannot_be_loaded_leaves_the_classifier_in_use(exported):
+def test_sighup_loads_anew_and_what_cannot_be_loaded_leaves_the_classifier_in_use(running, damaged):
     image = pictures(1)[0]
 
     def loads(result):
-        return f'tokenfusion_loads_total{{result="{result}"}} 1.0'
+        found = re.search(rf'^tokenfusion_loads_total{{result="{result}"}} (.*)$', measures(), re.MULTILINE)
+        return float(found[1]) if found else 0.0
 
-    with service(exported) as running:
-        before, (worker,) = running.predict(image), running.workers()
-        running.process.send_signal(signal.SIGHUP)
-        running.wait_until(lambda: loads("loaded") in running.ask("/metrics")[2].decode())
-        (exported / "model.onnx").write_bytes(b"damaged")
-        running.process.send_signal(signal.SIGHUP)
-        running.wait_until(lambda: loads("failed") in running.ask("/metrics")[2].decode())
-        assert running.predict(image) == before
-        assert running.workers() == {worker}
-        status, errors = running.stop()
-        assert status == 0
-        assert "the classifier before it goes on" in errors
-        assert "Traceback" not in errors
+    def measures():
+        return running.ask("/metrics")[2].decode()
+
+    before, workers, loaded, failed = running.predict(image), running.workers(), loads("loaded"), loads("failed")
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_until(lambda: loads("loaded") > loaded)
+    damaged()
+    running.process.send_signal(signal.SIGHUP)
+    running.wait_until(lambda: loads("failed") > failed)
+    running.wait_for_words("the classifier before it goes on")
+    assert running.predict(image) == before
+    assert running.workers() == workers
 
 
-def test_a_classifier_that_cannot_be_loaded_ends_the_service_with_its_reason(exported):
+def test_a_classifier_that_cannot_be_loaded_ends_the_service_with_its_reason(folder, damaged):
     pytest.importorskip("bentoml", reason="the extra `serve` is not installed")
-    (exported / "model.onnx").write_bytes(b"damaged")
-    process = start(exported)
+    damaged()
+    process = start(folder)
     _, errors = process.communicate(timeout=DEADLINE)
     assert (process.returncode, errors.count("\n")) == (2, 1)
-    assert errors.startswith(f"error: {exported}: model.json and model.onnx do not belong together")
+    assert errors.startswith(f"error: {folder}: model.json and model.onnx do not belong together")

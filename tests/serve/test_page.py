@@ -5,12 +5,11 @@ import csv
 import io
 import json
 import os
-import socket
 from pathlib import Path
 
 import pytest
 
-from services import answers_of, pictures, service, write_export
+from services import Restarted, answers_of, pictures, write_export
 
 WAIT = 60_000
 """Milliseconds that the page may take, however busy the machine."""
@@ -34,9 +33,15 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def served(exported):
-    with service(exported, "--max-bytes", 50_000) as running:
-        yield running
+def shared_service(exported):
+    starting = Restarted(exported, "--max-bytes", 50_000)
+    yield starting
+    starting.end()
+
+
+@pytest.fixture
+def served(shared_service):
+    return shared_service()
 
 
 @pytest.fixture
@@ -70,18 +75,29 @@ def keep(page, name):
         page.screenshot(path=Path(SCREENSHOTS) / f"{name}.png", full_page=True)
 
 
-def test_scores_that_nothing_calibrated_are_not_called_calibrated(browser, tmp_path):
-    exported = write_export(tmp_path / "export")
-    description = json.loads((exported / "model.json").read_text()) | {"surest_errors": []}
-    (exported / "model.json").write_text(json.dumps(description))
-    with service(exported) as running, browser.new_context() as context:
-        context.set_default_timeout(WAIT)
-        page = context.new_page()
-        page.goto(f"http://127.0.0.1:{running.port}/")
-        page.get_by_text("red, green, blue; scores are not calibrated.").wait_for()
-        page.locator("#files").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": pictures(1)[0]})
-        card = done(page, "1 of 1 images done")
-        assert "which says little of how often such answers are right" in card.inner_text()
+@pytest.fixture
+def uncalibrated(exported, served):
+    """The same classifier without what its scores were calibrated by."""
+    file = exported / "model.json"
+    whole = file.read_text()
+    for text, held in ((json.dumps(json.loads(whole) | {"surest_errors": []}), None), (whole, 359)):
+        file.write_text(text)
+        served.wait_until(lambda held=held: held_out(served) == held)
+        if held is None:
+            yield
+
+
+def held_out(served):
+    return json.loads(served.ask("/v1/model")[2])["calibration"]["held_out_images"]
+
+
+@pytest.mark.usefixtures("uncalibrated")
+def test_scores_that_nothing_calibrated_are_not_called_calibrated(page):
+    page.reload()
+    page.get_by_text("red, green, blue; scores are not calibrated.").wait_for()
+    page.locator("#files").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": pictures(1)[0]})
+    card = done(page, "1 of 1 images done")
+    assert "which says little of how often such answers are right" in card.inner_text()
 
 
 def test_images_are_dropped_pasted_and_chosen_and_each_shows_its_answer(page, exported):
@@ -169,20 +185,23 @@ def test_it_is_used_by_keyboard_and_told_to_a_screen_reader(page):
     assert page.get_by_role("heading", name="a.png").is_visible()
 
 
-def test_the_service_going_away_is_said_and_trying_again_works(page, exported):
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with service(exported, port=port):
-        page.goto(f"http://127.0.0.1:{port}/")
-        page.get_by_text("tiny knows").wait_for()
+def test_an_answer_that_was_lost_with_its_worker_is_asked_for_again(page):
+    page.route("**/v1/predict*", lambda route: route.abort("connectionreset"), times=2)
+    hand_over(page, "drop", [("a.png", pictures(1)[0])])
+    assert done(page, "1 of 1 images done").locator(".named").count() == 1
+
+
+def test_the_service_going_away_is_said_and_trying_again_works(page, served, shared_service):
+    page.get_by_text("tiny knows").wait_for()
+    served.stop()
     hand_over(page, "drop", [("a.png", pictures(1)[0])])
     card = done(page, "1 of 1 images done, of which 1 could not be judged")
     assert "cannot be reached" in card.get_by_role("alert").inner_text()
     keep(page, "gone")
-    with service(exported, port=port):
-        card.get_by_role("button", name="Try a.png again").click()
-        page.get_by_text("1 of 1 images done").wait_for()
-        card.locator(".named").wait_for()
+    shared_service()
+    card.get_by_role("button", name="Try a.png again").click()
+    card.locator(".named").wait_for()
+    assert page.get_by_role("status").inner_text() == "1 of 1 images done"
 
 
 def test_the_description_for_programs_is_drawn(page, served):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -219,34 +220,100 @@ def test_a_client_of_the_open_inference_protocol_works(served, exported):
     client.close()
 
 
-def test_more_requests_than_it_takes_get_429_slow_ones_408_and_those_under_way_their_answer(exported):
+@pytest.fixture(scope="module")
+def token_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("token") / "token"
+    file.write_text("s3cret\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def guarded(exported, token_file):
+    """A service that takes two requests at once, wants a token, and waits for five seconds."""
+    limits = ("--queue", 2, "--seconds", 5)
+    with service(exported, *limits, "--token-file", token_file, "--allow-origin", "https://example.org") as running:
+        yield running
+
+
+def bearer(token="s3cret"):
+    return {"Authorization": f"Bearer {token}"}
+
+
+def test_more_requests_than_it_takes_get_429_slow_ones_408_and_those_under_way_their_answer(guarded):
     image = pictures(1)[0]
-    with service(exported, "--queue", 2, "--seconds", 8) as running:
-        slow, late = running.begin(image), running.begin(image)
-        status, headers, text = running.ask("/v1/predict", image)
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=DEADLINE) as endless:
+        endless.sendall(b"GET /v1/model HTTP/1.1\r\nHost: x\r\nX: ")
+        slow, late = guarded.begin(image, bearer()), guarded.begin(image, bearer())
+        status, headers, text = guarded.ask("/v1/predict", image, bearer())
         assert (status, headers["retry-after"]) == (429, "1")
         assert set(json.loads(text)["error"]) == {"value", "reason", "remedy"}
-        for path in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"):
-            assert running.ask(path)[0] == 200
+        for path in HEALTH:
+            assert guarded.ask(path)[0] == 200
         late.sendall(image[-1:])
         assert rest_of(late)[0] == 200
         status, text = rest_of(slow)
-        assert (status, "did not arrive within 8 seconds" in text.decode()) == (408, True)
-        assert running.predict(image)["label"] in NAMES
+        assert (status, "did not arrive within 5 seconds" in text.decode()) == (408, True)
+        status, text = rest_of(endless)
+        assert (status, "headers did not end within 5 seconds" in text.decode()) == (408, True)
+        assert endless.recv(1) == b""
+    assert guarded.ask("/v1/predict", image, bearer())[0] == 200
 
 
-def test_a_token_is_wanted_of_all_but_the_page_and_health(exported, tmp_path):
-    (tmp_path / "token").write_text("s3cret\n")
-    with service(exported, "--token-file", tmp_path / "token", "--allow-origin", "https://example.org") as running:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic s3cret"}):
-            for path in ("/v1/model", "/metrics", "/v2/models/tiny", "/openapi.json"):
-                assert running.ask(path, headers=headers)[0] == 401
-        assert running.ask("/v1/model", headers={"Authorization": "Bearer s3cret"})[0] == 200
-        free = ("/", "/page.js", "/page.css", "/livez", "/readyz", "/v2/health/live", "/v2/health/ready")
-        assert {path: running.ask(path)[0] for path in free} == dict.fromkeys(free, 200)
-        origin = {"Origin": "https://example.org"}
-        assert running.ask("/livez", headers=origin)[1]["access-control-allow-origin"] == origin["Origin"]
-        assert "access-control-allow-origin" not in running.ask("/livez", headers={"Origin": "https://other.org"})[1]
+@pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_who_does_not_go_on_is_hung_up_on_whether_it_has_asked_before_or_not(sent):
+    """By the connection alone, with the time that it waits at none."""
+    pytest.importorskip("bentoml", reason="the extra `serve` is not installed")
+    uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    from tokenfusion.serve.connection import connection_for
+
+    async def app(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def received():
+        config = uvicorn.Config(app, lifespan="off", log_config=None)
+        config.load()
+        state = uvicorn.server.ServerState()
+        loop, make = asyncio.get_running_loop(), connection_for(0.05)
+        server = await loop.create_server(lambda: make(config, state, {}), "127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        writer.write(sent)
+        answered = await reader.readuntil(b"\r\n\r\n") if sent else b""
+        writer.write(b"GE" if sent else b"")
+        rest = await reader.read()
+        writer.close()
+        server.close()
+        return answered[:12], rest[:12]
+
+    assert asyncio.run(received()) == ((b"HTTP/1.1 200", b"HTTP/1.1 408") if sent else (b"", b""))
+
+
+HEALTH = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready", "/v2/models/tiny/ready")
+
+
+def test_a_token_is_wanted_of_all_but_the_page_and_health(guarded):
+    for headers in ({}, bearer("wrong"), {"Authorization": "Basic s3cret"}):
+        for path in ("/v1/model", "/metrics", "/v2/models/tiny", "/openapi.json"):
+            assert guarded.ask(path, headers=headers)[0] == 401
+    assert guarded.ask("/v1/model", headers=bearer())[0] == 200
+    free = ("/", "/page.js", "/page.css", *HEALTH)
+    assert {path: guarded.ask(path)[0] for path in free} == dict.fromkeys(free, 200)
+    assert guarded.ask("/v2/models/other/ready")[0] == 404
+    origin = {"Origin": "https://example.org"}
+    assert guarded.ask("/livez", headers=origin)[1]["access-control-allow-origin"] == origin["Origin"]
+    assert "access-control-allow-origin" not in guarded.ask("/livez", headers={"Origin": "https://other.org"})[1]
+
+
+def test_another_token_in_the_file_is_taken_and_none_leaves_the_one_before(guarded, token_file):
+    token_file.write_text("an0ther\n")
+    guarded.wait_until(lambda: guarded.ask("/v1/model", headers=bearer("an0ther"))[0] == 200)
+    assert guarded.ask("/v1/model", headers=bearer())[0] == 401
+    token_file.write_text("")
+    guarded.process.send_signal(signal.SIGHUP)
+    assert "is empty" in guarded.wait_for_words("the token before it goes on")
+    assert guarded.ask("/v1/model", headers=bearer("an0ther"))[0] == 200
+    token_file.write_text("s3cret\n")
+    guarded.wait_until(lambda: guarded.ask("/v1/model", headers=bearer())[0] == 200)
 
 
 def test_a_tensor_of_empty_elements_is_refused_by_their_number_before_all_are_read(served):
@@ -283,6 +350,7 @@ def test_what_cannot_be_served_is_said_before_or_as_it_starts(exported, tmp_path
         (lambda text: text.replace('"parity"', '"parrot"'), "lacks parity; it is damaged, export again"),
         (lambda text: text.replace('"export_format": 1', '"export_format": 9'), "export format 9, newer than"),
         (lambda text: text.replace('"export_format"', '"run_format"'), "is a run, which needs torch"),
+        (lambda text: text.replace('"format": "onnx"', '"format": "pt2"'), "pt2, which needs torch.*; serve its run"),
     ],
 )
 def test_a_damaged_export_is_named_as_such_and_not_taken_for_a_run(tmp_path, change, said, monkeypatch):

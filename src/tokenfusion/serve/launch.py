@@ -72,7 +72,7 @@ def launch(settings: Settings, host: str, port: int, say: Callable[[str], None])
             sockets=[listening],
             check_delay=SECONDS_BETWEEN_LOOKS,
         )
-        heed_signals(arbiter, watcher)
+        heed_signals(arbiter, watcher, Path(folder, CAME_UP))
         say(f"listening on http://{f'[{listening.host}]' if ':' in host else listening.host}:{listening.port}")
         if is_open(listening.host, settings):
             say("whoever reaches this address may ask; --token-file FILE lets in only those who have its token")
@@ -140,8 +140,8 @@ class Hooks:
 HOOKS = ("before_spawn", "after_spawn", "after_reap", "before_stop")
 
 
-def heed_signals(arbiter: Arbiter, watcher: Watcher) -> None:
-    """SIGTERM and SIGINT end it, SIGHUP reaches the workers: circus forgets a signal that comes while it is busy."""
+def heed_signals(arbiter: Arbiter, watcher: Watcher, came_up: Path) -> None:
+    """SIGTERM and SIGINT end it, SIGHUP reaches workers that are up: circus forgets one that comes while it is busy."""
 
     def stop() -> None:
         try:
@@ -150,7 +150,7 @@ def heed_signals(arbiter: Arbiter, watcher: Watcher) -> None:
             arbiter.loop.call_later(0.05, stop)
 
     def reload() -> None:
-        for process in watcher.processes.values():
+        for process in watcher.processes.values() if came_up.exists() else ():
             with suppress(ProcessLookupError, NoSuchProcess):
                 process.send_signal(signal.SIGHUP)
 

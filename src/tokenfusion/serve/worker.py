@@ -1,6 +1,7 @@
 """`python -m tokenfusion.serve.worker FD`: one process that answers on a socket which the launcher has opened."""
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -70,6 +71,7 @@ def started(settings: Settings) -> ASGIApp:
 
 def main() -> None:
     """Answer until SIGTERM, and then what has been asked."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to load anew
     settings = Settings.from_environment()
     time.sleep(float(os.environ.get(WAIT, "0")))
     app = started(settings)
