@@ -15,6 +15,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import results_page
+import serve_page
 from results_page import table
 from scipy.stats import t
 
@@ -377,6 +378,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "predict.md": {"many": many},
     DOCS / "safety.md": {"checksum": checksum},
     DOCS / "scale.md": {"scaling_plan": scaling_plan, "distributed": distributed},
+    serve_page.PAGE: {"figures": serve_page.figures},
     results_page.PAGE: results_page.blocks(),
 }
 

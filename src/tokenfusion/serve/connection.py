@@ -1,4 +1,4 @@
-"""uvicorn's connections, but for a request's headers, which uvicorn would wait for without end."""
+"""uvicorn's connections, but for headers, which it would wait for without end, and for what it refuses in few words."""
 
 import asyncio
 from typing import Any
@@ -46,17 +46,29 @@ def connection_for(seconds: float) -> type[H11Protocol]:
         def hang_up(self) -> None:
             """Close the connection, and say why where something of a request is there."""
             size = len(self.conn.trailing_data[0])
-            if size and not self.transport.is_closing():
+            if not size:
+                self.transport.close()
+            elif not self.transport.is_closing():
                 reason = f"the headers did not end within {seconds:g} seconds"
-                answer = Refused(408, f"{size:,} bytes", reason, "send them at once").response()
-                headers: list[Any] = [*answer.raw_headers, (b"Connection", b"close")]
-                events = (
-                    h11.Response(status_code=408, headers=headers),
-                    h11.Data(bytes(answer.body)),
-                    h11.EndOfMessage(),
-                )
-                self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
-                REFUSED.labels("408").inc()
+                self.refuse(Refused(408, f"{size:,} bytes", reason, "send them at once"))
+
+        def send_400_response(self, msg: str) -> None:
+            reason = (
+                f"it is not HTTP/1.1, or has more than {self.config.h11_max_incomplete_event_size:,} bytes of headers"
+            )
+            self.refuse(Refused(400, msg.rstrip("."), reason, "send it as the description at /docs says"))
+
+        def refuse(self, refused: Refused) -> None:
+            """Answer what never became a request, and close the connection."""
+            answer = refused.response()
+            headers: list[Any] = [*answer.raw_headers, (b"Connection", b"close")]
+            events = (
+                h11.Response(status_code=refused.status, headers=headers),
+                h11.Data(bytes(answer.body)),
+                h11.EndOfMessage(),
+            )
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
             self.transport.close()
+            REFUSED.labels(str(refused.status)).inc()
 
     return Connection

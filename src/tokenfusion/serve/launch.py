@@ -119,9 +119,7 @@ class Hooks:
         if not Path(self.folder, CAME_UP).exists():
             self.cannot_start = True
             if exit_code != CANNOT_START:  # who ends so has said why
-                print(
-                    f"error: a worker ended {how} before it could answer; see what it said", file=sys.stderr, flush=True
-                )
+                print(f"error: a worker ended {how} before it could answer", file=sys.stderr, flush=True)
             return True
         self.early = self.early + 1 if lived < SECONDS_STEADY else 0
         if not self.early or how != self.said:

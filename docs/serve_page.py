@@ -1,0 +1,140 @@
+"""What `docs/serve.md` tells of `benchmarks/results/serve.json`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from results_page import table
+
+DOCS = Path(__file__).parent
+PAGE = DOCS / "serve.md"
+RESULT = DOCS.parent / "benchmarks" / "results" / "serve.json"
+Row = dict[str, Any]
+"""What was measured of one exported classifier."""
+
+
+def figures() -> str:
+    """Throughput, times, and what the service survives."""
+    if not RESULT.exists():
+        return "Not measured yet: `python benchmarks/serve.py --help`."
+    found = json.loads(RESULT.read_text())
+    rows: list[Row] = found["exports"]
+    parts = [
+        f"On {found['hardware']}, two cores, which the client shares; the column `client` says what it takes of both. "
+        f"{rows[0]['images']['count']} photographs as JPEG, {rows[0]['images']['mean_bytes'] / 1000:.0f} kB each, "
+        "one a request. `predict` and the graph are the runtime's in one process, at the batch that the service forms; "
+        "the graph alone has its images decoded before.",
+        throughput([row for row in rows if "throughput" in row]),
+        latency([row for row in rows if "latency" in row]),
+        *(peer(row) for row in rows if "peer" in row),
+        *(burst(row) for row in rows if "burst" in row),
+        *(memory(row) for row in rows if "memory" in row),
+        *(malformed(row) for row in rows if "malformed" in row),
+        *(kill(row) for row in rows if "kill" in row),
+    ]
+    return "\n\n".join(parts)
+
+
+def name_of(row: Row) -> str:
+    return f"{row['img_size'][0]} px, {row['format']} {row['precision']}"
+
+
+def throughput(rows: list[Row]) -> str:
+    """Images a second beside the runtime alone."""
+    heading = ["64 clients", "images/s", "images a batch", "of `predict` alone (aim: 85 %)", "of the graph alone"]
+    heading += ["CPU ms an image: service", "`predict`", "graph", "client"]
+    lines = []
+    for row in rows:
+        one = row["throughput"]
+        shares = (f"{one['share_of_predict']:.0%}", f"{one['share_of_graph']:.0%}")
+        cpu = (one["service_cpu_ms_an_image"], one["predict_cpu_ms_an_image"], one["graph_cpu_ms_an_image"])
+        cells = (f"{one['images_per_s']:,.0f}", f"{one['images_of_a_batch']:.1f}", *shares)
+        lines.append([name_of(row), *cells, *(f"{ms:.2f}" for ms in cpu), f"{one['client_share_of_cores']:.0%}"])
+    return table(heading, lines)
+
+
+def latency(rows: list[Row]) -> str:
+    """Times at parts of that throughput."""
+    lines = [
+        [name_of(row), load, f"{one['arrivals_per_s']:,.0f}", *times(one), f"{one['client_share_of_cores']:.0%}"]
+        for row in rows
+        for load, one in row["latency"].items()
+    ]
+    heading = ["requests that arrive by chance", "of the above", "a second", "p50 ms", "p99 ms", "client"]
+    return table(heading, lines)
+
+
+def times(one: Row) -> tuple[str, str]:
+    return f"{one['p50_ms']:.0f}", f"{one['p99_ms']:.0f}"
+
+
+def peer(row: Row) -> str:
+    """LitServe beside ours."""
+    one = row["peer"]
+    ours, theirs = one["images_per_s"]["ours"], one["images_per_s"]["litserve"]
+    (p50, p99), (their_p50, their_p99) = times(one["60 %"]["ours"]), times(one["60 %"]["litserve"])
+    return (
+        f"**Beside LitServe** {one['version']} with the same runtime and batch size (32), in turns, {name_of(row)}: "
+        f"{ours:,.0f} images/s against {theirs:,.0f}, {ours / theirs:.2f} times. Where "
+        f"{one['60 %']['ours']['arrivals_per_s']:,.0f} requests a second arrive by chance, half are answered within "
+        f"{p50} ms and 99 % within {p99}; LitServe's within {their_p50} and {their_p99}."
+    )
+
+
+def burst(row: Row) -> str:
+    """Many connections at once."""
+    hasty, patient = row["burst"]["hasty"], row["burst"]["patient"]
+    return (
+        f"**A burst**, {name_of(row)}: {hasty['requests']:,} requests over {hasty['clients']} connections that do not "
+        f"wait: {hasty['answered']:,} answered, {hasty['refused_429']:,} got 429, {other(hasty)}. With clients "
+        f"that ask again after a second: {patient['answered']:,} answered, {other(patient)}. "
+        f"{wrong(hasty['wrong'] + patient['wrong'])}; the farthest score lay "
+        f"{max(hasty['farthest_score'], patient['farthest_score']):.1g} from that of the image alone."
+    )
+
+
+def other(one: Row) -> str:
+    """What became of the rest."""
+    return f"{one['lost'] + one['otherwise']:,} otherwise"
+
+
+def wrong(count: int) -> str:
+    return "No answer was wrong" if not count else f"{count:,} answers were wrong"
+
+
+def memory(row: Row) -> str:
+    """What 20,000 requests leave."""
+    one = row["memory"]
+    early, last = one["rows"][2], one["rows"][-1]
+    faults = "none lost, refused or wrong" if not one["faults"] else f"not all answered rightly ({one['faults']})"
+    return (
+        f"**Memory**, {name_of(row)}: {early['mb']:.0f} MB after {early['requests']:,} requests, {last['mb']:.0f} at "
+        f"{last['requests']:,}, {faults}; file handles {early['handles']} and {last['handles']}, threads "
+        f"{early['threads']} and {last['threads']}. After its end {one['processes_left']} processes and "
+        f"{one['files_left']} temporary files are left."
+    )
+
+
+def malformed(row: Row) -> str:
+    """What 200 requests that are none are told."""
+    one = row["malformed"]
+    said = ", ".join(f"{status} {count}×" for status, count in one["statuses"].items())
+    return (
+        f"**{one['requests']} malformed requests** ({said}): {one['workers_lost']} workers lost, and "
+        f"{one['right_afterwards']} of 20 requests afterwards answered rightly."
+    )
+
+
+def kill(row: Row) -> str:
+    """What SIGKILL of a worker costs."""
+    parts = []
+    for workers, one in row["kill"].items():
+        again = "each of which was answered when asked again"
+        if one["lost_when_asked_again"]:
+            again = f"of which {one['lost_when_asked_again']} were not answered when asked again at once"
+        refused = f", and {one['refused_429']} got 429" if one["refused_429"] else ""
+        parts.append(
+            f"of {workers}, {one['lost']} of {one['requests']:,} requests lost their answer, {again}{refused}; "
+            f"{one['seconds_without_an_answer']:.1f} s went by without an answer"
+        )
+    return f"**SIGKILL of a worker** at 60 % load, {name_of(row)}: {'; '.join(parts)}."
