@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
-from services import Restarted, answers_of, pictures, write_export
+from services import Restarted, answers_of, pictures, service, write_export
+from tokenfusion import Classifier
 
 WAIT = 60_000
 """Milliseconds that the page may take, however busy the machine."""
@@ -124,6 +126,7 @@ def test_a_bad_and_a_huge_file_are_refused_beside_themselves_and_the_others_answ
     assert "not an image" in cards.nth(0).get_by_role("alert").inner_text()
     assert "59 KB are more than the 49 KB" in cards.nth(1).get_by_role("alert").inner_text()
     assert cards.nth(2).locator(".named").count() == 1
+    assert cards.get_by_role("button").count() == 0  # the same files would fare alike
     assert cards.nth(0).get_by_text("no picture").is_visible()
     keep(page, "errors")
 
@@ -202,6 +205,23 @@ def test_the_service_going_away_is_said_and_trying_again_works(page, served, sha
     card.get_by_role("button", name="Try a.png again").click()
     card.locator(".named").wait_for()
     assert page.get_by_role("status").inner_text() == "1 of 1 images done"
+
+
+def test_where_each_branch_of_a_run_looked_is_shown_beside_the_image(browser, tmp_path):
+    torch.manual_seed(0)
+    classifier = Classifier.create("tokenfusion_early_micro", ["cat", "dog", "owl"], img_size=(32, 32))
+    classifier.save(tmp_path)
+    with service(tmp_path) as running, browser.new_context(viewport={"width": 320, "height": 900}) as context:
+        context.set_default_timeout(WAIT)
+        page = context.new_page()
+        page.goto(f"http://127.0.0.1:{running.port}/")
+        page.locator("#files").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": pictures(1)[0]})
+        page.get_by_role("button", name="Where did it look in a.png?").click()
+        looked = page.get_by_role("img", name="Where it looked, from left to right: cnn, transformer")
+        looked.wait_for()
+        assert looked.evaluate("image => image.decode().then(() => image.naturalWidth)") == 2 * 32
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320
+        keep(page, "maps")
 
 
 def test_the_description_for_programs_is_drawn(page, served):

@@ -6,7 +6,12 @@ const cards = [];
 const waiting = [];
 let model = null, running = 0, token = "";
 
-class Told extends Error {}
+class Told extends Error {
+  constructor(message, again = true) {
+    super(message);
+    this.again = again; // whether the same file may fare better
+  }
+}
 
 async function ask(address, options = {}) {
   const headers = token ? { Authorization: `Bearer ${token}` } : {};
@@ -29,7 +34,9 @@ async function ask(address, options = {}) {
     }
     if (answer.status === 401) $("token-form").hidden = false;
     const { error } = await answer.json().catch(() => ({ error: null }));
-    throw new Told(error ? `${error.value}: ${error.reason}; ${error.remedy}` : `The service answered ${answer.status}.`);
+    const value = error?.value === "the image" ? "" : `${error?.value}: `;
+    const said = error ? `${value}${error.reason}; ${error.remedy}` : `The service answered ${answer.status}.`;
+    throw new Told(said, ![413, 415, 422].includes(answer.status));
   }
 }
 
@@ -88,7 +95,7 @@ async function judge(card) {
   try {
     if (!model) await connect();
     if (model && card.file.size > model.limits.bytes) {
-      throw new Told(`${size(card.file.size)} are more than the ${size(model.limits.bytes)} that are taken; give a smaller image`);
+      throw new Told(`${size(card.file.size)} are more than the ${size(model.limits.bytes)} that are taken; give a smaller image`, false);
     }
     const abstain = $("abstain").value ? `&abstain=${$("abstain").value}` : "";
     const type = card.file.type.startsWith("image/") ? card.file.type : "application/octet-stream";
@@ -101,6 +108,7 @@ async function judge(card) {
     card.found = { error: said };
     const alert = element("p", said, "error");
     alert.setAttribute("role", "alert");
+    if (error.again === false) return show(card, alert);
     const again = element("button", "Try again");
     again.setAttribute("aria-label", `Try ${card.name} again`);
     again.onclick = () => send(card);
