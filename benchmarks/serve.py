@@ -2,8 +2,8 @@
 
     python benchmarks/serve.py EXPORT --images DIR --out benchmarks/results/serve.json --parts throughput latency ...
 
-Loopback only, and each part but `memory` lasts three minutes at most; results of other parts and exports stay in the
-JSON. The client (`clients.py`) shares the cores with the service, and what it takes of them is written beside each
+Loopback only, and each part but `burst` and `memory` lasts some 90 seconds; results of other parts and exports stay in
+the JSON. The client (`clients.py`) shares the cores with the service, and what it takes of them is written beside each
 figure. Every answer is compared with `predict` of the same image alone, all classes' scores. The parts:
 
 - `throughput`: clients that ask again as soon as they are answered, in turns with the runtime alone in this process:
@@ -16,8 +16,8 @@ figure. Every answer is compared with `predict` of the same image alone, all cla
 - `kill`: SIGKILL of a worker under 60 % of the throughput, of one worker and of two.
 - `peer`: LitServe with the same classifier, in turns with ours, at the same batch size (`--peer-python`: that has it).
 
-The exports in the results are of runs that were trained for two epochs on 1,200 images of Imagenette at 224 pixels
-(`tokenfusion_layerwise_tiny`), and for three at 32 (`tokenfusion_layerwise_micro`), by `tokenfusion export`.
+The exports in the results are of models that were trained on 1,200 images of Imagenette for an epoch at 224 pixels
+(`tokenfusion_layerwise_tiny`), and for three at 32 (`tokenfusion_layerwise_micro`): enough that scores differ.
 """
 
 import argparse
@@ -86,6 +86,11 @@ class Service:
         found = [re.search(rf"^tokenfusion_batch_images_{one}\S* (\S+)$", measures, re.M) for one in ("sum", "count")]
         images, batches = (float(one[1]) if one else 0.0 for one in found)
         return images, batches
+
+    def images_of_a_batch(self, before: tuple[float, float]) -> float:
+        """How many there were on average since `batches` gave that."""
+        images, batches = (now - one for now, one in zip(self.batches(), before, strict=True))
+        return images / max(batches, 1)
 
 
 @contextmanager
@@ -163,13 +168,12 @@ class Bench:
     def throughput(self, _: dict[str, Any]) -> dict[str, Any]:
         turns = list[dict[str, Any]]()
         with self.serve() as service:
-            self.measured(service, 10)  # BentoML learns what a batch takes
+            self.measured(service, 8)  # BentoML learns what a batch takes
             for _turn in range(3):
                 before = service.batches()
-                served = self.measured(service, 20)
-                images, batches = (after - one for after, one in zip(service.batches(), before, strict=True))
-                batch = round(images / batches)
-                turns.append(served | {"images_of_a_batch": images / batches} | self.alone(batch, 7))
+                served = self.measured(service, 12)
+                batch = service.images_of_a_batch(before)
+                turns.append(served | {"images_of_a_batch": batch} | self.alone(round(batch), 5))
         middle = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
         return middle | {
             "wrong": sum(turn["wrong"] for turn in turns),
@@ -178,12 +182,16 @@ class Bench:
             "turns": turns,
         }
 
-    def latency(self, before: dict[str, Any]) -> dict[str, Any]:
-        whole, found = before["throughput"]["images_per_s"], {}
+    def latency(self, row: dict[str, Any]) -> dict[str, Any]:
+        whole, found = row["throughput"]["images_per_s"], {}
         with self.serve() as service:
-            self.measured(service, 10)
+            self.measured(service, 5)
             for share in (30, 60, 90):
-                found[f"{share} %"], _ = asyncio.run(self.load(service).open(share / 100 * whole, 40))
+                before, cpu = service.batches(), service.cpu_seconds()
+                one, _ = asyncio.run(self.load(service).open(share / 100 * whole, 22))
+                used = 1000 * (service.cpu_seconds() - cpu) / max(one["answered"], 1)
+                batch = service.images_of_a_batch(before)
+                found[f"{share} %"] = one | {"images_of_a_batch": batch, "service_cpu_ms_an_image": used}
         return found
 
     def burst(self, _: dict[str, Any]) -> dict[str, Any]:
@@ -235,7 +243,7 @@ class Bench:
                     at = time.monotonic()
                     os.kill(service.workers[0].pid, signal.SIGKILL)
 
-                result, tally = asyncio.run(self.load(service).open(rate, 30, kill, again=True))
+                result, tally = asyncio.run(self.load(service).open(rate, 24, kill, again=True))
                 ends = sorted([at, *(end for end in tally.ends if end > at)])
                 gap = max(later - one for one, later in pairwise(ends))
                 found[f"{workers} workers" if workers > 1 else "1 worker"] = result | {"seconds_without_an_answer": gap}
@@ -252,16 +260,16 @@ class Bench:
         env = {**os.environ, "OMP_NUM_THREADS": ""}
         for turn in range(2):
             with self.serve() as service:
-                self.measured(service, 8)
-                found["ours"].append(self.measured(service, 12))
+                self.measured(service, 5)
+                found["ours"].append(self.measured(service, 10))
                 if turn:
-                    late["ours"], _ = asyncio.run(self.load(service).open(rate, 20))
+                    late["ours"], _ = asyncio.run(self.load(service).open(rate, 15))
             with started(peer_command, port, "/health", env) as service:
                 ours, self.requests = self.requests, theirs
-                self.measured(service, 8)
-                found["litserve"].append(self.measured(service, 12))
+                self.measured(service, 5)
+                found["litserve"].append(self.measured(service, 10))
                 if turn:
-                    late["litserve"], _ = asyncio.run(self.load(service).open(rate, 20))
+                    late["litserve"], _ = asyncio.run(self.load(service).open(rate, 15))
                 self.requests = ours
         version = subprocess.run(
             [self.peer_python, "-c", "import litserve; print(litserve.__version__)"], capture_output=True, text=True
