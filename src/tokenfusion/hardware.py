@@ -42,9 +42,27 @@ def hardware_name(device: torch.device) -> str:
     """What the work runs on, in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+    found = cpu_facts(Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "")
+    return f"{found or platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+CPU_FEATURES = {"avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_bf16": "AMX bf16"}
+"""Flags of a processor that decide how fast its products are, and what they are called."""
+
+
+def cpu_facts(text: str) -> str:
+    """A processor's name with what tells generations of one name apart, from the text of Linux's /proc/cpuinfo.
+
+    Returns:
+        Such as "AMD EPYC (family 25, model 17, AVX-512, bf16)"; empty where nothing is said.
+    """
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    first = {key.strip(): value.strip() for key, _, value in lines}
+    flags = first.get("flags", "").split()
+    facts = [f"{key.removeprefix('cpu ')} {first[key]}" for key in ("cpu family", "model") if key in first]
+    facts += [word for flag, word in CPU_FEATURES.items() if flag in flags]
+    name = first.get("model name", "")
+    return f"{name} ({', '.join(facts)})" if name and facts else name
 
 
 def peak_memory_mb(device: torch.device) -> float:
