@@ -136,6 +136,10 @@ class Recipe:
     drop_path: float = 0.0
     """Largest rate of stochastic depth."""
 
+    branch_dropout: float = 0.0
+    """Share of the images that a fusion model sees without its patches or without its pixels while it trains, so that
+    either side learns to answer alone."""
+
     seed: int = 0
     """Decides weights, split, order, augmentation and dropout."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -276,6 +280,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "mix_prob": (0, 1),
     "label_smoothing": (0, 0.99),
     "drop_path": (0, 0.99),
+    "branch_dropout": (0, 1),
     "seed": (0, 2**63 - 1),
     "workers": (0, 256),
     "val_fraction": (0.01, 0.9),

@@ -106,9 +106,17 @@ def test_frozen_parents_stay_as_they_are_and_so_do_their_averages(tmp_path):
     assert changed == {name for name in before if untrained.part_of(name) in ("fusion", "head")}
 
 
-def test_only_what_is_fused_has_parents_to_freeze():
-    with pytest.raises(InputError, match=r"freeze=cnn needs a CNN and .*, and vit_micro is no such model; leave out"):
-        build(small_recipe(model="vit_micro", freeze="cnn"), ("a", "b"))
+@pytest.mark.parametrize(("option", "value"), [("freeze", "cnn"), ("branch_dropout", 0.2)])
+def test_only_what_is_fused_has_sides_to_freeze_or_drop(option, value):
+    with pytest.raises(InputError) as refused:
+        build(small_recipe(model="vit_micro", **{option: value}), ("a", "b"))
+    asked, remedy = f"{option}={value} needs a CNN and", f"leave out --{option.replace('_', '-')}"
+    assert str(refused.value).startswith(asked)
+    assert f"vit_micro is no such model; {remedy}" in str(refused.value)
+
+
+def test_a_recipe_drops_sides_while_training():
+    assert build(small_recipe(branch_dropout=0.2), ("a", "b")).model.branch_dropout == 0.2
 
 
 def test_the_average_is_the_weighted_sum_of_the_weights(tmp_path):

@@ -27,9 +27,9 @@ class PixelSource(nn.Module):
         self.positions = PositionTable(dim, grid, prefix_tokens=0)
         self.source = nn.Parameter(nn.init.trunc_normal_(torch.zeros(1, 1, dim), std=0.02))
 
-    def forward(self, feature_map: Tensor) -> Tensor:
-        """Map (B, channels, h, w) to tokens (B, P, C)."""
-        return self.pixels(feature_map) + self.positions(size_of(feature_map)) + self.source
+    def forward(self, feature_map: Tensor, kept: Tensor | None = None) -> Tensor:
+        """Map (B, channels, h, w) to tokens (B, P, C): all 0 of the images that `kept` (B, 1, 1) is 0 for."""
+        return kept_of(self.pixels(feature_map) + self.positions(size_of(feature_map)) + self.source, kept)
 
 
 class Gate(nn.Module):
@@ -76,6 +76,25 @@ class ReadOut(nn.Module):
     def forward(self, tokens: Tensor, pixels: Tensor) -> Tensor:
         """X (B, T, C) and P (B, P, C) to the new X."""
         return tokens + self.gate(pixels.mean(dim=1, keepdim=True))
+
+
+def draw_branches(images: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+    """Which images keep their patches, and which their pixels, with branch dropout: never is both taken away.
+
+    Args:
+        images: (B, ...), for their number and device.
+        rate: share of the images that lose one of the two, either as often as the other.
+
+    Returns:
+        1 where an image keeps its patches, else 0, and the same of its pixels: (B, 1, 1) each.
+    """
+    lots = torch.rand(len(images), 1, 1, device=images.device)
+    return (lots >= rate / 2).float(), (lots < 1 - rate / 2).float()
+
+
+def kept_of(tokens: Tensor, kept: Tensor | None) -> Tensor:
+    """Tokens (B, T, C), all 0 of the images that `kept` (B, 1, 1) is 0 for."""
+    return tokens if kept is None else tokens * kept.to(tokens.dtype)
 
 
 def coarser(one: Grid, other: Grid) -> Grid:

@@ -6,7 +6,8 @@ the start, and what fuses adds to its logits through a gate: with the gate close
     S = (P, X)        what the parents see: tokens of the CNN's last two stages and of two of the transformer's layers,
                       at the same places, the finer kind averaged to the other's grid
     z = std([mean(P); X_cls; mean(X)])       their means, and CLS where there is one
-    P, X = drop(std(P)), drop(std(X))        the tokens, of which some are left out (zeros) while training
+    P, X = drop(std(P)), drop(std(X))        the tokens, of which some are left out (zeros) while training,
+                                              or all of one kind (branch dropout)
     t = 0.01 [P; X]                          all of them in a row: every token votes, by weights of its own place
     p, x = norm(A P) + e, norm(B X) + f      projected to one width, with learned places e and f
     (dx, dp) = op(x, p)                      a fusion operator
@@ -30,7 +31,7 @@ from tokenfusion.layers.positions import Grid, PositionTable
 from tokenfusion.layers.tokens import TokenGroup, TokenLayout, map_to_tokens, size_of, tokens_to_map
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
 from tokenfusion.models.base import at_least, linear_head, require_own_pooling
-from tokenfusion.models.exchange import Gate, coarser
+from tokenfusion.models.exchange import Gate, coarser, kept_of
 from tokenfusion.models.operators import Grids, Operator, regrid
 from tokenfusion.models.token_fusion import TokenFusion, added
 
@@ -119,8 +120,9 @@ class ProbeFusion(TokenFusion):
     def meet(self, seen: Seen, cells: Grid) -> Tensor:
         """S, whose tokens stand on a grid of cells, to [z; t; a u]."""
         z = self.standardize(self.means(seen))
-        pixels = self.drop(self.pixel_source.standardize(seen.pixels))
-        tokens = self.drop(self.token_source.standardize(seen.tokens))
+        for_tokens, for_pixels = self.branches_kept(seen.pixels)
+        pixels = kept_of(self.drop(self.pixel_source.standardize(seen.pixels)), for_pixels)
+        tokens = kept_of(self.drop(self.token_source.standardize(seen.tokens)), for_tokens)
         t = VOTE_SCALE * self.in_a_row(pixels, tokens, cells)
         p, x = self.pixel_source(pixels, cells), self.token_source(tokens, cells)
         dx, dp = self.run(self.operator, x, p, Grids(cells, cells))

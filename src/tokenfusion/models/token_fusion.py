@@ -11,7 +11,9 @@ The equations' symbols, the same in every strategy:
          P = tokens(pool(M)) where M is finer than the patches
     a b  gates: 0 leaves either parent as it is alone                      W(P)                tokens back into the map
 
-The head reads X + a mean(P). `models/fused_model.py` has what explains a fused model, `models/fuse.py` builds one.
+The head reads X + a mean(P). While training with branch dropout an image may be without its patches or its pixels,
+which are 0 then, so that either side learns to answer alone. `models/fused_model.py` has what explains a fused model,
+`models/fuse.py` builds one.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,7 @@ from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import TokenLayout, size_of
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
 from tokenfusion.models.base import at_least, image_size
-from tokenfusion.models.exchange import Gate, PixelSource, ReadOut, WriteBack, coarser
+from tokenfusion.models.exchange import Gate, PixelSource, ReadOut, WriteBack, coarser, draw_branches, kept_of
 from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.operators import Grids, JointAttention, Operator
 
@@ -47,7 +49,12 @@ class TokenFusion(FusedModel):
 
     Raises:
         InputError: the operator does not fit the strategy or the transformer (`REFUSALS`).
+
+    Attributes:
+        branch_dropout: share of the images that lose all patches or all pixels while training.
     """
+
+    branch_dropout: float = 0.0
 
     def __init__(
         self,
@@ -67,6 +74,20 @@ class TokenFusion(FusedModel):
         self.make_operator = partial(operator, vit.dim, vit.heads, mlp_ratio)
         self.initial_gate = gate
         self.readout = ReadOut(vit.dim, gate)
+
+    def embed(self, images: Tensor) -> tuple[Tensor, Any, Tensor | None]:
+        """X, the context of the transformer's blocks, and which images keep their P, (B, 1, 1), if not all do."""
+        tokens, context = self.vit.embed(images)
+        patches, pixels = self.branches_kept(images)
+        first = len(self.vit.prefix)
+        if patches is not None:
+            tokens = torch.cat([tokens[:, :first], kept_of(tokens[:, first:], patches)], dim=1)
+        return tokens, context, pixels
+
+    def branches_kept(self, images: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Which images keep their patches, and which their pixels; all of them, but for branch dropout in training."""
+        drops = self.training and self.branch_dropout
+        return draw_branches(images, self.branch_dropout) if drops else (None, None)
 
     def finish(self, tokens: Tensor, pixels: Tensor, context: Any) -> Any:
         """finish(X + a mean(P)), which the transformer's own head reads."""
@@ -95,11 +116,13 @@ class Exchange(nn.Module):
         self.gate = Gate((dim,), gate)
         self.write = WriteBack(dim, channels, gate) if operator.writes else None
 
-    def forward(self, tokens: Tensor, feature_map: Tensor, patches: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(
+        self, tokens: Tensor, feature_map: Tensor, patches: Grid, kept: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """X (B, T, C), its patches on a grid, and M (B, channels, h, w), to dX, the new P, and M's update or None."""
         size = size_of(feature_map)
         grids = Grids(patches, coarser(size, patches))
-        pixels = self.source(F.adaptive_avg_pool2d(feature_map, grids.pixels))
+        pixels = self.source(F.adaptive_avg_pool2d(feature_map, grids.pixels), kept)
         token_update, pixel_update = self.operator(tokens, pixels, grids)
         pixels = added(pixels, pixel_update)
         return token_update, pixels, self.write(pixels, grids.pixels, size) if self.write is not None else None
@@ -126,8 +149,8 @@ class EarlyFusion(TokenFusion):
         return {"exchange.gate": "exchange"} | super().gates()
 
     def forward_features(self, images: Tensor) -> Any:
-        tokens, context = self.vit.embed(images)
-        update, pixels, _ = self.run(self.exchange, tokens, self.cnn(images), self.vit.grid(size_of(images)))
+        tokens, context, kept = self.embed(images)
+        update, pixels, _ = self.run(self.exchange, tokens, self.cnn(images), self.vit.grid(size_of(images)), kept)
         tokens = self.vit.through(self.vit.blocks, tokens + self.exchange.gate(update), context)
         return self.finish(tokens, pixels, context)
 
@@ -148,8 +171,8 @@ class JointEarlyFusion(TokenFusion):
         return self.block_layouts(size)
 
     def forward_features(self, images: Tensor) -> Any:
-        tokens, context = self.vit.embed(images)
-        pixels = self.pixel_source(self.cnn(images))
+        tokens, context, kept = self.embed(images)
+        pixels = self.pixel_source(self.cnn(images), kept)
         both = self.vit.through(self.vit.blocks, torch.cat([tokens, pixels], dim=1), context)
         tokens, pixels = torch.split(both, [tokens.shape[1], pixels.shape[1]], dim=1)
         return self.finish(tokens, pixels, context)
@@ -182,9 +205,9 @@ class LateFusion(TokenFusion):
 
     def forward_features(self, images: Tensor) -> Any:
         feature_map = self.cnn(images)
-        tokens, context = self.vit.embed(images)
+        tokens, context, kept = self.embed(images)
         tokens = self.vit.through(self.vit.blocks, tokens, context)
-        pixels, update = self.pixel_source(feature_map), None
+        pixels, update = self.pixel_source(feature_map, kept), None
         grids = Grids(self.vit.grid(size_of(images)), size_of(feature_map))
         for operator in self.operators:
             token_update, pixel_update = self.run(operator, added(tokens, update), pixels, grids)
@@ -234,11 +257,11 @@ class LayerwiseFusion(TokenFusion):
 
     def forward_features(self, images: Tensor) -> Any:
         grid = self.vit.grid(size_of(images))
-        tokens, context = self.vit.embed(images)
+        tokens, context, kept = self.embed(images)
         feature_map, maps = self.cnn.start(images)
         for s, (exchange, (start, stop)) in enumerate(zip(self.exchanges, pairwise(self.cuts), strict=True)):
             feature_map = self.cnn.stage(s, feature_map, maps)
-            update, pixels, map_update = self.run(exchange, tokens, feature_map, grid)
+            update, pixels, map_update = self.run(exchange, tokens, feature_map, grid, kept)
             tokens = self.vit.through(self.vit.blocks[start:stop], tokens + exchange.gate(update), context)  # type: ignore[operator]
             feature_map = added(feature_map, map_update)
         return self.finish(tokens, pixels, context)

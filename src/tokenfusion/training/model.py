@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
@@ -18,7 +19,7 @@ def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False, *, 
     those want them in either case.
 
     Raises:
-        InputError: the model cannot be built, or has no parents to freeze.
+        InputError: the model cannot be built, or is no fusion, and the recipe wants to freeze or drop a side of one.
     """
     torch.manual_seed(recipe.seed)
     classifier = Classifier.create(
@@ -37,10 +38,17 @@ def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False, *, 
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing()  # type: ignore[operator]
     if recipe.freeze != "none":
-        if not isinstance(model, TokenFusion):
-            raise InputError(
-                f"freeze={recipe.freeze} needs a CNN and a transformer that are fused, and {recipe.model} is no such "
-                "model; leave out --freeze, or give --model fuse(CNN,VIT)"
-            )
-        model.freeze(*(PARENTS if recipe.freeze == "both" else (recipe.freeze,)))
+        fusion_for("freeze", recipe, model).freeze(*(PARENTS if recipe.freeze == "both" else (recipe.freeze,)))
+    if recipe.branch_dropout:
+        fusion_for("branch_dropout", recipe, model).branch_dropout = recipe.branch_dropout
     return classifier
+
+
+def fusion_for(option: str, recipe: Recipe, model: nn.Module) -> TokenFusion:
+    """The model, for an option that only a CNN and a transformer that are fused have a use for."""
+    if not isinstance(model, TokenFusion):
+        raise InputError(
+            f"{option}={getattr(recipe, option)} needs a CNN and a transformer that are fused, and {recipe.model} is "
+            f"no such model; leave out --{option.replace('_', '-')}, or give --model fuse(CNN,VIT)"
+        )
+    return model
