@@ -43,7 +43,7 @@ def test_what_is_missing_says_nothing(strategy):
     images, outputs = torch.randn(24, 3, 32, 32), []
     for _ in range(2):
         torch.manual_seed(0)
-        logits, patches, pixels = met(model, images)
+        logits, _, pixels = met(model, images)
         outputs.append(logits)
         with torch.no_grad():
             for parameter in model.cnn.parameters():
