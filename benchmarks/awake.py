@@ -13,6 +13,7 @@ ordinary run folder in `--runs`; the program goes on where it was.
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -26,7 +27,8 @@ from common import environment, train_on
 from tokenfusion.analyze.tokens import analyze_tokens
 from tokenfusion.compare.results import sides_of_run
 from tokenfusion.evaluate import evaluate
-from tokenfusion.files import read_json, write_json
+from tokenfusion.files import write_json
+from tokenfusion.json_files import read_json
 from tokenfusion.metrics import t_interval
 from tokenfusion.recipe import Recipe
 
@@ -50,9 +52,9 @@ def run_one(recipe: Recipe, folder: Path) -> dict[str, Any]:
     if not (folder / "evaluation.json").exists():
         evaluate(folder)
     if not (folder / "tokens" / "tokens.json").exists():
-        analyze_tokens(folder, num_images=2000)
+        analyze_tokens(str(folder), num_images=2000)
     sides = {side["tokens"]: side for side in sides_of_run(folder)}
-    return {"top1": read_json(folder / "evaluation.json", "")["top1"], "sides": sides}
+    return {"top1": read_json(folder / "evaluation.json", "evaluate it anew")["top1"], "sides": sides}
 
 
 def summary(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -78,20 +80,11 @@ def main() -> None:
     data = cut(given.data, given.runs / "data", given.images, given.held_out)
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for seed, model, rate in product(range(given.seeds), given.models, given.rates):
-        recipe = Recipe(
-            **{name: value for name, value in vars(RECIPE).items() if name not in ("data", "model", "seed", "epochs")}
-            | {"data": str(data), "model": model, "seed": seed, "epochs": given.epochs, "branch_dropout": rate}
-        )
+        recipe = replace(RECIPE, data=str(data), model=model, seed=seed, epochs=given.epochs, branch_dropout=rate)
         run = run_one(recipe, given.runs / f"{model}-{rate:g}-seed{seed}")
         found.setdefault((model, rate), []).append(run)
-        print(
-            seed,
-            model,
-            rate,
-            run["top1"],
-            {side: round(of["lost"], 4) for side, of in run["sides"].items()},
-            flush=True,
-        )
+        worth = {side: round(of["lost"], 4) for side, of in run["sides"].items()}
+        print(seed, model, rate, run["top1"], worth, flush=True)
         rows = [{"model": model, "branch_dropout": rate} | summary(runs) for (model, rate), runs in found.items()]
         write_json(given.out, result | {"rows": rows})
 
