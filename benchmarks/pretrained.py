@@ -9,10 +9,11 @@ passes each once, at 112×112 pixels; what is seen is kept in TOKENFUSION_CACHE.
 read is chosen on a part of the training pool. Each draw of training images is judged on all test images.
 
 Ways, beside those of `probe.json`: `votes` (every token of both votes), `mean_tokens` (the mean of predictions of two
-parents of which each has the votes of its own tokens: the control of `votes`), `larger` (a linear classifier on the
-larger CNN), `sklearn` (scikit-learn's cross-validated logistic regression on both parents' means, standardised),
-`fine_tuned` (the CNN alone, all weights, for so many minutes, as timm's train.py does it). Resumable: what the JSON
-holds already is not computed again.
+parents of which each has the votes of its own tokens: the control of `votes`), `larger_260` and `larger_384` (a linear
+classifier on the larger CNN, at its own size and at one that costs at least what the pair does), `sklearn`
+(scikit-learn's cross-validated logistic regression on both parents' means, standardised), `fine_tuned` (the CNN alone,
+all weights, for so many minutes, as timm's train.py does it). Resumable: what the JSON holds already is not computed
+again.
 """
 
 import argparse
@@ -68,6 +69,9 @@ LAYERS = ((7, 11), (8, 11), (9, 11), (10, 11))
 """Pairs of the transformer's blocks, from 0, that are tried."""
 CNN, VIT, LARGER = "tf_efficientnet_lite0", "vit_small_patch14_dinov2", "tf_efficientnet_lite2"
 SIZE, CHUNK = 112, 5_000
+LARGER_SIZES = (260, 384)
+"""Sides of the larger CNN's images: its own; and the least multiple of 32 at which an image costs it what the pair's
+does: 1.69 GMACs, and the pair's 1.55 (`tokenfusion profile`)."""
 
 
 def parents(weights: Path, classes: tuple[str, ...]) -> Classifier:
@@ -130,23 +134,25 @@ def choose_layers(classifier: Classifier, data: str, order: np.ndarray) -> dict[
 # A larger CNN, alone.
 
 
-def larger_cnn(file: Path) -> CNNBackbone:
-    """EfficientNet-Lite2 with the package's weights, whose tensors come in timm's order."""
+def larger_cnn(file: Path, size: int) -> CNNBackbone:
+    """EfficientNet-Lite2, for images of a size, with the package's weights, whose tensors come in timm's order."""
     model = timm.create_model(LARGER)
     given = [tensor for name, tensor in tensors_of(file).items() if not name.endswith("num_batches_tracked")]
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith("num_batches_tracked")}
     assert [tensor.shape for tensor in given] == [tensor.shape for tensor in own.values()], "not in timm's order"
     model.load_state_dict(dict(zip(own, given, strict=True)), strict=False)
-    return as_cnn(model, (SIZE, SIZE), 3, 4).eval().to(memory_format=torch.channels_last)
+    return as_cnn(model, (size, size), 3, 4).eval().to(memory_format=torch.channels_last)
 
 
 @torch.inference_mode()
-def larger_means(backbone: CNNBackbone, data: str, order: np.ndarray, cache: Path) -> np.ndarray:
+def larger_means(file: Path, size: int, data: str, order: np.ndarray) -> np.ndarray:
     """Means of its last two maps, (N, F), kept in a file."""
-    path = cache / f"{LARGER}-{Path(data).name}-{SIZE}-{len(order)}-{zlib.crc32(order.tobytes()):08x}.npy"
+    cache = default_cache().folder / "larger"
+    path = cache / f"{LARGER}-{Path(data).name}-{size}-{len(order)}-{zlib.crc32(order.tobytes()):08x}.npy"
     if not path.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        preprocess, found = Preprocess((SIZE, SIZE), 3, (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic"), []
+        backbone = larger_cnn(file, size)
+        preprocess, found = Preprocess((size, size), 3, (0.5,) * 3, (0.5,) * 3, 1.0, "bicubic"), []
         for images in chunks(data, order):
             for batch, _ in eval_batches(images, preprocess, batch_size=64):
                 maps = backbone.maps(preprocess.normalize(batch))[-2:]
@@ -358,22 +364,25 @@ def main() -> None:
     write_json(given.out, found)
     rows, labels = seen(classifier, given.data, parts["train"])
     test = seen(classifier, given.data, parts["test"])
-    larger: dict[str, np.ndarray] = {}
-    if given.larger:
-        backbone, cache = larger_cnn(given.larger), default_cache().folder / "larger"
-        larger = {name: larger_means(backbone, given.data, order, cache) for name, order in parts.items()}
-    for seed, count in itertools.product(range(given.seeds), given.counts):
-        if any((d["count"], d["seed"]) == (count, seed) for d in found["draws"]):
-            continue
+    draws = list(itertools.product(range(given.seeds), given.counts))
+    places = np.unique(np.concatenate([drawn(len(labels), count, seed) for seed, count in draws]))
+    needed = parts["train"][places]
+    for seed, count in draws:
         chosen = drawn(len(labels), count, seed)
-        result = draw(classifier.model, rows, labels, test, count, seed, given.operators)
-        if larger:
-            result["larger"] = judge_larger(larger["train"][chosen], labels[chosen], larger["test"], test[1])
-        if given.fine_tune_minutes and seed < given.fine_tune_seeds:
+        result = next((one for one in found["draws"] if (one["count"], one["seed"]) == (count, seed)), None)
+        if result is None:
+            result = {"count": count, "seed": seed}
+            result |= draw(classifier.model, rows, labels, test, count, seed, given.operators)
+            found["draws"].append(result)
+        for size in LARGER_SIZES if given.larger else ():
+            if f"larger_{size}" not in result:
+                means = {name: larger_means(given.larger, size, given.data, order) for name, order in parts.items()}
+                accuracy = judge_larger(means["train"][chosen], labels[chosen], means["test"], test[1])
+                result[f"larger_{size}"] = accuracy
+        if given.fine_tune_minutes and seed < given.fine_tune_seeds and "fine_tuned" not in result:
             order, minutes = parts["train"][chosen], given.fine_tune_minutes
             result["fine_tuned"] = fine_tuned(given.weights, given.data, order, parts["test"], minutes, seed)
-        found["draws"].append({"count": count, "seed": seed} | result)
-        print(found["draws"][-1], flush=True)
+        print(result, flush=True)
         write_json(given.out, found)
 
 
