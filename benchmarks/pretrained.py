@@ -376,8 +376,10 @@ def main() -> None:
             found["draws"].append(result)
         for size in LARGER_SIZES if given.larger else ():
             if f"larger_{size}" not in result:
-                means = {name: larger_means(given.larger, size, given.data, order) for name, order in parts.items()}
-                accuracy = judge_larger(means["train"][chosen], labels[chosen], means["test"], test[1])
+                some, unseen = (
+                    larger_means(given.larger, size, given.data, order) for order in (needed, parts["test"])
+                )
+                accuracy = judge_larger(some[np.searchsorted(places, chosen)], labels[chosen], unseen, test[1])
                 result[f"larger_{size}"] = accuracy
         if given.fine_tune_minutes and seed < given.fine_tune_seeds and "fine_tuned" not in result:
             order, minutes = parts["train"][chosen], given.fine_tune_minutes
