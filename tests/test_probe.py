@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from tokenfusion import InputError
-from tokenfusion.probe import POOLED, TOKENS, fit_linear, fit_probe, folds_of, joined, rotated, softmax
+from tokenfusion.probe import POOLED, TOKENS, fit_linear, fit_probe, folds_of, joined, softmax, turned
 
 RNG = np.random.default_rng(0)
 
@@ -32,9 +32,12 @@ def test_the_mixture_is_one_linear_classifier_and_no_worse_than_its_parts():
 def test_fewer_images_than_features_give_the_classifier_that_all_features_give():
     blocks, labels = blobs(40, 4, 200)
     values = joined(blocks, ("cnn", "vit"))
-    turned, axes = rotated(values)
-    assert turned.shape[1] <= 40
-    np.testing.assert_allclose(turned @ axes, values, atol=1e-8)
+    values[7] = values[3]  # images may depend on each other
+    coordinates, to_weight = turned(values)
+    assert coordinates.shape == (40, 40)
+    np.testing.assert_allclose(coordinates @ coordinates.T, values @ values.T, rtol=1e-5, atol=1e-3)
+    weight = np.random.default_rng(0).normal(size=(4, 40)) @ coordinates
+    np.testing.assert_allclose(values @ to_weight(weight).T, coordinates @ weight.T, rtol=1e-5, atol=1e-3)
     part = fit_linear(values, labels, [])
     direct = LogisticRegression(C=part.c, max_iter=2000, tol=1e-8).fit(values, labels)
     np.testing.assert_allclose(values @ part.weight.T + part.bias, direct.decision_function(values), atol=0.02)

@@ -4,9 +4,8 @@ The mixture is what a fusion starts from: logits of all three, each weighed so t
 fitted on is smallest. A weighted sum of linear classifiers is one, so that it fits into one linear layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -147,36 +146,56 @@ def fit_linear(values: np.ndarray, labels: np.ndarray, folds: list[tuple[np.ndar
     """A linear classifier of the C that does best on what each fold sets aside."""
     from sklearn.metrics import log_loss
 
-    values, rotation = rotated(values)
+    coordinates, to_weight = turned(values)
     classes, best, chosen, logits = np.unique(labels), np.inf, FEW, np.zeros((0, int(labels.max()) + 1))
-    for c in CS if folds else ():
-        parts = [scores(regression(values[fit], labels[fit], c), values[held]) for fit, held in folds]
-        aside = np.concatenate(parts)
+    fitted = [regressions(coordinates[fit], labels[fit], CS) for fit, _ in folds]
+    for c, models in zip(CS, zip(*fitted, strict=True), strict=False):
+        aside = np.concatenate([model(coordinates[held]) for model, (_, held) in zip(models, folds, strict=True)])
         loss = log_loss(np.concatenate([labels[held] for _, held in folds]), softmax(aside), labels=classes)
         if loss < best:
             best, chosen, logits = loss, c, aside
-    model = regression(values, labels, chosen)
-    weight, bias = model.coef_ @ rotation, model.intercept_
-    if len(classes) == 2:  # scikit-learn then gives the second class's alone
-        weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
-    return LinearClassifier(weight, bias, logits, chosen)
+    (model,) = regressions(coordinates, labels, (chosen,))
+    return LinearClassifier(to_weight(model.weight), model.bias, logits, chosen)
 
 
-def rotated(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, F) on the axes that N images span, where they are fewer than F, and those axes (M, F).
+def turned(values: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.ndarray]]:
+    """Features (N, F) in coordinates of the space that N images span, (N, N), where they are fewer than F.
 
-    The penalty does not change by a rotation: a classifier of these, times the axes, is that of the features.
+    With V Vᵀ = L Lᵀ the rows of L are those of V, turned: V = L Q, and Q = L⁻¹ V has orthonormal rows. The penalty does
+    not change by a rotation: a classifier w of L is the classifier w Q = (L⁻ᵀ wᵀ)ᵀ V of V.
+
+    Returns:
+        the coordinates; and what makes weights (K, N) of them weights (K, F) of the features.
     """
     if len(values) >= values.shape[1]:
-        return values, np.eye(values.shape[1], dtype=values.dtype)
-    squares, axes = np.linalg.eigh((values @ values.T).astype(np.float64))
-    kept = squares > 1e-7 * squares.max()
-    lengths, axes = np.sqrt(squares[kept]), axes[:, kept]
-    return (axes * lengths).astype(values.dtype), ((axes / lengths).T @ values).astype(values.dtype)
+        return values, lambda weight: weight
+    from scipy.linalg import cholesky, solve_triangular
+
+    squares = (values @ values.T).astype(np.float64)
+    squares[np.diag_indices_from(squares)] += 1e-6 * np.trace(squares) / len(squares)  # images may depend on others
+    root = cholesky(squares, lower=True, overwrite_a=True, check_finite=False)
+
+    def to_weight(weight: np.ndarray) -> np.ndarray:
+        shares = solve_triangular(root, weight.T.astype(np.float64), lower=True, trans="T", check_finite=False).T
+        return np.asarray(shares.astype(values.dtype) @ values)
+
+    return root.astype(values.dtype), to_weight
 
 
-def regression(values: np.ndarray, labels: np.ndarray, c: float) -> Any:
-    """scikit-learn's logistic regression, fitted."""
+@dataclass(frozen=True)
+class Line:
+    """Logits of features: weight (K, F) and bias (K,)."""
+
+    weight: np.ndarray
+    bias: np.ndarray
+
+    def __call__(self, values: np.ndarray) -> np.ndarray:
+        """Features (N, F) to logits (N, K)."""
+        return values @ self.weight.T + self.bias
+
+
+def regressions(values: np.ndarray, labels: np.ndarray, cs: Sequence[float]) -> list[Line]:
+    """scikit-learn's logistic regression for each C in turn, each from where the one before it ended."""
     import warnings
 
     from sklearn.exceptions import ConvergenceWarning
@@ -184,15 +203,16 @@ def regression(values: np.ndarray, labels: np.ndarray, c: float) -> Any:
 
     if len(np.unique(labels)) < 2:
         raise InputError("all training images are of one class; a classifier needs two or more")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a penalty this strong needs no exact minimum
-        return LogisticRegression(C=c, max_iter=200, tol=1e-3).fit(values, labels)
-
-
-def scores(model: Any, values: np.ndarray) -> np.ndarray:
-    """Logits (N, K) of a regression, of two classes as well."""
-    logits = model.decision_function(values)
-    return np.stack([-logits, logits], 1) / 2 if logits.ndim == 1 else logits
+    model, found = LogisticRegression(max_iter=200, tol=1e-3, warm_start=True), []
+    for c in cs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a penalty this strong needs no exact minimum
+            model.set_params(C=c).fit(values, labels)
+        weight, bias = np.array(model.coef_), np.array(model.intercept_)
+        if len(weight) == 1:  # scikit-learn then gives the second class's alone
+            weight, bias = np.concatenate([-weight, weight]) / 2, np.concatenate([-bias, bias]) / 2
+        found.append(Line(weight, bias))
+    return found
 
 
 def mixture(logits: list[np.ndarray], labels: np.ndarray) -> list[float]:
