@@ -2,11 +2,13 @@
 
 import os
 import platform
+import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from torch import Tensor
 from tokenfusion import training
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import default_device, hardware_name
+from tokenfusion.layers.fast import onednn_linear
 from tokenfusion.recipe import Recipe, load_recipe
 
 
@@ -58,6 +61,33 @@ def time_in_turns(
                 calls += 1
             times[name].append(1000 * passed / calls)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def peak_flops(repetitions: int) -> dict[str, float]:
+    """Floating-point operations per second of the fastest product of two square matrices, by precision.
+
+    Of both libraries: PyTorch takes MKL for products in float32, which is slower than oneDNN on some CPUs.
+    """
+    peaks = {}
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        calls: dict[str, Callable[[], Any]] = {}
+        for size in (1024, 2048):
+            one = torch.randn(size, size).to(dtype)
+            calls[f"{size} as PyTorch does"] = partial(torch.mm, one, one)
+            calls[f"{size} by oneDNN"] = partial(onednn_linear, one, one, None)
+        with torch.inference_mode():
+            times = time_in_turns(calls, repetitions)
+        peaks[precision] = max(2 * int(way.split()[0]) ** 3 / (ms / 1000) for way, ms in times.items())
+    return peaks
+
+
+def cpu_family() -> str:
+    """The CPU's maker, family and model by its own numbers, and what it has for products."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
+    features = [feature for feature in ("avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{feature}\b", text)]
+    numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
+    return ", ".join([found.get("vendor_id", platform.machine()), *numbers, *features])
 
 
 def with_backward(call: Callable[..., Tensor], inputs: list[Tensor]) -> None:

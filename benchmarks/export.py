@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import environment, time_in_turns
+from common import environment, peak_flops, time_in_turns
 from tokenfusion import Classifier
 from tokenfusion.export import artefact
 from tokenfusion.export.onnx import quantized_onnx, save_onnx, to_onnx
@@ -152,16 +152,6 @@ def macs_of(classifier: Classifier) -> float:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), CountProducts() as products:
         twin(torch.empty(1, 3, *classifier.preprocess.img_size, device="meta"))
     return sum(products.macs.values())
-
-
-def peak_flops(repetitions: int) -> dict[str, float]:
-    """Floating-point operations per second of the fastest product of two square matrices, by precision."""
-    peaks = {}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        matrices = {size: torch.randn(size, size).to(dtype) for size in (1024, 2048)}
-        times = time_in_turns({str(n): partial(torch.mm, one, one) for n, one in matrices.items()}, repetitions)
-        peaks[precision] = max(2 * int(n) ** 3 / (ms / 1000) for n, ms in times.items())
-    return peaks
 
 
 def main() -> None:

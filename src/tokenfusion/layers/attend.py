@@ -3,6 +3,7 @@
 Letters: B batch, N query tokens, M key tokens, C channels, H heads, D head width.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,7 +31,7 @@ def check_heads(dim: int, heads: int) -> None:
 
 def attention_map(queries: Tensor, keys: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / √D + bias) for (B, H, N, D) and (B, H, M, D): (B, H, N, M)."""
-    logits = (queries * queries.shape[-1] ** -0.5) @ keys.contiguous().transpose(-2, -1)
+    logits = queries @ (keys * keys.shape[-1] ** -0.5).contiguous().transpose(-2, -1)  # keys: there may be fewer
     return softmax(logits if bias is None else logits + bias)
 
 
@@ -55,6 +56,8 @@ class Attend(nn.Module):
             return self.attn_drop(attention_map(queries, keys, bias)) @ values
         dropout = self.attn_drop.p if self.training else 0.0
         mask = None if bias is None else bias[None]  # the CPU's fused kernel takes four dimensions only
+        if mask is not None and not torch.is_grad_enabled():
+            mask = mask.detach()  # nor does it take a mask that might want a gradient
         return F.scaled_dot_product_attention(queries, keys, values, attn_mask=mask, dropout_p=dropout)
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenfusion.layers.fast import Linear
+from tokenfusion.layers.fast import Linear, lies_by_pixel, pool_cells
 from tokenfusion.layers.positions import Grid, PositionTable
 from tokenfusion.layers.tokens import map_to_tokens
 
@@ -53,6 +53,20 @@ class PaddedConv(nn.Conv2d):
 
     def forward(self, feature_map: Tensor) -> Tensor:
         return super().forward(pad_to_multiple(feature_map, self.stride[0]))
+
+
+class DepthwisePool(PaddedConv):
+    """One weighted mean of each channel for each cell of a map: a depthwise k×k convolution of stride k."""
+
+    def __init__(self, dim: int, cell: int) -> None:
+        super().__init__(dim, dim, cell, stride=cell, groups=dim)
+
+    def forward(self, feature_map: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C, ⌈h/k⌉, ⌈w/k⌉)."""
+        padded = pad_to_multiple(feature_map, self.stride[0])
+        if self.bias is None or not torch.is_grad_enabled() or not lies_by_pixel(padded):
+            return super().forward(padded)
+        return pool_cells(padded, self.weight, self.bias)
 
 
 class TokenEmbedding(nn.Module):

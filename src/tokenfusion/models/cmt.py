@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import check_heads
 from tokenfusion.layers.blocks import init_linear_and_norm, rising_rates
+from tokenfusion.layers.fast import PointwiseConv
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of, tokens_to_map
@@ -147,7 +148,7 @@ class CMT(PaperModel):
                 (stem_dim, *dims[:-1]), dims, heads, pooling, grids, depths, strict=True
             )
         )
-        self.head_conv: nn.Module = nn.Conv2d(dims[-1], head_dim, 1)
+        self.head_conv: nn.Module = PointwiseConv(dims[-1], head_dim)
         self.head_norm: nn.Module = nn.BatchNorm2d(head_dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.apply(init_linear_and_norm)

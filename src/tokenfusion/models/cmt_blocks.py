@@ -10,8 +10,15 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
-from tokenfusion.layers.blocks import PaddedConv, drop_path, layer_norm
-from tokenfusion.layers.fast import Linear
+from tokenfusion.layers.blocks import DepthwisePool, PaddedConv, drop_path, layer_norm
+from tokenfusion.layers.fast import (
+    Linear,
+    PointwiseConv,
+    convolve_normed,
+    folds,
+    gelu_in_place,
+    product_between_norms,
+)
 from tokenfusion.layers.positions import Grid, RelativePositionTable
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, grid_of, map_to_tokens, tokens_to_map
 from tokenfusion.models.base import choose
@@ -73,7 +80,7 @@ class LightweightAttention(nn.Module):
         self.v = Linear(dim, dim)
         self.pool: nn.Module = nn.Identity()
         if pooling > 1:
-            self.pool = nn.Sequential(PaddedConv(dim, dim, pooling, stride=pooling, groups=dim), nn.BatchNorm2d(dim))
+            self.pool = nn.Sequential(DepthwisePool(dim, pooling), nn.BatchNorm2d(dim))
         self.attend = Attend(attn_drop)
         self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -103,17 +110,25 @@ class InvertedResidualFeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.expand = nn.Sequential(nn.Conv2d(dim, hidden, 1), nn.GELU(), nn.BatchNorm2d(hidden))
+        self.expand = nn.Sequential(PointwiseConv(dim, hidden), nn.GELU(), nn.BatchNorm2d(hidden))
         self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
         self.norm = nn.Sequential(nn.GELU(), nn.BatchNorm2d(hidden))
-        self.project = nn.Sequential(nn.Conv2d(hidden, dim, 1), nn.BatchNorm2d(dim))
+        self.project = nn.Sequential(PointwiseConv(hidden, dim), nn.BatchNorm2d(dim))
         self.drop = nn.Dropout(drop)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) to (B, C, h, w)."""
+        if folds(self, features, self.expand[2], self.norm[1], self.project[1]):
+            return self.infer_faster(features)
         hidden = self.drop(self.expand(features))
         hidden = self.norm(hidden + self.conv(hidden))
         return self.drop(self.project(hidden))
+
+    def infer_faster(self, features: Tensor) -> Tensor:
+        """The same by `layers/fast.py`: the norms are part of the convolutions that follow and precede them."""
+        hidden = gelu_in_place(self.expand[0](features))
+        hidden = gelu_in_place(convolve_normed(self.expand[2], hidden, self.conv))
+        return product_between_norms(self.norm[1], hidden, *self.project)
 
 
 class Parts(NamedTuple):
