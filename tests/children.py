@@ -2,6 +2,8 @@
 
 import gc
 import multiprocessing
+import os
+import sys
 
 import torch
 
@@ -27,3 +29,17 @@ def as_the_command(start_method, work, words):
     torch.set_num_threads(1)
     gc.freeze()  # a look through all that is imported takes longer than most of what tests start
     work(*words)
+
+
+def begin_command(log, *words):
+    """Start the command in a process and a group of its own; what it prints goes to a file."""
+    return begin(run_command, log, ["tokenfusion", *map(str, words)])
+
+
+def run_command(log, words):
+    os.setsid()
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    sys.argv = words
+    from tokenfusion import cli
+
+    cli.main()

@@ -1,6 +1,10 @@
 """What several tests need: where shared data may lie, a trained run, and the command."""
 
+# ruff: noqa: E402
 import gc
+
+gc.disable()  # until all is imported, see pytest_collection_finish
+
 import io
 import os
 import shutil
@@ -38,8 +42,8 @@ def shared() -> Path:
 
 def pytest_collection_finish() -> None:
     """All packages are imported: the garbage collector need not look through them again and again."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from children import begin_command
 from quiet import no_warning
 from runs import TINY
 from tokenfusion.cli import app
@@ -510,18 +512,16 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
 
 
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path):
-    words = [
-        *(sys.executable, "-m", "tokenfusion", "train", "digits"),
-        *("--img-size", "8", "--epochs", "500", "--workers", "2", "--out", str(tmp_path / "run")),
-    ]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(words, **pipes, text=True, start_new_session=True)
-    assert any("epoch 1/500" in line for line in process.stdout)  # wait until it trains
+    words = ("train", "digits", "--img-size", 8, "--epochs", 500, "--workers", 2, "--out", tmp_path / "run")
+    process = begin_command(said := tmp_path / "said.txt", *words)
+    while not (said.exists() and "epoch 1/500" in said.read_text()):  # wait until it trains
+        assert process.is_alive()
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)  # a terminal signals the loader processes too
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"tokenfusion train --resume {tmp_path / 'run'}" in errors
-    assert "Traceback" not in errors
+    process.join(timeout=60)
+    assert process.exitcode == 130
+    assert f"tokenfusion train --resume {tmp_path / 'run'}" in said.read_text()
+    assert "Traceback" not in said.read_text()
 
 
 def test_ctrl_c_before_the_first_step_speaks_of_no_checkpoint(command, tmp_path, monkeypatch):

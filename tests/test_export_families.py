@@ -2,15 +2,19 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.models import _registry
 
 from tokenfusion import Classifier
 from tokenfusion.export import artefact
+from tokenfusion.models.cost import count_model
 from tokenfusion.recipe import Recipe, dump_recipe
 
 CLASSES = ("blue", "green", "red")
@@ -24,13 +28,31 @@ RUNS = {
     "layerwise, several labels": (PAIR.format("layerwise"), "openvino", "fp32", {"multi_label": True}),
     "layerwise, gray": (PAIR.format("layerwise,cross"), "pt2", "fp32", {"in_chans": 1}),
     "probe": (PAIR.format("probe"), "onnx", "fp32", {}),
-    "a pair with means of its own": ("fuse(resnet10t,vit_tiny_patch16_224,late)", "onnx", "fp32", {}),
+    "a pair with means of its own": ("fuse(resnet10t,test_vit,late)", "onnx", "fp32", {}),
     "a control": ("cnn(tokenfusion_early_micro)", "openvino", "fp32", {}),
     "the other control": ("vit(tokenfusion_layerwise_micro)", "onnx", "fp32", {}),
     "timm's": ("mobilenetv3_small_050", "onnx", "fp32", {}),
 }
 """Name, format, precision and task; int8 needs a run that has learned, for random weights leave images undecided.
 `test_export.py` has shallow ones of them as ONNX, number by number."""
+
+SHALLOW = {
+    "crossvit_micro": {"depths": (1, 1)},
+    "deepvit_micro": {"depth": 2},
+    "cmt_micro": {"depths": (1, 1, 1)},
+    "vit_micro": {"depth": 3},
+}
+"""What makes a model shallow: every block is traced alike, and takes its time."""
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """Names mean models of fewer blocks."""
+    count_model.cache_clear()
+    for name, depths in SHALLOW.items():
+        monkeypatch.setitem(_registry._model_entrypoints, name, partial(timm.model_entrypoint(name), **depths))
+    yield
+    count_model.cache_clear()
 
 
 def save_run(folder: Path, name: str, *, in_chans: int = 3, multi_label: bool = False, size: int = 32) -> Path:

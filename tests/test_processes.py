@@ -50,22 +50,3 @@ def test_ctrl_c_ends_both_and_only_the_caller_answers(tmp_path):
     assert process.returncode != 0
     assert errors.count("Traceback") == 1
     assert errors.rstrip().endswith("KeyboardInterrupt")
-
-
-FIRST = """
-import gc, sys
-from tokenfusion.processes import first_import
-with first_import("sched"):
-    import sched
-    paused = not gc.isenabled()
-assert (paused, gc.isenabled(), gc.get_freeze_count() > 1000) == (True, True, True)
-before = gc.get_freeze_count()
-with first_import("sched"):
-    assert gc.isenabled()
-assert gc.get_freeze_count() == before
-"""
-
-
-def test_a_first_import_is_not_searched_for_garbage():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", FIRST], check=True, env=environment)

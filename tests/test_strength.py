@@ -5,6 +5,7 @@ import io
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import struct
@@ -20,6 +21,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from children import begin
 from runs import after_step, tiny_recipe
 from tokenfusion import Classifier, InputError, train
 from tokenfusion.checkpoint import load_tensors, save_tensors
@@ -48,9 +50,10 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width, height, rows, bits=8, colour=2, interlaced=0):
+def png(width, height, rows, bits=8, colour=2, interlaced=0, level=-1):
     header = struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, interlaced)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    data = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows, level)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + data
 
 
 @pytest.mark.parametrize(("bits", "colour", "row"), [(8, 2, 96), (8, 0, 32), (1, 0, 4), (16, 0, 64), (8, 6, 128)])
@@ -381,16 +384,22 @@ def test_patience_keeps_the_better_of_the_weights_and_their_average(tmp_path):
     assert not answers[0].error
 
 
+def predict_fork_and_predict(run):
+    torch.set_num_threads(2)
+    classifier, images = Classifier.load(run), [np.zeros((900, 900, 3), dtype="uint8")] * 32
+    classifier.predict(images)
+    child = os.fork()
+    if not child:
+        classifier.predict(images)
+        os._exit(7)
+    signal.alarm(50)
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+
+
 def test_a_classifier_answers_after_a_fork(trained):
-    code = (
-        "import os, sys, numpy, torch; torch.set_num_threads(2); from tokenfusion import Classifier\n"
-        "c = Classifier.load(sys.argv[1]); x = [numpy.zeros((900, 900, 3), dtype='uint8')] * 32; c.predict(x)\n"
-        "child = os.fork()\n"
-        "if not child: c.predict(x); os._exit(7)\n"
-        "import signal; signal.alarm(50)\n"
-        "sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))"
-    )
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", code, trained], check=False).returncode == 7
+    process = begin(predict_fork_and_predict, trained)
+    process.join()
+    assert process.exitcode == 7
 
 
 @pytest.fixture
@@ -458,11 +467,11 @@ def test_a_label_that_is_a_whole_text_is_refused_and_not_printed_in_full(tmp_pat
     import pyarrow.parquet as pq
 
     image = {"bytes": image_bytes(), "path": "1.png"}
-    table = pa.table({"image": [image] * 4, "label": ["a", "b", "a", "x" * 10**8]})
+    table = pa.table({"image": [image] * 4, "label": ["a", "b", "a", "x" * 10**7]})
     pq.write_table(table, tmp_path / "a.parquet")
-    rows = [{"path": f"{label[0]}.png", "label": label} for label in ("a", "y" * 10**7)]
+    rows = [{"path": f"{label[0]}.png", "label": label} for label in ("a", "y" * 10**6)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    for name, said in (("a.parquet", "(100,000,000 characters)"), ("a.json", "(10,000,000 characters)")):
+    for name, said in (("a.parquet", "(10,000,000 characters)"), ("a.json", "(1,000,000 characters)")):
         status, output, errors = command("check", tmp_path / name, "--out", tmp_path / "check")
         assert status == 2
         assert said in errors
@@ -477,29 +486,30 @@ def test_an_error_is_never_longer_than_a_person_reads(command, tmp_path):
     assert len(output + errors) < 25_000
 
 
-PEAK = """
-import io, resource, sys, zlib, struct
-from tokenfusion.data import decode
-from tokenfusion.data.decode import decode_ahead, decode_image
-from tokenfusion.report.pictures import shrink
-def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-width, height = 5000, 5000
-rows = (b"\\0" + b"\\x7f" * width) * height
-png = b"\\x89PNG\\r\\n\\x1a\\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-png += chunk(b"IDAT", zlib.compress(rows, 1)) + chunk(b"IEND", b"")
-del rows
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-decode.THREADS = 4
-decoded = decode_ahead([png] * 4, lambda one: shrink(decode_image(one, max_pixels=10**8), 48))
-assert [image.shape for _, image in decoded] == [(3, 48, 48)] * 4
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / (width * height))
-"""
+def note_peak_of_decoding(path):
+    """Bytes a pixel that this process grows by."""
+    from tokenfusion.data import decode
+    from tokenfusion.report.pictures import shrink
+
+    width, height = 5000, 5000
+    large = png(width, height, (b"\0" + b"\x7f" * width) * height, colour=0, level=1)
+    before = peak_bytes()
+    decode.THREADS = 4
+    decoded = decode.decode_ahead([large] * 4, lambda one: shrink(decode_image(one, max_pixels=10**8), 48))
+    assert [image.shape for _, image in decoded] == [(3, 48, 48)] * 4
+    path.write_text(json.dumps((peak_bytes() - before) / (width * height)))
 
 
-def test_large_images_are_decoded_one_at_a_time():
+def peak_bytes():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def test_large_images_are_decoded_one_at_a_time(tmp_path):
     """Four of 25 million pixels would take forty bytes a pixel together."""
-    ended = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
-    assert float(ended.stdout) < 20
+    process = begin(note_peak_of_decoding, tmp_path / "peak")
+    process.join()
+    assert process.exitcode == 0
+    assert 3 < json.loads((tmp_path / "peak").read_text()) < 20
 
 
 def test_an_image_of_one_huge_side_is_reported_and_the_check_up_goes_on(rare, tmp_path, command):

@@ -17,10 +17,12 @@ from tokenfusion.analyze.cli import explain, similar
 from tokenfusion.check.cli import check
 from tokenfusion.errors import InputError
 from tokenfusion.export.cli import export
-from tokenfusion.formatting import abridged, counted, counting
-from tokenfusion.places import require_data, require_run, resume_command
+from tokenfusion.formatting import abridged
+from tokenfusion.imports import first_import
+from tokenfusion.places import require_data, resume_command
 from tokenfusion.predict.cli import predict
 from tokenfusion.recipe import Recipe
+from tokenfusion.run_verbs import evaluate, push, report
 from tokenfusion.serve.cli import serve
 from tokenfusion.terminal import AsJson, console, show, stderr
 from tokenfusion.version import __version__
@@ -77,9 +79,10 @@ def train(
     options.require_trainable(settings, out, resume)
     if settings.pretrained and not as_json and os.environ.get("RANK", "0") == "0":
         console.print(f"{settings.model}, from pretrained weights; loading PyTorch takes some seconds")
-    from tokenfusion import training
-    from tokenfusion.analyze.collapse import watch_collapse
-    from tokenfusion.training.saved import CHECKPOINT, is_saved
+    with first_import("timm"):
+        from tokenfusion import training
+        from tokenfusion.analyze.collapse import watch_collapse
+        from tokenfusion.training.saved import CHECKPOINT, is_saved
 
     if dry_run and not resume:
         from tokenfusion.training.auto.dry_run import print_plan
@@ -101,68 +104,6 @@ def train(
         stderr.print(f"\nstopped {where} checkpoint; go on with `{resume_command(run)}`")
         sys.exit(130)
     console.print(f"the model is in {run}; next: tokenfusion evaluate {shlex.quote(str(run))}")
-
-
-@app.command
-def evaluate(
-    run: Path,
-    data: str | None = None,
-    /,
-    *,
-    split: Literal["train", "val", "test"] | None = None,
-    root: str = "",
-    out: Path | None = None,
-    with_training_images: Annotated[bool, Parameter(negative="")] = False,
-    corruptions: Annotated[bool, Parameter(negative="")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Measure a trained run on images it has not seen; writes RUN/evaluation.json, or of other DATA RUN/evaluations/.
-
-    Images that the run was trained on are known by their pixels, wherever they lie, and left out.
-
-    Example: tokenfusion evaluate runs/photos
-
-    Parameters
-    ----------
-    run
-        Folder that `train` wrote.
-    data
-        Labelled images of the same classes; the run's own held-out images when not given.
-    split
-        Part of the data; by default val, else test, else everything.
-    root
-        Folder that the paths in a list start at.
-    out
-        Folder to write to; RUN when not given, or RUN/evaluations/NAME of images that are not the run's held-out ones.
-    with_training_images
-        Judge images that the run was trained on too.
-    corruptions
-        Judge the images made worse too: noise, blur, JPEG, contrast, occlusion, shuffled patches, each at three levels.
-    as_json
-        Print evaluation.json instead of a summary.
-    """
-    require_run(run)
-    require_data(data or "digits")
-    from tokenfusion.corruptions import corruption_table
-    from tokenfusion.evaluate import evaluate as evaluate_run
-    from tokenfusion.evaluate import evaluation_summary, images_in_words, place_of
-    from tokenfusion.report import write_figures
-
-    with counting("images") as progress:
-        keep = with_training_images
-        result = evaluate_run(
-            run, data, split, progress, root=root, out=out, with_training_images=keep, corruptions=corruptions
-        )
-    place = out or place_of(run, result["data"], result["split"], own=result["own"])
-    drawn = write_figures(place)
-    skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])
-    lines = [f"{counted(result['n'], 'image')}: {images_in_words(result)}{skipped}"]
-    lines += [f"  skipped {image['path']}: {image['reason']}" for image in result["unreadable"][:5]]
-    lines += evaluation_summary(result)
-    next_step = f"; next: tokenfusion report {shlex.quote(str(run))}" * (out is None)
-    kept = f"; {run / 'evaluation.json'} is as it was, of the run's own held-out images" * (place not in (run, out))
-    lines.append(f"written to {place / 'evaluation.json'}, with {', '.join(drawn)}{kept}{next_step}")
-    show(result, as_json, corruption_table(result["corruptions"]) if corruptions else (), lines)
 
 
 @app.command
@@ -205,10 +146,11 @@ def compare(
         Print comparison.json instead of a table.
     """
     require_data(settings.data)
-    from tokenfusion.compare import Budget, split_names
-    from tokenfusion.compare import compare as compare_models
-    from tokenfusion.compare.table import comparison_table, notes
-    from tokenfusion.report import write_comparison
+    with first_import("timm"):
+        from tokenfusion.compare import Budget, split_names
+        from tokenfusion.compare import compare as compare_models
+        from tokenfusion.compare.table import comparison_table, notes
+        from tokenfusion.report import write_comparison
 
     try:
         result = compare_models(
@@ -232,59 +174,6 @@ def compare(
 
 
 @app.command
-def push(
-    run: Path,
-    repo: Annotated[str, Parameter(name="ORG/NAME")],
-    /,
-    *,
-    send: Annotated[bool, Parameter(negative="")] = False,
-    public: Annotated[bool, Parameter(negative="")] = False,
-) -> None:
-    """Write a run as a folder for a hub, RUN/hub, and say what would be sent; with --send, send it.
-
-    Example: tokenfusion push runs/photos my-org/photos
-
-    Parameters
-    ----------
-    run
-        Folder that `train` wrote; `evaluate` adds what the model card says of accuracy.
-    repo
-        Where to: an organisation or a user, and a name.
-    send
-        Send it, which needs a login (`hf auth login`).
-    public
-        Let anyone read it.
-    """
-    require_run(run)
-    from tokenfusion.publish import listing
-    from tokenfusion.publish import push as push_run
-
-    files, address = push_run(run, repo, really=send, public=public)
-    for line in listing(files, address, repo, public):
-        console.print(line)
-
-
-@app.command
-def report(run: Path, /) -> None:
-    """Write what a run or a comparison reached into RUN/report.html: one file, readable offline.
-
-    Example: tokenfusion report runs/photos
-
-    Parameters
-    ----------
-    run
-        Folder that `train` or `compare` wrote; `evaluate` adds what the report says of mistakes and calibration, and
-        `explain` then where the model looked.
-    """
-    compared = (run / "comparison.json").is_file()
-    if not compared:
-        require_run(run)
-    from tokenfusion.report import thumbnails_of, write_comparison, write_report
-
-    console.print(f"open {write_comparison(run) if compared else write_report(run, thumbnails_of(run))}")
-
-
-@app.command
 def models(pattern: str = "*", /, *, timm: str = "", as_json: AsJson = False) -> None:
     """List this package's models: parameters, multiply-adds and input size; or the names of timm's.
 
@@ -299,8 +188,9 @@ def models(pattern: str = "*", /, *, timm: str = "", as_json: AsJson = False) ->
     as_json
         Print a JSON list.
     """
-    from tokenfusion.models.cost import describe_models
-    from tokenfusion.models.create import list_timm
+    with first_import("timm"):
+        from tokenfusion.models.cost import describe_models
+        from tokenfusion.models.create import list_timm
 
     if timm:
         found = list_timm(timm)
@@ -358,7 +248,8 @@ def profile(
     """
     from rich.progress import track
 
-    from tokenfusion.profile import profile_models, profile_papers, select_models
+    with first_import("timm"):
+        from tokenfusion.profile import profile_models, profile_papers, select_models
 
     if paper and img_size:
         raise InputError("--paper compares at the published image size; leave out --img-size")
@@ -372,6 +263,9 @@ def profile(
     show(result, as_json, table, notes)
 
 
+app.command(evaluate)
+app.command(push)
+app.command(report)
 app.command(predict)
 app.command(export)
 app.command(serve)

@@ -1,12 +1,9 @@
 """Work in a process of its own, so that no other work's memory, threads or compiled code count; and how one begins."""
 
-import gc
 import multiprocessing
 import signal
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -47,21 +44,3 @@ def die_of_interrupts() -> None:
     """Ctrl-C reaches every process of a terminal; this one leaves the traceback to nobody."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-
-
-@contextmanager
-def first_import(package: str) -> Iterator[None]:
-    """The first import of a package of thousands of modules, without Python looking for garbage meanwhile.
-
-    What is imported stays until the process ends, and is not looked through later either, nor at the end: of a verb
-    that answers in seconds that is a quarter. Nothing is done where the package has been imported before.
-    """
-    if package in sys.modules:
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()

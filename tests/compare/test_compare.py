@@ -2,11 +2,10 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from children import begin_command
 from runs import small_recipe
 from tokenfusion.checkpoint import load_tensors
 from tokenfusion.classifier import Classifier
@@ -182,12 +182,12 @@ def test_killed_and_run_again_it_equals_one_that_was_not(whole, tmp_path, comman
     out = tmp_path / "out"
     words = ["compare", *OPTIONS, "--models", ",".join([*MODELS, MEAN]), "--seeds", 1, "--budget", "epochs=1"]
     words = [*map(str, words), "--crop-scale", "0.6", "--warmup-epochs", "1", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, "-m", "tokenfusion", *words], stdout=subprocess.DEVNULL)
+    process = begin_command(tmp_path / "said.txt", *words)
     while not (out / "runs" / f"{slug(VIT)}-seed0" / "recipe.toml").exists():  # the second run has begun
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.join()
     first = out / "runs" / f"{slug(CNN)}-seed0" / "model.safetensors"
     written = first.stat().st_mtime_ns
     status, output, _ = command(*words)
@@ -206,17 +206,15 @@ def test_killed_and_run_again_it_equals_one_that_was_not(whole, tmp_path, comman
 def test_ctrl_c_saves_the_run_under_way(tmp_path):
     out = tmp_path / "out"
     words = ["compare", *OPTIONS, "--models", VIT, "--seeds", 1, "--epochs", 500, "--out", out]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tokenfusion", *map(str, words)], stderr=subprocess.PIPE, text=True
-    )
+    process = begin_command(said := tmp_path / "said.txt", *words)
     run = out / "runs" / f"{slug(VIT)}-seed0"
     while not (run / "metrics.jsonl").exists():  # an epoch is done
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert "the same command goes on" in errors
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
+    assert "the same command goes on" in said.read_text()
     assert "stopped and saved" in (out / "logs" / f"{slug(VIT)}-seed0.txt").read_text()
 
 

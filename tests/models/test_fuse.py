@@ -446,7 +446,8 @@ def test_tensors_of_older_runs_are_found_by_their_present_names(old, present):
 
 def test_a_compiled_pair_says_nothing(recwarn):
     """Dynamo warned of the thread's number, which it cannot trace."""
-    model = tokenfusion.fuse("cmt_micro", "vit_micro", "late").eval()
+    cnn = tokenfusion.create_model("cmt_micro", **SHALLOW["cmt_micro"])
+    model = tokenfusion.fuse(cnn, tokenfusion.create_model("vit_micro", depth=3), "late").eval()
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager")(torch.zeros(1, 3, 32, 32))

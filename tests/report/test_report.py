@@ -19,7 +19,8 @@ from tokenfusion.errors import InputError
 from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, dump_recipe
 from tokenfusion.report import write_figures, write_report
-from tokenfusion.report.run import MAX_MISTAKES, draw_heatmap, shortened
+from tokenfusion.report.confusion import draw_heatmap, shortened
+from tokenfusion.report.run import MAX_MISTAKES
 
 SCRIPT = "<script>alert(1)</script>"
 CLASSES = ["cat", SCRIPT, "$x^{ & two\nlines", "unicorn"]

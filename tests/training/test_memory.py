@@ -2,12 +2,12 @@
 
 import io
 import json
-import subprocess
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from children import begin_command
 
 IMAGES = 2_000
 CIFAR10 = 60_000
@@ -25,8 +25,10 @@ def test_the_micro_model_trains_on_cifar10_in_less_than_2_gb(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
     pq.write_table(pa.table({"image": column, "label": labels}), folder / "train.parquet")
-    command = [sys.executable, "-m", "tokenfusion", "train", str(folder), "--out", str(tmp_path / "run")]
-    command += ["--model", "tokenfusion_layerwise_micro", "--batch-size", "128", "--epochs", "1", "--ema", "0.99"]
-    subprocess.run(command, check=True, capture_output=True)
+    words = ["train", folder, "--out", tmp_path / "run", "--model", "tokenfusion_layerwise_micro"]
+    words += ["--batch-size", 128, "--epochs", 1, "--ema", 0.99]
+    process = begin_command(tmp_path / "said.txt", *words)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "said.txt").read_text()
     peak = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())["peak_memory_mb"] * 2**20
     assert peak + (CIFAR10 - IMAGES) * 3 * 32 * 32 < 2e9

@@ -9,6 +9,7 @@ from cyclopts import App, Parameter
 
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counting
+from tokenfusion.imports import first_import
 from tokenfusion.places import require_data, require_run
 from tokenfusion.terminal import AsJson, show
 from tokenfusion_runtime.output import json_text, spelled_out
@@ -54,7 +55,8 @@ def collapse(
     """
     require_run_or_model(run_or_model)
     require_data(data or "digits")
-    from tokenfusion.analyze.collapse import analyze_collapse
+    with first_import("timm"):
+        from tokenfusion.analyze.collapse import analyze_collapse
 
     with counting("reading images") as progress:
         result, folder = analyze_collapse(run_or_model, data, num_images=num_images, out=out, progress=progress)
@@ -88,7 +90,8 @@ def tokens(
     """
     require_run_or_model(run_or_model)
     require_data(data or "digits")
-    from tokenfusion.analyze.tokens import analyze_tokens, table_of
+    with first_import("timm"):
+        from tokenfusion.analyze.tokens import analyze_tokens, table_of
 
     with counting("reading images") as progress:
         result, folder = analyze_tokens(run_or_model, data, num_images=num_images, out=out, progress=progress)
@@ -137,7 +140,8 @@ def explain(
         Print explain.json instead of a summary.
     """
     require_run(run)
-    from tokenfusion.analyze import explain as room
+    with first_import("timm"):
+        from tokenfusion.analyze import explain as room
 
     question = room.Question(method, branch, of_class, topk)
     with counting("explaining") as progress:
@@ -182,8 +186,9 @@ def similar(
         Print JSON instead of a table.
     """
     require_run(run)
-    from tokenfusion.similar import LIKENESS
-    from tokenfusion.similar import similar as find_similar
+    with first_import("timm"):
+        from tokenfusion.similar import LIKENESS
+        from tokenfusion.similar import similar as find_similar
     from tokenfusion_runtime.files import expand
 
     if topk < 1:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from tokenfusion.imports import first_import
 from tokenfusion.places import require_data, require_files
 from tokenfusion.preset import PRETRAINED_PAIR
 from tokenfusion.recipe import HUB, Reading, Recipe
@@ -53,8 +54,9 @@ def check(
     """
     require_data(data)
     require_files(tuple(name for name in pretrained if name != HUB), "--pretrained")
-    from tokenfusion.check.checkup import check_data, free_run
-    from tokenfusion.check.report import summarise
+    with first_import("timm"):
+        from tokenfusion.check.checkup import check_data, free_run
+        from tokenfusion.check.report import summarise
     from tokenfusion.formatting import counted
     from tokenfusion_runtime.output import spelled_out
 

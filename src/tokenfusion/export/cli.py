@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from tokenfusion.errors import InputError
+from tokenfusion.imports import first_import
 from tokenfusion.places import require_run
 from tokenfusion.terminal import console
 
@@ -41,7 +42,8 @@ def export(
         Keep the folder though it answers otherwise than the run; it is marked so.
     """
     require_run(run)
-    from tokenfusion.export.artefact import export as export_run
+    with first_import("timm"):
+        from tokenfusion.export.artefact import export as export_run
 
     if batch != "dynamic" and not batch.isdecimal():
         raise InputError(f"batch={batch} is no number of images; give one, or dynamic")

@@ -108,15 +108,10 @@ class Stage(nn.Module):
         super().__init__()
 
         def blocks(branch: Branch, depth: int) -> nn.Sequential:
+            dim, heads, mlp_ratio = branch
             return nn.Sequential(
                 *(
-                    Block(
-                        branch.dim,
-                        SelfAttention(branch.dim, branch.heads, *rates),
-                        branch.mlp_ratio,
-                        rates.proj_drop,
-                        path,
-                    )
+                    Block(dim, SelfAttention(dim, heads, *rates), mlp_ratio, rates.proj_drop, path)
                     for path in paths[:depth]
                 )
             )
@@ -132,7 +127,7 @@ class Stage(nn.Module):
         """What each attention's queries and keys are, by name, of branches so laid out."""
         layouts = {f"small.{i}.attn": AttentionLayout.among(small) for i in range(len(self.small))}
         layouts |= {f"large.{i}.attn": AttentionLayout.among(large) for i in range(len(self.large))}
-        return layouts | {f"fusion.{name}": of for name, of in self.fusion.attention_layouts(small, large).items()}
+        return layouts | {f"fusion.{name}": one for name, one in self.fusion.attention_layouts(small, large).items()}
 
 
 class TwoHeads(nn.Module):
@@ -387,18 +382,14 @@ def config(name: str, arguments: dict[str, Any]) -> dict[str, Any]:
         "first_conv": (f"embed_small.patches{conv}", f"embed_large.patches{conv}"),
         "classifier": ("head.small", "head.large"),
     }
-    at_408 = arguments["img_size"] == 408
-    return (
-        layers
-        if name not in OFFICIAL
-        else layers
-        | {
-            "hf_hub_id": f"timm/{name.replace('_224', '_240').replace('_384', '_408')}.in1k",
-            "crop_pct": 1.0 if at_408 else 0.875,
-            "interpolation": "bicubic",
-            "license": "apache-2.0",
-        }
-    )
+    if name not in OFFICIAL:
+        return layers
+    return layers | {
+        "hf_hub_id": f"timm/{name.replace('_224', '_240').replace('_384', '_408')}.in1k",
+        "crop_pct": 1.0 if arguments["img_size"] == 408 else 0.875,
+        "interpolation": "bicubic",
+        "license": "apache-2.0",
+    }
 
 
 CONFIGS = {name: config(name, arguments) for name, (_, arguments) in VARIANTS.items()}

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import Show
+from tokenfusion.imports import first_import
 from tokenfusion.places import require_run
 from tokenfusion.recipe import Reading
 from tokenfusion.terminal import AsJson
@@ -115,7 +116,9 @@ def write_predictions(run: Path, sources: list[str], out: Path, options: dict[st
     from rich.console import Console
 
     from tokenfusion.formatting import bars, counted
-    from tokenfusion.predict.many import predict_many
+
+    with first_import("timm"):
+        from tokenfusion.predict.many import predict_many
 
     try:
         with bars(Console(stderr=True)) as show:
@@ -144,7 +147,6 @@ def print_images(
 
     from tokenfusion.data.kinds import Kind, kind_of
     from tokenfusion.formatting import bars
-    from tokenfusion.processes import first_import
     from tokenfusion_runtime.abstain import why_silent
     from tokenfusion_runtime.files import expand
     from tokenfusion_runtime.output import first_widths, print_predictions, spelled_out
