@@ -2,9 +2,9 @@
 
 import re
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
-from tokenfusion.recipe import Recipe
+from tokenfusion.recipe import DEPTHS, Depth, Recipe
 
 PRETRAINED_PAIR = "fuse(tf_efficientnet_lite0,vit_small_patch14_dinov2,probe)"
 """What begins with pretrained weights where no model is named; docs/pretrained.md says why these two."""
@@ -26,7 +26,7 @@ def preset(model: str, data: str, tune: str = "", pretrained: bool = False) -> d
         tune = "auto"
         values |= {"tune": tune}
     if tune or pretrained:
-        values |= KEPT_TOKENS if tune in ("probe", "fusion") else FINE_TUNING
+        values |= KEPT_TOKENS if tune in DEPTHS[:-1] else FINE_TUNING
         values |= {"head_lr": 0.1} if tune else {}
         values |= {"crop_scale": 1.0, "hflip": 0.0} if tune and not pretrained else {}  # as its parents were judged
         return values | ({"hflip": 0.0} if data == "digits" else {})
@@ -82,7 +82,7 @@ ON_KEPT_TOKENS: dict[str, Any] = DEFAULTS | KEPT_TOKENS
 """What training on kept tokens has in the place of every field of `FINE_TUNING`."""
 
 
-def at_depth(recipe: Recipe, depth: Literal["probe", "fusion", "all"]) -> Recipe:
+def at_depth(recipe: Recipe, depth: Depth) -> Recipe:
     """The recipe of the depth that `tune` auto came to, which was filled in with what suits fine-tuning.
 
     Where the run only trains on kept tokens, fields that are as they were filled in become what suits that.

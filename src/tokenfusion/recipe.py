@@ -11,6 +11,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from tokenfusion.errors import InputError
 
 Auto = Literal["auto"]
+Depth = Literal["probe", "fusion", "all"]
+DEPTHS: tuple[Depth, ...] = get_args(Depth)
+"""How deep a model that starts from trained parents may be trained, each from the one before it on."""
 """In place of a number that is chosen by measuring, or that only training finds."""
 Number = TypeVar("Number", int, float)
 
@@ -72,7 +75,7 @@ class Recipe:
     freeze: Literal["none", "cnn", "vit", "both"] = "none"
     """Parents of a fusion model whose weights stay as they are; what fuses and the head still learn."""
 
-    tune: Literal["", "probe", "fusion", "all", "auto"] = ""
+    tune: Literal["", Depth, "auto"] = ""
     """How deep fuse(CNN,VIT,probe) of trained parents learns: probe fits a linear classifier on what both see, fusion
     goes on from it with their tokens, all from there with every weight; auto goes as deep as tune_minutes allow."""
     tune_minutes: float = 10.0

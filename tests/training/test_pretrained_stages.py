@@ -23,8 +23,9 @@ from tokenfusion import Classifier, InputError, Recipe, features, fuse
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
 from tokenfusion.preset import FINE_TUNING, KEPT_TOKENS, at_depth, preset
+from tokenfusion.recipe import Depth
 from tokenfusion.training import Interrupted, resume, stages, start
-from tokenfusion.training.auto.depth import Depth, deepest_within
+from tokenfusion.training.auto.depth import deepest_within
 from tokenfusion.training.loop import fit
 
 QUIET = Console(quiet=True)

@@ -30,7 +30,7 @@ from tokenfusion.json_files import read_json
 from tokenfusion.models.fused_model import PARENTS
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.preset import ON_KEPT_TOKENS
-from tokenfusion.recipe import Recipe
+from tokenfusion.recipe import DEPTHS, Depth, Recipe
 from tokenfusion.similar import NEAREST, write_nearest
 from tokenfusion.training.identity import Identity
 from tokenfusion.training.linear_start import fit_start, judge_start
@@ -43,7 +43,7 @@ from tokenfusion.training.setup import Setup
 from tokenfusion.training.state import Record, TrainState
 from tokenfusion.training.times import FEATURES, FIT, JUDGE, seconds_until_judged, timed
 
-STAGES = {"probe": (), "fusion": ("fusion",), "all": ("fusion", "all")}
+STAGES: dict[str, tuple[Depth, ...]] = {depth: DEPTHS[1 : 1 + number] for number, depth in enumerate(DEPTHS)}
 """What follows the linear classifier, by the recipe's `tune`."""
 IN_WORDS = {"probe": "the linear classifier", "fusion": "fusion on kept tokens", "all": "fine-tuning of all weights"}
 ASIDE = 0.2

@@ -5,7 +5,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Literal, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from tokenfusion.hardware import default_device, hardware_name, resolve_precisio
 from tokenfusion.models.fused_model import PARENTS
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.preset import ON_KEPT_TOKENS, at_depth
-from tokenfusion.recipe import Recipe, number
+from tokenfusion.recipe import DEPTHS, Depth, Recipe, number
 from tokenfusion.training.auto.timing import every_epoch, time_steps
 from tokenfusion.training.model import build
 from tokenfusion.training.objective import BatchMixing, make_loss
@@ -32,8 +32,6 @@ from tokenfusion.training.setup import Run, Setup
 from tokenfusion.training.state import TrainState
 from tokenfusion.training.times import note_estimate
 
-Depth = Literal["probe", "fusion", "all"]
-DEPTHS: tuple[Depth, ...] = ("probe", "fusion", "all")
 FEWEST = 100
 """Training images from which on a part of them can say whether more than a linear classifier is worth it."""
 TOO_FEW = f"fewer than {FEWEST} training images cannot say whether more is better"
