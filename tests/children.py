@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 
 import torch
@@ -27,6 +28,7 @@ def as_the_command(start_method, work, words):
     """Loader processes start as the command's own do, and not by another server that imports everything first."""
     multiprocessing.set_start_method(start_method, force=True)
     torch.set_num_threads(1)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # which the server may have been started under
     gc.freeze()  # a look through all that is imported takes longer than most of what tests start
     work(*words)
 
