@@ -24,6 +24,8 @@ class Reading:
 
     root: str = ""
     """Folder that the paths in a list start at; the list's own when not given."""
+    encoding: str = ""
+    """Encoding of a list that is in no UTF, such as cp1252, mac_roman or gb18030; guessed, and printed, by default."""
     path_column: str = ""
     """Column of a list that names the image files, where its name is none of the usual ones."""
     label_column: str = ""
@@ -53,6 +55,8 @@ class Recipe:
     _: KW_ONLY
     root: str = ""
     """Folder that the paths in a list start at; the list's own when not given."""
+    encoding: str = ""
+    """Encoding of a list that is in no UTF, such as cp1252, mac_roman or gb18030; guessed, and printed, by default."""
     path_column: str = ""
     """Column of a list that names the image files, where its name is none of the usual ones."""
     label_column: str = ""

@@ -126,3 +126,49 @@ def test_columns_called_as_labels_or_without_a_one_are_no_classes(tmp_path: Path
         open_dataset(path)
     path = write_columns(tmp_path / "b.parquet", {"cat": [0.0, 1.0, 0.0, 1.0], "dog": [1.0, 0.0, 1.0, 0.0]})
     assert open_dataset(path).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_columns_of_minus_1_and_1_are_classes_and_those_of_0_beside_these_are_asked_about(
+    kind: str, tmp_path: Path
+) -> None:
+    young, bald = [1, 1, -1, -1, 1, -1], [-1, 1, -1, 1, -1, -1]
+
+    def opened(**columns: list[Any]) -> Dataset:
+        if kind == "parquet":
+            write_parquet(tmp_path / "x" / "0.parquet", [png(np.zeros((2, 2), np.uint8))] * 6, bald, None)
+            table = pq.read_table(tmp_path / "x" / "0.parquet").drop_columns("label")
+            for name, values in columns.items():
+                table = table.append_column(name, [values])
+            pq.write_table(table, tmp_path / "x" / "0.parquet")
+            return open_dataset(tmp_path / "x")
+        rows = zip(PATHS, *columns.values(), strict=True)
+        lines = [",".join("" if cell is None else str(cell) for cell in row) for row in rows]
+        return listed(tmp_path, "x.csv", "\n".join([",".join(("image_id", *columns)), *lines]))
+
+    source = opened(Young=young, Bald=bald)
+    order = [source.classes.index(name) for name in ("Young", "Bald")]
+    assert source.multi_label
+    assert source.labels[:, order].tolist() == [[y == 1, b == 1] for y, b in zip(young, bald, strict=True)]
+    one = opened(cat=[1, 1, 1, -1, -1, -1], dog=[-1, -1, -1, 1, 1, 1])
+    assert [one.label_text(index) for index in range(6)] == ["cat"] * 3 + ["dog"] * 3
+    with pytest.raises(InputError, match="'Edema', 'Fracture' hold -1 beside 0, 1 or empty cells"):
+        opened(Nothing=[1, 0, 0, 0, 1, 0], Edema=[-1, 0, 1, 1, 0, 0], Fracture=[1, None, -1, 0, 1, 1])
+
+
+@pytest.mark.parametrize("trailing", ["", " "])
+@pytest.mark.parametrize("count", ["6\n", ""])
+def test_a_list_of_attributes_as_celeba_has_it_is_read(count: str, trailing: str, tmp_path: Path) -> None:
+    rows = "".join(f"{path}  1 {'-1' if number % 2 else ' 1'}\n" for number, path in enumerate(PATHS))
+    source = listed(tmp_path, "x.txt", f"{count}Young Bald{trailing}\n{rows}")
+    assert source.names == PATHS
+    assert source.classes == ("Bald", "Young")
+    assert source.labels.tolist() == [[number % 2 == 0, True] for number in range(6)]
+
+
+def test_a_table_of_rs_is_read_and_separators_behind_all_rows_shift_nothing(tmp_path: Path) -> None:
+    rows = "".join(f'"{number}","{path}","{label}"\n' for number, (path, label) in enumerate(ROWS, start=1))
+    source = listed(tmp_path, "x.csv", f'"path","label"\n{rows}')
+    assert [source.label_text(index) for index in range(6)] == [label for _, label in ROWS]
+    ended = "".join(f"{path},{label},\n" for path, label in ROWS)
+    assert listed(tmp_path, "x.csv", f"path,label\n{ended}").labels.tolist() == source.labels.tolist()

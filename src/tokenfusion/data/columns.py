@@ -161,7 +161,8 @@ def label_columns(table: Table, names: list[str]) -> tuple[str, str, tuple[str, 
     if several and not one:
         return "", only(table.where, names, several, "labels", "--label-column"), ()
     if not one:
-        flags = [name for name in names if may_be_class(name) and are_flags(table.texts(name))]
+        refuse_unsure(table.where, names, table.texts)
+        flags = [name for name in names if may_be_class(name) and are_hot(table.texts(name))]
         hot = class_columns({n: np.array([is_true(row.get(n)) for _, row in table.rows]) for n in flags})
         if len(hot) > 1:
             return "", "", hot
@@ -201,6 +202,30 @@ def class_columns(flags: Mapping[str, np.ndarray]) -> tuple[str, ...]:
     return tuple(name for name in said if name not in without or len(said) < len(without) + 2)
 
 
+def are_hot(texts: set[str]) -> bool:
+    """Whether the values of a column say of each image whether it has a class: 0 and 1, yes and no, or -1 and 1."""
+    return are_flags(texts) or (bool(texts) and {text.removesuffix(".0") for text in texts} <= {"-1", "1"})
+
+
+def refuse_unsure(where: str, names: Iterable[str], texts: Callable[[str], set[str]]) -> None:
+    """Refuse columns of -1 beside 0 and 1 or nothing, as of CheXpert: where -1 may stand for unsure or no.
+
+    Args:
+        where, texts: as in `split_column`.
+        names: the columns that may be classes.
+    """
+    unsure = []
+    for name in filter(may_be_class, names):
+        values = {text.removesuffix(".0") for text in texts(name)}
+        if "-1" in values and values <= {"-1", "0", "1", ""} and not values <= {"-1", "1"}:
+            unsure.append(name)
+    if len(unsure) > 1:
+        raise InputError(
+            f"{where}: {quoted(unsure[:3])} hold -1 beside 0, 1 or empty cells, and -1 may stand for unsure, for no or "
+            "for not known; write 0 or 1 in each, or name a column of labels by --label-column"
+        )
+
+
 def says_else(name: str) -> bool:
     """Whether a column of 0 and 1 says something else than a class by its name, such as `is_verified`."""
     return re.sub("^(is|was|has)", "", plain(name)) in NO_CLASS
@@ -213,7 +238,7 @@ def warn_of_no_classes(hot: Sequence[str], left: Iterable[str], texts: Callable[
         hot: the classes.
         left, texts: as in `refuse_doubtful`.
     """
-    others = [name for name in left if hot and may_be_class(name) and not says_else(name) and are_flags(texts(name))]
+    others = [name for name in left if hot and may_be_class(name) and not says_else(name) and are_hot(texts(name))]
     return [
         f"warning: {quoted(others)} of 0 and 1 is taken for no class, for the others have exactly one 1 a row; where "
         "images have several labels, write these in a column labels (a|b)"

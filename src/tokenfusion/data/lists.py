@@ -39,7 +39,7 @@ def open_list(path: Path, reading: Reading) -> Dataset:
     Raises:
         InputError: it cannot be read, its columns are not clear, a row lacks something, or two rows contradict.
     """
-    table = read_table(path)
+    table = read_table(path, reading.encoding)
     if not table.rows:
         choose_columns(table, reading) if table.columns else None
         return empty_dataset(str(path))
@@ -89,7 +89,7 @@ def names_images(path: Path, reading: Reading) -> bool:
 def metadata_table(path: Path, reading: Reading) -> Table:
     """The table in a list of the image-folder layout, whichever kind it is."""
     if path.suffix != ".parquet":
-        return read_table(path)
+        return read_table(path, reading.encoding)
     from tokenfusion.data.parquet_cells import read_parquet_table
 
     return read_parquet_table(path, reading)

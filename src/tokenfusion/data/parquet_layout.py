@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from tokenfusion.data.columns import (
     KNOWN,
-    are_flags,
+    are_hot,
     asked,
     choose,
     class_columns,
@@ -21,6 +21,7 @@ from tokenfusion.data.columns import (
     name_splits,
     plain,
     refuse_doubtful,
+    refuse_unsure,
     split_column,
 )
 from tokenfusion.data.dataset import quoted
@@ -102,7 +103,7 @@ def read_layout(path: Path | str, file: pq.ParquetFile, reading: Reading) -> Lay
     features = read_features(schema)
     image = image_column(path, schema, features, reading.image_column)
     label = asked(str(path), schema.names, reading.label_column, "--label-column")
-    one_hot = () if label else one_hot_columns(file, schema, features)
+    one_hot = () if label else one_hot_columns(str(path), file, schema, features)
     if not one_hot:
         label = label or label_column(path, schema, features)
     kind, names = label_type(path, label, schema, features) if label else (pa.list_(pa.int64()), one_hot)
@@ -137,20 +138,23 @@ def label_type(
     return kind, names
 
 
-def one_hot_columns(file: pq.ParquetFile, schema: pa.Schema, features: Features) -> tuple[str, ...]:
+def one_hot_columns(where: str, file: pq.ParquetFile, schema: pa.Schema, features: Features) -> tuple[str, ...]:
     """Classes whose columns hold 0 or 1, two or more, where no column is called as labels are."""
     if named_labels(schema, features):
         return ()
     kinds = (pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating)
     numbers = [c.name for c in schema if any(is_kind(c.type) for is_kind in kinds) and may_be_class(c.name)]
-    flags = [name for name in numbers if are_flags(texts_in(file, name))]
+    values = {name: texts_in(file, name) for name in numbers}
+    refuse_unsure(where, numbers, values.__getitem__)
+    flags = [name for name in numbers if are_hot(values[name])]
     hot = class_columns({name: zeros_and_ones(file, name) for name in flags})
     return hot if len(hot) > 1 else ()
 
 
 def zeros_and_ones(file: pq.ParquetFile, column: str) -> np.ndarray:
-    """A column of 0 and 1, or of yes and no, as bool (N,)."""
-    return file.read(columns=[column], use_threads=False)[column].cast(pa.int64()).to_numpy().astype(bool)
+    """A column of 0 and 1, of -1 and 1, or of yes and no, as bool (N,)."""
+    ones: np.ndarray = file.read(columns=[column], use_threads=False)[column].cast(pa.int64()).to_numpy() == 1
+    return ones
 
 
 def holding_splits(file: pq.ParquetFile) -> list[str]:

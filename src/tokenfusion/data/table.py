@@ -6,12 +6,14 @@ import io
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import dropwhile
 from pathlib import Path
 from typing import Any
 
+from tokenfusion.data.annotations import is_coco, refuse_others, rows_of_coco
 from tokenfusion.data.decode import is_image
+from tokenfusion.data.encoding import decode_text
 from tokenfusion.errors import InputError
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
@@ -19,12 +21,12 @@ SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": 
 SAMPLE_LINES = 50
 LONGEST_LINE = 2**20
 """Most bytes of a line."""
+ROW_NAMES = "row names"
+"""What the first column is called where the first line names all others only, as R and CelebA write it."""
 LARGEST_JSON = 2**28
 """Most bytes of a JSON that is one value."""
 LONGEST_PATH = 4096
 """Most characters of a path; no file system takes a longer one."""
-SAMPLED = 2**20
-"""Bytes by which an encoding is guessed."""
 
 
 @dataclass(frozen=True)
@@ -44,22 +46,35 @@ class Table:
         return {"" if (value := row.get(column)) is None else str(value).strip() for _, row in self.rows}
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, encoding: str = "") -> Table:
     """Read a CSV, a TSV, a text file of columns, a JSON or a JSONL, as its name ends.
+
+    Args:
+        path: of the file.
+        encoding: of what is in no UTF; "" to guess.
 
     Raises:
         InputError: it cannot be read, or is none.
     """
     try:
         refuse_large(path)
-        text, encoding = decode_text(path.read_bytes())
+        text, encoding, guess = decode_text(path.read_bytes(), encoding)
+        encoding += f" ({guess})" * bool(guess)
         if path.suffix.lower() in (".jsonl", ".ndjson"):
-            return of_rows(path, [(f"{path}, line {line}", row) for line, row in read_jsonl(path, text)])
+            rows = [(f"{path}, line {line}", row) for line, row in read_jsonl(path, text)]
+            return with_note(of_rows(path, rows), f"{path.name}: read as {encoding}" * bool(guess))
         if path.suffix.lower() == ".json":
-            return read_json(path, text)
+            return with_note(read_json(path, text), f"{path.name}: read as {encoding}" * bool(guess))
         return read_separated(path, text, encoding)
+    except InputError as error:
+        raise error if str(error).startswith(str(path)) else InputError(f"{path}: {error}") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error}); give a text file, best in UTF-8") from error
+
+
+def with_note(table: Table, note: str) -> Table:
+    """A table that says one thing more, if that is anything."""
+    return replace(table, notes=(note, *table.notes)) if note else table
 
 
 def refuse_large(path: Path) -> None:
@@ -82,42 +97,25 @@ def refuse_large(path: Path) -> None:
                 number, length = number + 1, 0
 
 
-def decode_text(data: bytes) -> tuple[str, str]:
-    """A file's text and its encoding: UTF-8, UTF-16, UTF-32, else what charset-normalizer takes it for.
-
-    Those of 16 and 32 bits are told by their mark or, without one, by the zeros of the first letters.
-    """
-    found = json.detect_encoding(data)
-    if not found.startswith("utf-8"):
-        return data.decode(found), found
-    try:
-        return data.decode("utf-8-sig"), "utf-8"
-    except UnicodeDecodeError:
-        from charset_normalizer import from_bytes
-
-        matches = from_bytes(data[: data.rfind(b"\n", 0, SAMPLED) + 1 or SAMPLED] if len(data) > SAMPLED else data)
-        best = matches.best()
-        if best is None:
-            raise
-        # of encodings that fit equally well, Windows' own for western languages is the likeliest
-        western = [match for match in matches if "cp1252" in match.could_be_from_charset and match.chaos <= best.chaos]
-        encoding = "cp1252" if western else best.encoding
-        return data.decode(encoding), encoding
-
-
 def read_separated(path: Path, text: str, encoding: str) -> Table:
     skipped = 0
     said = re.match(r'"?sep=(.)"?\r?\n', text, re.IGNORECASE)
     if said:  # as Excel writes it
         text, skipped = text[said.end() :], 1
+    elif counted_rows(text):  # as CelebA has it
+        text, skipped = text[text.index("\n") + 1 :], 1
     separator = said[1] if said else sniff(text, path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
     lines = [(reader.line_num + skipped, cells) for cells in reader]
+    if separator == " ":  # lines that end with it have no cell behind it
+        lines = [(line, cells[:-1] if cells and not cells[-1] else cells) for line, cells in lines]
     lines = list(dropwhile(lambda line: not any(cell.strip() for cell in line[1]), lines))
     if not lines:
         raise InputError(f"{path}: its first line is empty; it must name the columns, such as path,label")
     first = [cell.strip() for cell in lines[0][1]]
     header = not any(is_image(cell) or "://" in cell for cell in first)
+    if header and {len(cells) for _, cells in lines[1:] if cells} == {len(first) + 1}:
+        first = [ROW_NAMES, *first] if any(cells[-1].strip() for _, cells in lines[1:] if cells) else first
     columns = tuple(first) if header else tuple(f"column {number}" for number in range(1, len(first) + 1))
     refuse_twice(path, columns)
     rows = []
@@ -134,6 +132,12 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
     found = f"read as {encoding}, separated by {SEPARATORS.get(separator, repr(separator))}"
     found += ", without a header" * (not header)
     return Table(str(path), columns, rows, header, () if usual else (f"{path.name}: {found}",))
+
+
+def counted_rows(text: str) -> bool:
+    """Whether the first line is the number of the rows, behind the line that names the columns."""
+    first, *others = [line for line in text.splitlines() if line.strip()] or [""]
+    return first.strip().isdecimal() and int(first) == len(others) - 1
 
 
 def refuse_twice(path: Path | str, columns: Sequence[str]) -> None:
@@ -156,7 +160,7 @@ def sniff(text: str, path: Path) -> str:
             counts = [len(row) for row in reader if row]
         except csv.Error:
             continue
-        if counts and counts[0] > 1 and len(set(counts)) == 1:
+        if counts and counts[0] > 1 and (len(set(counts)) == 1 or {*counts[1:]} == {counts[0] + 1}):
             return separator
         ragged = ragged or separator * bool(counts and counts[0] > 1 and separator != " ")
     return ragged or ","
@@ -184,6 +188,11 @@ def read_json(path: Path, text: str) -> Table:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not JSON ({error}); give a list of objects with path and label") from error
+    if is_coco(value):
+        rows, said = rows_of_coco(path, value)
+        table = of_rows(path, [(f"{path}, image {number}", row) for number, row in enumerate(rows, start=1)])
+        return with_note(table, f"{path.name}: read as COCO's format: {said}")
+    refuse_others(path, value)
     if isinstance(value, dict) and len(value) == 1 and isinstance(next(iter(value.values())), list):
         (value,) = value.values()
     if isinstance(value, dict) and value and all(isinstance(cells, dict) for cells in value.values()):

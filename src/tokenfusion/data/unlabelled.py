@@ -148,7 +148,7 @@ def names_in_list(path: Path, reading: Reading) -> list[str]:
     Raises:
         InputError: the list cannot be read, or most of its files do not exist.
     """
-    table = read_table(path)
+    table = read_table(path, reading.encoding)
     column = path_column(table, reading.path_column) if table.rows else ""
     root = Path(reading.root) if reading.root else path.parent
     rows = [(where, str(row.get(column) or "").strip(" ")) for where, row in table.rows]

@@ -39,6 +39,7 @@ def predict(
     workers: int | None = None,
     images_per_part: int | None = None,
     root: str | None = None,
+    encoding: str | None = None,
     path_column: str | None = None,
     image_column: str | None = None,
 ) -> None:
@@ -79,6 +80,8 @@ def predict(
         With --out, images of a Parquet file where they lie in no shard; 10000 when not given.
     root
         With --out, folder that the paths in a list start at; the list's own when not given.
+    encoding
+        With --out, encoding of a list that is in no UTF; guessed when not given.
     path_column
         With --out, column of a list that names the image files, where its name is none of the usual ones.
     image_column
@@ -95,7 +98,12 @@ def predict(
         raise InputError("--explain-by-example is printed as a table or as JSON; leave out --out and --format csv")
     if raw and abstain is not None:
         raise InputError("--abstain goes by calibrated scores; leave out --raw")
-    reading = {"root": root, "path_column": path_column, "image_column": image_column}
+    reading: dict[str, Any] = {
+        "root": root,
+        "encoding": encoding,
+        "path_column": path_column,
+        "image_column": image_column,
+    }
     counts: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "images_per_part": images_per_part}
     if out is None:
         given = [name for name, value in {"embeddings": embeddings, **counts, **reading}.items() if value]
@@ -107,7 +115,7 @@ def predict(
         raise InputError(f"--format {output} is printed, and --out writes Parquet; give one of them")
     options = {name: value for name, value in counts.items() if value is not None}
     options |= {"topk": topk, "abstain": abstain, "raw": raw, "embeddings": embeddings}
-    options["reading"] = Reading(root=root or "", path_column=path_column or "", image_column=image_column or "")
+    options["reading"] = Reading(**{name: value for name, value in reading.items() if value is not None})
     write_predictions(run, sources, out, options)
 
 
