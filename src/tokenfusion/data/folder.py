@@ -1,6 +1,8 @@
 """A subfolder per class, below folders of splits or above them, or without any."""
 
+import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,11 +11,15 @@ import numpy as np
 
 from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.ignored import OUTSIDE, describe_ignored, is_dropping, why_ignored
+from tokenfusion.data.kinds import LIST_ENDINGS
 from tokenfusion.data.labels import clean_label
 from tokenfusion.data.readers import Paths
 from tokenfusion.data.split_names import begins_as_split, splits_in_words, splits_named
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted
+
+LOOKED_AT = 2**14
+"""Bytes of a list by which it is told whether it names images."""
 
 
 @dataclass
@@ -64,7 +70,27 @@ def open_folder(root: Path, files: list[str], tree: Tree) -> Dataset:
     """Open a folder whose files, relative to it, are known from `walk`, and their classes from `read_tree`."""
     if not tree.files:
         refuse_without_classes(root, files)
+    tree.notes += warn_of_lists(root, files, tree)
     return Dataset(where=str(root), **tree.index(), reader=Paths(root, tree.files))
+
+
+def warn_of_lists(root: Path, files: list[str], tree: Tree) -> list[str]:
+    """A warning of a list beside the folders that names most of some images, and none of their folders: it may be what
+    labels them."""
+    names = [file for file in files if "/" not in file and file.lower().endswith(LIST_ENDINGS) and file[0] != "."]
+    stems = {Path(image).stem for image in tree.files} if names else set()
+    suspects = []
+    for name in names:
+        with suppress(OSError), open(root / name, "rb") as opened:
+            lines = opened.read(LOOKED_AT).decode(errors="replace").splitlines()
+            words = [set(re.split(r"[\s,;|\"'/\\]+", line)) for line in lines]
+            hits = sum(any(Path(word).stem in stems for word in some) for some in words)
+            if 2 * hits >= max(len(lines), 2) and not set().union(*words) & set(tree.classes):
+                suspects.append(name)
+    return [
+        f"warning: {quoted(suspects[:3])} names these images, and is not read; if it labels them, give it in place of "
+        "the folder"
+    ] * bool(suspects)
 
 
 def refuse_without_classes(root: Path, files: list[str]) -> None:

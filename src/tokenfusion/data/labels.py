@@ -58,8 +58,11 @@ def no_label(labels: Iterable[int | str]) -> int | str | None:
 
 
 def warn_of_missing(classes: Iterable[str]) -> list[str]:
-    """A warning where a class is called what programs write for a missing value."""
-    missing = [name for name in classes if name.casefold() in ("nan", "<na>", "n/a", "#n/a", "null")]
+    """A warning where a class is called what programs write for a missing value, or people for none."""
+    classes = [*classes]
+    unlabelled = re.compile(r"nan|<na>|#?n/a|null|(un|not)[ _-]?(labell?ed|classified|sorted|annotated)|no[ _-]?label")
+    missing = [name for name in classes if unlabelled.fullmatch(name.casefold())]
+    missing += [str(label) for label in [no_label(classes)] if label is not None]
     return [f"warning: {quoted(missing)} is a class here, and may stand for a missing label"] if missing else []
 
 

@@ -274,6 +274,8 @@ def refuse_other_separator(where: str, texts: list[str]) -> None:
 
 def require(row: dict[str, Any], name: str, where: str, role: str) -> str:
     value = row.get(name)
+    if role == "path" and isinstance(value, dict) and isinstance(value.get("path"), str):
+        value = value["path"]  # as Hugging Face's library writes an image to JSON
     if value is None or isinstance(value, dict | list) or str(value).strip() == "":
         called = role if plain(name) == role or name.startswith("column ") else name
         raise InputError(f"{where}: {called}={value!r}; every image needs a path and a label")

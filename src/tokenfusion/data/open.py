@@ -68,6 +68,8 @@ def open_place(data: str | Path, reading: Reading) -> Dataset:
         return open_list(path, reading)
     if kind is Kind.TAR:
         return open_tar_or_shard(path, reading)
+    if path.suffix.lower() in (".xlsx", ".xls", ".ods", ".numbers"):
+        raise InputError(f"{path}: a spreadsheet; save it as CSV (UTF-8), and give that")
     raise InputError(f"{path}: not a kind of data that is known here; give {KINDS}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from tokenfusion.data.dataset import Dataset, classes_in, held_out_name, quoted
+from tokenfusion.data.kinds import LIST_ENDINGS
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_csv
 
@@ -37,7 +38,12 @@ def choose_split(dataset: Dataset, val_fraction: float, seed: int, rare_classes:
         InputError: there is only one class, or a class has no training image, or too few to hold one out.
     """
     if len(dataset.classes) < 2 and not dataset.multi_label:
-        raise InputError(f"{dataset.where}: a single class, {dataset.classes[0]!r}; a classifier needs at least two")
+        lists = [file for file in dataset.first_ignored if file.lower().endswith(LIST_ENDINGS)]
+        unpack = "" if Path(dataset.where).is_dir() else "unpack it and "
+        hint = f"; if {lists[0]!r} in it labels the images, {unpack}give that" if lists else ""
+        raise InputError(
+            f"{dataset.where}: a single class, {dataset.classes[0]!r}; a classifier needs at least two{hint}"
+        )
     splits = np.array(dataset.splits)
     held_out = held_out_name(dataset)
     candidates = np.flatnonzero((splits == "train") | (splits == ""))

@@ -14,6 +14,7 @@ from typing import Any
 from tokenfusion.data.annotations import is_coco, refuse_others, rows_of_coco
 from tokenfusion.data.decode import is_image
 from tokenfusion.data.encoding import decode_text
+from tokenfusion.data.split_names import split_named
 from tokenfusion.errors import InputError
 
 SEPARATORS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces"}
@@ -104,6 +105,8 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
         text, skipped = text[said.end() :], 1
     elif counted_rows(text):  # as CelebA has it
         text, skipped = text[text.index("\n") + 1 :], 1
+    if remarks := re.match(r"(#[^,;\t|\n]*\n)+", text):
+        text, skipped = text[remarks.end() :], skipped + remarks[0].count("\n")
     separator = said[1] if said else sniff(text, path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
     lines = [(reader.line_num + skipped, cells) for cells in reader]
@@ -195,6 +198,8 @@ def read_json(path: Path, text: str) -> Table:
     refuse_others(path, value)
     if isinstance(value, dict) and len(value) == 1 and isinstance(next(iter(value.values())), list):
         (value,) = value.values()
+    if isinstance(value, dict) and value and all(map(split_named, value)):
+        value = rows_of_splits(path, value)
     if isinstance(value, dict) and value and all(isinstance(cells, dict) for cells in value.values()):
         keys = dict.fromkeys(key for cells in value.values() for key in cells)
         value = [{column: cells.get(key) for column, cells in value.items()} for key in keys]
@@ -212,6 +217,21 @@ def read_json(path: Path, text: str) -> Table:
             return of_lists(path, value)
         raise InputError(f'{path}: is not like [{{"path": …, "label": …}}, …]; give a list of such objects')
     return of_rows(path, [(f"{path}, entry {number}", row) for number, row in enumerate(value, start=1)])
+
+
+def rows_of_splits(path: Path, value: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a JSON that has a list of objects, or labels by paths, for each split."""
+    rows: list[dict[str, Any]] = []
+    for split, part in value.items():
+        if isinstance(part, dict) and all(isinstance(label, str | int) for label in part.values()):
+            part = [{"path": name, "label": label} for name, label in part.items()]
+        if not isinstance(part, list) or not all(isinstance(row, dict) for row in part):
+            raise InputError(
+                f"{path}: {split!r} is the name of a split, not of a class, and holds no labels; give a list like "
+                '[{"path": …, "label": …}, …] for each split'
+            )
+        rows += [row | {"split": split} for row in part]
+    return rows
 
 
 def of_lists(path: Path, lines: list[list[Any]]) -> Table:
