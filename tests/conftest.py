@@ -8,6 +8,7 @@ gc.disable()  # until all is imported, see pytest_collection_finish
 import io
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +22,7 @@ from PIL import Image
 
 import children  # noqa: F401 - processes of their own are forked from one that has imported everything
 from runs import small_recipe, tiny_recipe
-from tokenfusion import cli
+from tokenfusion import cli, terminal
 from tokenfusion.recipe import Recipe
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]
@@ -124,6 +125,8 @@ def command(monkeypatch, capsys):
             cli.main()
         except SystemExit as end:
             status = end.code or 0
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # which a command that is stopped leaves off
+        terminal.console.outlives_reader = False
         output, errors = capsys.readouterr()
         assert "Traceback" not in output + errors
         return status, output, errors

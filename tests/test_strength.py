@@ -28,7 +28,8 @@ from tokenfusion.checkpoint import load_tensors, save_tensors
 from tokenfusion.data.decode import UnreadableImage, decode_image
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split, never_held_out
-from tokenfusion.training import Interrupted
+from tokenfusion.formatting import PlainConsole
+from tokenfusion.training import Interrupted, start
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.loop import stop_on_signals
 from tokenfusion.training.state import fault_in_progress, read_progress
@@ -292,6 +293,27 @@ def test_sighup_and_many_ctrl_c_at_once_save_the_run(tmp_path):
     with pytest.raises(Interrupted):
         train(tiny_recipe(), tmp_path / "run", progress=after_step(3, press))
     assert read_progress(tmp_path / "run" / "state" / "last.safetensors").step == 3
+
+
+def test_a_training_goes_on_where_nobody_reads_its_lines(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file:
+        console = PlainConsole(file=file)
+        console.outlives_reader = True
+        start(tiny_recipe(epochs=1), tmp_path / "run", console)
+        assert console.quiet
+    Classifier.load(tmp_path / "run")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as file, pytest.raises(SystemExit):  # as rich has it, and other verbs
+        PlainConsole(file=file).print("x")
+
+
+def test_what_is_pressed_while_a_stopped_command_ends_says_nothing_more():
+    words = "import signal, tokenfusion.terminal as t\ntry: t.end_stopped('stopped')\nfinally: signal.raise_signal(2)"
+    ended = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "\nstopped\n")
 
 
 def test_a_hangup_that_is_ignored_as_by_nohup_stops_nothing():

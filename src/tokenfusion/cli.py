@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import signal
 import sys
 from contextlib import suppress
 from functools import partial
@@ -24,7 +23,7 @@ from tokenfusion.predict.cli import predict
 from tokenfusion.recipe import Recipe
 from tokenfusion.run_verbs import evaluate, push, report
 from tokenfusion.serve.cli import serve
-from tokenfusion.terminal import AsJson, console, show, stderr
+from tokenfusion.terminal import AsJson, console, end_stopped, show, stderr
 from tokenfusion.version import __version__
 
 app = App(
@@ -91,18 +90,17 @@ def train(
         return
     run = resume or out
     assert run is not None
+    console.outlives_reader = True
     try:
         if resume:
             training.resume(run, console, watch_collapse, data=settings.data, root=settings.root)
         else:
             training.start(settings, run, console, watch_collapse)
     except training.Interrupted:
-        stderr.print(f"\nstopped and saved; go on with `{resume_command(run)}`")
-        sys.exit(130)
+        end_stopped(f"stopped and saved; go on with `{resume_command(run)}`")
     except KeyboardInterrupt:
         where = "at the last" if is_saved(run / CHECKPOINT) else "before the first"
-        stderr.print(f"\nstopped {where} checkpoint; go on with `{resume_command(run)}`")
-        sys.exit(130)
+        end_stopped(f"stopped {where} checkpoint; go on with `{resume_command(run)}`")
     console.print(f"the model is in {run}; next: tokenfusion evaluate {shlex.quote(str(run))}")
 
 
@@ -152,6 +150,7 @@ def compare(
         from tokenfusion.compare.table import comparison_table, notes
         from tokenfusion.report import write_comparison
 
+    console.outlives_reader = True
     try:
         result = compare_models(
             settings,
@@ -165,8 +164,7 @@ def compare(
             after_run=write_comparison,
         )
     except KeyboardInterrupt:
-        stderr.print("\nstopped and saved; the same command goes on")
-        sys.exit(130)
+        end_stopped("stopped and saved; the same command goes on")
     written = f"written to {out / 'comparison.json'}; open {out / 'report.html'}"
     show(result, as_json, comparison_table(result), [*notes(result), written])
     if any(row["failed"] for row in result["models"]):
@@ -300,9 +298,7 @@ def main() -> None:
         )
         sys.exit(2)
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what follows is said once
-        stderr.print("\nstopped")
-        sys.exit(130)
+        end_stopped("stopped")
 
 
 if __name__ == "__main__":

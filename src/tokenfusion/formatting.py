@@ -1,5 +1,6 @@
 """What a person reads: counts with their nouns, durations, names without control characters, and bars."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -49,6 +50,16 @@ def abridged(text: str, longest: int) -> str:
 
 class PlainConsole(Console):
     """A console on which no name of a class or file can move the cursor, clear the screen or colour what follows."""
+
+    outlives_reader = False
+    """Whether work goes on, quietly, where nobody reads its lines any more, as behind `| head -1`."""
+
+    def on_broken_pipe(self) -> None:
+        """What is done where the reader has gone; without it rich ends the process."""
+        if not self.outlives_reader:
+            super().on_broken_pipe()
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
     def render_str(self, text: str, **options: Any) -> Text:
         """Text as it is shown; rich's own colours come after it."""

@@ -1,9 +1,10 @@
 """What verbs say to a person or a script: the two consoles, and results as tables or JSON."""
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from cyclopts import Parameter
 
@@ -19,6 +20,13 @@ for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # what wa
 # a pipe or a file gets whole lines, however long
 console = PlainConsole(markup=False, highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 10_000)
 stderr = PlainConsole(stderr=True, markup=False, highlight=False, soft_wrap=True)
+
+
+def end_stopped(words: str) -> NoReturn:
+    """End the command after Ctrl-C, with a last line; what is pressed while the process ends is the same wish."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    stderr.print(f"\n{words}")
+    sys.exit(130)
 
 
 def show(result: Any, as_json: bool, table: Sequence[Sequence[str]] = (), lines: Sequence[str] = ()) -> None:

@@ -25,7 +25,7 @@ ANIMALS = {
     "shift_jis": ("ねこ", "いぬ", "トラ", "ライオン", "熊"),
     "euc_jp": ("とら", "ライオン", "象", "猿", "狐", "リス"),
 }
-FEW = {"gb18030": ("猫", "狗"), "euc_kr": ("고양이", "개"), "cp1250": ("žirafa", "kůň"), "cp1254": ("kuş", "ağaç")}
+FEW = {"gb18030": ("猫", "狗"), "euc_kr": ("고양이", "개"), "cp1250": ("kůň", "žirafa"), "cp1254": ("kuş", "ağaç")}
 
 
 def text_of(words: tuple[str, ...]) -> str:
@@ -65,7 +65,7 @@ def test_utf_goes_before_what_is_given_and_plain_letters_do_not() -> None:
     assert decode_text("猫".encode("utf-16"), "cp1251")[0] == "猫"
     assert decode_text("猫".encode("iso2022_jp"), "iso2022_jp")[0] == "猫"
     with pytest.raises(InputError, match="--encoding gb: unknown encoding: gb; name one that Python has"):
-        decode_text(b"\xff\xfe\xfd", "gb")
+        decode_text(b"a\xe9\xfd", "gb")
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl", ".json"])

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from tokenfusion.errors import InputError
 
 WESTERN = "cp1252"
-LATIN, JAPANESE = ("LATIN",), ("CJK", "HIRAGANA", "KATAKANA", "IDEOGRAPHIC", "FULLWIDTH")
+KANA = ("HIRAGANA", "KATAKANA")
+LATIN, JAPANESE = ("LATIN",), ("CJK", *KANA, "IDEOGRAPHIC", "FULLWIDTH")
 USUAL = {
     **dict.fromkeys((WESTERN, "cp1250", "iso8859_2", "cp1254", "mac_roman", "cp850"), LATIN),
     **dict.fromkeys(("cp1251", "koi8_r", "cp866"), ("CYRILLIC",)),
@@ -133,7 +134,7 @@ def is_common(letter: str, encoding: str) -> bool:
         code = int.from_bytes(letter.encode(narrow))
     except UnicodeEncodeError:
         return False
-    return first <= code <= last or unicodedata.name(letter).startswith(("HIRAGANA", "KATAKANA"))
+    return first <= code <= last or unicodedata.name(letter).startswith(KANA)
 
 
 def is_cased(word: str) -> bool:
@@ -147,6 +148,9 @@ def likeliest(words: Mapping[str, Sequence[str]]) -> list[str]:
     """The encodings of different readings, the likeliest first; alone where nothing speaks for another."""
     differing = {tuple(found): name for name, found in reversed(list(words.items()))}.values()
     names = [name for name in words if name in differing]
+    kana = [n for n in names if any(unicodedata.name(c, "").startswith(KANA) for word in words[n] for c in word)]
+    if len(kana) == 1:  # no other text reads as Japanese by chance
+        return kana
     if "cp949" in names and len(set("".join(words["cp949"]))) >= ENOUGH:
         return ["cp949"]
     cased = [name for name in names if name not in CASELESS]

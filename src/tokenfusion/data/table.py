@@ -117,8 +117,8 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
         raise InputError(f"{path}: its first line is empty; it must name the columns, such as path,label")
     first = [cell.strip() for cell in lines[0][1]]
     header = not any(is_image(cell) or "://" in cell for cell in first)
-    if header and {len(cells) for _, cells in lines[1:] if cells} == {len(first) + 1}:
-        first = [ROW_NAMES, *first] if any(cells[-1].strip() for _, cells in lines[1:] if cells) else first
+    if header and has_row_names(len(first), [cells for _, cells in lines[1:] if cells]):
+        first = [ROW_NAMES, *first]
     columns = tuple(first) if header else tuple(f"column {number}" for number in range(1, len(first) + 1))
     refuse_twice(path, columns)
     rows = []
@@ -135,6 +135,15 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
     found = f"read as {encoding}, separated by {SEPARATORS.get(separator, repr(separator))}"
     found += ", without a header" * (not header)
     return Table(str(path), columns, rows, header, () if usual else (f"{path.name}: {found}",))
+
+
+def has_row_names(columns: int, rows: list[list[str]]) -> bool:
+    """Whether the header names all columns but the first, which numbers the rows (R), or names images beside columns of
+    -1, 0 and 1 (CelebA)."""
+    if not rows or {len(cells) for cells in rows} != {columns + 1}:
+        return False
+    numbered = all(cells[0].isdecimal() for cells in rows) and any(cells[-1] for cells in rows)
+    return numbered or all(is_image(cells[0]) and {*cells[1:]} <= {"-1", "0", "1"} for cells in rows)
 
 
 def counted_rows(text: str) -> bool:

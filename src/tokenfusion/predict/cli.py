@@ -15,7 +15,7 @@ from tokenfusion.formatting import Show
 from tokenfusion.imports import first_import
 from tokenfusion.places import require_run
 from tokenfusion.recipe import Reading
-from tokenfusion.terminal import AsJson
+from tokenfusion.terminal import AsJson, end_stopped
 from tokenfusion.terminal import show as show_table
 from tokenfusion_runtime.prediction import Prediction
 
@@ -136,8 +136,7 @@ def write_predictions(run: Path, sources: list[str], out: Path, options: dict[st
 
             found = predict_many(run, sources, out, progress=progress, **options)
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+        end_stopped("stopped; the same command goes on")
     errors = f", of which {found['errors']:,} could not be read" * bool(found["errors"])
     print(f"{counted(found['images'], 'image')}{errors}, in {counted(len(found['parts']), 'part')} in {out}")
     if found["waiting"]:
