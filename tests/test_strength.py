@@ -304,10 +304,6 @@ def test_a_training_goes_on_where_nobody_reads_its_lines(tmp_path):
         start(tiny_recipe(epochs=1), tmp_path / "run", console)
         assert console.quiet
     Classifier.load(tmp_path / "run")
-    reader, writer = os.pipe()
-    os.close(reader)
-    with os.fdopen(writer, "w") as file, pytest.raises(SystemExit):  # as rich has it, and other verbs
-        PlainConsole(file=file).print("x")
 
 
 def test_what_is_pressed_while_a_stopped_command_ends_says_nothing_more():
