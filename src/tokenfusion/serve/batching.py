@@ -1,16 +1,17 @@
-"""Images of many requests in the model at once: BentoML's adaptive batching, which no public name of it gives.
+"""Images of many requests in the model at once: whatever waits when the model is free goes in together.
 
-`@bentoml.api(batchable=True)` batches requests before they are decoded, with the same options for all; here images are
-decoded first, by threads, and each request keeps its own options, so that its dispatcher is called as it is.
+BentoML's adaptive batching lets the model stand idle while it waits for more images, and longer the longer requests
+have waited before: at nine tenths of the load that the model bears, its queue filled and requests were refused.
 """
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
-from bentoml._internal.marshal.dispatcher import CorkDispatcher
 
 from tokenfusion.serve.measure import BATCH_IMAGES, STAGE_SECONDS
 from tokenfusion.serve.refusal import overloaded
@@ -18,42 +19,90 @@ from tokenfusion_runtime.image import Pixels
 from tokenfusion_runtime.prediction import Floats
 
 
+@dataclass(frozen=True, eq=False)
+class Waiting:
+    """Images that wait for the model, no more than a batch has.
+
+    Attributes:
+        images: prepared, (n, in_chans, h, w).
+        answer: their probabilities (n, K), once there are any; cancelled where nobody wants them any more.
+        until: by the loop's clock, when they have waited too long.
+    """
+
+    images: Pixels
+    answer: asyncio.Future[Floats]
+    until: float
+
+
 class Batches:
     """Prepared images of any number of requests, a batch after another through one model.
 
     Args:
         probabilities: of images (B, in_chans, h, w), called by one thread.
-        size: images of a batch.
-        seconds: that images may wait; the request is refused where they would wait longer.
+        size: most images of a batch.
+        seconds: that images may wait; the request is refused where they have waited longer.
     """
 
     def __init__(self, probabilities: Callable[[Pixels], Floats], size: int, seconds: float) -> None:
-        self.probabilities, self.size = probabilities, size
+        self.probabilities, self.size, self.seconds = probabilities, size, seconds
         self.thread = ThreadPoolExecutor(1, "model")
-
-        def refuse() -> Floats:
-            raise overloaded()
-
-        self.dispatcher = CorkDispatcher(int(1000 * seconds), size, fallback=refuse, get_batch_size=len)
-        self.ask = self.dispatcher(self.answer)
+        self.waiting = deque[Waiting]()
+        self.working: asyncio.Task[None] | None = None
 
     async def __call__(self, images: Pixels) -> Floats:
-        """Probabilities (n, K) of prepared images (n, in_chans, h, w), of any number."""
-        began = time.perf_counter()
-        answered: Floats = await self.ask(images)
+        """Probabilities (n, K) of prepared images (n, in_chans, h, w), of any number.
+
+        Raises:
+            Refused: they have waited too long.
+        """
+        began, loop = time.perf_counter(), asyncio.get_running_loop()
+        until, parts = loop.time() + self.seconds, range(0, len(images), self.size)
+        waiting = [Waiting(images[i : i + self.size], loop.create_future(), until) for i in parts]
+        self.waiting.extend(waiting)
+        if self.working is None or self.working.done():
+            self.working = loop.create_task(self.work())
+        answered = np.concatenate(await asyncio.gather(*(one.answer for one in waiting)))
         STAGE_SECONDS.labels("wait_and_model").observe(time.perf_counter() - began)
         return answered
 
-    async def answer(self, requests: Sequence[Pixels]) -> Sequence[Floats]:
-        """Those of several requests, together."""
-        ends = np.cumsum([len(images) for images in requests])
-        BATCH_IMAGES.observe(int(ends[-1]))
-        loop, began = asyncio.get_running_loop(), time.perf_counter()
-        rows = await loop.run_in_executor(self.thread, self.probabilities, np.concatenate(requests))
-        STAGE_SECONDS.labels("model").observe(time.perf_counter() - began)
-        return np.split(rows, ends[:-1])
+    async def work(self) -> None:
+        """Answer a batch after another until nothing waits."""
+        loop = asyncio.get_running_loop()
+        while batch := self.next_batch(loop.time()):
+            began = time.perf_counter()
+            try:
+                rows = await loop.run_in_executor(self.thread, self.judge, batch)
+            except Exception as error:  # whatever the engine raises is for those to hear that are in the batch
+                for one in batch:
+                    if not one.answer.done():
+                        one.answer.set_exception(error)
+                continue
+            STAGE_SECONDS.labels("model").observe(time.perf_counter() - began)
+            ends = np.cumsum([len(one.images) for one in batch])
+            for one, found in zip(batch, np.split(rows, ends[:-1]), strict=True):
+                if not one.answer.done():
+                    one.answer.set_result(found)
+
+    def next_batch(self, now: float) -> list[Waiting]:
+        """Those that have waited longest, as many as go into a batch; none where nothing waits."""
+        batch, images = list[Waiting](), 0
+        while self.waiting and images + len(self.waiting[0].images) <= self.size:
+            one = self.waiting.popleft()
+            if one.answer.done():
+                continue
+            if one.until < now:
+                one.answer.set_exception(overloaded())
+                continue
+            batch.append(one)
+            images += len(one.images)
+        return batch
+
+    def judge(self, batch: Sequence[Waiting]) -> Floats:
+        """Probabilities of all images of a batch, in the thread that the model has for itself."""
+        images = np.concatenate([one.images for one in batch])
+        BATCH_IMAGES.observe(len(images))
+        return self.probabilities(images)
 
     def close(self) -> None:
-        """End, when nothing waits any more."""
-        self.dispatcher.shutdown()
+        """End its thread, when nothing waits any more."""
         self.thread.shutdown(wait=False)

@@ -131,7 +131,7 @@ function answered(card) {
   } else {
     parts.push(element("p", label === null ? "none of these" : label, "named"));
     const right = model?.calibration.held_out_images
-      ? `Such an answer is right in about ${percent(score)} of cases`
+      ? `Such an answer is right in ${score > 0.999 ? "more than 99.9\u00a0%" : `about ${percent(score)}`} of cases`
       : `Its score is ${percent(score)}, which says little of how often such answers are right`;
     parts.push(element("p", label === null ? "Too unsure to name one; the likeliest:" : right, "note"));
   }
