@@ -270,7 +270,10 @@ class Bench:
                 found["litserve"].append(self.measured(service, 10))
                 if turn:
                     late["litserve"], _ = asyncio.run(self.load(service).open(rate, 15))
-                self.requests = ours
+                self.requests, left = ours, service.workers
+            for one in left:  # which outlive the process that started them
+                with suppress(psutil.NoSuchProcess):
+                    one.kill()
         version = subprocess.run(
             [self.peer_python, "-c", "import litserve; print(litserve.__version__)"], capture_output=True, text=True
         ).stdout.strip()
