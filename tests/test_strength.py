@@ -355,7 +355,17 @@ def test_bytes_are_images_and_other_things_are_one_kind_of_error(trained):
     assert not classifier.predict(premultiplied)[0].error
     closed = io.BytesIO()
     closed.close()
-    wrong = (None, 3, torch.zeros(3, 8, 8), np.zeros((0, 0), dtype=np.uint8), np.zeros((4, 4)), bytearray(data), closed)
+    wrong = (
+        None,
+        3,
+        torch.zeros(3, 8, 8),
+        np.zeros((0, 0), dtype=np.uint8),
+        np.zeros((4, 4)),
+        bytearray(data),
+        closed,
+        {"a": data},
+        {data},
+    )
     exported = ExportedClassifier(
         {"max_pixels": PIXELS, "preprocess": {}, "surest_errors": [], "thresholds": [], "classes": []}, engine=None
     )

@@ -153,9 +153,9 @@ class ExportedClassifier:
 
 
 def as_several(images: Any) -> Iterable[Any]:
-    """One image or several, as several; what holds bytes or is an open file is one."""
-    one = isinstance(images, ImageLike | bytearray | memoryview | IOBase) or not isinstance(images, Iterable)
-    return [images] if one else images
+    """One image or several, as several; what holds bytes, is an open file or has no order is one."""
+    one = isinstance(images, ImageLike | bytearray | memoryview | IOBase | dict | set)
+    return [images] if one or not isinstance(images, Iterable) else images
 
 
 def content_of(image: str | Path | bytes | BytesIO) -> bytes:
