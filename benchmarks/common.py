@@ -63,7 +63,7 @@ def time_in_turns(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def peak_flops(repetitions: int) -> dict[str, float]:
+def peak_flops(repetitions: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
     """Floating-point operations per second of the fastest product of two square matrices, by precision.
 
     Of both libraries: PyTorch takes MKL for products in float32, which is slower than oneDNN on some CPUs.
@@ -76,7 +76,7 @@ def peak_flops(repetitions: int) -> dict[str, float]:
             calls[f"{size} as PyTorch does"] = partial(torch.mm, one, one)
             calls[f"{size} by oneDNN"] = partial(onednn_linear, one, one, None)
         with torch.inference_mode():
-            times = time_in_turns(calls, repetitions)
+            times = time_in_turns(calls, repetitions, clock=clock)
         peaks[precision] = max(2 * int(way.split()[0]) ** 3 / (ms / 1000) for way, ms in times.items())
     return peaks
 

@@ -5,6 +5,7 @@
 
 The official code is transcribed in `yardsticks.py`. What the JSON has is kept, so that a run that `--minutes` ended
 goes on where it was; `--again` measures anew. A training step counts as three times a forward pass's multiply-adds.
+`--processor-time` counts the processor time of one thread instead, which other work on the machine changes little.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
+import torch
 
 from common import cpu_family, environment, peak_flops, time_in_turns
 from papers import ALONE, images_of, infer, learner
@@ -24,6 +26,8 @@ from tokenfusion.files import write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.models.cost import count_model
 from yardsticks import yardstick_of
+
+Clock = Callable[[], float]
 
 
 class Cell(NamedTuple):
@@ -45,13 +49,13 @@ CELLS = {
 }
 
 
-def measure(name: str, key: str, repetitions: int, peaks: dict[str, float]) -> dict[str, Any]:
+def measure(name: str, key: str, repetitions: int, peaks: dict[str, float], clock: Clock) -> dict[str, Any]:
     """One model in one cell: images per second of both sides."""
     cell, ours = CELLS[key], timm.create_model(name).eval()
     sides, images = {"official": yardstick_of(ours), "ours": ours}, images_of(ours, cell.batch)
     act = infer_by if cell.what == "inference" else learner
     ways = {side: act(model, cell.precision, images) for side, model in sides.items()}
-    rates = {side: 1000 * cell.batch / ms for side, ms in time_in_turns(ways, repetitions, seconds=0.5).items()}
+    rates = {side: 1000 * cell.batch / ms for side, ms in time_in_turns(ways, repetitions, 0.5, clock).items()}
     counts, _ = count_model(name)
     flops = 2 * counts.macs * (1 if cell.what == "inference" else 3)
     shares = {side: flops * rate / peaks[cell.precision] for side, rate in rates.items()}
@@ -63,13 +67,13 @@ def infer_by(model: Any, precision: str, images: Any) -> Callable[[], None]:
     return partial(infer, model.eval(), precision, images)
 
 
-def begun(path: Path, again: bool) -> dict[str, Any]:
+def begun(path: Path, again: bool, clock: str) -> dict[str, Any]:
     """What was measured before, if on the same kind of machine; else a head without rows."""
-    head = {**environment(), "cpu_family": cpu_family(), "results": []}
+    head = {**environment(), "cpu_family": cpu_family(), "clock": clock, "results": []}
     if again or not path.exists():
         return head
     before: dict[str, Any] = json.loads(path.read_text())
-    for key in ("cpu_family", "threads", "versions"):
+    for key in ("cpu_family", "clock", "threads", "versions"):
         if before[key] != head[key]:
             raise InputError(f"{path} has {key}={before[key]}, not {head[key]}; give --again, or another --out")
     return before
@@ -83,9 +87,13 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5, help="turns")
     parser.add_argument("--minutes", type=float, default=12.0, help="no further cell is begun after so many")
     parser.add_argument("--again", action="store_true", help="measure what is there already, too")
+    parser.add_argument("--processor-time", action="store_true", help="of one thread, where other work cannot be ended")
     options = parser.parse_args()
-    start, result = time.monotonic(), begun(options.out, options.again)
-    peaks = peak_flops(options.repetitions)
+    if options.processor_time:
+        torch.set_num_threads(1)
+    clock = time.process_time if options.processor_time else time.perf_counter
+    start, result = time.monotonic(), begun(options.out, options.again, clock.__name__)
+    peaks = peak_flops(options.repetitions, clock)
     done = {(row["model"], row["cell"]) for row in result["results"]}
     for key in options.cells:  # training last: its allocator is another
         if CELLS[key].what == "training step":
@@ -96,7 +104,7 @@ def main() -> None:
             if time.monotonic() - start > 60 * options.minutes:
                 print(f"{options.minutes:g} minutes are over before {name} {key}; the same command goes on")
                 return
-            result["results"].append(measure(name, key, options.repetitions, peaks))
+            result["results"].append(measure(name, key, options.repetitions, peaks, clock))
             print(result["results"][-1], flush=True)
             write_json(options.out, result)
 

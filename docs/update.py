@@ -154,9 +154,10 @@ def official() -> str:
         precision: [row["peak_flops"][precision] / 1e9 for row in found["results"]] for precision in ("fp32", "bf16")
     }
     products = ", ".join(f"{min(of_runs):,.0f} to {max(of_runs):,.0f} in {p}" for p, of_runs in peaks.items())
+    how = "processor time of one thread" if found["clock"] == "process_time" else f"{found['threads']} threads"
     heading = ["model", "what", "precision", "official images/s", "ours", "ratio", "aim", "of the precision's peak"]
     return (
-        f"On {found['hardware']} ({found['cpu_family']}), {found['threads']} threads, whose fastest products of "
+        f"On {found['hardware']} ({found['cpu_family']}), {how}, whose fastest products of "
         f"matrices reached, in GFLOP/s, {products}:\n\n{table(heading, rows)}"
     )
 
