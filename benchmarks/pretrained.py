@@ -352,7 +352,7 @@ def main() -> None:
         classifier.model.read_layers = list(map(int, max(found["layers"], key=found["layers"].get).split()))
     else:
         found["layers"] = choose_layers(classifier, given.data, parts["train"][: max(given.counts)])
-    found |= {
+    found = {
         "data": Path(given.data).name,
         "features": "Images were enlarged as a run does it.",
         "hardware": hardware_name(torch.device("cpu")),
@@ -360,26 +360,28 @@ def main() -> None:
         "pool": len(parts["train"]),
         "test_images": len(parts["test"]),
         "fine_tune_minutes": given.fine_tune_minutes,
-    }
+    } | found
     write_json(given.out, found)
-    rows, labels = seen(classifier, given.data, parts["train"])
-    test = seen(classifier, given.data, parts["test"])
+    source = open_dataset(given.data)
+    labels, truth = (np.asarray(source.labels)[parts[name]] for name in ("train", "test"))
     draws = list(itertools.product(range(given.seeds), given.counts))
     places = np.unique(np.concatenate([drawn(len(labels), count, seed) for seed, count in draws]))
     needed = parts["train"][places]
+    known = {(one["seed"], one["count"]): one for one in found["draws"]}
+    if not known.keys() >= set(draws):
+        rows, test = (seen(classifier, given.data, parts[name]) for name in ("train", "test"))
     for seed, count in draws:
         chosen = drawn(len(labels), count, seed)
-        result = next((one for one in found["draws"] if (one["count"], one["seed"]) == (count, seed)), None)
-        if result is None:
-            result = {"count": count, "seed": seed}
-            result |= draw(classifier.model, rows, labels, test, count, seed, given.operators)
+        result = known.get((seed, count), {"count": count, "seed": seed})
+        if (seed, count) not in known:
+            result |= draw(classifier.model, rows[0], labels, test, count, seed, given.operators)
             found["draws"].append(result)
         for size in LARGER_SIZES if given.larger else ():
             if f"larger_{size}" not in result:
                 some, unseen = (
                     larger_means(given.larger, size, given.data, order) for order in (needed, parts["test"])
                 )
-                accuracy = judge_larger(some[np.searchsorted(places, chosen)], labels[chosen], unseen, test[1])
+                accuracy = judge_larger(some[np.searchsorted(places, chosen)], labels[chosen], unseen, truth)
                 result[f"larger_{size}"] = accuracy
         if given.fine_tune_minutes and seed < given.fine_tune_seeds and "fine_tuned" not in result:
             order, minutes = parts["train"][chosen], given.fine_tune_minutes

@@ -331,9 +331,31 @@ def plot_collapse(rows: Sequence[Row], depths: Sequence[int]) -> Markup:
         return to_svg(figure, "alike", "Similar blocks against depth, and similarity of neighbouring blocks")
 
 
+def awake(name: str) -> str:
+    """What branch dropout does to the worth of either side, and to accuracy."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    rows = []
+    for row in result["rows"]:
+        worth = [spread(row[f"lost without {side}"]) for side in ("patch", "pixel")]
+        rows.append([f"`{row['model']}`", f"{row['branch_dropout']:g}", f"{spread(row['top1'])} %", *worth])
+    heading = ["model", "branch dropout", "top-1 of both", "points lost without patches", "without pixels"]
+    seeds = len(result["rows"][0]["top1"]["seeds"])
+    return (
+        f"{table(heading, rows)}\n\n- {result['epochs']} epochs on {result['images']:,} training images of CIFAR-10, "
+        f"judged by {result['held_out']:,} others of its training file, sides by 2,000 of these; {seeds} seeds, with 95 % "
+        f"intervals over them (Student's t) where there are several; on {result['hardware']}, {result['threads']} thread"
+    )
+
+
+def spread(values: dict[str, Any]) -> str:
+    """A mean in percent or points, with half its interval."""
+    half = f" ± {50 * (values['ci95'][1] - values['ci95'][0]):.1f}" if values["ci95"] else ""
+    return f"{100 * values['mean']:.1f}{half}"
+
+
 def blocks() -> dict[str, Callable[[], str]]:
     """What writes each block that the page has, or must have because its comparison is measured."""
     text = PAGE.read_text()
-    writers = dict.fromkeys(COMPARISONS, comparison) | {"transfer": transfer, "depth": depth}
+    writers = dict.fromkeys(COMPARISONS, comparison) | {"transfer": transfer, "depth": depth, "awake": awake}
     wanted = [name for name in writers if f"<!-- {name} -->" in text or (RESULTS / f"{name}.json").exists()]
     return {name: partial(writers[name], name) for name in wanted}
