@@ -342,8 +342,8 @@ def awake(name: str) -> str:
     seeds = len(result["rows"][0]["top1"]["seeds"])
     return (
         f"{table(heading, rows)}\n\n- {result['epochs']} epochs on {result['images']:,} training images of CIFAR-10, "
-        f"judged by {result['held_out']:,} others of its training file, sides by 2,000 of these; {seeds} seeds, with 95 % "
-        f"intervals over them (Student's t) where there are several; on {result['hardware']}, {result['threads']} thread"
+        f"judged by {result['held_out']:,} others of its training file, sides by 2,000 of these\n- {seeds} seeds, with "
+        f"95 % intervals over them (Student's t); on {result['hardware']}, {result['threads']} thread"
     )
 
 
