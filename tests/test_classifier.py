@@ -138,6 +138,21 @@ def test_no_class_and_no_image_are_no_prediction(classifier):
             classifier.iter_predictions([picture()], batch_size=size)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("topk", "3", "topk='3' is no whole number"),
+        ("topk", 2.5, r"topk=2\.5 is no whole number"),
+        ("batch_size", 1.5, r"batch_size=1\.5 is no whole number"),
+        ("batch_size", True, "batch_size=True is no whole number"),
+        ("abstain", "x", "abstain='x' is no share"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused_in_words(classifier, option, value, said):
+    with pytest.raises(InputError, match=said):
+        classifier.predict([picture()], **{option: value})
+
+
 @pytest.mark.parametrize("image", [np.zeros((4, 4)), np.zeros((4, 4, 2), np.uint8), np.zeros(4, np.uint8)])
 def test_arrays_that_are_no_image_are_refused(classifier, image):
     with pytest.raises(InputError, match=r"is not an image; give uint8"):

@@ -42,7 +42,7 @@ from tokenfusion.version import __version__
 from tokenfusion_runtime.abstain import SurestErrors
 from tokenfusion_runtime.classifier import ImageLike, as_several, content_of
 from tokenfusion_runtime.image import pillow_image
-from tokenfusion_runtime.prediction import Answers, Prediction, cuts_for
+from tokenfusion_runtime.prediction import Answers, Prediction, cuts_for, require_count
 
 # a child of fork has none of the threads that its parent computed with, and would wait for them forever
 os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
@@ -298,8 +298,7 @@ class Classifier:
         Raises:
             InputError: `topk` names no class, `batch_size` no image, or `abstain` cannot be kept.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} lets no image into the model; give 1 or more")
+        require_count("batch_size", batch_size, "lets no image into the model")
         answers = self.answers(topk, abstain)
         batches = batched(self.prepare_ahead(images, on_damage), batch_size)
         return (prediction for batch in batches for prediction in self.predict_prepared(batch, answers))

@@ -16,7 +16,7 @@ from tokenfusion_runtime.engines import ENGINES, Engine
 from tokenfusion_runtime.errors import InputError, UnreadableImage
 from tokenfusion_runtime.files import read_file
 from tokenfusion_runtime.image import Pixels, ValueRange, opened, pillow_image, prepare, to_rgb, whole_rgb
-from tokenfusion_runtime.prediction import Answers, Floats, Prediction, cuts_for
+from tokenfusion_runtime.prediction import Answers, Floats, Prediction, cuts_for, require_count
 
 ImageLike = str | Path | bytes | BytesIO | np.ndarray | Image.Image
 
@@ -99,8 +99,7 @@ class ExportedClassifier:
         Raises:
             InputError: `topk` names no class, `batch_size` no image, or `abstain` cannot be kept.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size={batch_size} lets no image into the model; give 1 or more")
+        require_count("batch_size", batch_size, "lets no image into the model")
         return self._batches(iter(images), batch_size, self.answers(topk, abstain))
 
     def answers(self, topk: int = 5, abstain: float | None = None) -> Answers:

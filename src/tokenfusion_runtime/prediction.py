@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -78,8 +79,7 @@ class Answers:
     cuts: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.topk < 1:
-            raise InputError(f"topk={self.topk} names no class; give 1 or more")
+        require_count("topk", self.topk, "names no class")
 
     def of(self, path: str, scores: Floats) -> Prediction:
         """What probabilities (K,) say of an image."""
@@ -105,14 +105,26 @@ def sureness(scores: Floats, thresholds: Floats) -> Floats:
     return np.where(scores >= thresholds, (scores - thresholds) / np.maximum(1 - thresholds, 1e-12), below)
 
 
+def require_count(name: str, value: object, reason: str) -> None:
+    """Refuse what is no whole number from 1 on, for a reason where it is a smaller one.
+
+    Raises:
+        InputError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{name}={value!r} is no whole number; give 1 or more")
+    if value < 1:
+        raise InputError(f"{name}={value} {reason}; give 1 or more")
+
+
 def cuts_for(risk: float, errors: Sequence[SurestErrors]) -> tuple[float, ...]:
     """Above which scores to answer so that at most a share `risk` of the answers is wrong.
 
     Raises:
         InputError: `risk` is no share, or nothing is known of the errors.
     """
-    if not 0 < risk < 1:
-        raise InputError(f"abstain={risk} is no share of wrong answers; give one between 0 and 1, such as 0.02")
+    if isinstance(risk, bool) or not isinstance(risk, Real) or not 0 < risk < 1:
+        raise InputError(f"abstain={risk!r} is no share of wrong answers; give one between 0 and 1, such as 0.02")
     if not errors:
         raise InputError(
             "how sure its errors are was not measured when this classifier was trained, by an older version, so that "
