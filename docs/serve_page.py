@@ -20,7 +20,7 @@ def figures() -> str:
     found = json.loads(RESULT.read_text())
     rows: list[Row] = found["exports"]
     parts = [
-        f"On {found['hardware']}, two cores, which the client shares; the column `client` says what it takes of both. "
+        f"On {found['hardware']}, which the client shares; the column `client` says what it takes of them. "
         f"{rows[0]['images']['count']} photographs as JPEG, {rows[0]['images']['mean_bytes'] / 1000:.0f} kB each, "
         "one a request. `predict` and the graph are the runtime's in one process, at the batch that the service forms; "
         "the graph alone has its images decoded before. Other work of low weight ran beside, so that the slowest of a "
@@ -51,7 +51,7 @@ def throughput(rows: list[Row]) -> str:
         shares = (f"{one['share_of_predict']:.0%}", f"{one['share_of_graph']:.0%}")
         cpu = (one["service_cpu_ms_an_image"], one["predict_cpu_ms_an_image"], one["graph_cpu_ms_an_image"])
         cells = (f"{one['images_per_s']:,.0f}", f"{one['images_of_a_batch']:.1f}", *shares)
-        lines.append([name_of(row), *cells, *(f"{ms:.2f}" for ms in cpu), f"{one['client_share_of_cores']:.0%}"])
+        lines.append([name_of(row), *cells, *(f"{ms:.2f}" for ms in cpu), f"{one['client_share_of_cores']:.1%}"])
     return table(heading, lines)
 
 
@@ -73,11 +73,14 @@ def short(rows: list[Row]) -> str:
 def latency(rows: list[Row]) -> str:
     """Times at parts of that throughput."""
     lines = [
-        [name_of(row), load, f"{one['arrivals_per_s']:,.0f}", *times(one), f"{one['client_share_of_cores']:.0%}"]
+        [
+            *(name_of(row), load, f"{one['arrivals_per_s']:,.0f}", *times(one)),
+            *(f"{one['refused_429'] / one['requests']:.0%}", f"{one['client_share_of_cores']:.1%}"),
+        ]
         for row in rows
         for load, one in row["latency"].items()
     ]
-    heading = ["requests that arrive by chance", "of the above", "a second", "p50 ms", "p99 ms", "client"]
+    heading = ["requests that arrive by chance", "of the above", "a second", "p50 ms", "p99 ms", "429", "client"]
     return table(heading, lines)
 
 
@@ -105,8 +108,8 @@ def burst(row: Row) -> str:
         f"**A burst**, {name_of(row)}: {hasty['requests']:,} requests over {hasty['clients']} connections that do not "
         f"wait: {hasty['answered']:,} answered, {hasty['refused_429']:,} got 429, {other(hasty)}. With clients "
         f"that ask again after a second: {patient['answered']:,} answered, {other(patient)}. "
-        f"{wrong(hasty['wrong'] + patient['wrong'])}; the farthest score lay "
-        f"{max(hasty['farthest_score'], patient['farthest_score']):.1g} from that of the image alone."
+        f"{wrong(hasty['wrong'] + patient['wrong'])}; scores differ from those of the image alone by "
+        f"{max(hasty['farthest_score'], patient['farthest_score']):.1g} at most."
     )
 
 
@@ -154,4 +157,7 @@ def kill(row: Row) -> str:
             f"of {workers}, {one['lost']} of {one['requests']:,} requests lost their answer, {again}{refused}; "
             f"{one['seconds_without_an_answer']:.1f} s went by without an answer"
         )
-    return f"**SIGKILL of a worker** at 60 % load, {name_of(row)}: {'; '.join(parts)}."
+    return (
+        f"**SIGKILL of a worker**, {name_of(row)}, while {one['arrivals_per_s']:,.0f} requests a second arrive and "
+        f"other work keeps the cores busy: {'; '.join(parts)}."
+    )
