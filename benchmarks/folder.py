@@ -23,7 +23,7 @@ from common import environment
 from tokenfusion.files import write_json
 from tokenfusion.json_files import read_json
 
-CASES: tuple[tuple[int, tuple[str, ...]], ...] = ((600, ()), (5_000, ()), (5_000, ("--img-size", "112")))
+CASES: tuple[tuple[int, tuple[str, ...]], ...] = ((600, ()), (5_000, ("--img-size", "112")), (5_000, ()))
 """Photographs, and options besides those of the front page."""
 
 
