@@ -60,12 +60,13 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
     common = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
     def make(name: str, work: Callable[[Path], object]) -> Path:
-        done = common / f"{name} is made"
+        done, made = common / f"{name} is made", common / f"for {name}" / name  # so that nothing else lies beside it
         with FileLock(common / f"{name}.lock"):
             if not done.exists():
-                work(common / name)
+                made.parent.mkdir(exist_ok=True)
+                work(made)
                 done.touch()
-        return common / name
+        return made
 
     return make
 
