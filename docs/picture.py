@@ -16,7 +16,12 @@ from playwright.sync_api import sync_playwright
 
 SECTIONS = ("training", "classes", "confusion", "calibration", "risk", "cost", "skipped", "recipe")
 """Of a report, what the picture leaves out."""
-WIDTH, HEIGHT = 900, 1500
+SHORTER = """folder => {
+    document.body.innerHTML = document.body.innerHTML.replaceAll(folder + "/", "");
+    for (const row of [...document.querySelectorAll("#parents tbody tr")].slice(4)) row.remove();
+}"""
+"""Of paths the last part alone, and of the parents' table the first rows."""
+WIDTH, HEIGHT = 1050, 1790
 
 
 def main() -> None:
@@ -27,6 +32,7 @@ def main() -> None:
         page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT})
         page.goto(report.as_uri())
         page.add_style_tag(content=", ".join(f"#{section}" for section in SECTIONS) + " { display: none }")
+        page.evaluate(SHORTER, str(report.parents[2]))
         shot = Image.open(BytesIO(page.screenshot(full_page=True)))
         browser.close()
     shot = shot.crop((0, 0, shot.width, min(shot.height, HEIGHT)))

@@ -41,7 +41,7 @@ def test_the_folder_holds_what_it_takes_to_answer_alike(exported, learned):
     assert json.loads(inside.value)["classes"] == run["classes"]
     assert "Resize" not in {node.op_type for node in onnx.load(exported / "model.onnx").graph.node}
     assert "tokenfusion_runtime.load('.')" in (exported / "README.md").read_text()
-    assert {path.name for path in exported.parent.iterdir()} <= {"onnx", ".onnx.lock"}
+    assert {path.name for path in exported.parent.iterdir()} <= {exported.name, f".{exported.name}.lock"}
 
 
 @pytest.mark.parametrize(
