@@ -4,8 +4,8 @@
         --out benchmarks/results/folder.json
 
 `train`, `evaluate` and `report` are processes of their own, one after the other: seconds by the clock, and the most
-memory that each held, mapped files included. The photographs are Imagenette's, whose classes the CNN's weights were
-trained on: the accuracy flatters, the cost does not. The features are not kept from before.
+memory that each held, mapped files included; features are not kept from before, weights are at hand. Both flatter:
+the photographs are small JPEGs of 224×224 pixels, and Imagenette's, on most of which the CNN's weights were trained.
 """
 
 import argparse

@@ -334,17 +334,34 @@ def plot_collapse(rows: Sequence[Row], depths: Sequence[int]) -> Markup:
 def awake(name: str) -> str:
     """What branch dropout does to the worth of either side, and to accuracy."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
-    rows = []
+    rows, said = [], []
     for row in result["rows"]:
         worth = [spread(row[f"lost without {side}"]) for side in ("patch", "pixel")]
-        rows.append([f"`{row['model']}`", f"{row['branch_dropout']:g}", f"{spread(row['top1'])} %", *worth])
-    heading = ["model", "branch dropout", "top-1 of both", "points lost without patches", "without pixels"]
-    seeds = len(result["rows"][0]["top1"]["seeds"])
-    return (
-        f"{table(heading, rows)}\n\n- {result['epochs']} epochs on {result['images']:,} training images of CIFAR-10, "
-        f"judged by {result['held_out']:,} others of its training file, sides by 2,000 of these\n- {seeds} seeds, with "
-        f"95 % intervals over them (Student's t); on {result['hardware']}, {result['threads']} thread"
+        seeds = str(len(row["top1"]["seeds"]))
+        rows.append([f"`{row['model']}`", f"{row['branch_dropout']:g}", seeds, f"{spread(row['top1'])} %", *worth])
+    by_model = {row["model"]: [r for r in result["rows"] if r["model"] == row["model"]] for row in result["rows"]}
+    for model, (without, *others) in by_model.items():
+        for other in others:
+            patches, accuracy = (gained(without[key], other[key]) for key in ("lost without patch", "top1"))
+            rate = f"{other['branch_dropout']:g}"
+            said.append(f"`{model}` with {rate}: patches are worth {patches} points more, accuracy gains {accuracy}.")
+    heading = ["model", "branch dropout", "seeds", "top-1 of both", "points lost without patches", "without pixels"]
+    return "\n\n".join(
+        [
+            table(heading, rows),
+            " ".join(said),
+            f"- {result['epochs']} epochs on {result['images']:,} training images of CIFAR-10, judged by "
+            f"{result['held_out']:,} others of its training file, sides by 2,000 of these\n- ±: 95 % intervals over "
+            f"seeds (Student's t), of differences paired by seed; on {result['hardware']}, {result['threads']} thread",
+        ]
     )
+
+
+def gained(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The mean difference in points, seed by seed, with half its interval."""
+    differences = [100 * (new - old) for old, new in zip(before["seeds"], after["seeds"], strict=False)]
+    interval = t_interval(differences)
+    return f"{fmean(differences):+.1f}" + (f" ± {(interval[1] - interval[0]) / 2:.1f}" if interval else "")
 
 
 def spread(values: dict[str, Any]) -> str:

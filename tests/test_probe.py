@@ -43,6 +43,21 @@ def test_fewer_images_than_features_give_the_classifier_that_all_features_give()
     np.testing.assert_allclose(values @ part.weight.T + part.bias, direct.decision_function(values), atol=0.02)
 
 
+@pytest.mark.parametrize("kind", ["few factors", "frames of scenes"])
+def test_images_that_depend_on_each_other_are_fitted_too(kind):
+    random = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    if kind == "few factors":
+        values = random.normal(size=(300, 5)) @ random.normal(size=(5, 1500))
+    else:
+        values = random.normal(size=(30, 1500))[np.arange(300) % 30] + 1e-3 * random.normal(size=(300, 1500))
+    values = values.astype(np.float32)
+    part = fit_linear(values, labels, folds_of(labels, print, np.arange(300)))
+    direct = LogisticRegression(C=part.c, max_iter=2000).fit(values, labels)
+    agree = (values @ part.weight.T + part.bias).argmax(1) == direct.predict(values)
+    assert agree.mean() > 0.95
+
+
 @pytest.mark.parametrize(
     ("rarest", "said"),
     [

@@ -38,6 +38,7 @@ def evaluate(
     progress: Callable[[int, int], None] | None = None,
     *,
     root: str = "",
+    encoding: str = "",
     out: Path | None = None,
     with_training_images: bool = False,
     corruptions: bool = False,
@@ -52,6 +53,7 @@ def evaluate(
         split: "train", "val" or "test" of data that has such parts; by default val, else test, else everything.
         progress: called with (images read, images in all).
         root: folder that the paths of `data` start at, where that is a list; its own when not given.
+        encoding: of such a list that is in no UTF; guessed when not given.
         out: folder to write to; `place_of` says which when not given.
         with_training_images: whether images that the run was trained on are judged too; they are told by their pixels,
             and left out otherwise, but where they are the run's own and `split` asks for them.
@@ -74,7 +76,7 @@ def evaluate(
     if corruptions and classifier.multi_label:
         raise InputError(f"{run} has any number of classes an image; corruptions are judged of one class an image")
     require_writable(run, out)
-    source, place, own = open_judged(run, recipe, data, root)
+    source, place, own = open_judged(run, recipe, data, root, encoding)
     moved_to = place if not data and place != recipe.data else ""
     refuse_other_kind(source, classifier)
     to_output = output_of_class(source, classifier.classes)

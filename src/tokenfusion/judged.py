@@ -22,7 +22,9 @@ from tokenfusion.recipe import Recipe
 from tokenfusion.trained_on import found_again, load_trained_on
 
 
-def open_judged(run: Path, recipe: Recipe, data: str | None, root: str = "") -> tuple[Dataset, str, bool]:
+def open_judged(
+    run: Path, recipe: Recipe, data: str | None, root: str = "", encoding: str = ""
+) -> tuple[Dataset, str, bool]:
     """The data to judge a run by, what it is called, and whether it is the run's own, as it is where none is given.
 
     Raises:
@@ -34,6 +36,7 @@ def open_judged(run: Path, recipe: Recipe, data: str | None, root: str = "") -> 
     reading = recipe.reading
     if root or not own:
         reading = replace(reading, root=root and os.path.abspath(root))
+    reading = replace(reading, encoding=encoding or reading.encoding)
     if own:
         require_place(name, f"tokenfusion train --resume {shlex.quote(str(run))} --data NEW")
         source = open_dataset(name, recipe.exclude, run, reading)

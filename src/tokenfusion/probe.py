@@ -169,17 +169,29 @@ def turned(values: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], np.nd
     """
     if len(values) >= values.shape[1]:
         return values, lambda weight: weight
-    from scipy.linalg import cholesky, solve_triangular
+    from scipy.linalg import solve_triangular
 
-    squares = (values @ values.T).astype(np.float64)
-    squares[np.diag_indices_from(squares)] += 1e-6 * np.trace(squares) / len(squares)  # images may depend on others
-    root = cholesky(squares, lower=True, overwrite_a=True, check_finite=False)
+    root = root_of((values @ values.T).astype(np.float64))
 
     def to_weight(weight: np.ndarray) -> np.ndarray:
         shares = solve_triangular(root, weight.T.astype(np.float64), lower=True, trans="T", check_finite=False).T
         return np.asarray(shares.astype(values.dtype) @ values)
 
     return root.astype(values.dtype), to_weight
+
+
+def root_of(squares: np.ndarray) -> np.ndarray:
+    """L of V Vᵀ (N, N) = L Lᵀ, lower triangular; where images depend on others, of the next matrix that has one."""
+    from scipy.linalg import LinAlgError, cholesky
+
+    mean, diagonal = np.trace(squares) / len(squares), np.diag_indices_from(squares)
+    for added in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2):
+        squares[diagonal] += added * mean
+        try:
+            return np.asarray(cholesky(squares, lower=True, check_finite=False))
+        except LinAlgError:
+            continue
+    raise InputError("the features of the training images are not finite; train from other weights")
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 from tokenfusion.errors import InputError
 
 Auto = Literal["auto"]
+"""In place of a number that is chosen by measuring, or that only training finds."""
 Depth = Literal["probe", "fusion", "all"]
 DEPTHS: tuple[Depth, ...] = get_args(Depth)
 """How deep a model that starts from trained parents may be trained, each from the one before it on."""
-"""In place of a number that is chosen by measuring, or that only training finds."""
 Number = TypeVar("Number", int, float)
 
 

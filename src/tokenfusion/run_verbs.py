@@ -19,6 +19,7 @@ def evaluate(
     *,
     split: Literal["train", "val", "test"] | None = None,
     root: str = "",
+    encoding: str = "",
     out: Path | None = None,
     with_training_images: Annotated[bool, Parameter(negative="")] = False,
     corruptions: Annotated[bool, Parameter(negative="")] = False,
@@ -40,6 +41,8 @@ def evaluate(
         Part of the data; by default val, else test, else everything.
     root
         Folder that the paths in a list start at.
+    encoding
+        Encoding of a list that is in no UTF; guessed when not given.
     out
         Folder to write to; RUN when not given, or RUN/evaluations/NAME of images that are not the run's held-out ones.
     with_training_images
@@ -58,10 +61,9 @@ def evaluate(
         from tokenfusion.report import write_figures
 
     with counting("images") as progress:
-        keep = with_training_images
-        result = evaluate_run(
-            run, data, split, progress, root=root, out=out, with_training_images=keep, corruptions=corruptions
-        )
+        read = {"root": root, "encoding": encoding}
+        judged = {"with_training_images": with_training_images, "corruptions": corruptions}
+        result = evaluate_run(run, data, split, progress, out=out, **read, **judged)
     place = out or place_of(run, result["data"], result["split"], own=result["own"])
     drawn = write_figures(place)
     skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])

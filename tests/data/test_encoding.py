@@ -102,5 +102,11 @@ def test_the_option_reaches_every_verb(command, picture, tmp_path: Path) -> None
     assert command("train", tmp_path / "x.csv", *given, *small)[0] == 0
     assert command("evaluate", run)[0] == 0
     assert command("evaluate", run, tmp_path / "x.csv", "--with-training-images", "--out", tmp_path / "judged")[0] == 0
+    (tmp_path / "other").mkdir()
+    for path in tmp_path.glob("*.png"):
+        (tmp_path / "other" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "other" / "y.csv").write_bytes(f"path,label\n{rows}".encode("gb18030"))
+    again = (tmp_path / "other" / "y.csv", *given, "--with-training-images", "--out", tmp_path / "again")
+    assert command("evaluate", run, *again)[0] == 0
     assert command("predict", run, tmp_path / "x.csv", *given, "--out", tmp_path / "found")[0] == 0
     assert command("check", tmp_path / "x.csv", *given, "--out", tmp_path / "check")[0] == 0

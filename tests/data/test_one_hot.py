@@ -158,9 +158,10 @@ def test_columns_of_minus_1_and_1_are_classes_and_those_of_0_beside_these_are_as
 
 @pytest.mark.parametrize("trailing", ["", " "])
 @pytest.mark.parametrize("count", ["6\n", ""])
-def test_a_list_of_attributes_as_celeba_has_it_is_read(count: str, trailing: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_list_of_attributes_as_celeba_has_it_is_read(end: str, count: str, trailing: str, tmp_path: Path) -> None:
     rows = "".join(f"{path}  1 {'-1' if number % 2 else ' 1'}\n" for number, path in enumerate(PATHS))
-    source = listed(tmp_path, "x.txt", f"{count}Young Bald{trailing}\n{rows}")
+    source = listed(tmp_path, "x.txt", f"{count}Young Bald{trailing}\n{rows}".replace("\n", end))
     assert source.names == PATHS
     assert source.classes == ("Bald", "Young")
     assert source.labels.tolist() == [[number % 2 == 0, True] for number in range(6)]

@@ -65,6 +65,14 @@ def test_a_range_is_found_and_spans_black_to_white(kind: str, tmp_path: Path) ->
     assert np.abs(shown - 255 * (values.astype(float) - low) / (high - low)).max() <= 0.51
 
 
+def test_images_of_a_single_huge_value_have_a_range(tmp_path: Path) -> None:
+    source = open_dataset(deep_folder(tmp_path / "x", np.full((8, 64), 1e20, np.float32)))
+    source, _ = with_value_range(source, np.arange(len(source)), (), LIMIT)
+    assert source.value_range is not None
+    low, high = source.value_range
+    assert low < high
+
+
 def test_a_range_that_few_images_stretch_is_warned_of(tmp_path: Path) -> None:
     folder = deep_folder(tmp_path / "x", (RAMP * 3000).astype("u2"))
     source = open_dataset(folder)

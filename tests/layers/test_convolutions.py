@@ -155,3 +155,15 @@ def test_folding_in_bfloat16_is_about_as_exact():
     errors = [((found.double() - exact).norm() / exact.norm()).item() for found in (folded, plain)]
     assert not torch.equal(folded, plain)
     assert errors[0] <= 1.3 * errors[1]
+
+
+def test_norms_in_full_precision_fold_into_no_weights_of_half():
+    torch.manual_seed(0)
+    block = InvertedResidualFeedForward(6, 12).bfloat16().eval()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    images = torch.randn(2, 6, 7, 5).bfloat16().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        quick = block(images)
+    torch.testing.assert_close(quick, block(images), atol=0.05, rtol=0.05)

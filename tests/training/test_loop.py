@@ -115,6 +115,18 @@ def test_only_what_is_fused_has_sides_to_freeze_or_drop(option, value):
     assert f"vit_micro is no such model; {remedy}" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"model": "fuse(resnet_micro,crossvit_micro,layerwise)", "img_size": 32}, "a CrossViT has two; take another"),
+        ({"model": "fuse(resnet_micro,vit_micro,probe)", "img_size": 32, "tune": "probe"}, "give --tune fusion"),
+    ],
+)
+def test_branches_are_dropped_whole_or_not_at_all(recipe, said):
+    with pytest.raises(InputError, match=said):
+        build(small_recipe(**{"branch_dropout": 0.2} | recipe), ("a", "b"))
+
+
 def test_a_recipe_drops_sides_while_training():
     assert build(small_recipe(branch_dropout=0.2), ("a", "b")).model.branch_dropout == 0.2
 

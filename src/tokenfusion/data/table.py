@@ -104,9 +104,9 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
     if said:  # as Excel writes it
         text, skipped = text[said.end() :], 1
     elif counted_rows(text):  # as CelebA has it
-        text, skipped = text[text.index("\n") + 1 :], 1
-    if remarks := re.match(r"(#[^,;\t|\n]*\n)+", text):
-        text, skipped = text[remarks.end() :], skipped + remarks[0].count("\n")
+        text, skipped = text[len(text.splitlines(keepends=True)[0]) :], 1
+    if remarks := re.match(r"(#[^,;\t|\r\n]*(\r\n?|\n))+", text):
+        text, skipped = text[remarks.end() :], skipped + len(remarks[0].splitlines())
     separator = said[1] if said else sniff(text, path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
     lines = [(reader.line_num + skipped, cells) for cells in reader]

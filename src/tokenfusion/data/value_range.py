@@ -228,7 +228,7 @@ def find_range(deep: Sequence[Values]) -> ValueRange:
     low, high = min(image.low for image in deep), max(image.high for image in deep)
     if low >= 0 and all(image.whole for image in deep):
         return 0.0, float(2 ** max(int(high).bit_length(), 1) - 1)
-    return low, high if high > low else low + 1
+    return low, high if high > low else max(low + 1, float(np.nextafter(low, np.inf)))
 
 
 def given_in_words(given: ValueRange, deep: Sequence[Values], looked_at: int) -> str:

@@ -118,13 +118,14 @@ class PointwiseConv(nn.Conv2d):
 def folds(module: nn.Module, features: Tensor, *norms: nn.Module) -> bool:
     """Whether norms may become part of the convolutions around them.
 
-    They may where a module infers from a map that lies by pixel, by running statistics of BatchNorm in full precision,
+    They may where a module in full precision infers from a map that lies by pixel, by running statistics of BatchNorm,
     and no hook watches what the module does on its way.
     """
     return (
         infers(module)
         and lies_by_pixel(features)
         and all(map(is_affine, norms))
+        and all(parameter.dtype in (torch.float32, torch.float64) for parameter in module.parameters())
         and not any(part.training or part._forward_hooks or part._forward_pre_hooks for part in module.modules())
     )
 
@@ -191,7 +192,7 @@ class PoolCells(torch.autograd.Function):
     """y_c,mn = Σ_ij w_c,ij x_c,km+i,kn+j + b_c: a depthwise k×k convolution of stride k, for x (B, C, k·m, k·n).
 
     No pixel is in two cells, hence the gradients are plain products, ∂x = w ∂y of the pixel's cell and ∂w = Σ x ∂y;
-    for ∂x in bfloat16 oneDNN takes a kernel for groups of channels (brgconv_strided), 200 to 300 times as long.
+    for ∂x in bfloat16 oneDNN takes a kernel for groups of channels (brgconv_strided), which is far slower.
     """
 
     @staticmethod

@@ -40,8 +40,23 @@ def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False, *, 
     if recipe.freeze != "none":
         fusion_for("freeze", recipe, model).freeze(*(PARENTS if recipe.freeze == "both" else (recipe.freeze,)))
     if recipe.branch_dropout:
-        fusion_for("branch_dropout", recipe, model).branch_dropout = recipe.branch_dropout
+        require_two_branches(fusion_for("branch_dropout", recipe, model), recipe)
+        model.branch_dropout = recipe.branch_dropout  # type: ignore[assignment]
     return classifier
+
+
+def require_two_branches(model: TokenFusion, recipe: Recipe) -> None:
+    """Refuse branch dropout where it would leave something of a branch, or where nothing learns by it."""
+    reasons = {
+        "takes the patches of one branch away, and a CrossViT has two; take another transformer": len(
+            model.vit.branch_layouts(model.img_size)
+        )
+        > 1,
+        "changes nothing where a linear classifier is fitted at once; give --tune fusion": recipe.tune == "probe",
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise InputError(f"branch_dropout={recipe.branch_dropout:g} {reason}, or leave out --branch-dropout")
 
 
 def fusion_for(option: str, recipe: Recipe, model: nn.Module) -> TokenFusion:
