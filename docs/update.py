@@ -389,7 +389,7 @@ def shipped() -> str:
     for result in found["results"]:
         for key in ("batch 1", "batch 8"):
             against, peak = result[key]["times_the_peer"], result[key]["share_of_peak"]["ours openvino bf16"]
-            cells = [f"{against[way]:.2f}×" for way in ways]
+            cells = [f"{against[way]:.2f}×" if way in against else "not exported" for way in ways]
             rows.append([f"`{result['model']}`", result["peer"], key.removeprefix("batch "), *cells, f"{peak:.0%}"])
     peaks = ", ".join(f"{gflops:,.0f} GFLOP/s in {precision}" for precision, gflops in found["peak_gflops"].items())
     heading = ["model", "peer", "batch", *ways, "share of the bf16 peak"]
