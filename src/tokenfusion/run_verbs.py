@@ -61,9 +61,17 @@ def evaluate(
         from tokenfusion.report import write_figures
 
     with counting("images") as progress:
-        read = {"root": root, "encoding": encoding}
-        judged = {"with_training_images": with_training_images, "corruptions": corruptions}
-        result = evaluate_run(run, data, split, progress, out=out, **read, **judged)
+        result = evaluate_run(
+            run,
+            data,
+            split,
+            progress,
+            root=root,
+            encoding=encoding,
+            out=out,
+            with_training_images=with_training_images,
+            corruptions=corruptions,
+        )
     place = out or place_of(run, result["data"], result["split"], own=result["own"])
     drawn = write_figures(place)
     skipped = f", {result['skipped']:,} unreadable skipped" * bool(result["skipped"])
