@@ -19,7 +19,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
@@ -30,11 +29,10 @@ from tokenfusion.evaluate import evaluate
 from tokenfusion.files import write_json
 from tokenfusion.json_files import read_json
 from tokenfusion.metrics import t_interval
-from tokenfusion.recipe import Recipe
+from tokenfusion.recipe import Recipe, load_recipe
 
 MODELS = ("tokenfusion_early_micro", "tokenfusion_layerwise_micro", "tokenfusion_late_micro")
-RECIPE = Recipe(lr=4e-3, warmup_epochs=0.5, weight_decay=0.1, crop_scale=0.7, ema=0.99, batch_size=128)
-"""As recipes/cifar10_comparison.toml has it."""
+RECIPE = Path(__file__).parents[1] / "recipes" / "cifar10_comparison.toml"
 
 
 def cut(source: Path, folder: Path, images: int, held_out: int) -> Path:
@@ -42,7 +40,7 @@ def cut(source: Path, folder: Path, images: int, held_out: int) -> Path:
     table = pq.read_table(source)
     folder.mkdir(parents=True, exist_ok=True)
     for name, part in (("train", table.slice(0, images)), ("validation", table.slice(len(table) - held_out))):
-        pq.write_table(pa.table(part), folder / f"{name}.parquet")
+        pq.write_table(part, folder / f"{name}.parquet")
     return folder.resolve()
 
 
@@ -77,10 +75,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     given = parser.parse_args()
     result = environment() | {name: getattr(given, name) for name in ("epochs", "images", "held_out")}
+    usual = Recipe(**load_recipe(RECIPE))
     data = cut(given.data, given.runs / "data", given.images, given.held_out)
     found: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for seed, model, rate in product(range(given.seeds), given.models, given.rates):
-        recipe = replace(RECIPE, data=str(data), model=model, seed=seed, epochs=given.epochs, branch_dropout=rate)
+        recipe = replace(usual, data=str(data), model=model, seed=seed, epochs=given.epochs, branch_dropout=rate)
         run = run_one(recipe, given.runs / f"{model}-{rate:g}-seed{seed}")
         found.setdefault((model, rate), []).append(run)
         worth = {side: round(of["lost"], 4) for side, of in run["sides"].items()}

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -79,15 +78,6 @@ def peak_flops(repetitions: int, clock: Callable[[], float] = time.perf_counter)
             times = time_in_turns(calls, repetitions, clock=clock)
         peaks[precision] = max(2 * int(way.split()[0]) ** 3 / (ms / 1000) for way, ms in times.items())
     return peaks
-
-
-def cpu_family() -> str:
-    """The CPU's maker, family and model by its own numbers, and what it has for products."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    found = dict(re.findall(r"^(vendor_id|cpu family|model)\s*: (.+)$", text, re.MULTILINE))
-    features = [feature for feature in ("avx512f", "avx512_bf16", "amx_bf16") if re.search(rf"\b{feature}\b", text)]
-    numbers = [f"{key} {found[key]}" for key in ("cpu family", "model") if key in found]
-    return ", ".join([found.get("vendor_id", platform.machine()), *numbers, *features])
 
 
 def with_backward(call: Callable[..., Tensor], inputs: list[Tensor]) -> None:

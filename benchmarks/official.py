@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from common import cpu_family, environment, peak_flops, time_in_turns
+from common import environment, peak_flops, time_in_turns
 from papers import ALONE, images_of, infer, learner
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
@@ -69,11 +69,11 @@ def infer_by(model: Any, precision: str, images: Any) -> Callable[[], None]:
 
 def begun(path: Path, again: bool, clock: str) -> dict[str, Any]:
     """What was measured before, if on the same kind of machine; else a head without rows."""
-    head = {**environment(), "cpu_family": cpu_family(), "clock": clock, "results": []}
+    head = {**environment(), "clock": clock, "results": []}
     if again or not path.exists():
         return head
     before: dict[str, Any] = json.loads(path.read_text())
-    for key in ("cpu_family", "clock", "threads", "versions"):
+    for key in ("hardware", "clock", "threads", "versions"):
         if before[key] != head[key]:
             raise InputError(f"{path} has {key}={before[key]}, not {head[key]}; give --again, or another --out")
     return before

@@ -177,7 +177,7 @@ def official() -> str:
     how = "processor time of one thread" if found["clock"] == "process_time" else f"{found['threads']} threads"
     heading = ["model", "what", "precision", "official images/s", "ours", "ratio", "aim", "of the precision's peak"]
     return (
-        f"On {found['hardware']} ({found['cpu_family']}), {how}, whose fastest products of "
+        f"On {found['hardware']}, {how}, whose fastest products of "
         f"matrices reached, in GFLOP/s, {products}:\n\n{table(heading, rows)}"
     )
 

@@ -1,7 +1,7 @@
 """Images of many requests in the model at once: whatever waits when the model is free goes in together.
 
 BentoML's adaptive batching lets the model stand idle while it waits for more images, and longer the longer requests
-have waited before: at nine tenths of the load that the model bears, its queue filled and requests were refused.
+have waited before.
 """
 
 import asyncio

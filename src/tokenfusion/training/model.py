@@ -40,8 +40,9 @@ def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False, *, 
     if recipe.freeze != "none":
         fusion_for("freeze", recipe, model).freeze(*(PARENTS if recipe.freeze == "both" else (recipe.freeze,)))
     if recipe.branch_dropout:
-        require_two_branches(fusion_for("branch_dropout", recipe, model), recipe)
-        model.branch_dropout = recipe.branch_dropout  # type: ignore[assignment]
+        fused = fusion_for("branch_dropout", recipe, model)
+        require_two_branches(fused, recipe)
+        fused.branch_dropout = recipe.branch_dropout
     return classifier
 
 
