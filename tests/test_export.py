@@ -184,6 +184,19 @@ def test_the_gate_names_the_images_that_differ(learned):
     nothing = measure(classifier, lambda images: np.full((len(images), 10), np.nan), Eight(), np.zeros(8, int))
     assert faults(nothing, "fp32")  # numbers that are none pass no gate
     assert [len(batch) for batch in batches_of(13)] == [7, 2, 1, 3]
+    assert (parity["pixel_difference"], parity["pixel_share"]) == (0, 0.0)  # nothing was resized
+
+
+@pytest.mark.parametrize(
+    ("levels", "share", "passes"), [(2, 1e-6, True), (2, 2e-4, False), (3, 1e-6, False), (1, 0.0, True)]
+)
+def test_resized_pixels_may_round_otherwise_but_no_more(learned, levels, share, passes):
+    exact = replace(Classifier.load(learned), precision="fp32")
+    parity = measure(
+        exact, lambda images: exact.scores(exact.logits(torch.from_numpy(images))).numpy(), Eight(), np.zeros(8, int)
+    )
+    said = faults(parity | {"pixel_difference": levels, "pixel_share": share}, "fp32")
+    assert said == [] if passes else f"resized pixels differ by up to {levels} grey levels" in said[0]
 
 
 def test_an_artefact_that_answers_otherwise_is_refused_and_kept_only_by_force(exported, learned, tmp_path, monkeypatch):

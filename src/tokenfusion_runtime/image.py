@@ -318,7 +318,8 @@ def scaled(values: NDArray[Any], value_range: ValueRange) -> Pixels:
 def prepare(image: Image.Image, preprocess: dict[str, Any]) -> Pixels:
     """An RGB image as the model wants it, uint8 (in_chans, h, w): resized to cover its size, and the centre cropped.
 
-    Within a grey level of what the run does, whose resize is another implementation of the same filter.
+    Within two grey levels of what the run does, hardly ever more than one: its resize is another implementation of the
+    same filter, and both round twice.
 
     Args:
         image: of any size.

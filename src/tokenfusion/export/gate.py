@@ -27,6 +27,12 @@ BATCHES = (7, 2, 1)
 """Sizes of the batches that the artefact is given in turn."""
 SHOWN = 10
 """Images that differ which are named."""
+PIXEL_LEVELS, PIXEL_SHARE = 2, 1e-4
+"""What the run's resize and the runtime's may differ by: grey levels, and the share of values more than one level off.
+
+Both resize rows, then columns, and round after either. PyTorch's kernel for CPUs without AVX-512 has weights of 16
+bits, Pillow's has more: where a value lies near the middle of two levels either pass may round otherwise, seldom both.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,12 @@ def measure(
     """
     exact = replace(classifier, precision="fp32")
     precision = resolve_precision(classifier.precision, classifier.device)
-    ours, theirs, shown, pixels = [], [], [], 0
+    ours, theirs, shown, differences = [], [], [], np.zeros(256, np.int64)
     for batch in batches_of(len(images)):
         decoded = [images[index] for index in batch]
         prepared = torch.stack([classifier.preprocess.resize(image) for image in decoded])
         outside = np.stack([prepare(F.to_pil_image(image), classifier.preprocess.to_dict()) for image in decoded])
-        pixels = max(pixels, int(np.abs(outside.astype(int) - prepared.numpy()).max()))
+        differences += np.bincount(np.abs(outside.astype(int) - prepared.numpy()).ravel(), minlength=256)
         ours.append(exact.scores(exact.logits(prepared)).numpy())
         theirs.append(artefact(prepared.numpy()))
         shown.append(ours[-1] if precision == "fp32" else classifier.scores(classifier.logits(prepared)).numpy())
@@ -99,7 +105,8 @@ def measure(
         "accuracy_run": float(right_run.mean()),
         "accuracy": float(right.mean()),
         "accuracy_difference_ci95": [float(change.mean()) - half, float(change.mean()) + half],
-        "pixel_difference": pixels,
+        "pixel_difference": int(differences.nonzero()[0][-1]),
+        "pixel_share": float(differences[2:].sum() / differences.sum()),
         "batches": list(BATCHES),
         "differing": [images.names[index] for index in np.flatnonzero(~same)[:SHOWN]],
         "predict": {
@@ -148,7 +155,11 @@ def faults(parity: dict[str, Any], precision: str) -> list[str]:
                 fall > limits.accuracy + 1e-12,
                 f"accuracy falls by {fall:.2%}, at most {limits.accuracy:.1%} is allowed",
             ),
-            (parity["pixel_difference"] > 1, f"resized pixels differ by {parity['pixel_difference']} grey levels"),
+            (
+                parity["pixel_difference"] > PIXEL_LEVELS or parity["pixel_share"] > PIXEL_SHARE,
+                f"resized pixels differ by up to {parity['pixel_difference']} grey levels, {parity['pixel_share']:.2%} "
+                f"of them by more than one; at most {PIXEL_LEVELS} and {PIXEL_SHARE:.2%} may",
+            ),
         )
         if exceeded
     ]
@@ -163,7 +174,8 @@ def parity_lines(parity: dict[str, Any]) -> list[str]:
         f"  same labels                           {parity['label_agreement']:.2%}",
         f"  accuracy of run and artefact          {parity['accuracy_run']:.2%}, {parity['accuracy']:.2%} "
         f"(95 % interval of the difference {low:+.2%} to {high:+.2%})",
-        f"  greatest difference of a pixel        {parity['pixel_difference']} grey level(s)",
+        f"  greatest difference of a pixel        {parity['pixel_difference']} grey level(s), "
+        f"more than one in {parity['pixel_share']:.4%} of them",
         f"`predict` computes in {shown['precision']} on this machine: greatest difference from the artefact "
         f"{shown['probability_difference']:.2g}, same labels {shown['label_agreement']:.2%}",
     ]
