@@ -5,12 +5,14 @@ import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tokenfusion
 from children import begin
@@ -76,6 +78,14 @@ def test_the_other_formats_pass_the_gate_too(learned, tmp_path, format, precisio
     assert said["parity"]["n"] == 359  # in batches that are no 4
     assert said["parity"]["label_agreement"] > 0.97
     assert artefact.load(tmp_path / "out").predict(np.zeros((8, 8), np.uint8))[0].label
+    if format == "openvino":
+        Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
+        command = [sys.executable, "-X", "importtime", "-m", "tokenfusion_runtime", "out", "black.png"]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert "openvino._ov_api" in done.stderr
+        assert "telemetry" not in done.stderr  # of its converter of models
 
 
 PARENTS = {"cnn": ("resnet_micro", {}), "vit": ("vit_micro", {"depth": 3})}

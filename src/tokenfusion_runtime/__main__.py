@@ -49,4 +49,6 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # OpenVINO imports its converter of models, and that its telemetry, unless they cannot be imported.
+    sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
     sys.exit(main())

@@ -175,7 +175,7 @@ def parity_lines(parity: dict[str, Any]) -> list[str]:
         f"  accuracy of run and artefact          {parity['accuracy_run']:.2%}, {parity['accuracy']:.2%} "
         f"(95 % interval of the difference {low:+.2%} to {high:+.2%})",
         f"  greatest difference of a pixel        {parity['pixel_difference']} grey level(s), "
-        f"more than one in {parity['pixel_share']:.4%} of them",
+        f"more than one in a share of {parity['pixel_share']:.2g}",
         f"`predict` computes in {shown['precision']} on this machine: greatest difference from the artefact "
         f"{shown['probability_difference']:.2g}, same labels {shown['label_agreement']:.2%}",
     ]

@@ -1,5 +1,6 @@
 """`python -m tokenfusion.serve.worker FD`: one process that answers on a socket which the launcher has opened."""
 
+import gc
 import os
 import signal
 import socket
@@ -74,7 +75,11 @@ def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to load anew
     settings = Settings.from_environment()
     time.sleep(float(os.environ.get(WAIT, "0")))
+    # OpenVINO imports its converter of models, and that its telemetry, unless they cannot be imported.
+    sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
     app = started(settings)
+    gc.collect()
+    gc.freeze()  # what is there now stays; looking through it again and again would hold requests up
     server_context.service_name = server_context.bento_name = "tokenfusion"  # in the labels of measures
     config = uvicorn.Config(
         app,
