@@ -1,13 +1,17 @@
 """Schedule, parameter groups, seeds and mixing, against hand-computed cases."""
 
+import copy
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import timm
 import torch
+from torch import nn
 
 from runs import small_recipe
 from tokenfusion import Recipe, create_model
+from tokenfusion.training import muon
 from tokenfusion.training.objective import BatchMixing
 from tokenfusion.training.optimizer import lr_scales, make_optimizer, seed_step
 from tokenfusion.training.schedule import learning_rate
@@ -104,6 +108,32 @@ def test_muon_turns_a_matrix_by_an_orthogonal_step_as_long_as_adamws_and_leaves_
     assert 0.1 < step.square().mean().sqrt() < 0.4  # AdamW's usual root mean square, 0.2 by Moonlight's rule
     assert "exp_avg" in optimizer.state[model.bias]
     assert "exp_avg" not in optimizer.state[model.weight]
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_muon_gives_timms_numbers_in_the_precision_that_the_hardware_has(kind, monkeypatch):
+    iterate = timm.optim.muon.zeropower_via_newtonschulz
+    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", partial(iterate, dtype=kind))
+    monkeypatch.setattr(muon, "has_bf16", lambda _: kind == torch.bfloat16)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 5, 1))
+    twin = copy.deepcopy(model.to(memory_format=torch.channels_last))
+    ours = make_optimizer(model, small_recipe(weight_decay=0.3))
+    groups = [
+        {"weight_decay": 0.3, "params": [p for p in twin.parameters() if p.ndim > 1]},
+        {"weight_decay": 0.0, "params": [p for p in twin.parameters() if p.ndim == 1], "use_fallback": True},
+    ]
+    theirs = timm.optim.Muon(groups, lr=4e-3, nesterov=True)
+    for _ in range(3):
+        images = torch.randn(4, 3, 6, 6)
+        for each, optimizer in ((model, ours), (twin, theirs)):
+            optimizer.zero_grad()
+            each(images).square().sum().backward()
+            optimizer.step()
+    for (name, parameter), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-6, atol=1e-7, msg=name)
+        kept = {key: value for key, value in theirs.state[other].items() if key != "use_muon"}
+        assert ours.state[parameter].keys() == kept.keys()  # by which checkpoints name them
 
 
 def test_a_step_draws_the_same_whatever_came_before():

@@ -13,7 +13,6 @@ import pytest
 import torch
 from PIL import Image
 from rich.console import Console
-from timm.optim import Muon
 
 from children import begin
 from runs import after_step, assert_same, interrupt_at, records_of, tiny_recipe
@@ -21,6 +20,7 @@ from tokenfusion.checkpoint import load_tensors
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import is_out_of_memory
 from tokenfusion.training import Interrupted, prepare, resume, start, step
+from tokenfusion.training.muon import Muon
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.state import TrainState
 

@@ -4,16 +4,16 @@ from typing import Any
 
 import torch
 from timm.models import group_parameters
-from timm.optim.muon import Muon
 from torch import nn
 
 from tokenfusion.data.sampler import derive_seed
 from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe, number
+from tokenfusion.training.muon import Muon
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Muon (timm's) or AdamW; weight decay on matrices and kernels only; nothing for frozen weights.
+    """Muon or AdamW; weight decay on matrices and kernels only; nothing for frozen weights.
 
     Muon orthogonalises the momentum of a matrix or a flattened kernel and scales it to the root mean square of AdamW's
     updates, so that one learning rate serves both; biases, norms, gates, positions and CLS are left to AdamW.
@@ -38,7 +38,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         if parameters
     ]
     lr = number(recipe.lr)
-    return Muon(options, lr=lr, nesterov=True) if muon else torch.optim.AdamW(options, lr=lr, fused=True)
+    return Muon(options, lr=lr) if muon else torch.optim.AdamW(options, lr=lr, fused=True)
 
 
 def lr_scales(model: nn.Module, recipe: Recipe) -> dict[str, float]:

@@ -185,9 +185,7 @@ class TrainState:
         if self.best:
             tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
         for index, moments in self.optimizer.state_dict()["state"].items():
-            # no tensor is Muon's `use_muon` alone, which it tells anew by the weight's shape and group
-            values = {name: value for name, value in moments.items() if isinstance(value, Tensor)}
-            tensors |= {f"optimizer.{index}.{name}": value for name, value in values.items()}
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
         return tensors
 
     def write(self, path: Path, tensors: dict[str, Tensor]) -> None:

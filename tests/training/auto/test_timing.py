@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 import torch
-from timm.optim import Muon
 
 from runs import small_recipe
 from serving import serving, write_shards
 from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.training.auto import timing
+from tokenfusion.training.muon import Muon
 
 
 def test_of_many_shards_only_those_of_the_first_batches_are_fetched(tmp_path, monkeypatch):
