@@ -332,36 +332,52 @@ def plot_collapse(rows: Sequence[Row], depths: Sequence[int]) -> Markup:
 
 
 def awake(name: str) -> str:
-    """What branch dropout does to the worth of either side, and to accuracy."""
+    """What each way to train does to the worth of either side, and to accuracy."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
-    rows, said = [], []
+    tests = {(test["model"], test["arm"], test["measure"]): test for test in result["tests"]}
+    rows, reached = [], {True: list[str](), False: list[str]()}
     for row in result["rows"]:
-        worth = [spread(row[f"lost without {side}"]) for side in ("patch", "pixel")]
-        seeds = str(len(row["top1"]["seeds"]))
-        rows.append([f"`{row['model']}`", f"{row['branch_dropout']:g}", seeds, f"{spread(row['top1'])} %", *worth])
-    by_model = {row["model"]: [r for r in result["rows"] if r["model"] == row["model"]] for row in result["rows"]}
-    for model, (without, *others) in by_model.items():
-        for other in others:
-            patches, accuracy = (gained(without[key], other[key]) for key in ("lost without patch", "top1"))
-            rate = f"{other['branch_dropout']:g}"
-            said.append(f"`{model}` with {rate}: patches are worth {patches} points more, accuracy gains {accuracy}.")
-    heading = ["model", "branch dropout", "seeds", "top-1 of both", "points lost without patches", "without pixels"]
+        key, worth = (row["model"], row["arm"]), [row[f"lost without {side}"] for side in ("patch", "pixel")]
+        changes = [gained(tests.get((*key, measure))) for measure in ("lost without patch", "top1")]
+        cost = f"{row['training_macs'] / 1e6:.1f}"
+        figures = [f"{spread(row['top1'])} %", *map(spread, worth), *changes]
+        rows.append([f"`{row['model']}`", row["arm"], str(len(row["seeds"])), cost, *figures])
+        good = all(side["ci95"] and side["mean"] >= 0.01 and side["ci95"][0] > 0 for side in worth)
+        reached[good].append(f"`{row['model']}`, {row['arm']}")
+    heading = ["model", "arm", "seeds", "MMACs", "top-1", "points lost without patches", "without pixels"]
+    heading += ["patches are worth more", "top-1 gains"]
+    expected = [
+        [arm, what["changes"], *(f"{points:+.1f}" for points in what["expected"] or ())]
+        for arm, what in result["arms"].items()
+        if what["expected"] and any(row["arm"] == arm for row in result["rows"])
+    ]
+    sure = [test for test in tests.values() if test["p_holm"] is not None and test["p_holm"] < 0.05]
+    names = {"lost without patch": "what patches are worth", "top1": "top-1"}
+    said = "; ".join(f"`{t['model']}`, {t['arm']}: {names[t['measure']]} {gained(t)}" for t in sure)
     return "\n\n".join(
         [
+            table(["arm", "what it changes", "patches, expected at least", "top-1, expected at least"], expected),
             table(heading, rows),
-            " ".join(said),
-            f"- {result['epochs']} epochs on {result['images']:,} training images of CIFAR-10, judged by "
-            f"{result['held_out']:,} others of its training file, sides by 2,000 of these\n- ±: 95 % intervals over "
-            f"seeds (Student's t), of differences paired by seed; on {result['hardware']}, {result['threads']} thread",
+            f"Told apart from the preset as it is (p < 0.05): {said or f'none of {len(tests)} differences'}.",
+            "Each side worth a point, its interval above 0: "
+            + "; not: ".join("; ".join(reached[good]) or "none" for good in (True, False))
+            + ".",
+            f"- {counted(result['epochs'], 'epoch')} on {result['images']:,} training images of CIFAR-10, judged by "
+            f"{result['held_out']:,} others of its training file\n- ±: 95 % intervals over seeds (Student's t); "
+            "differences: seeds and images both random, with p by Holm's correction over all of this table\n"
+            "- MMACs: millions of multiply-adds of an image's forward pass in training\n"
+            f"- on {result['hardware']}, {counted(result['threads'], 'thread')}",
         ]
     )
 
 
-def gained(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """The mean difference in points, seed by seed, with half its interval."""
-    differences = [100 * (new - old) for old, new in zip(before["seeds"], after["seeds"], strict=False)]
-    interval = t_interval(differences)
-    return f"{fmean(differences):+.1f}" + (f" ± {(interval[1] - interval[0]) / 2:.1f}" if interval else "")
+def gained(test: dict[str, Any] | None) -> str:
+    """A difference in points with its interval and p, as far as they are known."""
+    if test is None:
+        return "–"
+    sure = " to ".join(f"{100 * end:+.1f}" for end in test["ci95"] or ())
+    p = f"; p = {test['p_holm']:.2g}" if test["p_holm"] is not None else ""
+    return f"{100 * test['difference_mean']:+.1f}" + (f" ({sure}{p})" if sure else "")
 
 
 def spread(values: dict[str, Any]) -> str:
@@ -373,6 +389,7 @@ def spread(values: dict[str, Any]) -> str:
 def blocks() -> dict[str, Callable[[], str]]:
     """What writes each block that the page has, or must have because its comparison is measured."""
     text = PAGE.read_text()
-    writers = dict.fromkeys(COMPARISONS, comparison) | {"transfer": transfer, "depth": depth, "awake": awake}
+    writers = dict.fromkeys(COMPARISONS, comparison) | {"transfer": transfer, "depth": depth}
+    writers |= dict.fromkeys(("awake", "awake_two_seeds"), awake)
     wanted = [name for name in writers if f"<!-- {name} -->" in text or (RESULTS / f"{name}.json").exists()]
     return {name: partial(writers[name], name) for name in wanted}

@@ -146,6 +146,9 @@ class Recipe:
     branch_dropout: float = 0.0
     """Share of the images that a fusion model sees without its patches or without its pixels while it trains, so that
     either side learns to answer alone."""
+    side_loss: float = 0.0
+    """Weight of a loss of each side of a fusion model alone, beside that of both, at the start; it falls to 0 while the
+    model trains."""
 
     seed: int = 0
     """Decides weights, split, order, augmentation and dropout."""
@@ -288,6 +291,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "label_smoothing": (0, 0.99),
     "drop_path": (0, 0.99),
     "branch_dropout": (0, 1),
+    "side_loss": (0, 100),
     "seed": (0, 2**63 - 1),
     "workers": (0, 256),
     "val_fraction": (0.01, 0.9),

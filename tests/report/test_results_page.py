@@ -97,6 +97,33 @@ def test_the_transfer_block_tells_every_seed_and_what_training_cost(results_page
     assert "| `fuse(A,B,late)`, from its trained parents | 84.00%, 85.12% | 0.080 | 0.460 |" in text
 
 
+def worth(*seeds: float, ci95: list[float] | None = None) -> dict[str, object]:
+    return {"mean": sum(seeds) / len(seeds), "ci95": ci95, "seeds": list(seeds)}
+
+
+def test_the_awake_block_names_what_is_told_apart_and_what_is_worth_a_point(results_page: ModuleType) -> None:
+    row = {"model": "A", "macs": 4e7, "training_macs": 4e7, "seeds": [0, 1], "top1": worth(0.7, 0.8, ci95=[0.5, 1.0])}
+    asleep = row | {"arm": "as it is", "lost without patch": worth(0.0, 0.01, ci95=[-0.04, 0.05])}
+    awake = row | {"arm": "loud", "training_macs": 5e7, "lost without patch": worth(0.1, 0.12, ci95=[0.05, 0.17])}
+    pixels = {"lost without pixel": worth(0.5, 0.5, ci95=[0.4, 0.6])}
+    test = {"model": "A", "arm": "loud", "measure": "lost without patch", "method": "t", "p": 0.01, "p_holm": 0.02}
+    test |= {"difference_mean": 0.105, "ci95": [0.05, 0.16]}
+    none = test | {"measure": "top1", "difference_mean": 0.0, "ci95": [-0.1, 0.1], "p": 0.9, "p_holm": 0.9}
+    arms = {"as it is": {"changes": "nothing", "expected": None}, "loud": {"changes": "all", "expected": [2.0, -0.5]}}
+    budget = {"epochs": 1, "images": 1000, "held_out": 500, "hardware": "AMD EPYC", "threads": 1}
+    result = budget | {"arms": arms, "rows": [asleep | pixels, awake | pixels], "tests": [test, none]}
+    (results_page.RESULTS / "awake.json").write_text(json.dumps(result))
+    text = results_page.blocks()["awake"]()
+    assert "| loud | all | +2.0 | -0.5 |" in text
+    first = "| `A` | as it is | 2 | 40.0 | 75.0 ± 25.0 % | 0.5 ± 4.5 | 50.0 ± 10.0 | – | – |"
+    assert first in text
+    assert "50.0 ± 10.0 | +10.5 (+5.0 to +16.0; p = 0.02) | +0.0 (-10.0 to +10.0; p = 0.9) |" in text
+    said = "Told apart from the preset as it is (p < 0.05): `A`, loud: what patches are worth +10.5 (+5.0 to +16.0; "
+    assert said in text
+    assert "its interval above 0: `A`, loud; not: `A`, as it is." in text
+    assert "1 epoch on 1,000 training images" in text
+
+
 def depth_row(depth: int, re_attends: bool, top1: float, similar: int, neighbours: float) -> dict[str, object]:
     return {
         "depth": depth,

@@ -25,6 +25,7 @@ from tokenfusion.training.state import TrainState
 from tokenfusion.training.step import train_step
 
 QUIET = Console(quiet=True)
+CROSSVIT, PROBE = "fuse(resnet_micro,crossvit_micro,layerwise)", "fuse(resnet_micro,vit_micro,probe)"
 
 
 def setup_of(recipe, folder):
@@ -106,8 +107,8 @@ def test_frozen_parents_stay_as_they_are_and_so_do_their_averages(tmp_path):
     assert changed == {name for name in before if untrained.part_of(name) in ("fusion", "head")}
 
 
-@pytest.mark.parametrize(("option", "value"), [("freeze", "cnn"), ("branch_dropout", 0.2)])
-def test_only_what_is_fused_has_sides_to_freeze_or_drop(option, value):
+@pytest.mark.parametrize(("option", "value"), [("freeze", "cnn"), ("branch_dropout", 0.2), ("side_loss", 0.5)])
+def test_only_what_is_fused_has_sides_to_freeze_drop_or_ask(option, value):
     with pytest.raises(InputError) as refused:
         build(small_recipe(model="vit_micro", **{option: value}), ("a", "b"))
     asked, remedy = f"{option}={value} needs a CNN and", f"leave out --{option.replace('_', '-')}"
@@ -116,15 +117,18 @@ def test_only_what_is_fused_has_sides_to_freeze_or_drop(option, value):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "said"),
+    ("option", "recipe", "said"),
     [
-        ({"model": "fuse(resnet_micro,crossvit_micro,layerwise)", "img_size": 32}, "a CrossViT has two; take another"),
-        ({"model": "fuse(resnet_micro,vit_micro,probe)", "img_size": 32, "tune": "probe"}, "give --tune fusion"),
+        ("branch_dropout", {"model": CROSSVIT}, "a CrossViT has two; take another .*, or leave out --branch-dropout"),
+        ("branch_dropout", {"model": PROBE, "tune": "probe"}, "give --tune fusion"),
+        ("side_loss", {"model": CROSSVIT}, "side_loss=0.2 asks the pixels alone, beside which a CrossViT's head reads"),
+        ("side_loss", {"model": PROBE, "tune": "probe"}, r"that of fuse\(CNN,VIT,probe\) is fitted on both at once"),
+        ("side_loss", {"model": PROBE, "tune": "fusion"}, "take another strategy, or leave out --side-loss"),
     ],
 )
-def test_branches_are_dropped_whole_or_not_at_all(recipe, said):
+def test_sides_are_dropped_or_asked_whole_or_not_at_all(option, recipe, said):
     with pytest.raises(InputError, match=said):
-        build(small_recipe(**{"branch_dropout": 0.2} | recipe), ("a", "b"))
+        build(small_recipe(**{option: 0.2, "img_size": 32} | recipe), ("a", "b"))
 
 
 def test_a_recipe_drops_sides_while_training():

@@ -11,8 +11,12 @@ The equations' symbols, the same in every strategy:
          P = tokens(pool(M)) where M is finer than the patches
     a b  gates: 0 leaves either parent as it is alone                      W(P)                tokens back into the map
 
-The head reads X + a mean(P). While training with branch dropout an image may be without its patches or its pixels,
-which are 0 then, so that either side learns to answer alone. `models/fused_model.py` has what explains a fused model,
+The head reads X + a mean(P). So that either side learns to answer alone, an image may be without its patches or its
+pixels while training, which are 0 then (branch dropout), or each side may have a loss of its own beside that of both:
+
+    L = l(head(finish(X + a mean(P)))) + w/2 [l(head(X°)) + l(head(finish(mean(P))))]     w falls to 0 while training
+
+X° is what the transformer makes of the patches alone. `models/fused_model.py` has what explains a fused model,
 `models/fuse.py` builds one.
 """
 
@@ -33,6 +37,9 @@ from tokenfusion.models.base import at_least, image_size
 from tokenfusion.models.exchange import Gate, PixelSource, ReadOut, WriteBack, coarser, draw_branches, kept_of
 from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.operators import Grids, JointAttention, Operator
+
+Fused = tuple[Tensor, Tensor, Any]
+"""X (B, T, C), P (B, P, C) and the context of the transformer's blocks, of images whose tokens met."""
 
 
 class TokenFusion(FusedModel):
@@ -75,6 +82,27 @@ class TokenFusion(FusedModel):
         self.initial_gate = gate
         self.readout = ReadOut(vit.dim, gate)
 
+    def forward_features(self, images: Tensor) -> Any:
+        """finish(X + a mean(P)), which the transformer's own head reads."""
+        tokens, pixels, context = self.fused_tokens(images)
+        return self.vit.finish(self.readout(tokens, pixels), context)
+
+    def fused_tokens(self, images: Tensor) -> Fused:
+        """Images (B, in_chans, H, W) to X and P once they met, and the context of the transformer's blocks."""
+        raise NotImplementedError
+
+    def answers(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to the logits of both sides, of the patches and of the pixels: (3, B, K).
+
+        head(finish(X + a mean(P))), head(X°) and head(finish(mean(P))), X° being what the transformer makes of the
+        patches alone, as with every gate closed; P may have met the patches.
+        """
+        tokens, pixels, context = self.fused_tokens(images)
+        both = self.vit.finish(self.readout(tokens, pixels), context)
+        pixels_alone = self.vit.finish(pixels.mean(dim=1, keepdim=True).expand_as(tokens), context)
+        patches_alone = self.vit.forward_features(images)
+        return torch.stack([self.forward_head(features) for features in (both, patches_alone, pixels_alone)])
+
     def embed(self, images: Tensor) -> tuple[Tensor, Any, Tensor | None]:
         """X, the context of the transformer's blocks, and which images keep their P, (B, 1, 1), if not all do."""
         tokens, context = self.vit.embed(images)
@@ -88,10 +116,6 @@ class TokenFusion(FusedModel):
         """Which images keep their patches, and which their pixels; all of them, but for branch dropout in training."""
         drops = self.training and self.branch_dropout
         return draw_branches(images, self.branch_dropout) if drops else (None, None)
-
-    def finish(self, tokens: Tensor, pixels: Tensor, context: Any) -> Any:
-        """finish(X + a mean(P)), which the transformer's own head reads."""
-        return self.vit.finish(self.readout(tokens, pixels), context)
 
 
 class Exchange(nn.Module):
@@ -148,11 +172,11 @@ class EarlyFusion(TokenFusion):
     def gates(self) -> dict[str, str]:
         return {"exchange.gate": "exchange"} | super().gates()
 
-    def forward_features(self, images: Tensor) -> Any:
+    def fused_tokens(self, images: Tensor) -> Fused:
         tokens, context, kept = self.embed(images)
         update, pixels, _ = self.run(self.exchange, tokens, self.cnn(images), self.vit.grid(size_of(images)), kept)
         tokens = self.vit.through(self.vit.blocks, tokens + self.exchange.gate(update), context)
-        return self.finish(tokens, pixels, context)
+        return tokens, pixels, context
 
 
 class JointEarlyFusion(TokenFusion):
@@ -170,12 +194,12 @@ class JointEarlyFusion(TokenFusion):
     def meetings(self, size: Grid) -> dict[str, tuple[TokenLayout, ...]]:
         return self.block_layouts(size)
 
-    def forward_features(self, images: Tensor) -> Any:
+    def fused_tokens(self, images: Tensor) -> Fused:
         tokens, context, kept = self.embed(images)
         pixels = self.pixel_source(self.cnn(images), kept)
         both = self.vit.through(self.vit.blocks, torch.cat([tokens, pixels], dim=1), context)
         tokens, pixels = torch.split(both, [tokens.shape[1], pixels.shape[1]], dim=1)
-        return self.finish(tokens, pixels, context)
+        return tokens, pixels, context
 
 
 class LateFusion(TokenFusion):
@@ -203,7 +227,7 @@ class LateFusion(TokenFusion):
     def gates(self) -> dict[str, str]:
         return {"gate": "operators.0"} | super().gates()
 
-    def forward_features(self, images: Tensor) -> Any:
+    def fused_tokens(self, images: Tensor) -> Fused:
         feature_map = self.cnn(images)
         tokens, context, kept = self.embed(images)
         tokens = self.vit.through(self.vit.blocks, tokens, context)
@@ -212,7 +236,7 @@ class LateFusion(TokenFusion):
         for operator in self.operators:
             token_update, pixel_update = self.run(operator, added(tokens, update), pixels, grids)
             update, pixels = added(token_update, update), added(pixels, pixel_update)
-        return self.finish(tokens + self.gate(update), pixels, context)
+        return tokens + self.gate(update), pixels, context
 
 
 class LayerwiseFusion(TokenFusion):
@@ -255,7 +279,7 @@ class LayerwiseFusion(TokenFusion):
     def gates(self) -> dict[str, str]:
         return {f"exchanges.{i}.gate": f"exchanges.{i}" for i in range(len(self.exchanges))} | super().gates()
 
-    def forward_features(self, images: Tensor) -> Any:
+    def fused_tokens(self, images: Tensor) -> Fused:
         grid = self.vit.grid(size_of(images))
         tokens, context, kept = self.embed(images)
         feature_map, maps = self.cnn.start(images)
@@ -264,7 +288,7 @@ class LayerwiseFusion(TokenFusion):
             update, pixels, map_update = self.run(exchange, tokens, feature_map, grid, kept)
             tokens = self.vit.through(self.vit.blocks[start:stop], tokens + exchange.gate(update), context)  # type: ignore[operator]
             feature_map = added(feature_map, map_update)
-        return self.finish(tokens, pixels, context)
+        return tokens, pixels, context
 
 
 def added(tokens: Tensor, update: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.models.fused_model import PARENTS
+from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe
 
@@ -19,7 +20,7 @@ def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False, *, 
     those want them in either case.
 
     Raises:
-        InputError: the model cannot be built, or is no fusion, and the recipe wants to freeze or drop a side of one.
+        InputError: the model cannot be built, or is no fusion, and the recipe wants something of a side of one.
     """
     torch.manual_seed(recipe.seed)
     classifier = Classifier.create(
@@ -39,25 +40,33 @@ def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False, *, 
         model.set_grad_checkpointing()  # type: ignore[operator]
     if recipe.freeze != "none":
         fusion_for("freeze", recipe, model).freeze(*(PARENTS if recipe.freeze == "both" else (recipe.freeze,)))
-    if recipe.branch_dropout:
-        fused = fusion_for("branch_dropout", recipe, model)
-        require_two_branches(fused, recipe)
-        fused.branch_dropout = recipe.branch_dropout
+    for option in ("branch_dropout", "side_loss"):
+        if getattr(recipe, option):
+            fused = fusion_for(option, recipe, model)
+            require_two_sides(option, fused, recipe)
+            fused.branch_dropout = recipe.branch_dropout
     return classifier
 
 
-def require_two_branches(model: TokenFusion, recipe: Recipe) -> None:
-    """Refuse branch dropout where it would leave something of a branch, or where nothing learns by it."""
+def require_two_sides(option: str, model: TokenFusion, recipe: Recipe) -> None:
+    """Refuse to drop or ask a side where something of it would be left, or where nothing learns by it."""
+    crossvit = len(model.vit.branch_layouts(model.img_size)) > 1
     reasons = {
-        "takes the patches of one branch away, and a CrossViT has two; take another transformer": len(
-            model.vit.branch_layouts(model.img_size)
-        )
-        > 1,
-        "changes nothing where a linear classifier is fitted at once; give --tune fusion": recipe.tune == "probe",
+        "branch_dropout": {
+            "takes the patches of one branch away, and a CrossViT has two; take another transformer": crossvit,
+            "changes nothing where a linear classifier is fitted at once; give --tune fusion": recipe.tune == "probe",
+        },
+        "side_loss": {
+            "asks the pixels alone, beside which a CrossViT's head reads its small branch; take another "
+            "transformer": crossvit,
+            "asks either side by the head of both, and that of fuse(CNN,VIT,probe) is fitted on both at once; take "
+            "another strategy": isinstance(model, ProbeFusion),
+        },
     }
-    for reason, holds in reasons.items():
+    for reason, holds in reasons[option].items():
         if holds:
-            raise InputError(f"branch_dropout={recipe.branch_dropout:g} {reason}, or leave out --branch-dropout")
+            given, words = f"{option}={getattr(recipe, option):g}", f"--{option.replace('_', '-')}"
+            raise InputError(f"{given} {reason}, or leave out {words}")
 
 
 def fusion_for(option: str, recipe: Recipe, model: nn.Module) -> TokenFusion:

@@ -4,14 +4,17 @@ Targets are rows over the classes, of 0 and 1 or mixtures of such; where images 
 and the row is multiplied by it. So a mixture of two images weighs, and is labelled, as its parts are together.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import Images
 from tokenfusion.errors import InputError
+from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.multilabel import mean_average_precision
 from tokenfusion.recipe import Recipe
 
@@ -135,6 +138,35 @@ def make_loss(images: Images, recipe: Recipe) -> Loss:
     if images.labels.ndim == 2:
         return BinaryCrossEntropy(recipe.label_smoothing, positive_weights(images, recipe))
     return CrossEntropy(recipe.label_smoothing)
+
+
+class EachSide(nn.Module):
+    """A fusion model that is asked three times: for what both sides say, the patches alone and the pixels alone.
+
+    Args:
+        model: holds all the weights.
+    """
+
+    def __init__(self, model: TokenFusion) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, H, W) to logits (3, B, K)."""
+        return self.model.answers(images)
+
+
+def asked(model: nn.Module, recipe: Recipe) -> nn.Module:
+    """What is called for the logits that the loss is of: the model, or each side of it too, with `side_loss`."""
+    if not recipe.side_loss:
+        return model
+    assert isinstance(model, TokenFusion)  # others were refused
+    return EachSide(model)
+
+
+def with_sides(both: Tensor, alone: Sequence[Tensor], weight: float) -> Tensor:
+    """The loss of both sides, and the mean loss of either alone by its weight; without sides as it is."""
+    return both + weight * torch.stack([*alone]).mean() if alone else both
 
 
 def refuse_balance(recipe: Recipe, source: Dataset) -> None:

@@ -36,6 +36,7 @@ from tokenfusion.training.linear_start import require_tunable
 from tokenfusion.training.model import build
 from tokenfusion.training.objective import (
     BatchMixing,
+    asked,
     balance_in_words,
     image_weights,
     make_loss,
@@ -263,7 +264,7 @@ def make_state(setup: Setup) -> TrainState:
     called = (
         FeatureHead(network)
         if isinstance(network, ProbeFusion) and isinstance(setup.classifier, FeatureClassifier)
-        else average_gradients(setup.classifier, world)
+        else average_gradients(asked(network, recipe), setup.classifier, world)
     )
     return TrainState(network, make_optimizer(network, recipe), recipe.ema, keep_best, called, world)
 

@@ -322,12 +322,18 @@ def refuse_alone(recipe: Recipe, world: World) -> None:
     """Refuse what several processes cannot do together.
 
     Raises:
-        InputError: `auto`, for which each would measure something else, or matrices in pieces for Muon.
+        InputError: `auto`, for which each would measure something else, or matrices in pieces for Muon, or a loss of
+            each side of a model in pieces.
     """
     if world.store is not None and recipe.parallel == "fsdp" and recipe.optimizer == "muon":
         raise InputError(
             "optimizer=muon orthogonalises whole matrices, and parallel=fsdp spreads them over the processes; "
             "give --optimizer adamw, or --parallel ddp"
+        )
+    if world.store is not None and recipe.parallel == "fsdp" and recipe.side_loss:
+        raise InputError(
+            f"side_loss={recipe.side_loss:g} asks the transformer a second time, for which parallel=fsdp has given its "
+            "weights back; give --parallel ddp, or leave out --side-loss"
         )
     measured = [name for name in recipe.autos if name != "epochs"]  # whose end all processes see alike
     if world.size > 1 and measured:

@@ -42,6 +42,18 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: 
     return peak * 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))
 
 
+def side_weight(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: int = 0) -> float:
+    """How much the losses of either side alone count beside that of both: `side_loss` at the start, and then a line to
+    0 at the last step; with `epochs` auto the line begins with the final decay. Arguments as of `learning_rate`."""
+    if recipe.epochs != "auto":
+        start, end = 0, recipe.epochs * steps_per_epoch
+    elif decay_epoch:
+        start, end = decay_epoch * steps_per_epoch, last_epoch(decay_epoch) * steps_per_epoch
+    else:
+        return recipe.side_loss
+    return recipe.side_loss * (1 - (step - start) / (end - start))
+
+
 def last_epoch(decay_epoch: int) -> int:
     """Epochs that a run with an open end has in all, once its final decay began after `decay_epoch` of them."""
     return decay_epoch + ceil(DECAY_SHARE * decay_epoch)

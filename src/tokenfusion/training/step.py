@@ -14,6 +14,7 @@ from tokenfusion.recipe import Recipe
 from tokenfusion.training.distributed.ddp import gradients_exchanged
 from tokenfusion.training.distributed.fsdp import whole
 from tokenfusion.training.distributed.world import Requests
+from tokenfusion.training.objective import with_sides
 from tokenfusion.training.optimizer import seed_step
 from tokenfusion.training.recovery import (
     BadStep,
@@ -25,7 +26,7 @@ from tokenfusion.training.recovery import (
     use_smaller_parts,
 )
 from tokenfusion.training.saved import last_good
-from tokenfusion.training.schedule import learning_rate
+from tokenfusion.training.schedule import learning_rate, side_weight
 from tokenfusion.training.setup import Setup
 from tokenfusion.training.state import TrainState
 
@@ -120,28 +121,33 @@ def compute_gradients(setup: Setup, state: TrainState, inputs: Tensor, targets: 
     """Forward and backward, a part of the batch at a time; several processes' gradients are averaged with the last.
 
     Returns:
-        The mean loss of this process's images, and how many of its predictions are right: 0-dimensional, on the device.
+        The mean loss of this process's images, without those of single sides, and how many of its predictions are
+        right: 0-dimensional, on the device.
 
     Raises:
         InputError: BatchNorm has a single value per channel.
     """
-    parts = state.progress.accumulate or setup.recipe.accumulate
+    recipe, progress = setup.recipe, state.progress
+    parts = progress.accumulate or recipe.accumulate
+    weight = side_weight(recipe, progress.step, setup.batches.steps_per_epoch, progress.decay_epoch)
     loss_sum = torch.zeros((), dtype=torch.float64, device=inputs.device)
     correct = torch.zeros((), dtype=torch.int64, device=inputs.device)
     pairs = list(zip(inputs.chunk(parts), targets.chunk(parts), strict=True))
     for number, (part, part_targets) in enumerate(pairs, 1):
         with gradients_exchanged(state.network, number == len(pairs)):
-            with autocast(setup.classifier.device, setup.recipe.precision):
-                logits = logits_of(state.network, part)
+            with autocast(setup.classifier.device, recipe.precision):
+                answers = logits_of(state.network, part)
+            logits, *alone = answers if recipe.side_loss else (answers,)
             loss = setup.loss(logits, part_targets) / len(inputs)
-            loss.backward()  # type: ignore[no-untyped-call]
+            losses_alone = [setup.loss(one, part_targets) / len(inputs) for one in alone]
+            with_sides(loss, losses_alone, weight).backward()  # type: ignore[no-untyped-call]
         loss_sum += loss.detach()
         correct += setup.loss.count_right(logits, part_targets)
     return loss_sum, correct
 
 
 def logits_of(model: nn.Module, images: Tensor) -> Tensor:
-    """The model's output (B, num_classes) in float32 while it trains.
+    """The model's output (B, num_classes), or of each side too (3, B, num_classes), in float32 while it trains.
 
     Raises:
         InputError: BatchNorm has a single value per channel, of which there is no variance.

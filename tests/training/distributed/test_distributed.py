@@ -82,6 +82,12 @@ def test_batches_computed_in_parts_are_shared_part_by_part(tmp_path):
     assert together[:20] == pytest.approx(alone[:20], abs=1e-5)
 
 
+def test_each_side_is_asked_by_several_processes_as_by_one(tmp_path):
+    recipe = tiny_recipe(**CALM | {"lr": 2e-5, "optimizer": "adamw", "side_loss": 1.0})
+    alone, together = (losses_of(size, recipe, tmp_path / f"{size}") for size in (1, 2))
+    assert together[:20] == pytest.approx(alone[:20], abs=1e-5)
+
+
 def test_a_share_is_a_slice_of_each_part_with_the_image_before_it():
     batch = [(0, index) for index in range(12)]
     shares = [Share(rank, processes=2, parts=3, before=True).take(batch) for rank in range(2)]
@@ -373,6 +379,11 @@ def test_a_bit_that_flips_in_a_shared_checkpoint_is_noticed(whole_shared, tmp_pa
         InputError, match=r"last\.json is damaged: the files in last\.\d are not those that were written"
     ):
         load_shards(state / "last.safetensors", {}, [])
+
+
+def test_sides_of_a_model_in_pieces_are_not_asked(tmp_path):
+    assert run_all(2, train_or_resume, replace(SHARED, side_loss=0.5), tmp_path / "run") == [2, 2]
+    assert "side_loss=0.5 asks the transformer a second time" in said_by(tmp_path / "run")[0]
 
 
 def test_muon_is_refused_where_matrices_are_in_pieces(tmp_path):

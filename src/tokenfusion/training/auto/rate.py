@@ -9,6 +9,7 @@ from tokenfusion.files import write_json
 from tokenfusion.recipe import Recipe
 from tokenfusion.training.auto.timing import every_epoch
 from tokenfusion.training.distributed.world import Requests
+from tokenfusion.training.objective import asked
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.recovery import BadStep, OutOfMemory
 from tokenfusion.training.setup import Setup
@@ -75,7 +76,8 @@ def range_test(setup: Setup) -> LrRange:
     """
     rates = [LOWEST * (HIGHEST / LOWEST) ** (step / (STEPS - 1)) for step in range(STEPS)]
     model = copy.deepcopy(setup.classifier.model)
-    state = TrainState(model, make_optimizer(model, replace(setup.recipe, lr=LOWEST)), ema=0.0, keep_best=False)
+    optimizer = make_optimizer(model, replace(setup.recipe, lr=LOWEST))
+    state = TrainState(model, optimizer, ema=0.0, keep_best=False, network=asked(model, setup.recipe))
     tested, mean = LrRange([], [], []), 0.0
     for rate, batch in zip(rates, every_epoch(setup.batches), strict=False):
         recipe = replace(setup.recipe, lr=rate, warmup_epochs=0.0, epochs="auto")  # an open end keeps the rate constant

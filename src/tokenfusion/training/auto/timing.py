@@ -29,7 +29,7 @@ from tokenfusion.processes import fresh_process, in_fresh_process
 from tokenfusion.recipe import Recipe
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.model import build
-from tokenfusion.training.objective import BatchMixing, make_loss
+from tokenfusion.training.objective import BatchMixing, asked, make_loss
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.recovery import BadStep, OutOfMemory, first_sentence
 from tokenfusion.training.setup import Run, Setup
@@ -67,8 +67,8 @@ def prepare_steps(
     batches = TrainLoader(images, augment, batch_size=batch_size, seed=recipe.seed, workers=recipe.workers)
     mixing, loss = BatchMixing(recipe, len(classes)), make_loss(images, recipe)
     setup = Setup(recipe, Run(Path(), Console(quiet=True)), classifier, batches, mixing, loss, held_out=images)
-    optimizer = make_optimizer(classifier.model, recipe)
-    return setup, TrainState(classifier.model, optimizer, recipe.ema, keep_best=recipe.patience > 0)
+    model, keep_best = classifier.model, recipe.patience > 0
+    return setup, TrainState(model, make_optimizer(model, recipe), recipe.ema, keep_best, asked(model, recipe))
 
 
 def every_epoch(loader: TrainLoader) -> Iterator[Batch]:

@@ -13,14 +13,20 @@ from tokenfusion.hardware import autocast
 from tokenfusion.training.distributed.world import World
 
 
-def average_gradients(classifier: Classifier, world: World) -> nn.Module:
-    """What the loop calls for a model whose gradients are averaged over the processes; for one, the model itself."""
+def average_gradients(model: nn.Module, classifier: Classifier, world: World) -> nn.Module:
+    """What the loop calls for a model whose gradients are averaged over the processes; for one, the model itself.
+
+    Args:
+        model: the classifier's, or what is called in its place.
+        classifier: says what images it takes.
+        world: the processes.
+    """
     if world.size == 1:
-        return classifier.model
+        return model
     # BatchNorm's buffers are the same everywhere, as its statistics are of all processes; torch 2.14 renamed the option
     names = signature(DistributedDataParallel).parameters
     option = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"
-    network = DistributedDataParallel(classifier.model, static_graph=True, **{option: False})  # type: ignore[arg-type]
+    network = DistributedDataParallel(model, static_graph=True, **{option: False})  # type: ignore[arg-type]
     rehearse(network, classifier)
     return network
 
