@@ -351,6 +351,7 @@ def awake(name: str) -> str:
         for arm, what in result["arms"].items()
         if what["expected"] and any(row["arm"] == arm for row in result["rows"])
     ]
+    used = dict.fromkeys(test["method"] for test in tests.values())
     sure = [test for test in tests.values() if test["p_holm"] is not None and test["p_holm"] < 0.05]
     names = {"lost without patch": "what patches are worth", "top1": "top-1"}
     said = "; ".join(f"`{t['model']}`, {t['arm']}: {names[t['measure']]} {gained(t)}" for t in sure)
@@ -363,8 +364,8 @@ def awake(name: str) -> str:
             + "; not: ".join("; ".join(reached[good]) or "none" for good in (True, False))
             + ".",
             f"- {counted(result['epochs'], 'epoch')} on {result['images']:,} training images of CIFAR-10, judged by "
-            f"{result['held_out']:,} others of its training file\n- ±: 95 % intervals over seeds (Student's t); "
-            "differences: seeds and images both random, with p by Holm's correction over all of this table\n"
+            f"{result['held_out']:,} others of its training file\n- ±: 95 % intervals over seeds (Student's t); of "
+            f"differences {'; '.join(used)}, p by Holm's correction over all of this table\n"
             "- MMACs: millions of multiply-adds of an image's forward pass in training\n"
             f"- on {result['hardware']}, {counted(result['threads'], 'thread')}",
         ]
