@@ -1,10 +1,15 @@
 """Re-attention against a plain transcription of its published form, alone and in whole models, in turns.
 
-    python benchmarks/re_attention.py --out benchmarks/results/re_attention.json
+    python benchmarks/re_attention.py --out benchmarks/results/re_attention.json         # on a CPU
+    python benchmarks/re_attention.py --out benchmarks/results/re_attention_gpu.json     # on a GPU
 
 The figures behind Re-attention's ways in `src/tokenfusion/layers/fast.py`. In training there is a
 third way, `SecondMoments`, whose batch statistics come from the heads' second moments. All ways share their weights,
 and agree in float64 before anything is timed.
+
+On a GPU `ours` goes by tiles (`layers/re_attention.py`), `maps` as on a CPU, images are of 224 and 384 px, and the most
+memory that a call takes beside its inputs is measured too. The file has the device's name. Where tiles do not run, it
+has the reason in their place.
 """
 
 import argparse
@@ -20,13 +25,22 @@ from torch import Tensor, nn
 
 from common import environment, time_in_turns
 from tokenfusion.files import write_json
-from tokenfusion.hardware import autocast, default_device, keep_freed_memory
+from tokenfusion.hardware import as_dtype, autocast, default_device, keep_freed_memory
 from tokenfusion.layers.attend import attention_map
 from tokenfusion.layers.fast import by_head, track
 from tokenfusion.models.deepvit import BatchNormMixing, ReAttention
 
-DIM, HEADS, TOKENS = 384, 12, 197
+DIM, HEADS = 384, 12
+TOKENS = {224: 197, 384: 577}
+"""Patches of 16 px and CLS, by an image's side."""
 PRECISIONS = ("fp32", "bf16")
+
+
+class ByMaps(ReAttention):
+    """Re-attention as it is on a CPU, whatever the device."""
+
+    def why_maps(self, kind: torch.dtype, device: torch.device) -> str | None:  # noqa: ARG002
+        return "it is asked for"
 
 
 class PlainReAttention(nn.Module):
@@ -81,7 +95,7 @@ class HeadCovariance(torch.autograd.Function):
         return torch.baddbmm(offset[None, :, None], slopes, maps.flatten(2)).view(maps.shape)
 
 
-class SecondMoments(ReAttention):
+class SecondMoments(ByMaps):
     """Training's statistics before anything is mixed.
 
     With μ_g the mean of head g's map and C_gk = mean A_g A_k - μ_g μ_k, the mixture Σ_g Θ_hg A_g + b_h has the mean
@@ -104,9 +118,9 @@ class SecondMoments(ReAttention):
         return (mixed @ values + by_head(shift) * values.sum(2, keepdim=True)).to(values.dtype)
 
 
-def by_second_moments(ours: ReAttention) -> ReAttention:
-    """The same weights, and statistics from second moments."""
-    other = SecondMoments(ours.proj.out_features, ours.heads, ours.mixing)
+def another(kind: type[ReAttention], ours: ReAttention) -> ReAttention:
+    """The same weights, in another way."""
+    other = kind(ours.proj.out_features, ours.heads, ours.mixing)
     other._modules = dict(ours._modules)
     return other
 
@@ -153,8 +167,19 @@ def compare(
         times = time_in_turns({name: partial(call, way, precision, inputs) for name, way in ways.items()}, repetitions)
         speed_up = {f"{name}: speed-up": times["plain"] / times[name] for name in ways if name != "plain"}
         rows[precision] = times | speed_up
+        if inputs.is_cuda:
+            rows[precision] |= {f"{name}: MiB": peak(call, way, precision, inputs) for name, way in ways.items()}
     print(call.__name__, tuple(inputs.shape), rows, flush=True)
     return {"what": call.__name__, "input": list(inputs.shape), **rows}
+
+
+def peak(call: Callable[..., Tensor], way: nn.Module, precision: Any, inputs: Tensor) -> float:
+    """Most MiB that a call takes on a GPU, beside what there was before."""
+    way.zero_grad()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(way, precision, inputs)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def with_plain_re_attention(model: nn.Module) -> nn.Module:
@@ -174,16 +199,24 @@ def main() -> None:
     device = default_device()
     result: dict[str, Any] = {**environment(), "unit": "ms per call, median", "results": []}
     ours = ReAttention(DIM, HEADS, BatchNormMixing(HEADS)).to(device)
-    ways = {"plain": PlainReAttention(ours), "ours": ours, "second moments": by_second_moments(ours)}
+    ways = {"plain": PlainReAttention(ours), "ours": ours, "second moments": another(SecondMoments, ours)}
     check({name: copy.deepcopy(way).cpu() for name, way in ways.items()})
-    models = {name: timm.create_model(name).to(device) for name in ("deepvit_16", "deepvit_s")}
+    sizes, batches, reasons = [224], (1, 8, 16), {}
+    if device.type == "cuda":
+        ways["maps"] = another(ByMaps, ours)
+        sizes, batches = [224, 384], (1, 8, 64)
+        reasons = {precision: ours.why_maps(as_dtype(precision, device), device) for precision in PRECISIONS}
+    result["no tiles because"] = {precision: reason for precision, reason in reasons.items() if reason}
     subjects: list[tuple[str, dict[str, nn.Module], Tensor, int]] = [
-        ("Re-attention", ways, torch.randn(batch, TOKENS, DIM, device=device), options.repetitions)
-        for batch in (1, 8, 16)
+        ("Re-attention", ways, torch.randn(batch, TOKENS[size], DIM, device=device), options.repetitions)
+        for size in sizes
+        for batch in batches
     ]
-    for name, model in models.items():
-        pair = {"plain": with_plain_re_attention(model), "ours": model}
-        subjects.append((name, pair, torch.randn(8, 3, 224, 224, device=device), 3))
+    for name in ("deepvit_16", "deepvit_s"):
+        for size in sizes:
+            model = timm.create_model(name, img_size=size).to(device)
+            pair = {"plain": with_plain_re_attention(model), "ours": model}
+            subjects.append((name, pair, torch.randn(8, 3, size, size, device=device), 3))
     for call in (infer, train):
         if call is train:
             keep_freed_memory()  # as `tokenfusion train` does; inference runs as PyTorch comes

@@ -33,6 +33,11 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
     return precision
 
 
+def as_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The kind of numbers of matrix products in this precision."""
+    return torch.bfloat16 if resolve_precision(precision, device) == "bf16" else torch.float32
+
+
 def autocast(device: torch.device, precision: Precision = "auto") -> AbstractContextManager[None]:
     """Do matrix products and convolutions in the given precision; weights, norms and softmax stay fp32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=resolve_precision(precision, device) == "bf16")

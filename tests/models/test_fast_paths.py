@@ -117,6 +117,31 @@ def test_a_batch_in_parts_gives_what_it_gives_at_once(monkeypatch):
     assert sizes == [2, 2, 1, 5, 5]
 
 
+def test_an_image_in_parts_gives_what_it_gives_at_once(monkeypatch):
+    torch.manual_seed(0)
+    attention, tokens = ReAttention(36, 3, random_mixing(3)).eval(), torch.randn(2, 7, 36)
+    monkeypatch.setattr(fast, "MAPS_IN_CACHE", 3 * 3 * 7)  # three queries of all heads
+    shapes = []
+    attention.attn_drop.register_forward_hook(lambda _module, inputs, _output: shapes.append(tuple(inputs[0].shape)))
+    with torch.no_grad():
+        in_parts = attention(tokens)
+    torch.testing.assert_close(attention(tokens), in_parts)
+    assert shapes == [(1, 3, 3, 7), (1, 3, 3, 7), (1, 3, 1, 7)] * 2 + [(2, 3, 7, 7)]
+
+
+def test_a_norm_that_alone_trains_sees_the_whole_batch(monkeypatch):
+    """As statistics are moved to new images: the model in evaluation, its norms not, no gradients."""
+    torch.manual_seed(0)
+    attention, tokens = ReAttention(36, 3, random_mixing(3)).eval(), torch.randn(5, 7, 36)
+    attention.mixing.norm.train()
+    explicit = copy.deepcopy(attention)
+    explicit.fused_attn = False
+    monkeypatch.setattr(fast, "MAPS_IN_CACHE", 2 * 3 * 7 * 7)
+    with torch.no_grad():
+        torch.testing.assert_close(attention(tokens), explicit(tokens))
+    torch.testing.assert_close(dict(attention.named_buffers()), dict(explicit.named_buffers()))
+
+
 def test_cross_attention_without_projected_tokens_is_the_paper_s():
     torch.manual_seed(0)
     attention, tokens = ClsCrossAttention(24, 3).double().eval(), torch.randn(2, 9, 24, dtype=torch.float64)

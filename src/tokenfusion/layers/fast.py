@@ -242,12 +242,23 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 def by_parts(attend: Callable[..., Tensor], queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """`attend` of (B, H, N, D) each, a few images at a time on a CPU, so that their maps stay in its cache."""
+    """`attend` of (B, H, N, D) each, a few images or queries at a time on a CPU, so that their maps stay in its cache.
+
+    What it gives of a query must not depend on other queries.
+    """
     if torch.is_grad_enabled() or queries.device.type != "cpu" or torch.compiler.is_compiling():
         return attend(queries, keys, values)
-    images = max(1, MAPS_IN_CACHE // (queries.shape[1] * queries.shape[2] ** 2))
+    rows = max(1, MAPS_IN_CACHE // (queries.shape[1] * keys.shape[2]))
+    images = max(1, rows // queries.shape[2])
     parts = zip(*(torch.split(part, images) for part in (queries, keys, values)), strict=True)
-    return torch.cat([attend(*part) for part in parts])
+    return torch.cat(
+        [
+            torch.cat([attend(some, own_keys, own_values) for some in torch.split(own, rows, dim=2)], dim=2)
+            if rows < own.shape[2]
+            else attend(own, own_keys, own_values)
+            for own, own_keys, own_values in parts
+        ]
+    )
 
 
 # --- Re-attention (DeepViT): s · Norm(Θᵀ A) V, with the map A_g of head g, Θ and b the convolution's weight and bias,

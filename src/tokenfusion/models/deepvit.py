@@ -9,6 +9,7 @@ Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
 from collections import OrderedDict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
@@ -23,6 +24,7 @@ from tokenfusion.layers.blocks import (
     rising_rates,
 )
 from tokenfusion.layers.fast import Linear, attend_mixed_in_training, by_parts, fold_norm, mix_heads
+from tokenfusion.layers.re_attention import re_attend, why_not
 from tokenfusion.layers.tokens import grid_of
 from tokenfusion.models.base import at_least, choose, image_size
 from tokenfusion.models.official import OfficialNames, read_pretrained
@@ -33,9 +35,9 @@ from tokenfusion.models.transformer import PlainTransformer
 class ReAttention(nn.Module):
     """Norm(Θᵀ softmax(Q Kᵀ / √D)) V (section 4.2).
 
-    The map is needed to mix the heads, so that it is always formed. While `fused_attn` is false, the maps of the whole
-    batch pass through `attn_drop` and `mixing`, where they can be observed. When true, `attend_faster` gives the same
-    numbers.
+    While `fused_attn` is false, the maps of the whole batch pass through `attn_drop` and `mixing`, where they can be
+    observed. When true, `attend_faster` gives the same numbers: on a GPU without forming a map, unless `why_maps` says
+    why not.
 
     Args:
         dim: width C of a token.
@@ -64,18 +66,37 @@ class ReAttention(nn.Module):
             maps = self.attn_drop(attention_map(queries, keys))  # softmax(Q Kᵀ / √D), (B, H, N, N)
             mixed = self.mixing(maps)  # Norm(Θᵀ maps)
             attended = mixed @ values
-        elif self.training:
+        elif self.training or getattr(self.mixing, "norm", self).training:  # by the batch's statistics
             attended = self.attend_faster(queries, keys, values)
         else:
             attended = by_parts(self.attend_faster, queries, keys, values)
         return self.proj_drop(self.proj(merge_heads(attended)))
 
     def attend_faster(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The same by `layers/fast.py`, of Q, K and V (B, H, N, D): (B, H, N, D). Training writes no normed map."""
-        maps, norm = self.attn_drop(attention_map(queries, keys)), getattr(self.mixing, "norm", None)
+        """The same, of Q, K and V (B, H, N, D): (B, H, N, D).
+
+        By `layers/re_attention.py` or else by `layers/fast.py`, where training writes no normed map.
+        """
+        norm = getattr(self.mixing, "norm", None)
+        if self.why_maps(queries.dtype, queries.device) is None:
+            return re_attend(queries, keys, values, self.mixing.matrix, norm, self.mixing.scale)
+        maps = self.attn_drop(attention_map(queries, keys))
         if isinstance(norm, nn.BatchNorm2d) and norm.training:  # SyncBatchNorm is none: it knows the other batches
             return attend_mixed_in_training(self.mixing.matrix, norm, self.mixing.scale, maps, values)
         return self.mixing(maps) @ values
+
+    def why_maps(self, kind: torch.dtype, device: torch.device) -> str | None:
+        """Why maps are formed for Q, K and V of a kind and on a device; None where they are not."""
+        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+        width = self.proj.in_features // self.heads
+        return why_not(self.heads, width, kind, device, getattr(self.mixing, "norm", None), dropout)
+
+
+def maps_in_words(model: nn.Module, kind: torch.dtype, device: torch.device) -> str:
+    """Why a model, as it trains or infers, re-attends by whole maps on a GPU; empty where it does not, and on a CPU."""
+    layers = [module for module in model.modules() if isinstance(module, ReAttention)]
+    reasons = {reason: None for layer in layers if (reason := layer.why_maps(kind, device)) and device.type == "cuda"}
+    return f"Re-attention forms its maps, N² numbers a head: {'; '.join(reasons)}" if reasons else ""
 
 
 class HeadMixing(nn.Module):

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from tokenfusion.errors import InputError
-from tokenfusion.hardware import Precision, default_device, hardware_name, resolve_precision
-from tokenfusion.models import list_models
+from tokenfusion.hardware import Precision, as_dtype, default_device, hardware_name, resolve_precision
+from tokenfusion.models import create_model, list_models
 from tokenfusion.models.cost import Size, count_model
+from tokenfusion.models.deepvit import maps_in_words
 from tokenfusion.models.published import compare
 from tokenfusion.profile.measurements import measure_model
 
@@ -78,7 +79,14 @@ def profile_models(
         "batch_size": batch_size,
     }
     measured_on = "inference on {hardware}, {threads} threads, torch {torch}, {precision}, batches of {batch_size}"
-    return result | {"models": rows}, cost_table(rows), [measured_on.format(**result)]
+    notes = [f"{name}: {said}" for name in counted if (said := said_of_maps(name, precision, device))]
+    return result | {"models": rows}, cost_table(rows), [measured_on.format(**result), *notes]
+
+
+def said_of_maps(name: str, precision: Precision, device: torch.device) -> str:
+    """What there is to say of a model's Re-attention on a device."""
+    with torch.device("meta"):
+        return maps_in_words(create_model(name).eval(), as_dtype(precision, device), device)
 
 
 def profile_papers(names: Sequence[str]) -> tuple[dict[str, Any], Table, list[str]]:

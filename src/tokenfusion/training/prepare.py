@@ -23,6 +23,8 @@ from tokenfusion.errors import InputError
 from tokenfusion.features import FeatureClassifier, FeatureHead
 from tokenfusion.files import write_text
 from tokenfusion.formatting import bars, counted
+from tokenfusion.hardware import as_dtype
+from tokenfusion.models.deepvit import maps_in_words
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.recipe import Recipe, dump_recipe
 from tokenfusion.training.auto.batch_size import choose_batch_size, more_than_there_are
@@ -134,6 +136,8 @@ def build_model(source: Dataset, recipe: Recipe, run: Run, measure: Measure | No
     require_measurable(recipe, measure, classifier)
     if run.world.size > 1:
         globalize_norms(classifier.model)
+    kind = as_dtype(recipe.precision, classifier.device)
+    run.say(maps_in_words(classifier.model, kind, classifier.device))
     return classifier
 
 
