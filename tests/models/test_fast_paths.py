@@ -120,7 +120,8 @@ def test_a_batch_in_parts_gives_what_it_gives_at_once(monkeypatch):
 def test_an_image_in_parts_gives_what_it_gives_at_once(monkeypatch):
     torch.manual_seed(0)
     attention, tokens = ReAttention(36, 3, random_mixing(3)).eval(), torch.randn(2, 7, 36)
-    monkeypatch.setattr(fast, "MAPS_IN_CACHE", 3 * 3 * 7)  # three queries of all heads
+    monkeypatch.setattr(fast, "MAPS_IN_CACHE", 0)
+    monkeypatch.setattr(fast, "MAPS_IN_MEMORY", 3 * 3 * 7)  # three queries of all heads
     shapes = []
     attention.attn_drop.register_forward_hook(lambda _module, inputs, _output: shapes.append(tuple(inputs[0].shape)))
     with torch.no_grad():

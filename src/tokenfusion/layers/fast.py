@@ -23,6 +23,7 @@ from torch.utils.flop_counter import register_flop_formula
 ONEDNN = torch._C._has_mkldnn and torch.backends.cpu.get_cpu_capability() == "AVX512"
 WORTHWHILE = 2**21  # multiply-adds; below, calling oneDNN in float32 costs more than it gains
 MAPS_IN_CACHE = 2**19  # elements
+MAPS_IN_MEMORY = 2**22  # elements of one image's maps, above which it is done a few queries at a time
 MANY_LOGITS = 2**20  # below, a softmax in place is slower than one into memory that was freed a moment ago
 
 
@@ -242,22 +243,20 @@ def softmax(logits: Tensor) -> Tensor:
 
 
 def by_parts(attend: Callable[..., Tensor], queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """`attend` of (B, H, N, D) each, a few images or queries at a time on a CPU, so that their maps stay in its cache.
+    """`attend` of (B, H, N, D) each, a few images at a time on a CPU, so that their maps stay in its cache.
 
-    What it gives of a query must not depend on other queries.
+    Of an image whose maps are large, a few queries at a time: memory then grows with N. What `attend` gives of a query
+    must not depend on other queries.
     """
     if torch.is_grad_enabled() or queries.device.type != "cpu" or torch.compiler.is_compiling():
         return attend(queries, keys, values)
-    rows = max(1, MAPS_IN_CACHE // (queries.shape[1] * keys.shape[2]))
-    images = max(1, rows // queries.shape[2])
+    row = queries.shape[1] * keys.shape[2]  # elements of all heads
+    images, rows = max(1, MAPS_IN_CACHE // (row * queries.shape[2])), max(1, MAPS_IN_MEMORY // row)
     parts = zip(*(torch.split(part, images) for part in (queries, keys, values)), strict=True)
+    if images > 1 or queries.shape[2] <= rows:
+        return torch.cat([attend(*part) for part in parts])
     return torch.cat(
-        [
-            torch.cat([attend(some, own_keys, own_values) for some in torch.split(own, rows, dim=2)], dim=2)
-            if rows < own.shape[2]
-            else attend(own, own_keys, own_values)
-            for own, own_keys, own_values in parts
-        ]
+        [torch.cat([attend(some, k, v) for some in torch.split(q, rows, dim=2)], dim=2) for q, k, v in parts]
     )
 
 
