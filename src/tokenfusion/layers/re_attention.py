@@ -130,6 +130,7 @@ def re_attend(queries: Tensor, keys: Tensor, values: Tensor, matrix: nn.Conv2d, 
     """
     with torch.autocast(queries.device.type, enabled=False):
         sums = sum_rows(queries, keys)
+        assert matrix.bias is not None
         weight, bias, tokens = matrix.weight.flatten(1).float(), matrix.bias.float(), keys.shape[2]
         if norm is not None and norm.training:
             variance = ((weight @ Covariance.apply(queries, keys, sums)) * weight).sum(1)
@@ -265,7 +266,7 @@ def launch(name: str, queries: Tensor, *given: Tensor | int, **flags: bool) -> N
         programs = blocks_of(queries) * heads  # the heads apart
     else:
         programs, sizes = blocks_of(queries), sizes | {"head_tile": rounded_up(heads)}
-    with torch.cuda.device_of(queries):
+    with torch.cuda.device_of(queries):  # type: ignore[no-untyped-call]
         getattr(re_attention_kernel, name)[(programs,)](
             *(queries, *given),
             *(tokens, heads, width, width**-0.5),
