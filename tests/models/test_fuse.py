@@ -13,7 +13,9 @@ from timm.models.vision_transformer import VisionTransformer
 
 import tokenfusion
 from tokenfusion.errors import InputError
+from tokenfusion.models import fuse as fusing
 from tokenfusion.models.adapters import MAX_STAGES, OneWayCNN, as_cnn, split_stages
+from tokenfusion.models.backbones import CNNBackbone
 from tokenfusion.models.official import with_present_names
 from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.token_fusion import STRATEGIES
@@ -83,12 +85,22 @@ def learns(model):
     ]
 
 
-WHOLE = [(cnn, "vit") for cnn in (*BOTH_WAYS, *ONE_WAY)]  # with the plainest, and every other with two CNNs
-WHOLE += [(cnn, vit) for cnn in ("resnet_micro", "cmt_micro") for vit in sorted(TRANSFORMERS.keys() - {"vit"})]
+def learns_from_the_transformer(model, alone):
+    """It starts as its transformer alone and, with its gates open, learns everywhere."""
+    if not model.joint:  # whose tokens share every attention map from the first block on
+        with torch.no_grad():
+            torch.testing.assert_close(model(images()), alone(images()), rtol=0, atol=1e-6)
+    model.set_gates(1.0)
+    assert learns(model) == []
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize(("cnn", "vit"), WHOLE)
+# every CNN by the strategy that uses all its stages; a walked one, and one that goes one way, by the others too
+WHOLE = [(cnn, "vit", "layerwise") for cnn in (*BOTH_WAYS, *ONE_WAY)]
+WHOLE += [(cnn, "vit", strategy) for cnn in ("resnet18", "mambaout_femto") for strategy in ("late", "early")]
+WHOLE += [("cmt_micro", vit, strategy) for vit in TRANSFORMERS for strategy in STRATEGIES if vit != "vit"]
+
+
+@pytest.mark.parametrize(("cnn", "vit", "strategy"), WHOLE)
 def test_a_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, strategy):
     torch.manual_seed(0)
     operator = "cross" if vit in REFUSED.get((strategy, "joint"), ()) else ""
@@ -97,37 +109,47 @@ def test_a_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, strate
     parent = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {}))
     model = tokenfusion.fuse(parent, transformer, strategy, operator, img_size=SIZE).eval()
     assert isinstance(model.cnn, OneWayCNN) == (cnn in ONE_WAY)
-    if not model.joint:  # whose tokens share every attention map from the first block on
-        with torch.no_grad():
-            torch.testing.assert_close(model(images()), alone(images()), rtol=0, atol=1e-6)
-    model.set_gates(1.0)
-    assert learns(model) == []
+    learns_from_the_transformer(model, alone)
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("cnn", [*BOTH_WAYS, *ONE_WAY])
-def test_every_pair_fits(cnn):
-    with torch.device("meta"):
-        parent = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {}))
-        for vit in TRANSFORMERS:
-            model = tokenfusion.fuse(copy.deepcopy(parent), TRANSFORMERS[vit](), img_size=SIZE)
-            assert model(torch.empty(2, 3, SIZE, SIZE)).shape == (2, CLASSES), vit
-            assert all(exchange.write is not None for exchange in model.exchanges[:-1]) == (cnn in BOTH_WAYS)
+def test_every_pair_fits(cnn, monkeypatch):
+    """Tried for real, which is faster than on the meta device; there the CNN's maps are looked for once."""
+    seen, find = {}, CNNBackbone.find_grids
+
+    def find_once(own, *size):
+        key = type(own), own.dims
+        seen[key] = seen.get(key) or find(own, *size)
+        return seen[key]
+
+    monkeypatch.setattr(CNNBackbone, "find_grids", find_once)
+    monkeypatch.setattr(fusing, "require_size", lambda *_: None)
+    parent = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {})).eval()
+    for vit in TRANSFORMERS:
+        model = tokenfusion.fuse(copy.deepcopy(parent), TRANSFORMERS[vit](), img_size=SIZE).eval()
+        assert model(images()).shape == (2, CLASSES), vit
+        assert all(exchange.write is not None for exchange in model.exchanges[:-1]) == (cnn in BOTH_WAYS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("vit", TRANSFORMERS)
-def test_every_cell_of_the_grid_works_or_is_refused_with_the_reason(vit, strategy, operator):
+def test_every_cell_of_the_grid_starts_as_its_transformer_and_learns_or_is_refused_with_the_reason(
+    vit, strategy, operator
+):
     torch.manual_seed(0)
+    transformer = TRANSFORMERS[vit]()
+    alone = copy.deepcopy(transformer).eval()
 
     def build():
-        return tokenfusion.fuse("resnet_micro", TRANSFORMERS[vit](), strategy, operator, img_size=SIZE, gate=1.0)
+        return tokenfusion.fuse("resnet_micro", transformer, strategy, operator, img_size=SIZE).eval()
 
     if vit in REFUSED.get((strategy, operator), ()):
         with pytest.raises(InputError, match=r"does not fit .*: .*; take another operator"):
             build()
     else:
-        assert learns(build()) == []
+        learns_from_the_transformer(build(), alone)
 
 
 @pytest.mark.parametrize("name", sorted({*BOTH_WAYS} - {"resnet_micro"}))
@@ -277,14 +299,6 @@ def test_what_would_fail_later_is_refused_at_once(build, message):
         build()
 
 
-def test_early_fusion_with_a_gate_starts_as_its_transformer_too():
-    transformer = TRANSFORMERS["vit"]().eval()
-    alone = copy.deepcopy(transformer)
-    model = tokenfusion.fuse("resnet_micro", transformer, "early", "cross", img_size=SIZE).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(images()), alone(images()), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_name_is_one_architecture_whatever_the_gate(strategy):
     models = [tokenfusion.fuse("resnet_micro", "vit_micro", strategy, gate=gate) for gate in (0.0, 1.0, None)]
@@ -391,6 +405,16 @@ def test_a_size_costs_one_look_at_the_cnn():
     for _ in range(3):
         assert {size: model.map_grids(size)[-1] for size in expected} == expected
     assert len(passes) == 2  # it was built for the first size
+
+
+@pytest.mark.parametrize("cnn", ["resnet18", "mambaout_femto"])
+def test_what_was_seen_of_copies_is_not_looked_for_again(cnn, monkeypatch):
+    looks, find = [], CNNBackbone.find_grids
+    monkeypatch.setattr(CNNBackbone, "find_grids", lambda own, *size: looks.append(type(own)) or find(own, *size))
+    parent = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {}))
+    model = tokenfusion.fuse(parent, TRANSFORMERS["vit"](), img_size=SIZE)
+    assert looks.count(type(model.cnn)) == 1
+    assert model.map_grids((SIZE, SIZE)) == model.cnn.find_grids((SIZE, SIZE), 3)
 
 
 CONTEXTS = [("resnet_micro", "crossvit_micro"), ("mambaout_femto", "eva"), ("resnet18", "beit"), ("cmt_micro", "vit")]

@@ -67,7 +67,9 @@ class OneWayCNN(CNNBackbone):
         return context[index]
 
 
-def as_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int) -> CNNBackbone:
+def as_cnn(
+    model: nn.Module, img_size: Grid, in_chans: int, stages: int, tried: CNNBackbone | None = None
+) -> CNNBackbone:
     """A CNN whose stages can be called one at a time or, failing that, one that gives its maps; its head is dropped.
 
     Args:
@@ -75,6 +77,7 @@ def as_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int) -> CNNB
         img_size: height and width in pixels that it must be able to take.
         in_chans: channels of the images.
         stages: how many to call at most.
+        tried: what became of a copy of the model, where there is one: its maps are not looked for again.
 
     Raises:
         InputError: the model gives no feature maps, or its maps vanish at this size.
@@ -88,14 +91,18 @@ def as_cnn(model: nn.Module, img_size: Grid, in_chans: int, stages: int) -> CNNB
         raise InputError(f"a {name} is a transformer, given in the CNN's place; give a CNN such as resnet18 there")
     if not getattr(model, "feature_info", None):
         raise InputError(f"a {name} has no stages: it names no feature maps; take a CNN such as resnet18")
-    staged = split_stages(model, stages)
-    # modules that do not follow each other fail in whatever way theirs is; such a CNN goes one way
-    with suppress(InputError, TypeError, AttributeError, LookupError):
-        if staged is not None and staged.grids(img_size, in_chans):
+    found = {} if tried is None else tried.found
+    staged = None if isinstance(tried, OneWayCNN) else split_stages(model, stages)
+    if staged is not None:
+        staged.found |= found
+        # modules that do not follow each other fail in whatever way theirs is; such a CNN goes one way
+        with suppress(InputError, TypeError, AttributeError, LookupError):
+            staged.grids(img_size, in_chans)
             return staged.train(training)
     if not hasattr(model, "forward_intermediates"):
         raise InputError(f"a {name} has no stages of its own and no forward_intermediates; take a CNN such as resnet18")
     one_way = OneWayCNN(model, stages).train(training)
+    one_way.found |= found
     try:
         one_way.grids(img_size, in_chans)
     except InputError as error:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenfusion.errors import InputError
 from tokenfusion.layers.positions import Grid
 from tokenfusion.models.adapters import MAX_STAGES, as_cnn, as_transformer
-from tokenfusion.models.backbones import TokenBackbone
+from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
 from tokenfusion.models.base import choose, image_size, on_meta
 from tokenfusion.models.create import create_model
 from tokenfusion.models.expressions import BUILDERS, CHECKED
@@ -93,12 +93,14 @@ def fuse(
         raise (swapped(weights) if HUB not in weights.values() else None) or error from error.__cause__
     task: dict[str, Any] = {"num_classes": num_classes, "img_size": size, "in_chans": in_chans, "gate": opened}
     assembled: Callable[..., TokenFusion] = partial(assemble, strategy=strategy, operator=meet, further=kwargs, **task)
-    pair = f"{name} {task} {kwargs}"
+    pair, tried = f"{name} {task} {kwargs}", None
     if not by_name or pair not in CHECKED:
         with torch.device("meta"):  # what is refused is refused to copies without weights
-            require_size(assembled(on_meta(cnn), on_meta(vit)), size, in_chans)
+            copies = assembled(on_meta(cnn), on_meta(vit))
+            require_size(copies, size, in_chans)
         CHECKED.add(pair)
-    model = assembled(cnn, vit)
+        tried = copies.cnn
+    model = assembled(cnn, vit, tried=tried)
     keep_expression(model, name, kwargs)
     return model
 
@@ -122,15 +124,18 @@ def assemble(
     in_chans: int,
     gate: float,
     further: dict[str, Any],
+    tried: CNNBackbone | None = None,
 ) -> TokenFusion:
-    """Take the parents apart and put them together; arguments as in `fuse`, with `further` ones of the class."""
+    """Take the parents apart and put them together; arguments as in `fuse`, with `further` ones of the class and the
+    CNN of copies that were `tried` before."""
     transformer = as_transformer(vit)
     configs = [getattr(parent, "default_cfg", None) or {} for parent in (vit, cnn)]
     first_convs = [*first(cnn, configs[1]), *first(vit, configs[0])]
     if num_classes is not None and num_classes != transformer.num_classes:
         transformer.reset_classifier(num_classes)
     layerwise = FUSABLE[strategy] is LayerwiseFusion
-    backbone = as_cnn(cnn, img_size, in_chans, min(MAX_STAGES, len(transformer.blocks)) if layerwise else MAX_STAGES)
+    stages = min(MAX_STAGES, len(transformer.blocks)) if layerwise else MAX_STAGES
+    backbone = as_cnn(cnn, img_size, in_chans, stages, tried)
     config = fused_config(configs[0], img_size, in_chans)
     if configs[1]:
         backbone.rescale = rescaled(config, configs[1], in_chans)
