@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from types import SimpleNamespace
 
 import torch
 
@@ -36,6 +37,50 @@ def as_the_command(start_method, work, words):
 def begin_command(log, *words):
     """Start the command in a process and a group of its own; what it prints goes to a file."""
     return begin(run_command, log, ["tokenfusion", *map(str, words)])
+
+
+def fork_runs(patch):
+    """Let the runs of comparisons be forked too, instead of started as interpreters of their own."""
+    from tokenfusion.compare import jobs
+
+    patch.setattr(jobs, "subprocess", SimpleNamespace(Popen=ForkedRun, DEVNULL=None))
+
+
+class ForkedRun:
+    """What a comparison asks of a run's process.
+
+    Args:
+        command: an interpreter, `-c`, code, and a word for it.
+        stdout: the file for what it prints.
+        env: its variables.
+        **others: that are of a real process alone; the comparison's lock is not held by this one.
+    """
+
+    def __init__(self, command, *, stdout, env, **others):  # noqa: ARG002
+        self.process = begin(run_code, *command[2:], stdout.name, env)
+        self.kill = self.process.kill
+
+    @property
+    def returncode(self):
+        return self.process.exitcode
+
+    def poll(self):
+        return self.returncode
+
+    def wait(self):
+        self.process.join()
+
+    def send_signal(self, number):
+        os.kill(self.process.pid, number)
+
+
+def run_code(code, word, log, variables):
+    os.setpgid(0, 0)
+    os.environ.update(variables)
+    torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
+    sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115 - as long as the process
+    sys.argv = ["-c", word]
+    exec(code, {})
 
 
 def run_command(log, words):

@@ -125,39 +125,49 @@ def test_evaluation_is_of_the_held_out_images(command, run):
     assert result["top1"] == pytest.approx(last["val_top1"])  # the shipped weights are those that training judged
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("evaluate", "runs/x"), "runs/x: no such folder"),
-        (("evaluate", "{run}", "phtos"), "phtos: no such file or folder"),
-        (("predict", "runs/x", "a.png"), "runs/x: no such folder"),
-        (("explain", "runs/x"), "runs/x: no such folder"),
-        (("similar", "runs/x", "a.png"), "runs/x: no such folder"),
-        (("export", "runs/x", "--out", "y"), "runs/x: no such folder"),
-        (("report", "runs/x"), "runs/x: no such folder"),
-        (("push", "runs/x", "a/b"), "runs/x: no such folder"),
-        (("analyze", "tokens", "runs/x"), "runs/x: no such folder"),
-        (("check", "phtos"), "phtos: no such file or folder"),
-        (("compare", "phtos", "--models", "vit_micro", "--out", "y"), "phtos: no such file or folder"),
-        (("train", "phtos", "--out", "y"), "phtos: no such file or folder"),
-        (("train", "digits", "--pretrained", "x.pth", "--out", "y"), "--pretrained {here}/x.pth: no such file"),
-        (("train", "digits", "--pretrained", "--out", "y"), "--pretrained has no value behind it; give hub to fetch"),
-        (("train", "digits", "--out", "{run}"), "holds a run already; go on with"),
-        (("train", "--resume", "runs/x"), "is not a run (it has no recipe.toml)"),
-    ],
-)
-def test_a_path_that_cannot_be_right_is_refused_before_torch_is_imported(trained, tmp_path, words, said):
-    code = (
-        "import sys; from tokenfusion import cli\n"
-        "class Refuse:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name.partition('.')[0] in ('torch', 'timm', 'pyarrow', 'sklearn'): raise SystemError(name)\n"
-        "sys.meta_path.insert(0, Refuse()); cli.main()"
-    )
-    named = [word.format(run=trained) for word in words]
-    done = subprocess.run([sys.executable, "-c", code, *named], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr
-    assert said.format(here=tmp_path) in done.stderr
+WRONG_PATHS = [
+    (("evaluate", "runs/x"), "runs/x: no such folder"),
+    (("evaluate", "{run}", "phtos"), "phtos: no such file or folder"),
+    (("predict", "runs/x", "a.png"), "runs/x: no such folder"),
+    (("explain", "runs/x"), "runs/x: no such folder"),
+    (("similar", "runs/x", "a.png"), "runs/x: no such folder"),
+    (("export", "runs/x", "--out", "y"), "runs/x: no such folder"),
+    (("report", "runs/x"), "runs/x: no such folder"),
+    (("push", "runs/x", "a/b"), "runs/x: no such folder"),
+    (("analyze", "tokens", "runs/x"), "runs/x: no such folder"),
+    (("check", "phtos"), "phtos: no such file or folder"),
+    (("compare", "phtos", "--models", "vit_micro", "--out", "y"), "phtos: no such file or folder"),
+    (("train", "phtos", "--out", "y"), "phtos: no such file or folder"),
+    (("train", "digits", "--pretrained", "x.pth", "--out", "y"), "--pretrained {here}/x.pth: no such file"),
+    (("train", "digits", "--pretrained", "--out", "y"), "--pretrained has no value behind it; give hub to fetch"),
+    (("train", "digits", "--out", "{run}"), "holds a run already; go on with"),
+    (("train", "--resume", "runs/x"), "is not a run (it has no recipe.toml)"),
+]
+WITHOUT_TORCH = """
+import contextlib, io, json, sys
+from tokenfusion import cli
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("torch", "timm", "pyarrow", "sklearn"): raise SystemError(name)
+sys.meta_path.insert(0, Refuse())
+answers = []
+for words in json.loads(sys.argv[1]):
+    sys.argv[1:] = words
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        try: cli.main()
+        except BaseException as end: answers.append([repr(end), said.getvalue()])
+        else: answers.append(["", said.getvalue()])
+json.dump(answers, sys.stdout)
+"""
+
+
+def test_a_path_that_cannot_be_right_is_refused_before_torch_is_imported(trained, tmp_path):
+    words = json.dumps([[word.format(run=trained) for word in words] for words, _ in WRONG_PATHS])
+    process = [sys.executable, "-c", WITHOUT_TORCH, words]
+    done = subprocess.run(process, cwd=tmp_path, capture_output=True, text=True, check=True)
+    for (words, expected), (end, said) in zip(WRONG_PATHS, json.loads(done.stdout), strict=True):
+        assert end == "SystemExit(2)", words
+        assert expected.format(here=tmp_path) in said, words
     assert not list(tmp_path.iterdir())
 
 
@@ -399,7 +409,7 @@ def test_bad_input_is_said_without_a_traceback(command, tmp_path, monkeypatch, w
 
 def test_digits_are_the_built_in_ones_though_a_folder_is_called_so(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    status, _, errors = command("train", "digits", *QUICK, "--out", "digits")
+    status, _, errors = command("train", "digits", "--model", TINY, *QUICK, "--out", "digits")
     assert status == 0, errors
     assert load_recipe(tmp_path / "digits" / "recipe.toml")["data"] == "digits"
 
@@ -512,7 +522,8 @@ def test_too_many_unreadable_images_are_refused_and_listed(command, tmp_path):
 
 
 def test_ctrl_c_exits_with_130_and_says_how_to_go_on(tmp_path):
-    words = ("train", "digits", "--img-size", 8, "--epochs", 500, "--workers", 2, "--out", tmp_path / "run")
+    words = ("train", "digits", "--model", TINY, "--img-size", 8, "--epochs", 500, "--workers", 2)
+    words += ("--out", tmp_path / "run")
     process = begin_command(said := tmp_path / "said.txt", *words)
     while not (said.exists() and "epoch 1/500" in said.read_text()):  # wait until it trains
         assert process.is_alive()

@@ -34,6 +34,20 @@ def test_files_that_a_page_names_exist(page):
     missing = {name for name in named - placed if not any((base / name).exists() for base in (ROOT, PACKAGE))}
     written = {"state/last.json"}  # in a run folder
     assert missing - written == set()
+    alone = set(re.findall(r"`([\w]+\.py)`", (ROOT / page).read_text()))
+    assert alone <= {path.name for path in PACKAGE.rglob("*.py")}
+
+
+def test_what_the_design_says_is_found_in_a_file_is_defined_there():
+    table = (ROOT / "docs" / "design.md").read_text().partition("## Where to find")[2].partition("\n## ")[0]
+    found = 0
+    for row in re.findall(r"^\|.*", table, re.MULTILINE):
+        places = re.findall(r"`([\w./]+)`", row)
+        text = "".join((PACKAGE / name).read_text() for name in places if name.endswith(".py"))
+        for symbol in (name for name in places if re.fullmatch(r"\w+(\.(?!py$)\w+)?", name)):
+            assert all(re.search(rf"(?:class|def) {part}\b", text) for part in symbol.split(".")), symbol
+            found += 1
+    assert found >= 8
 
 
 def test_pages_on_fusing_name_every_strategy_and_operator():

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from timm.models.vision_transformer import VisionTransformer
 
+from children import fork_runs
 from runs import small_recipe
 from tokenfusion import InputError, fuse, record_attention
 from tokenfusion.analyze.ablation import all_logits, replaced, token_means, whole_branch
@@ -193,7 +194,8 @@ def test_a_probes_tokens_are_measured_by_the_command(command, probe_run, tmp_pat
     assert json.loads((tmp_path / "out" / "tokens.json").read_text())["no_rollout"] in output
 
 
-def test_a_probe_is_compared_by_the_command(command, tmp_path):
+def test_a_probe_is_compared_by_the_command(command, tmp_path, monkeypatch):
+    fork_runs(monkeypatch)
     out = tmp_path / "out"
     small = ("--img-size", 8, "--val-fraction", 0.2, "--batch-size", 128, "--epochs", 1, "--ema", 0, "--lr", 4e-3)
     status, output, errors = command("compare", "digits", "--models", PROBE, *small, "--seeds", 1, "--out", out)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from children import begin_command
 
-IMAGES = 2_000
+IMAGES = 640
 CIFAR10 = 60_000
 
 

@@ -226,7 +226,7 @@ def rare(tmp_path_factory):
 
 
 def recall_of_nines(folder: Path, balance: str, console: Console) -> float:
-    changes = {"balance": balance, "model": "vit_micro", "epochs": 6, "batch_size": 32}
+    changes = {"balance": balance, "model": "wide(vit_micro,0.5)", "epochs": 6, "batch_size": 32}
     start(small_recipe(data=str(folder / "x.csv"), **changes), folder / balance, console)
     return evaluate(folder / balance)["per_class"]["9"]["recall"]
 
