@@ -120,7 +120,7 @@ def test_the_awake_block_names_what_is_told_apart_and_what_is_worth_a_point(resu
     assert "50.0 ± 10.0 | +10.5 (+5.0 to +16.0; p = 0.02) | +0.0 (-10.0 to +10.0; p = 0.9) |" in text
     said = "Told apart from the preset as it is (p < 0.05): `A`, loud: what patches are worth +10.5 (+5.0 to +16.0; "
     assert said in text
-    assert "its interval above 0: `A`, loud; not: `A`, as it is." in text
+    assert "its interval over seeds above 0: `A`, loud; not: `A`, as it is." in text
     assert "1 epoch on 1,000 training images" in text
 
 
