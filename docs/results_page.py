@@ -33,6 +33,9 @@ COMPARISONS = (
     "imagenette_comparison",
     "cifar10_operators",
     "cifar10_contenders",
+    "ablation_crossvit",
+    "ablation_deepvit",
+    "ablation_cmt",
 )
 """Files in `benchmarks/results`, and blocks of the page."""
 Row = dict[str, Any]

@@ -14,6 +14,8 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import front_page
+import papers_page
 import results_page
 import serve_page
 from results_page import table
@@ -414,11 +416,12 @@ def many() -> str:
 
 
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
-    ROOT / "README.md": {"pays": pays, "photographs": photographs, "demo": demo},
+    ROOT / "README.md": {"pays": pays, "photographs": photographs, "install": front_page.install, "demo": demo},
     DOCS / "models.md": {"models": models},
     DOCS / "training.md": {"loading": loading},
     DOCS / "stages.md": {"pretrained": pretrained},
     DOCS / "papers" / "README.md": {"published": published, "official": official, "speed": speed},
+    DOCS / "papers" / "deepvit.md": {"collapse": papers_page.collapse},
     DOCS / "check.md": {"check": check},
     DOCS / "export.md": {"calibration": calibration, "shipped": shipped},
     DOCS / "predict.md": {"many": many},

@@ -8,7 +8,8 @@ import pytest
 
 from tokenfusion import InputError, Recipe
 from tokenfusion.preset import preset
-from tokenfusion.recipe import FIELDS, RANGES, dump_recipe, load_recipe
+from tokenfusion.recipe import FIELDS, dump_recipe, load_recipe
+from tokenfusion.recipe_fields import RANGES
 
 
 def test_a_recipe_survives_toml(tmp_path):
@@ -36,6 +37,23 @@ def test_parents_are_named_so_that_the_run_can_be_resumed_from_anywhere(tmp_path
 def test_evaluation_keeps_the_sides_of_an_average_training_crop():
     assert Recipe(crop_scale=1.0).crop_pct == 1.0
     assert Recipe(crop_scale=0.28).crop_pct == pytest.approx(0.8)  # (0.28 + 1) / 2 = 0.64 of the area
+
+
+def test_evaluation_keeps_what_it_is_told_to():
+    assert Recipe(crop_scale=0.08, eval_crop=0.875).crop_pct == 0.875
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"crop_scale": 0.5}, {"hflip": 0.1}, {"crop_padding": 4}, {"trivial_augment": True}, {"rand_augment": 1},
+        {"color_jitter": 0.1}, {"random_erasing": 0.1},
+    ],
+)  # fmt: skip
+def test_a_recipe_knows_whether_images_look_different_each_time(change):
+    still = {"crop_scale": 1.0, "hflip": 0.0}
+    assert not Recipe(**still).augments
+    assert Recipe(**still | change).augments
 
 
 def test_a_part_of_a_model_may_stay_as_it_is():
@@ -66,6 +84,8 @@ def test_whole_numbers_pass_as_floats():
         ({"backbone_lr": -0.1}, "backbone_lr=-0.1 is out of range; give a value from 0"),
         ({"in_chans": 1.0}, "in_chans=1.0 is not known"),
         ({"batch_size": 10, "accumulate": 4}, "try batch_size=8"),
+        ({"trivial_augment": True, "rand_augment": 9}, "rand_augment=9 both change an image; give one of them"),
+        ({"lr": 1e-4, "min_lr": 1e-3}, "min_lr=0.001 is above lr=0.0001, from which it is reached"),
         ({"lr": -1}, "lr=-1.0 is out of range; give a value from 1e-12 to 100, or auto"),
     ],
 )

@@ -100,6 +100,12 @@ def available_mb(device: torch.device) -> float | None:
     return min(int(found[1]) / 2**10, group_available_mb(Path("/sys/fs/cgroup"))) if found else None
 
 
+def memory_in_words(peak: float, available: float | None) -> str:
+    """What a dry run says of memory, in MiB: what was measured, and what there is."""
+    known = "unknown" if available is None else f"{available:,.0f} MB"
+    return f"{peak:,.0f} MB at most measured, {known} available; kept images add to it"
+
+
 def group_available_mb(root: Path) -> float:
     """MiB up to the limit of a control group (version 2), not counting files that the system can drop; inf for none."""
     try:

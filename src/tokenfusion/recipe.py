@@ -6,9 +6,10 @@ import os
 import tomllib
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from tokenfusion.errors import InputError
+from tokenfusion.recipe_fields import MAX_SIDE, RANGES, of_their_types, require_value_range
 
 Auto = Literal["auto"]
 """In place of a number that is chosen by measuring, or that only training finds."""
@@ -98,6 +99,8 @@ class Recipe:
     """Muon for matrices and kernels, AdamW for the rest: learns faster from random weights; or AdamW for everything."""
     lr: float | Auto = 2e-3
     """Peak learning rate; one value suits both optimisers; auto chooses it by a range test."""
+    min_lr: float = 0.0
+    """Learning rate at the end of training, to which it falls from its peak."""
     backbone_lr: float = 1.0
     """Learning rate of a fusion model's parents, or of all but the classifier of any other model, in units of lr."""
     head_lr: float = 1.0
@@ -107,7 +110,7 @@ class Recipe:
     fix_batchnorm: bool = False
     """Leave BatchNorm's means and variances as they are, as those of pretrained weights; its scales still learn."""
     warmup_epochs: float = 1.0
-    """Epochs over which the learning rate rises from 0 to its peak; then it falls along a cosine to 0."""
+    """Epochs over which the learning rate rises from 0 to its peak; then it falls along a cosine to min_lr."""
     weight_decay: float = 0.05
     """Decoupled weight decay of matrices and kernels; none on biases, norms and gates."""
     clip_grad: float = 1.0
@@ -124,12 +127,23 @@ class Recipe:
     """Channels: 3 for colour, 1 for grayscale."""
     crop_scale: float = 0.35
     """Smallest share of an image's area that a random-resized crop keeps; 1 for no crop."""
+    eval_crop: float = 0.0
+    """Share of an image's sides that evaluation keeps; 0 follows crop_scale, for objects as large as in training."""
     crop_padding: int = 0
     """Pixels by which a crop may reach over an image's edge, where the image is mirrored; 4 is usual for 32×32."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     trivial_augment: bool = False
     """TrivialAugment: one random colour or geometric change per image."""
+    rand_augment: float = 0.0
+    """RandAugment's magnitude of 10, 9 in the papers' recipes; 0 for none: two changes, each made half of the time."""
+    color_jitter: float = 0.0
+    """How far brightness, contrast and saturation are changed at random, 0.4 for 40 % either way; 0 for none."""
+    random_erasing: float = 0.0
+    """Probability that noise takes the place of a rectangle of an image."""
+    repeats: int = 1
+    """How often a batch has each of its images, each time augmented anew (repeated augmentation); an epoch stays as
+    long, and so draws that much fewer images."""
     mixup: float = 0.0
     """Mixup's alpha; 0 for none."""
     cutmix: float = 0.0
@@ -184,10 +198,16 @@ class Recipe:
     def crop_pct(self) -> float:
         """Share of an image's sides that evaluation keeps.
 
-        Objects then look as large as in an average training crop, whose area is midway between `crop_scale` and 1
-        (FixRes, arXiv 1906.06423).
+        Unless `eval_crop` says it, objects look as large as in an average training crop, whose area is midway between
+        `crop_scale` and 1 (FixRes, arXiv 1906.06423).
         """
-        return math.sqrt((self.crop_scale + 1) / 2)
+        return self.eval_crop or math.sqrt((self.crop_scale + 1) / 2)
+
+    @property
+    def augments(self) -> bool:
+        """Whether a training image may look different each time."""
+        changes = (self.hflip, self.crop_padding, self.trivial_augment, self.rand_augment, self.color_jitter)
+        return self.crop_scale < 1 or any(changes) or self.random_erasing > 0
 
     @property
     def reading(self) -> Reading:
@@ -212,7 +232,7 @@ class Recipe:
         return max(FEW_SKIPPED, int(self.max_skipped * images)) if self.max_skipped else 0
 
     def __post_init__(self) -> None:
-        for name, value in of_their_types({name: getattr(self, name) for name in FIELDS}).items():
+        for name, value in typed({name: getattr(self, name) for name in FIELDS}).items():
             object.__setattr__(self, name, value)
         if len(self.img_size) == 1:
             object.__setattr__(self, "img_size", self.img_size * 2)
@@ -229,6 +249,12 @@ class Recipe:
                 raise InputError(f"{name}={value} is out of range; give a value from {low:g} to {high:g}{auto}")
         if self.value_range:
             require_value_range(self.value_range)
+        if self.trivial_augment and self.rand_augment:
+            raise InputError(
+                f"trivial_augment and rand_augment={self.rand_augment:g} both change an image; give one of them"
+            )
+        if self.lr != "auto" and self.min_lr > self.lr:
+            raise InputError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}, from which it is reached; give less")
         if len(runs) not in (0, 2):
             raise InputError(
                 f"warm_start_from={runs} is no pair of run folders; give the CNN's and then the transformer's"
@@ -264,50 +290,6 @@ AUTO_FIELDS = ("epochs", "batch_size", "lr")
 """Fields that may be "auto"."""
 NO_LONGER_KNOWN = {"on_bad_loss": "stop", "max_bad_steps": 10}
 """Fields that recipes had once, and the values that mean what is done now."""
-INFINITY = float("inf")
-MAX_SIDE = 16_384
-"""Longest side of a model's input, in pixels."""
-RANGES: dict[str, tuple[float, float]] = {
-    "epochs": (1, 100_000),
-    "batch_size": (0, 1_000_000),
-    "accumulate": (1, 1_000_000),
-    "lr": (1e-12, 100),
-    "tune_minutes": (0, 100_000),
-    "views": (1, 1000),
-    "backbone_lr": (0, 100),
-    "head_lr": (0, 100),
-    "layer_decay": (0, 1),
-    "warmup_epochs": (0, 100_000),
-    "weight_decay": (0, 100),
-    "clip_grad": (0, INFINITY),
-    "ema": (0, 0.999999),
-    "patience": (0, 100_000),
-    "crop_scale": (0.01, 1),
-    "crop_padding": (0, 100_000),
-    "hflip": (0, 1),
-    "mixup": (0, 100),
-    "cutmix": (0, 100),
-    "mix_prob": (0, 1),
-    "label_smoothing": (0, 0.99),
-    "drop_path": (0, 0.99),
-    "branch_dropout": (0, 1),
-    "side_loss": (0, 100),
-    "seed": (0, 2**63 - 1),
-    "workers": (0, 256),
-    "val_fraction": (0.01, 0.9),
-    "max_skipped": (0, 1),
-    "max_pixels": (1, 2**40),
-    "cache_mb": (0, 2**40),
-    "save_minutes": (0, INFINITY),
-    "every": (0, 100_000),
-}
-
-LISTS = {
-    int: "whole numbers, such as [128, 96]",
-    float: "numbers, such as [0, 4095]",
-    str: 'texts, such as ["runs/cnn", "runs/vit"]',
-}
-"""What a field that is a tuple may hold, by the type of its items."""
 
 
 def number(value: Number | Auto) -> Number:
@@ -316,46 +298,9 @@ def number(value: Number | Auto) -> Number:
     return value
 
 
-def require_value_range(values: tuple[Any, ...]) -> None:
-    """Refuse what is no range of values, InputError."""
-    numbers = all(type(value) in (int, float) and abs(value) < 1e30 for value in values)
-    if not numbers or len(values) != 2 or values[0] >= values[1]:
-        raise InputError(f"value_range={values} is no range; give its lowest and its highest value, such as 0 4095")
-
-
-def of_their_types(values: dict[str, Any]) -> dict[str, Any]:
-    """Fields with values of their types, or an InputError; whole numbers pass as floats."""
-    kinds = get_type_hints(Recipe)
-    result = dict(values)
-    for name, value in values.items():
-        kind = kinds[name]
-        if name in AUTO_FIELDS:
-            if value == "auto":
-                continue
-            kind = get_args(kind)[0]
-        if kind is float and type(value) is int:
-            result[name] = float(value)
-        elif get_origin(kind) is Literal:
-            if repr(value) not in map(repr, get_args(kind)):  # 1.0 and True are equal to 1
-                options = ", ".join(map(str, get_args(kind)))
-                raise InputError(f"{name}={value!r} is not known; choose one of: {options}")
-        elif get_origin(kind) is tuple:
-            items = value if isinstance(value, list | tuple) else (value,)
-            item_kind = get_args(kind)[0]
-            items = [float(item) if item_kind is float and type(item) is int else item for item in items]
-            if get_origin(item_kind) is Literal:
-                unknown = [item for item in items if item not in get_args(item_kind)]
-                if unknown:
-                    options = ", ".join(get_args(item_kind))
-                    raise InputError(f"{name}={unknown[0]!r} is not known; choose from: {options}")
-            elif not all(type(item) is item_kind for item in items):
-                raise InputError(f"{name}={value!r} must be {LISTS[item_kind]}")
-            result[name] = tuple(items)
-        elif type(value) is not kind:
-            raise InputError(
-                f"{name}={value!r} is of type {type(value).__name__}; give a value of type {kind.__name__}"
-            )
-    return result
+def typed(values: dict[str, Any]) -> dict[str, Any]:
+    """Fields with values of their types, or an InputError."""
+    return of_their_types(values, get_type_hints(Recipe), AUTO_FIELDS)
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -379,7 +324,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
         if name not in FIELDS:
             raise InputError(f"recipe {path}: no field is called {name!r}; known fields: {', '.join(FIELDS)}")
     try:
-        return of_their_types(values)
+        return typed(values)
     except InputError as error:
         raise InputError(f"recipe {path}: {error}") from error
 

@@ -1,11 +1,20 @@
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 import pytest
 import torch
 from making import batches_of
 
-from tokenfusion.data.sampler import OPEN_SHARDS, ShardOrder, Share, derive_seed, shard_order
+from tokenfusion.data.sampler import (
+    OPEN_SHARDS,
+    RandomOrder,
+    ShardOrder,
+    Share,
+    choose_order,
+    derive_seed,
+    shard_order,
+)
+from tokenfusion.errors import InputError
 
 SHARDS = np.repeat(np.arange(40), np.arange(40) % 7 + 11)
 """Forty shards of 11 to 17 images."""
@@ -90,3 +99,33 @@ def test_seeds_are_mixed_not_added() -> None:
     assert min(flipped) >= 20
     assert max(flipped) <= 44
     derive_seed(2**63 - 1, 0)
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_a_batch_has_each_of_its_images_as_often_as_repeats_say_and_an_epoch_is_as_long(balanced: bool) -> None:
+    labels = torch.tensor([0] * 30 + [1] * 90)
+    plain, order = (choose_order(labels, None, 16, 5, balanced, repeats) for repeats in (1, 3))
+    order.epoch = plain.epoch = 2
+    batches, before = list(order), list(plain)
+    assert [len(batch) for batch in batches] == [16] * (120 // 16)
+    for batch, first in zip(batches, before, strict=True):
+        assert [key[:2] for key in batch] == [key[:2] for key in 3 * first[::3]][:16]
+        assert len(set(batch)) == 16  # every one is augmented by chances of its own
+        assert all(one[1] != other[1] for one, other in pairwise(batch))  # what mixing pairs
+    drawn = [key for batch in batches for key in batch]
+    assert len({key[1] for key in drawn}) <= -(-16 // 3) * len(batches)
+
+
+def test_processes_share_repeated_images_as_one_has_them() -> None:
+    alone, shares = RandomOrder(64, 12, 5), [RandomOrder(64, 12, 5) for _ in range(2)]
+    for rank, order in enumerate(shares):
+        order.share = Share(rank, 2)
+    for order in (alone, *shares):
+        order.repeats = 3
+    for whole, *parts in zip(alone, *shares, strict=True):
+        assert [*parts[0], *parts[1]] == whole
+
+
+def test_images_in_shards_are_not_drawn_repeatedly() -> None:
+    with pytest.raises(InputError, match=r"repeats=3: images in shards .*; give 1"):
+        choose_order(torch.zeros(len(SHARDS)), SHARDS, 24, 5, False, repeats=3)

@@ -38,8 +38,10 @@ def probe(**task):
 ALTERNATIVES = {  # what the papers compare, as small models of odd widths
     **{f"crossvit-{fusion}": (CrossViT, CROSSVIT | {"fusion": fusion}) for fusion in FUSIONS},
     "crossvit-dagger": (CrossViT, CROSSVIT | {"stem": "conv"}),
+    "crossvit-repeated": (CrossViT, CROSSVIT | {"encoders": 4, "fusion_depth": 3}),
     **{f"deepvit-{norm}": (DeepViT, DEEPVIT | {"mixing_norm": norm}) for norm in MIXINGS},
     "deepvit-plain": (DeepViT, DEEPVIT | {"re_attention": 0}),
+    "deepvit-tempered": (DeepViT, DEEPVIT | {"re_attention": 1, "temperature": 0.5}),
     "deepvit-rescaled": (
         DeepViT,
         DEEPVIT | {"re_attention": 1, "stem": "conv", "block": "rescaled", "mixing_scale": True},
@@ -49,6 +51,9 @@ ALTERNATIVES = {  # what the papers compare, as small models of odd widths
     "cmt-plain-attention": (CMT, CMT_ARGUMENTS | {"attention": "plain"}),
     "cmt-plain-ffn": (CMT, CMT_ARGUMENTS | {"feed_forward": "plain"}),
     "cmt-patch-stem": (CMT, CMT_ARGUMENTS | {"stem": "patch"}),
+    "cmt-no-positions": (CMT, CMT_ARGUMENTS | {"positions": "none"}),
+    "cmt-batch-norm": (CMT, CMT_ARGUMENTS | {"norm": "batch_norm"}),
+    "cmt-layer-norm": (CMT, CMT_ARGUMENTS | {"norm": "layer_norm"}),
     "fused-probe": (probe, {"img_size": 48}),
 }
 NAMES = tokenfusion.list_models()

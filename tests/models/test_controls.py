@@ -71,6 +71,12 @@ def test_expressions_that_are_none_are_refused(expression, message):
         ("wide(vit_pwee_patch16_reg1_gap_256,2)", "cannot be 2 times as wide"),
         ("cnn(tokenfusion_late_mikro)", "did you mean tokenfusion_late_micro"),
         ("vit(resnet18)", "no fusion preset"),
+        ("with(cmt_micro,local)", "'local' in .* is no option; write OPTION=VALUE"),
+        ("with(cmt_micro,=none)", "is no option"),
+        ("with(cmt_micro,lokal=none)", "lokal"),
+        ("with(cmt_micro,local=nune)", "did you mean 'none'"),
+        ("with(cmt_micro,num_classes=3)", "num_classes in .* follows from the data"),
+        ("with(vit_tiny_patch16_224,num_heads=5)", "cannot be built"),
     ],
 )
 def test_models_that_there_are_none_of_are_refused(expression, message):
@@ -226,3 +232,20 @@ def test_what_is_not_fused_has_no_controls(name, reason):
     assert list(controls.missing) == ["cnn", "vit", "wide_cnn", "wide_vit"]
     assert all(reason in said for said in controls.missing.values())
     assert (controls.cnn, controls.vit, controls.wide_cnn, controls.wide_vit) == ("", "", "", "")
+
+
+def test_options_of_a_class_can_be_written_in_a_name():
+    expression = "with(crossvit_micro, fusion=cls_sum, depths=(2, 1), mlp_ratio=2.5)"
+    named = meta(expression, num_classes=7)
+    assert shapes(named) == shapes(
+        meta("crossvit_micro", num_classes=7, fusion="cls_sum", depths=(2, 1), mlp_ratio=2.5)
+    )
+    fused = meta("fuse(resnet_micro,with(deepvit_micro,depth=4,mixing_norm=none),late)", img_size=32, num_classes=7)
+    assert len(fused.vit.blocks) == 4
+    wide = meta("wide(with(cmt_micro,local=none),2)", num_classes=7)
+    assert not [name for name in wide.state_dict() if ".local." in name]
+
+
+def test_a_model_with_options_has_no_weights_to_begin_with():
+    with pytest.raises(InputError, match="no pretrained weights"):
+        create_model("with(resnet18,drop_rate=0.1)", pretrained=True)

@@ -15,9 +15,17 @@ from tokenfusion.layers.attend import SelfAttention
 from tokenfusion.layers.cross_attention import ClsCrossAttention
 from tokenfusion.layers.positions import PositionTable, RelativePositionTable
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup
+from tokenfusion.models.cmt import CMT
 from tokenfusion.models.cmt_blocks import InvertedResidualFeedForward, LightweightAttention
-from tokenfusion.models.crossvit_fusion import regrid
-from tokenfusion.models.deepvit import BatchNormMixing, DeepViT, HeadMixing, ReAttention, RescaledBlock
+from tokenfusion.models.crossvit_fusion import Branch, CrossAttentionWay, Rates, regrid
+from tokenfusion.models.deepvit import (
+    BatchNormMixing,
+    DeepViT,
+    HeadMixing,
+    ReAttention,
+    RescaledBlock,
+    TemperedAttention,
+)
 from tokenfusion.weights import to_official
 
 
@@ -107,6 +115,55 @@ def test_cross_attention_is_the_first_row_of_self_attention():
     full.proj.load_state_dict(cross.proj.state_dict())
     tokens = torch.randn(2, 9, 24)
     torch.testing.assert_close(cross(tokens), full(tokens)[:, :1])
+
+
+def test_each_further_cross_attention_attends_to_the_same_patches_by_what_the_one_before_made():
+    own, other = Branch(6, 2, 4.0), Branch(4, 2, 4.0)
+    way = CrossAttentionWay(own, other, Rates(), 0.0, depth=3).eval()
+    tokens, others = torch.randn(2, 3, 6), torch.randn(2, 5, 4)
+    cls = way.project(tokens[:, :1])
+    for part in (way, *way.further):
+        rows = part.norm(torch.cat([cls, others[:, 1:]], dim=1))
+        cls = cls + part.attn(rows)
+    expected = torch.cat([way.project_back(cls), tokens[:, 1:]], dim=1)
+    torch.testing.assert_close(way(tokens, others), expected)
+
+
+def test_without_an_exchange_the_logits_are_the_mean_of_two_transformers():
+    model = create_model("crossvit_micro", fusion="none").eval()
+    images = torch.randn(2, 3, 32, 32)
+    logits = []
+    for name in ("small", "large"):
+        tokens, _ = getattr(model, f"embed_{name}")(images)
+        for stage in model.stages:
+            tokens = getattr(stage, name)(tokens)
+        logits.append(getattr(model.head, name)(getattr(model, f"norm_{name}")(tokens)[:, 0]))
+    torch.testing.assert_close(model(images), (logits[0] + logits[1]) / 2)
+
+
+def test_k_encoders_are_k_times_the_blocks():
+    model = create_model("crossvit_micro", encoders=5, depths=(2, 1), drop_path_rate=0.1)
+    assert [(len(stage.small), len(stage.large)) for stage in model.stages] == 5 * [(2, 1)]
+    assert model.stages[-1].fusion.small.drop_path.rate == 0.1
+
+
+def test_a_temperature_divides_the_logits_of_attention():
+    attention = TemperedAttention(6, 2, temperature=0.25)
+    tokens = torch.randn(1, 5, 6)
+    queries, keys, values = (part.view(1, 5, 2, 3).transpose(1, 2) for part in attention.qkv(tokens).chunk(3, dim=2))
+    maps = (queries @ keys.transpose(2, 3) / (0.25 * 3**0.5)).softmax(dim=3)
+    expected = attention.proj((maps @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(tokens), expected)
+
+
+def test_a_fixed_mixing_stays_as_it_began_while_the_rest_learns():
+    model = create_model("deepvit_micro", learn_mixing=False, depth=2, mixing_norm="none")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model(torch.randn(2, 3, 32, 32)).square().sum().backward()
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    optimizer.step()
+    stayed = {name for name, parameter in model.named_parameters() if torch.equal(parameter, before[name])}
+    assert stayed == {f"blocks.{i}.attn.mixing.matrix.{part}" for i in (0, 1) for part in ("weight", "bias")}
 
 
 def test_identity_mixing_makes_re_attention_plain_attention():
@@ -218,6 +275,12 @@ def test_the_stem_has_the_official_keys(name):
         ("crossvit_micro", {"depths": (1,)}, r"depths=\(1,\) are not two"),
         ("crossvit_micro", {"depths": (0, 0)}, r"depths=\(0, 0\) cannot be built"),
         ("crossvit_micro", {"heads": 4}, "heads=4 are not two"),
+        ("crossvit_micro", {"encoders": 0}, "encoders=0 cannot be built"),
+        ("crossvit_micro", {"fusion": "none", "fusion_depth": 2}, "fusion_depth=2 is of cross-attention alone"),
+        ("deepvit_micro", {"temperature": 0.5}, "all blocks re-attend; give re_attention=0"),
+        ("deepvit_micro", {"temperature": 0, "re_attention": 0}, "temperature=0 is none; give a number above 0"),
+        ("cmt_micro", {"positions": "absolute"}, "positions='absolute' is not known"),
+        ("cmt_micro", {"norm": "batch"}, "did you mean 'batch_norm'"),
         ("cmt_micro", {"pooling": (0, 2, 1)}, r"pooling=\(0, 2, 1\) cannot be built"),
         ("vit_micro", {"patch_size": 0}, "patch_size=0 cannot be built"),
         ("resnet_micro", {"strides": (0, 2, 2, 2)}, r"strides=\(0, 2, 2, 2\) cannot be built"),
@@ -242,6 +305,50 @@ def test_lightweight_attention_pools_whole_cells_of_keys():
     attention = LightweightAttention(8, 2, 4)
     pooled = attention.pool(torch.randn(1, 8, 9, 5))
     assert pooled.shape == (1, 8, 3, 2)  # 9×5 padded to 12×8
+
+
+def test_cmt_without_positions_attends_by_queries_and_pooled_keys_alone():
+    torch.manual_seed(0)
+    model = create_model("cmt_micro", positions="none")
+    assert not [name for name in model.state_dict() if "positions" in name]
+    attention, tokens = model.stages[0].blocks[0].attn.eval(), torch.randn(1, 64, 32)
+    pooled = attention.pool(tokens.transpose(1, 2).unflatten(2, (8, 8))).flatten(2).transpose(1, 2)
+    maps = (attention.q(tokens) @ attention.k(pooled).transpose(1, 2) / 32**0.5).softmax(dim=2)
+    expected = attention.proj(maps @ attention.v(pooled))
+    torch.testing.assert_close(attention(tokens, (8, 8), None), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_cmt_unpooled_keeps_its_positions_over_all_keys():
+    layouts = create_model("cmt_micro", pooling=(1, 1, 1)).attention_layouts((32, 32))
+    assert layouts["stages.0.blocks.0.attn"] == AttentionLayout.among((TokenGroup("patch", (16, 16)),))
+    attention = LightweightAttention(4, 2, pooling=1)
+    tokens, bias = torch.randn(1, 6, 4), torch.randn(2, 6, 6)
+    split = [layer(tokens).view(1, 6, 2, 2).transpose(1, 2) for layer in (attention.q, attention.k, attention.v)]
+    maps = (split[0] @ split[1].transpose(2, 3) / 2**0.5 + bias).softmax(dim=3)
+    expected = attention.proj((maps @ split[2]).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(attention(tokens, (2, 3), bias), expected)
+
+
+@pytest.mark.parametrize(("norm", "kind"), [("batch_norm", nn.LayerNorm), ("layer_norm", nn.BatchNorm2d)])
+def test_a_cmt_of_one_kind_of_norm_has_none_of_the_other(norm, kind):
+    model = create_model("cmt_micro", norm=norm)
+    assert not [name for name, part in model.named_modules() if type(part) is kind]
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_batch_norm_over_tokens_centres_each_channel_over_the_batch():
+    model = create_model("cmt_micro", norm="batch_norm").train()
+    normed = model.stages[0].blocks[0].norm1(3 * torch.randn(4, 9, 32) + 5)
+    torch.testing.assert_close(normed.mean(dim=(0, 1)), torch.zeros(32), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normed.std(dim=(0, 1), correction=0), torch.ones(32), rtol=0, atol=1e-4)
+
+
+def test_one_stage_of_cmt_is_a_column_on_one_grid():
+    one = {"dims": (24,), "depths": (3,), "heads": (2,), "pooling": (1,), "stem": "patch", "stem_stride": 8}
+    model = CMT(img_size=64, stem_dim=6, head_dim=20, **one)
+    assert [point.reduction for point in model.feature_points()] == [16]
+    assert model.token_layout() == (TokenGroup("patch", (4, 4)),)
 
 
 def test_irffn_without_its_depthwise_weights_is_two_pointwise_layers():

@@ -28,6 +28,17 @@ def test_learning_rate_rises_linearly_then_falls_along_a_cosine():
     assert all(later < earlier for earlier, later in pairwise(rates[8:]))
 
 
+def test_the_cosine_ends_at_the_smallest_rate():
+    recipe = small_recipe(lr=1.0, min_lr=0.2, epochs=10, warmup_epochs=2.0)
+    rates = [learning_rate(recipe, step, steps_per_epoch=4) for step in range(40)]
+    assert rates[8] == 1.0
+    assert rates[24] == pytest.approx(0.6)  # half-way between the peak and the end
+    assert rates[39] == pytest.approx(0.2, abs=0.003)
+    assert rates[:8] == pytest.approx([(step + 1) / 9 for step in range(8)])
+    openly = small_recipe(lr=1.0, min_lr=0.2, epochs="auto")
+    assert learning_rate(openly, 48 - 1, 4, decay_epoch=10) == pytest.approx(0.2 + 0.8 * (1 - (7 / 8) ** 0.5))
+
+
 def test_without_warm_up_the_first_step_is_the_peak():
     assert learning_rate(small_recipe(lr=0.3, warmup_epochs=0.0), 0, 5) == pytest.approx(0.3)
 

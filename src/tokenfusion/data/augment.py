@@ -1,20 +1,21 @@
-"""A training image at random: cropped, flipped, changed in colour or geometry."""
+"""A training image at random: cropped, flipped, changed in colour or geometry, erased in part."""
 
 import math
-from collections.abc import Callable, Sequence
 
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import functional as F
 
+from tokenfusion.data.changes import jitter_colors, rand_augment, trivial_augment
 from tokenfusion.data.preprocess import cover
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Recipe
 
 
 class Augment:
-    """A training image at random: crop, flip, one colour or geometric change; drawn from torch's default generator.
+    """A training image at random: crop, flip, colour or geometric changes; drawn from torch's default generator.
 
     What torchvision's RandomResizedCrop, RandomCrop, RandomHorizontalFlip and TrivialAugmentWide do one after another,
     in half the time: its modules first find out what they were given, and draw numbers one by one.
@@ -26,6 +27,9 @@ class Augment:
         hflip: probability of a horizontal flip.
         trivial_augment: whether to apply TrivialAugment (Wide), https://arxiv.org/abs/2103.10158.
         crop_padding: pixels by which the result is shifted at most, up or down and sideways; the edge is mirrored.
+        rand_augment: RandAugment's magnitude, 0 for none.
+        color_jitter: how far brightness, contrast and saturation are changed, 0 for none.
+        random_erasing: probability that a rectangle is erased.
 
     Raises:
         InputError: a padding that is no smaller than the result.
@@ -39,6 +43,10 @@ class Augment:
         hflip: float,
         trivial_augment: bool,
         crop_padding: int = 0,
+        *,
+        rand_augment: float = 0.0,
+        color_jitter: float = 0.0,
+        random_erasing: float = 0.0,
     ) -> None:
         if crop_padding >= min(img_size):
             raise InputError(
@@ -51,12 +59,23 @@ class Augment:
         self.hflip = hflip
         self.trivial_augment = trivial_augment
         self.crop_padding = crop_padding
+        self.rand_augment = rand_augment
+        self.color_jitter = color_jitter
+        self.random_erasing = random_erasing
 
     @classmethod
     def from_recipe(cls, recipe: Recipe, img_size: tuple[int, int]) -> "Augment":
         """What a recipe says, of images resized to (height, width)."""
         return cls(
-            img_size, recipe.in_chans, recipe.crop_scale, recipe.hflip, recipe.trivial_augment, recipe.crop_padding
+            img_size,
+            recipe.in_chans,
+            recipe.crop_scale,
+            recipe.hflip,
+            recipe.trivial_augment,
+            recipe.crop_padding,
+            rand_augment=recipe.rand_augment,
+            color_jitter=recipe.color_jitter,
+            random_erasing=recipe.random_erasing,
         )
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -78,6 +97,12 @@ class Augment:
             image = image.flip(-1)
         if self.trivial_augment:
             image = trivial_augment(image)
+        if self.rand_augment:
+            image = rand_augment(image, self.rand_augment)
+        if self.color_jitter:
+            image = jitter_colors(image, self.color_jitter)
+        if self.random_erasing and torch.rand(1).item() < self.random_erasing:
+            image = erased(image)
         return F.rgb_to_grayscale(image) if self.in_chans == 1 else image
 
 
@@ -117,50 +142,27 @@ def shifted_crop(image: Tensor, padding: int) -> Tensor:
     return F.pad(image, [padding], padding_mode="reflect")[:, top : top + height, left : left + width]
 
 
-def moved(
-    image: Tensor, *, right: float = 0.0, down: float = 0.0, shear_x: float = 0.0, shear_y: float = 0.0
-) -> Tensor:
-    """(3, H, W) shifted by whole pixels, and sheared by slopes from the upper left corner."""
-    shear = [math.degrees(math.atan(slope)) for slope in (shear_x, shear_y)]
-    center = [0.0, 0.0] if shear_x or shear_y else None
-    return F.affine(image, angle=0.0, translate=[int(right), int(down)], scale=1.0, shear=shear, center=center)
+ERASED_AREA = 0.02, 1 / 3
+ERASED_ASPECT = 0.3, 1 / 0.3
+MEAN, STD = (255 * torch.tensor(numbers)[:, None, None] for numbers in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
 
 
-Change = tuple[Callable[[Tensor, float], Tensor], Sequence[float], bool]
-"""One of TrivialAugment's changes, its magnitudes from none to most, and whether one may also be negative."""
+def erased(image: Tensor) -> Tensor:
+    """(3, H, W) with noise in a rectangle (Zhong et al., arXiv 1708.04896).
 
-BINS = 31
-
-
-def up_to(most: float) -> list[float]:
-    return torch.linspace(0.0, most, BINS).tolist()
-
-
-# The paper's wide space, in torchvision's order, so that the same draws give the same images.
-CHANGES: tuple[Change, ...] = (
-    (lambda image, _: image, (), False),
-    (lambda image, slope: moved(image, shear_x=slope), up_to(0.99), True),
-    (lambda image, slope: moved(image, shear_y=slope), up_to(0.99), True),
-    (lambda image, pixels: moved(image, right=pixels), up_to(32.0), True),
-    (lambda image, pixels: moved(image, down=pixels), up_to(32.0), True),
-    (lambda image, degrees: F.rotate(image, degrees), up_to(135.0), True),
-    (lambda image, m: F.adjust_brightness(image, 1.0 + m), up_to(0.99), True),
-    (lambda image, m: F.adjust_saturation(image, 1.0 + m), up_to(0.99), True),
-    (lambda image, m: F.adjust_contrast(image, 1.0 + m), up_to(0.99), True),
-    (lambda image, m: F.adjust_sharpness(image, 1.0 + m), up_to(0.99), True),
-    (lambda image, bits: F.posterize(image, int(bits)), [8.0 - round(k / 5) for k in range(BINS)], False),
-    (lambda image, m: F.solarize(image, 255.0 * m), torch.linspace(1.0, 0.0, BINS).tolist(), False),
-    (lambda image, _: F.autocontrast(image), (), False),
-    (lambda image, _: F.equalize(image), (), False),
-)
-
-
-def trivial_augment(image: Tensor) -> Tensor:
-    """One change of one strength, both drawn uniformly."""
-    apply, magnitudes, signed = CHANGES[int(torch.randint(len(CHANGES), ()))]
-    if not magnitudes:
-        return apply(image, 0.0)
-    magnitude = magnitudes[int(torch.randint(BINS, ()))]
-    if signed and torch.rand(()).item() <= 0.5:
-        magnitude = -magnitude
-    return apply(image, magnitude)
+    Its area, aspect and place are drawn as timm draws them, and so is the noise, normal once normalised by ImageNet's
+    mean and std; here it is in whole grey levels, those beyond black and white cut off.
+    """
+    height, width = image.shape[-2:]
+    for _ in range(10):
+        area, aspect, down, right = torch.rand(4).tolist()
+        area = height * width * (ERASED_AREA[0] + (ERASED_AREA[1] - ERASED_AREA[0]) * area)
+        aspect = ERASED_ASPECT[0] * (ERASED_ASPECT[1] / ERASED_ASPECT[0]) ** aspect
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            top, left = int(down * (height - h + 1)), int(right * (width - w + 1))
+            noise = (MEAN + STD * torch.randn(3, h, w)).round().clamp(0, 255).to(image.dtype)
+            image = image.clone()
+            image[:, top : top + h, left : left + w] = noise
+            return image
+    return image

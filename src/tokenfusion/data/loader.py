@@ -54,6 +54,7 @@ class TrainLoader:
         seed: decides order and augmentation.
         workers: processes that augment; 0 for none but this.
         balanced: whether classes are drawn evenly, rather than every image once an epoch.
+        repeats: how often a batch has each of its images.
         share: the part of each batch that this process loads.
         on_unreadable: told of images that turn out to be unreadable, by index, with the reasons; the next image of
             the batch is drawn in the place of each.
@@ -71,13 +72,14 @@ class TrainLoader:
         seed: int,
         workers: int,
         balanced: bool = False,
+        repeats: int = 1,
         share: Share = Share(),  # noqa: B008 - frozen
         on_unreadable: OnUnreadable | None = None,
     ) -> None:
         if len(images) == 0:
             raise InputError("there is no readable image to train on; look at skipped.csv for the reasons")
         size = min(batch_size, len(images))
-        self.order = choose_order(images.labels, images.dataset.shards, size, seed, balanced)
+        self.order = choose_order(images.labels, images.dataset.shards, size, seed, balanced, repeats)
         share.require_even(size)
         self.images, self.order.share, self.share = images, share, share
         self.on_unreadable = on_unreadable

@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as F
 
 from tokenfusion.data.decode import ValueRange
 from tokenfusion.errors import InputError
-from tokenfusion.recipe import require_value_range
+from tokenfusion.recipe_fields import require_value_range
 
 Interpolation = Literal["bilinear", "bicubic"]
 

@@ -21,20 +21,26 @@ Key = tuple[int, ...]
 
 
 def choose_order(
-    labels: Tensor, shards: np.ndarray | None, batch_size: int, seed: int, balanced: bool
+    labels: Tensor, shards: np.ndarray | None, batch_size: int, seed: int, balanced: bool, repeats: int = 1
 ) -> "RandomOrder":
     """The order that suits where the images lie.
 
     Args:
         labels: of each image (N,) or (N, K).
         shards: int64 (N,), the shard of each image; None where they can be had in any order at the same cost.
-        batch_size, seed, balanced: as in TrainLoader.
+        batch_size, seed, balanced, repeats: as in TrainLoader.
 
     Raises:
-        InputError: classes are to be drawn evenly from shards.
+        InputError: classes are to be drawn evenly from shards, or images repeatedly.
     """
     if shards is None:
-        return BalancedOrder(labels, batch_size, seed) if balanced else RandomOrder(len(labels), batch_size, seed)
+        order = BalancedOrder(labels, batch_size, seed) if balanced else RandomOrder(len(labels), batch_size, seed)
+        order.repeats = repeats
+        return order
+    if repeats > 1:
+        raise InputError(
+            f"repeats={repeats}: images in shards come a few shards at a time, and are drawn once an epoch; give 1"
+        )
     if balanced:
         raise InputError(
             "images in shards come a few shards at a time, so that classes cannot be drawn evenly; balance the loss"
@@ -43,12 +49,17 @@ def choose_order(
 
 
 class RandomOrder(Sampler[list[Key]]):
-    """The keys of each batch of an epoch; `epoch` and `start` are set before it is iterated over."""
+    """The keys of each batch of an epoch; `epoch` and `start` are set before it is iterated over.
+
+    With `repeats`, a batch has its images that often, each time augmented anew, and an epoch is as long as without: it
+    draws only a part of the images (repeated augmentation, Hoffer et al., arXiv 1901.09335; Berman et al., 1902.05509).
+    """
 
     def __init__(self, images: int, batch_size: int, seed: int) -> None:
         self.images, self.batch_size, self.seed = images, batch_size, seed
         self.steps = images // batch_size
         self.epoch = self.start = 0
+        self.repeats = 1
         self.share = Share()
 
     def __len__(self) -> int:
@@ -57,7 +68,20 @@ class RandomOrder(Sampler[list[Key]]):
     def __iter__(self) -> Iterator[list[Key]]:
         keys = self.keys(torch.Generator().manual_seed(derive_seed(self.seed, self.epoch)))
         for step in range(self.start, self.steps):
-            yield self.share.take(keys[step * self.batch_size : (step + 1) * self.batch_size])
+            yield self.share.take(self.repeated(keys[step * self.batch_size : (step + 1) * self.batch_size]))
+
+    def repeated(self, batch: list[Key]) -> list[Key]:
+        """Of a batch's keys one in `repeats`, that often: first all of them, then all again, so that mixing, which
+        pairs neighbours, pairs different images."""
+        if self.repeats == 1:
+            return batch
+        drawn = batch[:: self.repeats]
+        keys: list[Key] = []
+        for number in range(self.repeats):
+            for epoch, index, *before in drawn:
+                nth = self.repeats * sum(before) + number
+                keys.append((epoch, index, nth) if nth else (epoch, index))
+        return keys[: len(batch)]
 
     def keys(self, generator: torch.Generator) -> list[Key]:
         """All the epoch's keys: every image once."""

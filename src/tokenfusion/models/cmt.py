@@ -22,7 +22,7 @@ from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of, tokens_to_map
 from tokenfusion.models.base import PaperModel, at_least, choose, image_size, linear_head
-from tokenfusion.models.cmt_blocks import ATTENTIONS, STEMS, CMTBlock, Parts, PatchEmbedding
+from tokenfusion.models.cmt_blocks import ATTENTIONS, NORMS, POSITIONS, STEMS, CMTBlock, Parts, PatchEmbedding
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
 
@@ -46,7 +46,7 @@ class Stage(nn.Module):
         self.pooling = pooling
         self.attention = choose(ATTENTIONS, parts.attention, "attention")
         self.embed = PatchEmbedding(in_chans, dim)
-        self.positions = self.attention.positions(heads, grid, pooling)
+        self.positions = choose(POSITIONS, parts.positions, "positions")(self.attention, heads, grid, pooling)
         self.blocks = nn.ModuleList(CMTBlock(dim, heads, pooling, parts, path) for path in paths)
 
     def forward(self, features: Tensor, run: Callable[..., Tensor]) -> Tensor:
@@ -75,8 +75,11 @@ class CMT(PaperModel):
         head_dim: width of the convolution before the classifier.
         stem: "conv" or "patch".
         local: "lpu" or "none".
-        attention: "lightweight" or "plain".
+        attention: "lightweight", or "plain": neither pooled nor with positions.
+        positions: "relative" or "none", of lightweight attention.
         feed_forward: "inverted_residual" or "plain".
+        norm: "mixed" as published, LayerNorm of tokens and BatchNorm behind convolutions; "batch_norm" or "layer_norm"
+            everywhere.
         drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, in blocks, of attention maps.
         drop_path_rate: rate of stochastic depth at the last block.
 
@@ -121,7 +124,9 @@ class CMT(PaperModel):
         stem: str = "conv",
         local: str = "lpu",
         attention: str = "lightweight",
+        positions: str = "relative",
         feed_forward: str = "inverted_residual",
+        norm: str = "mixed",
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -134,7 +139,7 @@ class CMT(PaperModel):
         at_least(1, dims=dims, depths=depths, pooling=pooling, in_chans=in_chans)
         at_least(1, stem_dim=stem_dim, stem_stride=stem_stride, head_dim=head_dim)
         self.img_size = image_size(img_size)
-        parts = Parts(local, attention, feed_forward, mlp_ratio, attn_drop_rate, proj_drop_rate)
+        parts = Parts(local, attention, positions, feed_forward, mlp_ratio, attn_drop_rate, proj_drop_rate)
         rates = iter(rising_rates(drop_path_rate, sum(depths)))
         self.dims = tuple(dims)
         self.reductions = tuple(stem_stride * 2**i for i in range(1, len(dims) + 1))
@@ -153,6 +158,7 @@ class CMT(PaperModel):
         self.head_drop = nn.Dropout(drop_rate)
         self.apply(init_linear_and_norm)
         self.apply(init_conv)
+        choose(NORMS, norm, "norm")(self)
         self.head = self.build_head(num_classes)
 
     def build_head(self, num_classes: int) -> nn.Module:

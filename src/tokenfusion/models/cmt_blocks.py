@@ -4,9 +4,10 @@ Letters: B batch, N tokens, M pooled tokens, C channels, H heads, D head width, 
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from timm.layers import Mlp
+from timm.layers import LayerNorm2d, Mlp
 from torch import Tensor, nn
 
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
@@ -97,8 +98,8 @@ class LightweightAttention(nn.Module):
         keys = TokenGroup("pooled", grid_of(grid, pooling)) if pooling > 1 else queries
         return AttentionLayout((queries,), (keys,))
 
-    def forward(self, tokens: Tensor, grid: Grid, bias: Tensor) -> Tensor:
-        """Tokens (B, N, C) on a grid and the bias (H, N, M) to (B, N, C)."""
+    def forward(self, tokens: Tensor, grid: Grid, bias: Tensor | None) -> Tensor:
+        """Tokens (B, N, C) on a grid and the bias (H, N, M), if there is one, to (B, N, C)."""
         pooled = map_to_tokens(self.pool(tokens_to_map(tokens, grid)))
         queries, keys, values = self.q(tokens), self.k(pooled), self.v(pooled)
         heads = (split_heads(projected, self.heads) for projected in (queries, keys, values))
@@ -136,6 +137,7 @@ class Parts(NamedTuple):
 
     local: str
     attention: str
+    positions: str
     feed_forward: str
     mlp_ratio: float
     attn_drop: float
@@ -186,7 +188,10 @@ class NoPositions(nn.Module):
 
 
 class PlainAttention(nn.Module):
-    """Self-attention over all tokens, without positions: what LMHSA is compared with."""
+    """Self-attention over all tokens, neither pooled nor with positions: what LMHSA is compared with.
+
+    Of the two, `pooling` of 1 takes away the first alone, and no `positions` the second.
+    """
 
     def __init__(self, dim: int, heads: int, _pooling: int, attn_drop: float = 0.0, proj_drop: float = 0.0) -> None:
         super().__init__()
@@ -212,7 +217,44 @@ def plain_feed_forward(dim: int, hidden: int, drop: float = 0.0) -> nn.Module:
     return Mlp(dim, hidden, drop=drop, use_conv=True)
 
 
+class TokenBatchNorm(nn.Module):
+    """BatchNorm in the place of a LayerNorm over tokens: each channel by its mean and variance over all tokens."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        return self.norm(tokens.transpose(1, 2)).transpose(1, 2)
+
+
+def all_batch_norm(model: nn.Module) -> None:
+    """Put BatchNorm in the place of every LayerNorm of a model that is not trained yet."""
+    for module in list(model.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, nn.LayerNorm):
+                setattr(module, name, TokenBatchNorm(part.normalized_shape[0]))
+
+
+def all_layer_norm(model: nn.Module) -> None:
+    """Put a LayerNorm over channels in the place of every BatchNorm of a model that is not trained yet."""
+    for module in list(model.modules()):
+        for name, part in module.named_children():
+            if isinstance(part, nn.BatchNorm2d):
+                setattr(module, name, LayerNorm2d(part.num_features))
+
+
 STEMS = {"conv": ConvStem, "patch": patch_stem}
 LOCAL: dict[str, type[nn.Module]] = {"lpu": LocalPerception, "none": nn.Identity}
 ATTENTIONS: dict[str, Any] = {"lightweight": LightweightAttention, "plain": PlainAttention}
 FEED_FORWARDS = {"inverted_residual": InvertedResidualFeedForward, "plain": plain_feed_forward}
+POSITIONS: dict[str, Callable[..., nn.Module]] = {  # of a kind of attention, for its heads, grid and pooling
+    "relative": lambda attention, *place: attention.positions(*place),
+    "none": lambda *_: NoPositions(),
+}
+NORMS: dict[str, Callable[[nn.Module], None]] = {
+    "mixed": lambda _: None,  # LayerNorm of tokens, BatchNorm behind convolutions
+    "batch_norm": all_batch_norm,
+    "layer_norm": all_layer_norm,
+}

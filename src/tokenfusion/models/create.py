@@ -61,7 +61,8 @@ def create_model(
 
     Args:
         name: as `list_models` or timm gives it; or `fuse(CNN,VIT,STRATEGY)`, with an operator as a fourth item, see
-            `fuse`; or a control, as `controls` says: `cnn(PRESET)`, `vit(PRESET)`, `wide(NAME,FACTOR)`.
+            `fuse`; or a control, as `controls` says: `cnn(PRESET)`, `vit(PRESET)`, `wide(NAME,FACTOR)`; or a model
+            with options of its class, `with(NAME,OPTION=VALUE,...)`.
         num_classes: outputs of the head; the variant's own when not given.
         in_chans: channels of the images.
         img_size: height and width in pixels that the model is made for; the variant's own when not given.

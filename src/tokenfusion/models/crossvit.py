@@ -10,10 +10,9 @@ Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
@@ -25,64 +24,12 @@ from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout
 from tokenfusion.models.backbones import TokenBackbone
 from tokenfusion.models.base import at_least, choose, image_size, linear_head
 from tokenfusion.models.crossvit_fusion import FUSIONS, Branch, Fusion, Grids, Pair, Rates
+from tokenfusion.models.crossvit_patches import STEMS, ImageScale
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
 
 STAGES = 3
-CONV_STRIDES = {4: (1, 1), 8: (2, 1), 12: (3, 1), 16: (2, 2)}  # of the 3×3, by the patch; the paper has the last two
-
-
-def linear_patches(in_chans: int, dim: int, patch_size: int) -> nn.Module:
-    """Patches, each through one linear map (ViT)."""
-    return nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
-
-
-class ConvPatches(nn.Sequential):
-    """The dagger's three convolutions: 7×7 stride 4, then two 3×3 that reach the stride of the patch."""
-
-    def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
-        if patch_size not in CONV_STRIDES:
-            sizes = ", ".join(map(str, CONV_STRIDES))
-            raise InputError(f"patch_size={patch_size} is out of reach of the conv stem's strides; try one of {sizes}")
-        middle, last = CONV_STRIDES[patch_size]
-        super().__init__(
-            nn.Conv2d(in_chans, dim // 4, 7, stride=4, padding=3),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(dim // 4, dim // 2, 3, middle, padding=int(middle < 3)),  # stride 3 leaves no gap to pad
-            nn.ReLU(inplace=True),
-            nn.Conv2d(dim // 2, dim, 3, last, padding=1),
-        )
-
-
-STEMS = {"linear": linear_patches, "conv": ConvPatches}
-
-
-class ImageScale(NamedTuple):
-    """What a branch sees: the image at `numerator / denominator` of its size, rounded up to whole patches."""
-
-    patch_size: int
-    numerator: int = 1
-    denominator: int = 1
-
-    @property
-    def reduction(self) -> Fraction:
-        """Pixels of the image, as it was, per patch, along one side."""
-        return Fraction(self.patch_size * self.denominator, self.numerator)
-
-    def grid(self, height: int, width: int) -> Grid:
-        """Rows and columns of patches for an image of this size."""
-        return self._patches(height), self._patches(width)
-
-    def resize(self, images: Tensor) -> Tensor:
-        """Images (B, in_chans, H, W) as the branch sees them."""
-        rows, columns = self.grid(images.shape[2], images.shape[3])
-        size = (rows * self.patch_size, columns * self.patch_size)
-        if size == (images.shape[2], images.shape[3]):
-            return images
-        return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
-
-    def _patches(self, side: int) -> int:
-        return -(-side * self.numerator // (self.patch_size * self.denominator))
+"""Multi-scale encoders, the paper's K, unless told otherwise."""
 
 
 class Stage(nn.Module):
@@ -92,6 +39,7 @@ class Stage(nn.Module):
         small, large: the branches.
         depths: blocks in the small and the large branch.
         fusion: class of the fusion.
+        fusion_depth: cross-attentions in it, one after another.
         rates: dropout rates.
         paths: stochastic depth's rate of each block; the fusion's is the last.
     """
@@ -102,6 +50,7 @@ class Stage(nn.Module):
         large: Branch,
         depths: tuple[int, int],
         fusion: type[Fusion],
+        fusion_depth: int,
         rates: Rates,
         paths: Sequence[float],
     ) -> None:
@@ -117,7 +66,7 @@ class Stage(nn.Module):
             )
 
         self.small, self.large = blocks(small, depths[0]), blocks(large, depths[1])
-        self.fusion = fusion(small, large, rates, paths[-1])
+        self.fusion = fusion(small, large, rates, paths[-1], fusion_depth)
 
     def forward(self, small: Tensor, large: Tensor, grids: Grids) -> Pair:
         """Tokens (B, 1 + N, C) of either branch to the same."""
@@ -164,10 +113,12 @@ class CrossViT(TokenBackbone):
         num_classes: outputs; 0 for none.
         dims: widths of the small and the large branch.
         heads: attention heads of either.
-        depths: blocks of either in each of the three stages.
+        depths: blocks of either in each stage.
+        encoders: number of stages, multi-scale encoders in the paper's words.
         mlp_ratio: hidden width of the MLPs, in units of the width.
         stem: how patches become tokens: "linear", or "conv" for the dagger.
-        fusion: "cross_attention", "all_attention", "cls_sum" or "pairwise".
+        fusion: "cross_attention", "all_attention", "cls_sum", "pairwise", or "none": the branches run apart.
+        fusion_depth: cross-attentions of either way in each stage; 1 for every other fusion.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the positions, after
             linear maps, of attention maps.
         drop_path_rate: rate of stochastic depth at the last block.
@@ -206,9 +157,11 @@ class CrossViT(TokenBackbone):
         dims: tuple[int, int] = (192, 384),
         heads: tuple[int, int] = (6, 6),
         depths: tuple[int, int] = (1, 4),
+        encoders: int = STAGES,
         mlp_ratio: float = 4.0,
         stem: str = "linear",
         fusion: str = "cross_attention",
+        fusion_depth: int = 1,
         drop_rate: float = 0.0,
         pos_drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
@@ -217,7 +170,7 @@ class CrossViT(TokenBackbone):
     ) -> None:
         super().__init__()
         pairs = {"patch_sizes": patch_sizes, "large_scale": large_scale, "dims": dims, "heads": heads, "depths": depths}
-        at_least(1, in_chans=in_chans, **pairs)
+        at_least(1, in_chans=in_chans, encoders=encoders, fusion_depth=fusion_depth, **pairs)
         for name, pair in pairs.items():
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise InputError(f"{name}={pair} are not two; give the small and the large branch a value each")
@@ -225,7 +178,7 @@ class CrossViT(TokenBackbone):
         check_heads(*small[:2])
         check_heads(*large[:2])
         fusion_cls, patches = choose(FUSIONS, fusion, "fusion"), choose(STEMS, stem, "stem")
-        paths = rising_rates(drop_path_rate, STAGES * max(depths))
+        paths = rising_rates(drop_path_rate, encoders * max(depths))
 
         self.in_chans, self.num_classes = in_chans, num_classes
         self.embed_dim = dims
@@ -241,8 +194,8 @@ class CrossViT(TokenBackbone):
         self.embed_large = embedding(large, self.scale_large)
         rates = Rates(attn_drop_rate, proj_drop_rate)
         self.stages = nn.ModuleList(
-            Stage(small, large, depths, fusion_cls, rates, paths[i * max(depths) : (i + 1) * max(depths)])
-            for i in range(STAGES)
+            Stage(small, large, depths, fusion_cls, fusion_depth, rates, paths[i * max(depths) : (i + 1) * max(depths)])
+            for i in range(encoders)
         )
         self.norm_small: nn.Module = layer_norm(small.dim)
         self.norm_large: nn.Module = layer_norm(large.dim)
@@ -267,12 +220,12 @@ class CrossViT(TokenBackbone):
         return cls if pre_logits else self.head(cls)
 
     def feature_points(self) -> list[FeaturePoint]:
-        """The patch tokens after each stage: 0 to 2 of the small branch, 3 to 5 of the large one."""
+        """The patch tokens after each stage: the small branch's (0 to 2 of three stages), then the large one's."""
         scales = ("small", self.scale_small), ("large", self.scale_large)
         return [
             FeaturePoint(f"stages.{i}", dim, scale.reduction, prefix_tokens=1, norm=f"norm_{name}", output=branch)
             for branch, (dim, (name, scale)) in enumerate(zip(self.embed_dim, scales, strict=True))
-            for i in range(STAGES)
+            for i in range(len(self.stages))
         ]
 
     def branch_layouts(self, img_size: Grid | None = None) -> tuple[TokenLayout, TokenLayout]:

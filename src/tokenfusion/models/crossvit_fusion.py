@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import SelfAttention
 from tokenfusion.layers.blocks import drop_path, layer_norm
 from tokenfusion.layers.cross_attention import ClsCrossAttention
@@ -40,6 +41,26 @@ class Rates(NamedTuple):
     proj_drop: float = 0.0
 
 
+class ClsUpdate(nn.Module):
+    """y + CA(norm([y; x'_patches])): a CLS token attends to a branch's patches and to itself (equation 4).
+
+    Args:
+        other: the branch that it attends to, of whose width it is.
+        rates: dropout rates.
+        path: rate of stochastic depth.
+    """
+
+    def __init__(self, other: Branch, rates: Rates, path: float) -> None:
+        super().__init__()
+        self.norm = layer_norm(other.dim)
+        self.attn = ClsCrossAttention(other.dim, other.heads, *rates)
+        self.drop_path = drop_path(path)
+
+    def forward(self, cls: Tensor, patches: Tensor) -> Tensor:
+        """CLS (B, 1, C) and patches (B, N, C) to CLS."""
+        return cls + self.drop_path(self.attn(self.norm(torch.cat([cls, patches], dim=1))))
+
+
 class CrossAttentionWay(nn.Module):
     """y = f(x_cls) + CA(norm([f(x_cls); x'_patches])),  z = [g(y); x_patches]: a branch's CLS token attends to the
     other branch's patches (figure 4, equations 4 and 6); f and g project to the other branch's width and back.
@@ -49,28 +70,49 @@ class CrossAttentionWay(nn.Module):
         other: the branch that it attends to.
         rates: dropout rates.
         path: rate of stochastic depth.
+        depth: cross-attentions one after another, each y of the one before to the same patches. (In IBM/CrossViT at
+            25a3339 a second one sees the CLS token alone.)
     """
 
-    def __init__(self, own: Branch, other: Branch, rates: Rates, path: float) -> None:
+    def __init__(self, own: Branch, other: Branch, rates: Rates, path: float, depth: int = 1) -> None:
         super().__init__()
         self.project = project(own.dim, other.dim)
         self.norm = layer_norm(other.dim)
         self.attn = ClsCrossAttention(other.dim, other.heads, *rates)
         self.drop_path = drop_path(path)
         self.project_back = project(other.dim, own.dim)
+        self.further = nn.ModuleList(ClsUpdate(other, rates, path) for _ in range(depth - 1))
 
     def forward(self, tokens: Tensor, other: Tensor) -> Tensor:
         """Tokens of the branch and of the other, (B, 1 + N, C) each, to the branch's with a new CLS token."""
-        cls = self.project(tokens[:, :1])
-        cls = cls + self.drop_path(self.attn(self.norm(torch.cat([cls, other[:, 1:]], dim=1))))
+        cls, patches = self.project(tokens[:, :1]), other[:, 1:]
+        cls = cls + self.drop_path(self.attn(self.norm(torch.cat([cls, patches], dim=1))))
+        for update in self.further:
+            cls = update(cls, patches)
         return torch.cat([self.project_back(cls), tokens[:, 1:]], dim=1)
 
 
 class Fusion(nn.Module):
-    """Two branches' tokens in, the same out, fused."""
+    """Two branches' tokens in, the same out, fused.
 
-    @staticmethod
-    def attention_layouts(_small: TokenLayout, _large: TokenLayout) -> dict[str, AttentionLayout]:
+    Args:
+        small, large: the branches.
+        rates: dropout rates.
+        path: rate of stochastic depth.
+        depth: cross-attentions one after another, of cross-attention alone.
+
+    Raises:
+        InputError: a depth that the fusion does not have.
+    """
+
+    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float, depth: int = 1) -> None:  # noqa: ARG002
+        super().__init__()
+        if depth != 1 and not isinstance(self, CrossAttentionFusion):
+            raise InputError(
+                f"fusion_depth={depth} is of cross-attention alone; give fusion=cross_attention, or leave it out"
+            )
+
+    def attention_layouts(self, _small: TokenLayout, _large: TokenLayout) -> dict[str, AttentionLayout]:
         """What each attention's queries and keys are, by name, of branches laid out as [CLS; patches]."""
         return {}
 
@@ -78,29 +120,38 @@ class Fusion(nn.Module):
 class CrossAttentionFusion(Fusion):
     """Fusion (d), the one kept: each branch's CLS token attends to the other branch's patches."""
 
-    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float) -> None:
-        super().__init__()
-        self.small = CrossAttentionWay(small, large, rates, path)
-        self.large = CrossAttentionWay(large, small, rates, path)
+    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float, depth: int = 1) -> None:
+        super().__init__(small, large, rates, path, depth)
+        self.small = CrossAttentionWay(small, large, rates, path, depth)
+        self.large = CrossAttentionWay(large, small, rates, path, depth)
 
     def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
         """Tokens (B, 1 + N, C) of either branch to the same, fused."""
         with in_full_precision(self, small):
             return self.small(small, large), self.large(large, small)
 
-    @staticmethod
-    def attention_layouts(small: TokenLayout, large: TokenLayout) -> dict[str, AttentionLayout]:
-        return {
-            "small.attn": AttentionLayout(small[:1], small[:1] + large[1:]),
-            "large.attn": AttentionLayout(large[:1], large[:1] + small[1:]),
-        }
+    def attention_layouts(self, small: TokenLayout, large: TokenLayout) -> dict[str, AttentionLayout]:
+        from_small = AttentionLayout(small[:1], small[:1] + large[1:])
+        from_large = AttentionLayout(large[:1], large[:1] + small[1:])
+        layouts = {"small.attn": from_small, "large.attn": from_large}
+        for i in range(len(self.small.further)):
+            layouts |= {f"small.further.{i}.attn": from_small, f"large.further.{i}.attn": from_large}
+        return layouts
+
+
+class NoFusion(Fusion):
+    """None: each branch goes on alone, and only the mean of their logits brings them together."""
+
+    def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
+        """Tokens (B, 1 + N, C) of either branch as they are."""
+        return small, large
 
 
 class ProjectedFusion(Fusion):
     """What fusions (a) to (c) share: both branches projected to the large one's width, and back."""
 
-    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float) -> None:  # noqa: ARG002
-        super().__init__()
+    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float, depth: int = 1) -> None:
+        super().__init__(small, large, rates, path, depth)
         self.project_small, self.back_small = project(small.dim, large.dim), project(large.dim, small.dim)
         self.project_large, self.back_large = project(large.dim, large.dim), project(large.dim, large.dim)
 
@@ -108,8 +159,8 @@ class ProjectedFusion(Fusion):
 class AllAttentionFusion(ProjectedFusion):
     """Fusion (a): one self-attention over all tokens of both branches."""
 
-    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float) -> None:
-        super().__init__(small, large, rates, path)
+    def __init__(self, small: Branch, large: Branch, rates: Rates, path: float, depth: int = 1) -> None:
+        super().__init__(small, large, rates, path, depth)
         self.norm = layer_norm(large.dim)
         self.attn = SelfAttention(large.dim, large.heads, *rates)
         self.drop_path = drop_path(path)
@@ -121,8 +172,7 @@ class AllAttentionFusion(ProjectedFusion):
         small, large = tokens.split([small.shape[1], large.shape[1]], dim=1)
         return self.back_small(small), self.back_large(large)
 
-    @staticmethod
-    def attention_layouts(small: TokenLayout, large: TokenLayout) -> dict[str, AttentionLayout]:
+    def attention_layouts(self, small: TokenLayout, large: TokenLayout) -> dict[str, AttentionLayout]:
         return {"attn": AttentionLayout.among(small + large)}
 
 
@@ -162,4 +212,5 @@ FUSIONS: dict[str, type[Fusion]] = {
     "cls_sum": ClsSumFusion,
     "pairwise": PairwiseFusion,
     "cross_attention": CrossAttentionFusion,
+    "none": NoFusion,
 }

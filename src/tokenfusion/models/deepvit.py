@@ -7,6 +7,8 @@ Letters: B batch, N tokens, C channels, H heads, D head width, h w grid.
 """
 
 from collections import OrderedDict
+from functools import partial
+from math import inf
 from typing import Any
 
 import torch
@@ -143,6 +145,26 @@ class LayerNormMixing(HeadMixing):
         return self.norm(self.matrix(maps).movedim(1, -1)).movedim(-1, 1) * self.scale
 
 
+class TemperedAttention(SelfAttention):
+    """softmax(Q Kᵀ / (τ √D)) V: below τ = 1 each token attends to fewer others, above to more.
+
+    Args:
+        dim, heads, attn_drop, proj_drop: as in `SelfAttention`.
+        temperature: τ.
+    """
+
+    def __init__(
+        self, dim: int, heads: int, temperature: float, attn_drop: float = 0.0, proj_drop: float = 0.0
+    ) -> None:
+        super().__init__(dim, heads, attn_drop, proj_drop)
+        self.temperature = temperature
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """(B, N, C) to (B, N, C)."""
+        queries, keys, values = (split_heads(part, self.heads) for part in self.qkv(tokens).chunk(3, dim=2))
+        return self.proj_drop(self.proj(merge_heads(self.attend(queries / self.temperature, keys, values))))
+
+
 class RescaledBlock(Block):
     """A block whose branches read half of the stream and write double: x + 2 branch(norm(x / 2))."""
 
@@ -201,6 +223,8 @@ class DeepViT(PlainTransformer):
         re_attention: how many of the last blocks re-attend, the others having plain attention; all if None.
         mixing_norm: norm after the mixing of heads: "none", "batch_norm" or "layer_norm".
         mixing_scale: multiply the mixed maps by 1/√D once more, as `deepvit_s` does.
+        learn_mixing: whether Θ is learned; else it stays at the random numbers that it begins with.
+        temperature: τ of the blocks that do not re-attend, softmax(Q Kᵀ / (τ √D)) V.
         stem: how patches become tokens: "linear" or "conv".
         block: "plain", or "rescaled" by a half and back.
         drop_rate, pos_drop_rate, proj_drop_rate, attn_drop_rate: dropout before the head, after the positions, after
@@ -208,7 +232,8 @@ class DeepViT(PlainTransformer):
         drop_path_rate: rate of stochastic depth at the last block.
 
     Raises:
-        InputError: heads that do not divide the width, an unknown choice, an impossible size or number.
+        InputError: heads that do not divide the width, an unknown choice, an impossible size or number; a temperature
+            where every block re-attends.
     """
 
     official_names = OfficialNames(
@@ -238,6 +263,8 @@ class DeepViT(PlainTransformer):
         re_attention: int | None = None,
         mixing_norm: str = "batch_norm",
         mixing_scale: bool = False,
+        learn_mixing: bool = True,
+        temperature: float = 1.0,
         stem: str = "linear",
         block: str = "plain",
         drop_rate: float = 0.0,
@@ -252,14 +279,21 @@ class DeepViT(PlainTransformer):
         at_least(0, re_attention=re_attention)
         if re_attention > depth:
             raise InputError(f"re_attention={re_attention} is more than all depth={depth} blocks; try {depth}")
+        if not (isinstance(temperature, int | float) and 0 < temperature < inf):
+            raise InputError(f"temperature={temperature} is none; give a number above 0, such as 0.5")
+        if temperature != 1 and re_attention == depth:
+            raise InputError(
+                f"temperature={temperature} is of plain attention, and all blocks re-attend; give re_attention=0"
+            )
         check_heads(dim, heads)
         mixing = choose(MIXINGS, mixing_norm, "mixing_norm")
         scale = (dim // heads) ** -0.5 if mixing_scale else 1.0
         drops = {"attn_drop": attn_drop_rate, "proj_drop": proj_drop_rate}
+        plain = SelfAttention if temperature == 1 else partial(TemperedAttention, temperature=temperature)
 
         def attention(index: int) -> nn.Module:
             if index < depth - re_attention:
-                return SelfAttention(dim, heads, **drops)
+                return plain(dim, heads, **drops)
             return ReAttention(dim, heads, mixing(heads, scale), **drops)
 
         self.in_chans, self.num_classes = in_chans, num_classes
@@ -275,6 +309,9 @@ class DeepViT(PlainTransformer):
         self.norm = layer_norm(dim)
         self.head_drop = nn.Dropout(drop_rate)
         self.apply(init_linear_and_norm)
+        for part in self.modules():
+            if isinstance(part, HeadMixing):
+                part.matrix.requires_grad_(learn_mixing)
         self.head = self.build_head(num_classes)
 
 

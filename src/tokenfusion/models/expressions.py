@@ -12,14 +12,15 @@ from tokenfusion.names import split_at_commas, unmatched
 FUNCTIONS = {  # name: least and most arguments, and how it is written
     "fuse": (2, 4, "fuse(CNN,VIT,STRATEGY,OPERATOR)"),
     "wide": (2, 2, "wide(NAME,FACTOR)"),
+    "with": (2, 99, "with(NAME,OPTION=VALUE,...)"),
     "cnn": (1, 1, "cnn(PRESET)"),
     "vit": (1, 1, "vit(PRESET)"),
 }
 
 Build = Callable[..., nn.Module]
 BUILDERS: dict[str, Build] = {}
-"""What builds a function's model from its arguments, which are texts, and those of `create_model`: `fuse.py` and
-`controls.py` each bring their own."""
+"""What builds a function's model from its arguments, which are texts, and those of `create_model`: `fuse.py`,
+`controls.py` and `variants.py` each bring their own."""
 
 
 CHECKED: set[str] = set()

@@ -55,6 +55,13 @@ PUBLISHED: dict[str, Figures] = {
     "cmt_b": {"parameters_m": {"code": "45.72"}, "gmacs": {"paper": "9.3"}, "top1": {"paper": "84.5"}},
 }
 
+COLLAPSE: dict[str, dict[str, str]] = {
+    "deepvit_16": {"vit_top1": "78.88", "vit_similar": "5", "similar": "0"},
+    "deepvit_24": {"vit_top1": "79.35", "vit_similar": "11", "similar": "0"},
+    "deepvit_32": {"vit_top1": "79.27", "vit_similar": "15", "similar": "0"},
+}
+"""What DeepViT's paper prints of a ViT of the same depth, its top-1 and its similar blocks, and of its own model's."""
+
 TOLERANCE = 0.02
 
 

@@ -45,9 +45,8 @@ def require_tunable(classifier: Classifier, source: Dataset, recipe: Recipe, run
             recipe.warm_start_from or recipe.pretrained
         ),
         f"views={recipe.views} of an image are all the same; give a --crop-scale below 1, --hflip or "
-        "--trivial-augment": recipe.views > 1
-        and recipe.crop_scale == 1
-        and not (recipe.hflip or recipe.trivial_augment or recipe.crop_padding),
+        "--trivial-augment": recipe.views > 1 and not recipe.augments,
+        f"repeats={recipe.repeats} are of images, and what is seen of them is kept; give --views": recipe.repeats > 1,
         "an image has any number of classes here, and the linear classifier gives one; give a single model, such as "
         "--model resnet50": source.multi_label,
         f"every={recipe.every} looks at attention to images, of which the parents' was seen before; give 0": (

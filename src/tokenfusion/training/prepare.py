@@ -224,6 +224,7 @@ def make_loader(training: Images, classifier: Classifier, recipe: Recipe, run: R
         seed=recipe.seed,
         workers=recipe.workers,
         balanced=recipe.balance == "sampling",
+        repeats=recipe.repeats,
         share=Share(run.world.rank, run.world.size, recipe.accumulate, before=bool(recipe.mixup or recipe.cutmix)),
         on_unreadable=Unreadable(run, training, recipe),
     )

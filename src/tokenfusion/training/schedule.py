@@ -16,30 +16,30 @@ LATEST_DECAY = 250
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: int = 0) -> float:
-    """Linear warm-up from 0 to the peak, for half of the steps at most, then a cosine to 0 at the last step.
+    """Linear warm-up from 0 to the peak, for half of the steps at most, then a cosine to `min_lr` at the last step.
 
     With `epochs` auto the end is not known: the rate stays at its peak until the final decay, which falls by
     1 - sqrt(share of the decay done) (Hägele et al., arXiv 2405.18392).
 
     Args:
-        recipe: gives the peak, the warm-up and the number of epochs.
+        recipe: gives the peak, the end, the warm-up and the number of epochs.
         step: optimiser steps done before this one.
         steps_per_epoch: optimiser steps in an epoch.
         decay_epoch: epochs done when the final decay began; 0 before.
     """
-    peak = number(recipe.lr)
+    peak, least = number(recipe.lr), recipe.min_lr
     if recipe.epochs == "auto":
         warmup = recipe.warmup_epochs * steps_per_epoch
         rate = peak * min((step + 1) / (warmup + 1), 1.0)
         if not decay_epoch:
             return rate
         start, end = decay_epoch * steps_per_epoch, last_epoch(decay_epoch) * steps_per_epoch
-        return rate * (1 - sqrt((step - start) / (end - start)))
+        return least + (rate - least) * (1 - sqrt((step - start) / (end - start)))
     total = recipe.epochs * steps_per_epoch
     warmup = min(recipe.warmup_epochs * steps_per_epoch, total / 2)
     if step < warmup:
         return peak * (step + 1) / (warmup + 1)
-    return peak * 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))
+    return least + (peak - least) * 0.5 * (1 + cos(pi * (step - warmup) / max(total - warmup, 1)))
 
 
 def side_weight(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: int = 0) -> float:

@@ -2,15 +2,19 @@
 
 import json
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from runs import small_recipe, tiny_recipe
-from tokenfusion import InputError, Recipe
+from tokenfusion import InputError, Recipe, create_model
 from tokenfusion.checkpoint import load_tensors
+from tokenfusion.cli import app
 from tokenfusion.models import list_models
+from tokenfusion.options import data_first
 from tokenfusion.recipe import load_recipe
 from tokenfusion.training.auto.dry_run import plan, plan_table
 from tokenfusion.training.schedule import MAX_EPOCHS
@@ -98,3 +102,30 @@ def test_a_recipe_for_imagenet_names_its_command_and_its_sources(path):
     assert re.search(r"arXiv \d{4}\.\d{5}", text)
     assert "not trained here" in text or "not yet trained" in text
     assert recipe.batch_size % 8 == 0
+
+
+ABLATIONS = ROOT / "recipes" / "cifar10_ablations.toml"
+
+
+def test_the_ablations_name_their_commands_and_every_model_can_be_built():
+    recipe, text = load_recipe(ABLATIONS), ABLATIONS.read_text()
+    header = re.sub(r"\\\n#\s*", "", "".join(line for line in text.splitlines(True) if line.startswith("#")))
+    commands = [shlex.split(line[2:]) for line in header.splitlines() if line.startswith("#   tokenfusion")]
+    assert [words[words.index("--out") + 1] for words in commands] == [
+        f"runs/ablation_{paper}" for paper in ("crossvit", "deepvit", "cmt")
+    ]
+    counted = []
+    for words in commands:
+        words[words.index(f"recipes/{ABLATIONS.name}")] = str(ABLATIONS)
+        app.parse_args(data_first(words[1:]), exit_on_error=False, print_error=False)
+        models = words[words.index("--models") + 1 :]
+        counted.append(int(words[words.index("--seeds") + 1]) * len(models))
+        shapes = set()
+        for name in models:
+            with torch.device("meta"):
+                model = create_model(name, num_classes=10, img_size=32)
+            learned = [parameter.requires_grad for parameter in model.parameters()]
+            shapes.add(f"{model}{model.attention_layouts()}{learned}")
+        assert len(shapes) == len(models)  # each differs from every other
+    assert f"{counted[0]}, {counted[1]} and {counted[2]} runs" in text
+    assert recipe["val_fraction"] == 0.1

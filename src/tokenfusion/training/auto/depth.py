@@ -19,7 +19,14 @@ from tokenfusion.data.loader import TrainLoader, Views, as_it_is
 from tokenfusion.data.split import Split
 from tokenfusion.features import FeatureClassifier, FeatureHead, FeatureRows, Features, compute_rows, on_features
 from tokenfusion.formatting import counted, duration
-from tokenfusion.hardware import default_device, hardware_name, resolve_precision
+from tokenfusion.hardware import (
+    available_mb,
+    default_device,
+    hardware_name,
+    memory_in_words,
+    peak_memory_mb,
+    resolve_precision,
+)
 from tokenfusion.models.fused_model import PARENTS
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.preset import ON_KEPT_TOKENS, at_depth
@@ -60,6 +67,9 @@ class DepthPlan:
         minutes: that auto may take.
         looked_per_s: images a second that the parents look at.
         kept_mb: MiB that are kept of what they see.
+        weights_mb: MiB of the model's weights.
+        peak_memory_mb: MiB of this process while it measured, without images kept in memory.
+        available_mb: MiB that could be had before; None where that is not known.
     """
 
     model: str
@@ -75,6 +85,9 @@ class DepthPlan:
     minutes: float
     looked_per_s: float
     kept_mb: float
+    weights_mb: float
+    peak_memory_mb: float
+    available_mb: float | None
 
 
 def plan_depths(recipe: Recipe, classifier: Classifier, source: Dataset, split: Split) -> DepthPlan:
@@ -115,6 +128,7 @@ def measure_depths(recipe: Recipe, classifier: Classifier, sample: Images, train
         training, held_out: how many images there are.
     """
     classes, allowed = classifier.classes, allowed_depths(recipe, training)
+    available = available_mb(default_device())
     limit = 60 * recipe.tune_minutes if recipe.tune == "auto" else float("inf")
     look_at(classifier, sample, min(WARM, len(sample)))  # what is slow the first time
     clock = perf_counter()
@@ -149,6 +163,9 @@ def measure_depths(recipe: Recipe, classifier: Classifier, sample: Images, train
         minutes=recipe.tune_minutes,
         looked_per_s=1 / look,
         kept_mb=2 * cast(ProbeFusion, classifier.model).row_length * (views + held_out) / 2**20,
+        weights_mb=sum(tensor.nbytes for tensor in classifier.model.state_dict().values()) / 2**20,
+        peak_memory_mb=peak_memory_mb(default_device()),
+        available_mb=available,
     )
 
 
@@ -187,12 +204,16 @@ def depth_table(planned: DepthPlan, auto: bool) -> list[tuple[str, str]]:
     """A plan as names and values to read."""
     images = f"{planned.training_images:,} training and {planned.held_out_images:,} held-out"
     rate = f"{planned.looked_per_s:,.1f} images/s, {counted(planned.views, 'view')} of each training image"
+    kept, weights = planned.kept_mb, planned.weights_mb
+    shared = f"{kept:,.0f} of what the parents see, which other runs share, and {weights:,.0f} of weights"
     return [
         ("model", planned.model),
         ("hardware", f"{planned.hardware}, {planned.precision}"),
         ("images", f"{images} of {counted(planned.classes, 'class')}"),
-        ("looking", f"{rate}; {planned.kept_mb:,.0f} MB are kept"),
+        ("looking", rate),
         *((depth, f"about {duration(seconds)}") for depth, seconds in planned.seconds.items()),
+        ("memory", memory_in_words(planned.peak_memory_mb, planned.available_mb)),
+        ("disk", f"{kept + weights:,.0f} MB: {shared}; a few times the weights while all of them are trained"),
         ("tune", depths_in_words(planned).partition("; tune=")[2] if auto else planned.tune),
     ]
 

@@ -19,7 +19,7 @@ from tokenfusion.data.split import choose_split
 from tokenfusion.data.value_range import with_value_range
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import counted, duration
-from tokenfusion.hardware import available_mb, default_device, hardware_name, resolve_precision
+from tokenfusion.hardware import available_mb, default_device, hardware_name, memory_in_words, resolve_precision
 from tokenfusion.launch import read_launch
 from tokenfusion.recipe import Recipe
 from tokenfusion.training.auto.batch_size import choose_batch_size, more_than_there_are
@@ -221,7 +221,6 @@ def plan_table(planned: Plan, epochs_auto: bool) -> list[tuple[str, str]]:
     at_most = "at most " * epochs_auto
     images = f"{planned.training_images:,} training and {planned.held_out_images:,} held-out"
     epochs, took = counted(planned.epochs, "epoch"), duration(planned.hours * 3600)
-    available = "unknown" if planned.available_mb is None else f"{planned.available_mb:,.0f} MB"
     return [
         ("model", planned.model),
         ("hardware", f"{planned.hardware}, {planned.precision}"),
@@ -231,6 +230,6 @@ def plan_table(planned: Plan, epochs_auto: bool) -> list[tuple[str, str]]:
         ("a step", f"{planned.step_seconds:.3g} s measured, without loading and without exchanging gradients"),
         ("loading", f"{planned.loading_images_per_s:,.0f} images/s by one process"),
         ("training", f"{planned.images_per_s:,.1f} images/s, {at_most}{took} without evaluation"),
-        ("memory", f"{planned.peak_memory_mb:,.0f} MB at most measured, {available} available; kept images add to it"),
-        ("a checkpoint", f"{planned.checkpoint_mb:,.1f} MB"),
+        ("memory", memory_in_words(planned.peak_memory_mb, planned.available_mb)),
+        ("disk", f"{2 * planned.checkpoint_mb:,.1f} MB: a checkpoint, and while it is written the one before"),
     ]
