@@ -27,6 +27,15 @@ def test_the_design_is_one_page_with_a_picture_of_all_rooms():
     assert rooms - drawn == set(), "run `python docs/rooms.py`"
 
 
+def test_the_drawing_of_fusion_is_what_its_program_draws(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import fusion_drawing
+
+    assert fusion_drawing.DRAWING.read_text() == fusion_drawing.draw(), "run `python docs/fusion_drawing.py`"
+    with pytest.raises(ValueError, match="does not fit into 60 pixels; shorten it"):
+        fusion_drawing.box(0, 0, 60, "a long label", "cnn")
+
+
 @pytest.mark.parametrize("page", ["docs/design.md", "CONTRIBUTING.md", "docs/training.md", "docs/folders.md"])
 def test_files_that_a_page_names_exist(page):
     named = set(re.findall(r"`((?:[\w]+/)+[\w]+\.(?:py|md|json))`", (ROOT / page).read_text()))
