@@ -44,7 +44,8 @@ def data(tmp_path_factory) -> Path:
 
 
 def recipe_of(data: Path, **changes):
-    return small_recipe(data=str(data), model="vit_micro", **({"epochs": 10, "batch_size": 32, "ema": 0.0} | changes))
+    values = {"model": "wide(vit_micro,0.5)", "epochs": 10, "batch_size": 32, "ema": 0.0}
+    return small_recipe(data=str(data), **values | changes)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +167,7 @@ def test_the_table_shows_why_a_class_is_not_given(capsys):
 
 
 def test_a_run_that_was_stopped_ends_bit_equal(data, tmp_path):
-    recipe = recipe_of(data, epochs=3, patience=2, balance="loss")
+    recipe = recipe_of(data, model="wide(vit_micro,0.2)", epochs=2, patience=2, balance="loss")
     start(recipe, tmp_path / "whole", QUIET)
     with pytest.raises(Interrupted):
         start(recipe, tmp_path / "run", QUIET, listener=interrupt_at(20))
@@ -178,7 +179,8 @@ def test_a_run_that_was_stopped_ends_bit_equal(data, tmp_path):
 
 
 def test_patience_keeps_the_epoch_of_the_best_map(data, tmp_path):
-    start(recipe_of(data, epochs=60, patience=2, lr=0.02, warmup_epochs=0.0), tmp_path / "run", QUIET)
+    changes = {"model": "wide(vit_micro,0.2)", "epochs": 60, "patience": 2, "lr": 0.02, "warmup_epochs": 0.0}
+    start(recipe_of(data, **changes), tmp_path / "run", QUIET)
     scores = [record["val_map"] for record in lines_of(tmp_path / "run" / "metrics.jsonl")]
     best = scores.index(max(scores))
     assert len(scores) == best + 3 < 60

@@ -98,7 +98,7 @@ def test_each_group_learns_at_its_share_of_the_rate(tmp_path):
 
 
 def test_frozen_parents_stay_as_they_are_and_so_do_their_averages(tmp_path):
-    recipe = small_recipe(freeze="both", ema=0.9, epochs=1)
+    recipe = tiny_recipe(freeze="both", ema=0.9, epochs=1)
     start(recipe, tmp_path / "run", QUIET)
     trained = Classifier.load(tmp_path / "run").model
     untrained = build(recipe, open_dataset("digits").classes).model

@@ -6,7 +6,7 @@ import pytest
 
 from tokenfusion import Classifier, list_models
 
-QUICK = ("--img-size", 8, "--epochs", 1, "--lr", 4e-3, "--warmup-epochs", 1, "--ema", 0)
+QUICK = ("--img-size", 8, "--val-fraction", 0.5, "--epochs", 1, "--lr", 4e-3, "--warmup-epochs", 1, "--ema", 0)
 
 
 @pytest.mark.parametrize("name", list_models("*_micro"))
