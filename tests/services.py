@@ -117,12 +117,17 @@ class Service:
         assert status == 200, text
         return json.loads(text)
 
-    def begin(self, body: bytes, headers: dict[str, str] | None = None) -> socket.socket:
-        """Ask with the last byte of the body kept back, once the service is reading it: it says so."""
+    def send(self, body: bytes, headers: dict[str, str] | None = None) -> socket.socket:
+        """Ask with the body kept back: the service says whether it wants it."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=DEADLINE)
-        own = {"Host": "x", "Content-Length": str(len(body)), "Expect": "100-continue"} | (headers or {})
+        own = {"Host": "localhost", "Content-Length": str(len(body)), "Expect": "100-continue"} | (headers or {})
         lines = ["POST /v1/predict HTTP/1.1", *(f"{name}: {value}" for name, value in own.items()), "", ""]
         connection.sendall("\r\n".join(lines).encode())
+        return connection
+
+    def begin(self, body: bytes, headers: dict[str, str] | None = None) -> socket.socket:
+        """Ask with the last byte of the body kept back, once the service is reading it: it says so."""
+        connection = self.send(body, headers)
         assert connection.recv(25).startswith(b"HTTP/1.1 100 ")
         connection.sendall(body[:-1])
         return connection

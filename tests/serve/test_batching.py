@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("bentoml", reason="the extra `serve` is not installed")
 
+from prometheus_client import REGISTRY
+
 from tokenfusion.serve.batching import Batches, Waiting
 from tokenfusion.serve.refusal import Refused
 
@@ -27,21 +29,28 @@ class Model:
         return images[:, :1].astype(np.float32)
 
 
+def waiting_images():
+    return REGISTRY.get_sample_value("tokenfusion_waiting_images")
+
+
 def asked(requests, meanwhile=lambda _: None):
     """Answers of requests that come while the first is in the model, or what they raise; and the batches."""
     model = Model()
 
     async def run():
         batches = Batches(model, 4, 60)
+        before = waiting_images()
         first = asyncio.create_task(batches(np.array([[0]])))
         await asyncio.to_thread(model.begun.wait, 60)
         tasks = [asyncio.create_task(batches(np.array(numbers)[:, None])) for numbers in requests]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
+        assert waiting_images() - before == sum(map(len, requests))
         meanwhile(tasks)
         model.may_go_on.set()
         found = await asyncio.gather(first, *tasks, return_exceptions=True)
         batches.close()
+        assert waiting_images() == before
         return [one if isinstance(one, BaseException) else one[:, 0].tolist() for one in found[1:]]
 
     return asyncio.run(run()), model.batches
@@ -81,3 +90,63 @@ def test_who_has_waited_too_long_is_refused():
 
     alone, refused = asyncio.run(run())
     assert (alone, type(refused), refused.status) == (True, Refused, 429)
+
+
+def test_a_batch_waits_for_one_other_work_at_most_however_many_there_are():
+    model, done = Model(), []
+
+    async def run():
+        batches = Batches(model, 4, 60)
+        first = asyncio.create_task(batches(np.array([[0]])))
+        await asyncio.to_thread(model.begun.wait, 60)
+        others = [asyncio.create_task(batches.in_turn(lambda i=i: done.append(i) or len(model.batches))) for i in "abc"]
+        await asyncio.sleep(0)
+        second = asyncio.create_task(batches(np.array([[1]])))
+        await asyncio.sleep(0)
+        model.may_go_on.set()
+        batches_before = (await asyncio.gather(first, second, *others))[2:]
+        batches.close()
+        return batches_before
+
+    batches_before = asyncio.run(run())
+    assert done == ["a", "b", "c"]
+    assert batches_before == [1, 2, 2]
+
+
+def test_who_waits_too_long_for_other_work_is_refused_when_that_ends():
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        assert may_go_on.wait(60)
+
+    async def run():
+        loop, model = asyncio.get_running_loop(), Model()
+        model.may_go_on.set()
+        batches, now, late = Batches(model, 4, 60), loop.time, 0
+        loop.time = lambda: now() + late
+        other = asyncio.create_task(batches.in_turn(work))
+        await asyncio.to_thread(begun.wait, 60)
+        asked = asyncio.create_task(batches(np.array([[1]])))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        late = 61
+        may_go_on.set()
+        found = (await asyncio.gather(other, asked, return_exceptions=True))[1]
+        batches.close()
+        return found, model.batches
+
+    refused, batches = asyncio.run(run())
+    assert (type(refused), refused.status, refused.kind, batches) == (Refused, 429, "waited", [])
+
+
+def test_other_work_that_waits_too_long_is_refused():
+    async def run():
+        batches = Batches(Model(), 4, 0)
+        async with batches.between:
+            with pytest.raises(Refused, match="more requests are under way") as refused:
+                await batches.in_turn(lambda: None)
+        batches.close()
+        return refused.value.status
+
+    assert asyncio.run(run()) == 429

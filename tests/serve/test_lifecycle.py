@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared_service(folder):
-    starting = Restarted(folder, "--workers", 2)
+    starting = Restarted(folder, "--workers", 2, "--queue", 3)
     yield starting
     starting.end()
 
@@ -43,10 +43,12 @@ def damaged(folder):
     graph.write_bytes(whole)
 
 
-def test_sigterm_finishes_what_is_under_way_and_exits_with_0(running, folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_sigterm_and_sigint_finish_what_is_under_way_and_exit_with_0(running, folder, number):
     image = pictures(1)[0]
     begun, workers = running.begin(image), running.workers()
-    running.process.terminate()
+    for one in (running.process.pid, *(workers if number == signal.SIGINT else ())):  # Ctrl-C reaches all of them
+        os.kill(one, number)
 
     def accepts_no_more():
         try:
@@ -61,6 +63,18 @@ def test_sigterm_finishes_what_is_under_way_and_exits_with_0(running, folder):
     _, errors = running.process.communicate(timeout=60)
     assert (running.process.returncode, errors) == (0, "")
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
+def test_each_of_several_workers_takes_its_share_of_the_queue_and_no_more(running):
+    image = pictures(1)[0]
+    connections, taken = [], 0
+    for _ in range(12):
+        connection = running.send(image)
+        connections.append(connection)
+        taken += connection.recv(12) == b"HTTP/1.1 100"
+    assert 2 <= taken <= 2 * 2  # of 3 for two workers; which takes a connection is chance
+    for connection in connections:
+        connection.close()
 
 
 def test_a_worker_that_cannot_be_replaced_ends_no_other_and_is_tried_until_it_can_be(running, folder, damaged):

@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPException
@@ -130,8 +131,11 @@ def test_measures_count_requests_batches_stages_and_refusals_but_no_address_that
     assert 'bentoml_service_request_total{endpoint="/v1/predict",http_response_code="200"' in measures
     for name in ("bentoml_service_request_in_progress", "tokenfusion_batch_images_bucket", 'stage="decode"'):
         assert name in measures
-    assert 'tokenfusion_refused_total{status="404"}' in measures
-    assert "nowhere" not in measures
+    assert 'tokenfusion_refused_total{kind="no_address",status="404"}' in measures
+    assert "tokenfusion_waiting_images 0.0" in measures
+    for path in ("/nowhere", "/static_content/swagger-ui-nowhere", "/static_content/swagger-ui.css/nowhere"):
+        assert served.ask(path)[0] == 404
+    assert "nowhere" not in served.ask("/metrics")[2].decode()
 
 
 def test_every_address_of_the_description_is_there_and_its_examples_are_answers(served):
@@ -143,6 +147,75 @@ def test_every_address_of_the_description_is_there_and_its_examples_are_answers(
     assert set(examples["one"]["value"]) == set(served.predict(pictures(1)[0]))
     assert served.ask("/docs")[0] == served.ask("/static_content/swagger-ui-bundle.js")[0] == 200
     assert b"googletagmanager" not in served.ask("/docs")[2]
+
+
+@pytest.mark.parametrize("host", ["localhost", "LOCALHOST:1", "127.0.0.1:3000", "[::1]:3000", "127.8.0.1"])
+def test_a_service_for_this_machine_alone_is_asked_by_its_names(served, host):
+    assert served.ask("/v1/model", headers={"Host": host})[0] == 200
+
+
+@pytest.mark.parametrize("host", ["evil.example:3000", "localhost.evil.example", "192.0.2.1", "[2001:db8::1]", "[::1"])
+@pytest.mark.parametrize("path", ["/", "/v1/model", "/livez", "/metrics", "/v2/models/tiny"])
+def test_a_page_whose_own_name_was_made_to_lead_here_is_refused(served, host, path):
+    status, _, text = served.ask(path, headers={"Host": host})
+    assert status == 421
+    assert host in str(json.loads(text)["error"])
+    assert "localhost" in str(json.loads(text)["error"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v2/nowhere", None, 404),
+        ("/v2/models/other", None, 404),
+        ("/v2/models/tiny/infer", None, 405),
+        ("/v2/models/tiny/infer", bytes(20_001), 413),
+        ("/v2/models/tiny/infer", b"{", 400),
+    ],
+)
+def test_errors_below_v2_are_those_of_the_protocol(served, path, body, status):
+    found, _, text = served.ask(path, body)
+    assert found == status
+    assert isinstance(json.loads(text)["error"], str)
+
+
+def test_a_method_that_an_address_does_not_take_is_told_from_those_it_takes(served):
+    assert served.ask("/v1/predict")[1]["allow"] == "POST"
+
+
+def infer(served, outputs, binary=False, **more):
+    """Status, headers and body of the answer for two grey images, by the Open Inference Protocol."""
+    pixels = {"name": "pixels", "datatype": "UINT8", "data": [128] * 2 * 3 * 8 * 8}
+    asked = {"inputs": [pixels], "outputs": outputs, "parameters": {"binary_data_output": binary}} | more
+    return served.ask("/v2/models/tiny/infer", json.dumps(asked).encode())
+
+
+def test_outputs_are_named_once_and_an_id_is_short(served):
+    one, other = {"name": "probabilities"}, {"name": "label"}
+    for outputs, words in [
+        ([one, one], "named twice"),
+        ([one, other, one], "3 outputs: there are 2"),
+        ([{}] * 1200, "1,200 outputs: there are 2"),
+        ([{"name": ["label"] * 900}], "no such output"),
+        (["label"], "no such output"),
+    ]:
+        status, _, text = infer(served, outputs)
+        assert (status, words in json.loads(text)["error"]) == (400, True)
+    assert infer(served, [one], id="x" * 1001)[0] == 400
+    assert json.loads(infer(served, [other, one], id=7)[2])["id"] == "7"
+
+
+def test_binary_outputs_follow_the_json_in_the_order_asked_for_and_name_the_classifier(served, exported):
+    status, headers, body = infer(served, [{"name": "label"}, {"name": "probabilities"}], binary=True)
+    said = json.loads((exported / "model.json").read_text())
+    assert (status, headers["x-model-sha256"]) == (200, said["graph_sha256"])
+    size = int(headers["inference-header-content-length"])
+    label, probabilities = json.loads(body[:size])["outputs"]
+    place = size + label["parameters"]["binary_data_size"]
+    rows = np.frombuffer(body[place:], "<f4").reshape(probabilities["shape"])
+    name = NAMES[rows[0].argmax()].encode()
+    assert body[size:place] == 2 * (len(name).to_bytes(4, "little") + name)
+    assert rows.sum(1) == pytest.approx(1)
 
 
 KINDS = ["image/png", "multipart/form-data; boundary=edge", "multipart/form-data", "application/octet-stream", "text/x"]
@@ -183,9 +256,9 @@ def received(connection):
     "sent",
     [
         b"nonsense\r\n\r\n",
-        b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: -1\r\n\r\n",
-        b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
-        b"GET /v1/model HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 2_000_000 + b"\r\n\r\n",
+        b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+        b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        b"GET /v1/model HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 2_000_000 + b"\r\n\r\n",
     ],
 )
 def test_what_is_no_http_is_refused_and_the_next_request_answered(served, sent):
@@ -245,7 +318,7 @@ def bearer(token="s3cret"):
 def test_more_requests_than_it_takes_get_429_slow_ones_408_and_those_under_way_their_answer(guarded):
     image = pictures(1)[0]
     with socket.create_connection(("127.0.0.1", guarded.port), timeout=DEADLINE) as endless:
-        endless.sendall(b"GET /v1/model HTTP/1.1\r\nHost: x\r\nX: ")
+        endless.sendall(b"GET /v1/model HTTP/1.1\r\nHost: localhost\r\nX: ")
         slow, late = guarded.begin(image, bearer()), guarded.begin(image, bearer())
         status, headers, text = guarded.ask("/v1/predict", image, bearer())
         assert (status, headers["retry-after"]) == (429, "1")
@@ -262,7 +335,59 @@ def test_more_requests_than_it_takes_get_429_slow_ones_408_and_those_under_way_t
     assert guarded.ask("/v1/predict", image, bearer())[0] == 200
 
 
-@pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n"])
+def test_who_goes_on_sending_what_was_refused_is_hung_up_on(guarded):
+    with socket.create_connection(("127.0.0.1", guarded.port), timeout=DEADLINE) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000\r\n\r\nx")
+        assert rest_of(connection)[0] == 404
+
+        def is_hung_up_on():
+            try:
+                connection.sendall(b"x")
+            except ConnectionError:
+                return True
+            return False
+
+        guarded.wait_until(is_hung_up_on)
+
+
+def test_who_does_not_read_a_long_answer_is_hung_up_on():
+    """By the connection alone, with the time that it waits at none."""
+    pytest.importorskip("bentoml", reason="the extra `serve` is not installed")
+    uvicorn = pytest.importorskip("uvicorn", reason="the extra `serve` is not installed")
+    from tokenfusion.serve.connection import connection_for
+
+    async def answered():
+        ended = asyncio.Event()
+
+        async def app(_scope, _receive, send):
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": bytes(2**25), "more_body": True})
+            await send({"type": "http.response.body"})  # which waits until the line has room, or is gone
+            ended.set()
+
+        config = uvicorn.Config(app, lifespan="off", log_config=None)
+        config.load()
+        state, loop = uvicorn.server.ServerState(), asyncio.get_running_loop()
+        server = await loop.create_server(lambda: connection_for(0.05)(config, state, {}), "127.0.0.1", 0)
+        with socket.create_connection(server.sockets[0].getsockname()) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            await asyncio.wait_for(ended.wait(), DEADLINE)
+            left = len(state.connections)
+        server.close()
+        return left
+
+    assert asyncio.run(answered()) == 0
+
+
+def test_what_is_no_http_behind_an_answer_ends_the_connection_without_another(served):
+    with socket.create_connection(("127.0.0.1", served.port), timeout=DEADLINE) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        assert rest_of(connection)[0] == 404
+        connection.sendall(b"zz\r\n")
+        assert connection.recv(1) == b""
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 def test_who_does_not_go_on_is_hung_up_on_whether_it_has_asked_before_or_not(sent):
     """By the connection alone, with the time that it waits at none."""
     pytest.importorskip("bentoml", reason="the extra `serve` is not installed")
@@ -296,14 +421,20 @@ HEALTH = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"
 
 def test_a_token_is_wanted_of_all_but_the_page_and_health(guarded):
     for headers in ({}, bearer("wrong"), {"Authorization": "Basic s3cret"}):
-        for path in ("/v1/model", "/metrics", "/v2/models/tiny", "/openapi.json"):
+        for path in ("/v1/model", "/metrics", "/v2/models/tiny"):
             assert guarded.ask(path, headers=headers)[0] == 401
     assert guarded.ask("/v1/model", headers=bearer())[0] == 200
-    free = ("/", "/page.js", "/page.css", *HEALTH)
+    of_docs = ("/docs", "/docs.js", "/openapi.json", "/static_content/swagger-ui.css")
+    free = ("/", "/page.js", "/page.css", *of_docs, *HEALTH)
     assert {path: guarded.ask(path)[0] for path in free} == dict.fromkeys(free, 200)
+    assert not any(f'"{name}"' in guarded.ask("/openapi.json")[2].decode() for name in NAMES)
+    assert guarded.ask("/static_content/swagger-ui-other")[0] == 404
     assert guarded.ask("/v2/models/other/ready")[0] == 404
+    assert guarded.ask("/v1/model", headers=bearer() | {"Host": "example.org"})[0] == 200
     origin = {"Origin": "https://example.org"}
-    assert guarded.ask("/livez", headers=origin)[1]["access-control-allow-origin"] == origin["Origin"]
+    shown = guarded.ask("/livez", headers=origin)[1]
+    assert shown["access-control-allow-origin"] == origin["Origin"]
+    assert shown["access-control-expose-headers"] == "Retry-After, X-Branches, X-Model-SHA256"
     assert "access-control-allow-origin" not in guarded.ask("/livez", headers={"Origin": "https://other.org"})[1]
 
 
@@ -336,6 +467,7 @@ def test_what_cannot_be_served_is_said_before_or_as_it_starts(exported, tmp_path
         ((exported, "--host", "localhost"), "host=localhost"),
         ((exported, "--host", "192.0.2.1"), "cannot be listened on"),
         ((exported, "--seconds", -1), "seconds=-1"),
+        ((exported, "--workers", 3, "--queue", 2), "queue=2 leaves some of 3 workers without a request; give 3"),
         ((exported, "--token-file", tmp_path / "none"), "none cannot be read"),
     ]:
         status, _, errors = command("serve", *words)
@@ -384,8 +516,43 @@ def test_whatever_another_classifier_raises_leaves_the_one_in_use(exported, caps
     assert "the classifier before it goes on: RuntimeError: out of memory" in capsys.readouterr().err
 
 
+def test_a_folder_copied_in_place_is_tried_until_it_is_whole_and_its_fault_said_once(tmp_path, capsys):
+    holder = pytest.importorskip("tokenfusion.serve.holder", reason="the extra `serve` is not installed")
+    folder, new = (write_export(tmp_path / name, seed) for seed, name in enumerate(("served", "new")))
+    whole = (folder / "model.onnx").read_bytes()
+
+    async def copied():
+        held = holder.Holder(Settings(str(folder)))
+        before = held.served
+        (folder / "model.json").write_bytes((new / "model.json").read_bytes())
+        pauses = []
+        for number in range(9):
+            held.next_try -= 100 * bool(number)  # as if its pause were over
+            tried = time.monotonic()
+            await held.look()
+            assert held.served is before
+            pauses.append(held.next_try - tried)
+            failures = held.failures
+            await held.look()
+            assert held.failures == failures == number + 1  # nothing has changed, and the pause is not over
+        (folder / "model.onnx").write_bytes((new / "model.onnx").read_bytes())
+        await held.look()
+        after = held.served
+        (folder / "model.onnx").write_bytes(whole)  # in place, beside the same model.json
+        await held.look()
+        return pauses, before, after, held
+
+    pauses, before, after, held = asyncio.run(copied())
+    assert [round(pause, -1) for pause in pauses[-3:]] == [60, 60, 60]
+    assert pauses[0] < pauses[2] < pauses[5]
+    assert after.sha256 == json.loads((new / "model.json").read_text())["graph_sha256"] != before.sha256
+    assert (held.served is after, held.failures) == (True, 1)
+    assert capsys.readouterr().err.count("do not belong together") == 2
+
+
 def test_who_may_ask_is_known_by_the_address_and_the_token():
     is_open = pytest.importorskip("tokenfusion.serve.launch").is_open
-    open_to_all = {host: is_open(host, Settings("")) for host in ("127.0.0.1", "::1", "0.0.0.0", "::", "192.0.2.1")}
+    hosts = ("127.0.0.1", "::1", "0.0.0.0", "::", "192.0.2.1")
+    open_to_all = {host: is_open(Settings("", host=host)) for host in hosts}
     assert open_to_all == {"127.0.0.1": False, "::1": False, "0.0.0.0": True, "::": True, "192.0.2.1": True}
-    assert not is_open("0.0.0.0", Settings("", token_file="token"))
+    assert not is_open(Settings("", host="0.0.0.0", token_file="token"))

@@ -10,13 +10,16 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
-from tokenfusion.serve.measure import BATCH_IMAGES, STAGE_SECONDS
+from tokenfusion.serve.measure import BATCH_IMAGES, STAGE_SECONDS, WAITING_IMAGES
 from tokenfusion.serve.refusal import overloaded
 from tokenfusion_runtime.image import Pixels
 from tokenfusion_runtime.prediction import Floats
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,7 @@ class Batches:
         self.probabilities, self.size, self.seconds = probabilities, size, seconds
         self.thread = ThreadPoolExecutor(1, "model")
         self.waiting = deque[Waiting]()
+        self.free, self.between = asyncio.Lock(), asyncio.Lock()
         self.working: asyncio.Task[None] | None = None
 
     async def __call__(self, images: Pixels) -> Floats:
@@ -59,6 +63,7 @@ class Batches:
         until, parts = loop.time() + self.seconds, range(0, len(images), self.size)
         waiting = [Waiting(images[i : i + self.size], loop.create_future(), until) for i in parts]
         self.waiting.extend(waiting)
+        WAITING_IMAGES.inc(len(images))
         if self.working is None or self.working.done():
             self.working = loop.create_task(self.work())
         answered = np.concatenate(await asyncio.gather(*(one.answer for one in waiting)))
@@ -67,31 +72,54 @@ class Batches:
 
     async def work(self) -> None:
         """Answer a batch after another until nothing waits."""
-        loop = asyncio.get_running_loop()
-        while batch := self.next_batch(loop.time()):
-            began = time.perf_counter()
-            try:
-                rows = await loop.run_in_executor(self.thread, self.judge, batch)
-            except Exception as error:  # whatever the engine raises is for those to hear that are in the batch
-                for one in batch:
-                    if not one.answer.done():
-                        one.answer.set_exception(error)
-                continue
-            STAGE_SECONDS.labels("model").observe(time.perf_counter() - began)
-            ends = np.cumsum([len(one.images) for one in batch])
-            for one, found in zip(batch, np.split(rows, ends[:-1]), strict=True):
+        while self.waiting:
+            async with self.free:  # the batch is what waits when the model is free, and not before
+                if batch := self.next_batch(asyncio.get_running_loop().time()):
+                    await self.answer(batch)
+
+    async def answer(self, batch: Sequence[Waiting]) -> None:
+        """Give each of a batch its probabilities."""
+        began = time.perf_counter()
+        try:
+            rows = await asyncio.get_running_loop().run_in_executor(self.thread, self.judge, batch)
+        except Exception as error:  # whatever the engine raises is for those to hear that are in the batch
+            for one in batch:
                 if not one.answer.done():
-                    one.answer.set_result(found)
+                    one.answer.set_exception(error)
+            return
+        STAGE_SECONDS.labels("model").observe(time.perf_counter() - began)
+        ends = np.cumsum([len(one.images) for one in batch])
+        for one, found in zip(batch, np.split(rows, ends[:-1]), strict=True):
+            if not one.answer.done():
+                one.answer.set_result(found)
+
+    async def in_turn(self, work: Callable[[], Found]) -> Found:
+        """Do something else with the model, between two batches; one at a time, so that no batch waits for two.
+
+        Raises:
+            Refused: it has waited too long for others like it.
+        """
+        try:
+            async with asyncio.timeout(self.seconds):
+                await self.between.acquire()
+        except TimeoutError as error:
+            raise overloaded("waited") from error
+        try:
+            async with self.free:
+                return await asyncio.get_running_loop().run_in_executor(self.thread, work)
+        finally:
+            self.between.release()
 
     def next_batch(self, now: float) -> list[Waiting]:
         """Those that have waited longest, as many as go into a batch; none where nothing waits."""
         batch, images = list[Waiting](), 0
         while self.waiting and images + len(self.waiting[0].images) <= self.size:
             one = self.waiting.popleft()
+            WAITING_IMAGES.dec(len(one.images))
             if one.answer.done():
                 continue
             if one.until < now:
-                one.answer.set_exception(overloaded())
+                one.answer.set_exception(overloaded("waited"))
                 continue
             batch.append(one)
             images += len(one.images)

@@ -58,9 +58,9 @@ def serve(
     max_images
         Most images of a request.
     queue
-        Requests that may be under way at once; more get 429.
+        Requests that may be under way at once; more get 429. Each of several workers takes an equal share, rounded up.
     seconds
-        That a request may take to arrive, and then may wait.
+        That a request may take to arrive, and then may wait; after three times as many it ends in any case.
     batch_size
         Images in the model at once.
     dockerfile
@@ -89,6 +89,8 @@ def serve(
     if not 0 < seconds <= 3600 or not 0 <= port < 2**16 or (max_pixels is not None and max_pixels < 1):
         given = f"seconds={seconds:g}, port={port}, max_pixels={max_pixels}"
         raise InputError(f"{given}: one is out of range; give more than 0, a port below 65536, an hour at most")
+    if queue < workers:
+        raise InputError(f"queue={queue} leaves some of {workers} workers without a request; give {workers} or more")
     settings = Settings(
         path=os.path.abspath(artefact),  # a link stays a link, so that another folder under it is seen
         workers=workers,
@@ -100,11 +102,12 @@ def serve(
         queue=queue,
         seconds=seconds,
         batch_size=batch_size,
+        host=host,
     )
     settings.read_token()
     from tokenfusion.serve.launch import launch
 
-    status = launch(settings, host, port, lambda text: print(text, flush=True))
+    status = launch(settings, port, lambda text: print(text, flush=True))
     if status:
         sys.exit(status)
 

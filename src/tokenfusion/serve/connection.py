@@ -1,4 +1,4 @@
-"""uvicorn's connections, but for headers, which it would wait for without end, and for what it refuses in few words."""
+"""uvicorn's connections, but that they wait for nobody without end, and that they refuse in our words."""
 
 import asyncio
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from tokenfusion.serve.measure import REFUSED
 from tokenfusion.serve.refusal import Refused
 
 
@@ -14,52 +13,82 @@ def connection_for(seconds: float) -> type[H11Protocol]:
     """The connections of a service, for uvicorn to make.
 
     Args:
-        seconds: from a connection's opening, or from the first byte of its next request, to the end of the headers.
+        seconds: from a connection's opening, or from the first byte of its next request, to the end of the headers;
+            from an early answer to the end of the request; and from when an answer is more than the line takes
+            to when the client has read most of it.
     """
 
     class Connection(H11Protocol):
-        """Hangs up on who opens a connection, or begins a request, and does not go on."""
+        """Hangs up on who opens a connection, or begins a request, and does not go on or end it, or does not read."""
 
-        waiting: asyncio.TimerHandle | None = None
+        owed = ""
+        owing: asyncio.TimerHandle | None = None
+        reading: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
-            self.waiting = self.loop.call_later(seconds, self.hang_up)
+            self.wait_for("headers")
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            between_requests = self.conn.their_state is h11.IDLE
-            if self.waiting is None and between_requests and self.conn.trailing_data[0]:
-                self.waiting = self.loop.call_later(seconds, self.hang_up)
-            elif self.waiting is not None and not between_requests:
-                self.wait_no_more()
+            self.wait_for(self.what_is_owed())
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self.wait_for(self.what_is_owed())
+
+        def pause_writing(self) -> None:
+            super().pause_writing()
+            self.reading = self.loop.call_later(seconds, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            super().resume_writing()
+            if self.reading is not None:
+                self.reading.cancel()
+                self.reading = None
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self.wait_no_more()
+            self.wait_for("")
+            if self.reading is not None:
+                self.reading.cancel()
             super().connection_lost(exc)
 
-        def wait_no_more(self) -> None:
-            if self.waiting is not None:
-                self.waiting.cancel()
-                self.waiting = None
+        def what_is_owed(self) -> str:
+            """What the client has begun and not ended while nothing of ours is under way; "" for nothing."""
+            ours, theirs = self.conn.our_state, self.conn.their_state
+            if theirs is h11.IDLE and self.conn.trailing_data[0]:
+                return "headers"
+            return "body" if ours is h11.DONE and theirs is h11.SEND_BODY else ""
+
+        def wait_for(self, owed: str) -> None:
+            """Give the client so many seconds, unless it has been given them for the same already."""
+            if owed == self.owed:
+                return
+            self.owed = owed
+            if self.owing is not None:
+                self.owing.cancel()
+            self.owing = self.loop.call_later(seconds, self.hang_up) if owed else None
 
         def hang_up(self) -> None:
-            """Close the connection, and say why where something of a request is there."""
+            """Close the connection, and say why where headers have begun."""
             size = len(self.conn.trailing_data[0])
-            if not size:
-                self.transport.close()
+            if self.owed == "body" or not size:
+                self.transport.abort()
             elif not self.transport.is_closing():
                 reason = f"the headers did not end within {seconds:g} seconds"
-                self.refuse(Refused(408, f"{size:,} bytes", reason, "send them at once"))
+                self.refuse(Refused("too_slow", f"{size:,} bytes", reason, "send them at once"))
 
         def send_400_response(self, msg: str) -> None:
             reason = (
                 f"it is not HTTP/1.1, or has more than {self.config.h11_max_incomplete_event_size:,} bytes of headers"
             )
-            self.refuse(Refused(400, msg.rstrip("."), reason, "send it as the description at /docs says"))
+            self.refuse(Refused("not_http", msg.rstrip("."), reason, "send it as the description at /docs says"))
 
         def refuse(self, refused: Refused) -> None:
-            """Answer what never became a request, and close the connection."""
+            """Answer what never became a request, unless an answer has begun, and close the connection."""
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.close()
+                return
             answer = refused.response()
             headers: list[Any] = [*answer.raw_headers, (b"Connection", b"close")]
             events = (
@@ -69,6 +98,5 @@ def connection_for(seconds: float) -> type[H11Protocol]:
             )
             self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
             self.transport.close()
-            REFUSED.labels(str(refused.status)).inc()
 
     return Connection

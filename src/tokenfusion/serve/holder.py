@@ -4,7 +4,8 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from tokenfusion_runtime.errors import InputError
 SECONDS_BETWEEN_LOOKS = 1.0
 """How often a worker looks whether its folder, or the file of its token, is another one now."""
 
+LONGEST_PAUSE = 60.0
+"""Seconds between the tries to load a folder that cannot be loaded and does not change."""
+
+Identity = tuple[tuple[str, int, int, int, int], ...]
+"""Of each file its name, device, inode, time of change and size."""
+
 
 class Holder:
     """Gives each request the classifier that is in use when it comes; those that are under way keep theirs.
@@ -26,18 +33,20 @@ class Holder:
     Attributes:
         served: the classifier in use.
         token: that requests must bring; "" for none.
+        failures: how often a folder could not be loaded since one could.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.identity, self.token_identity = self.identities()
         self.served, self.token = open_served(settings), settings.read_token()
-        self.loading = asyncio.Lock()
+        self.failures, self.next_try, self.said = 0, 0.0, ""
 
-    def identities(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What tells the folder, and the token's file, from others that take their place."""
+    def identities(self) -> tuple[Identity, Identity]:
+        """What tells the folder, by its model.json and its graph or weights, and the token's file from others."""
         token_file = self.settings.token_file
-        return identity_of(Path(self.settings.path, "model.json")), identity_of(Path(token_file)) if token_file else ()
+        folder = identity_of(Path(self.settings.path).glob("model.*"))
+        return folder, identity_of([Path(token_file)] if token_file else [])
 
     @contextmanager
     def use(self) -> Iterator[Served]:
@@ -52,20 +61,26 @@ class Holder:
                 served.close()
 
     async def reload(self) -> None:
-        """Load what the settings name now; where that cannot be done, say why and go on with what is in use."""
-        async with self.loading:
-            self.identity, _ = self.identities()
-            try:
-                served = await asyncio.to_thread(open_served, self.settings)
-            except Exception as error:  # an engine, or a folder half written, may raise anything
-                LOADED.labels("failed").inc()
-                said = error if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {error}"
-                print(f"not loaded again, the classifier before it goes on: {said}", file=sys.stderr, flush=True)
-                return
-            before, self.served = self.served, served
-            if not before.users:
-                before.close()
-            LOADED.labels("loaded").inc()
+        """Load what the settings name now; where that cannot be done, say why and go on with what is in use.
+
+        What is damaged may be half copied: it is tried again, after pauses that grow, and each reason is said once.
+        """
+        self.identity, _ = self.identities()
+        try:
+            served = await asyncio.to_thread(open_served, self.settings)
+        except Exception as error:  # an engine, or a folder half written, may raise anything
+            LOADED.labels("failed").inc()
+            self.failures += 1
+            self.next_try = time.monotonic() + min(LONGEST_PAUSE, 2.0 ** (self.failures - 1))
+            before, self.said = self.said, describe_failure(error)
+            if self.said != before:
+                print(f"not loaded again, the classifier before it goes on: {self.said}", file=sys.stderr, flush=True)
+            return
+        replaced, self.served = self.served, served
+        if not replaced.users:
+            replaced.close()
+        LOADED.labels("loaded").inc()
+        self.failures, self.said = 0, ""
 
     def read_token(self) -> None:
         """Take the token that its file has now; where there is none, say why and go on with the one in use."""
@@ -82,18 +97,32 @@ class Holder:
         while True:
             with suppress(TimeoutError):
                 await asyncio.wait_for(asked.wait(), SECONDS_BETWEEN_LOOKS)
-            (folder, token), both = self.identities(), asked.is_set()
+            sighup = asked.is_set()
             asked.clear()
-            if both or token != self.token_identity:
-                self.read_token()
-            if both or folder != self.identity:
-                await self.reload()
+            await self.look(sighup)
+
+    async def look(self, asked: bool = False) -> None:
+        """Load what is another one now, or could not be loaded before; both where somebody asks for it."""
+        folder, token = self.identities()
+        if asked or token != self.token_identity:
+            self.read_token()
+        if asked:
+            self.said = ""
+        if asked or folder != self.identity or (self.failures and time.monotonic() >= self.next_try):
+            await self.reload()
 
 
-def identity_of(file: Path) -> tuple[int, ...]:
-    """What tells a file from another that takes its place; () while there is none."""
-    try:
-        status = os.stat(file)
-    except OSError:
-        return ()
-    return status.st_dev, status.st_ino, status.st_mtime_ns
+def identity_of(files: Iterable[Path]) -> Identity:
+    """What tells files from others that take their place; those that there are not are left out."""
+    found = []
+    with suppress(OSError):  # the folder may go away meanwhile
+        for file in files:
+            if file.exists():
+                status = os.stat(file)
+                found.append((file.name, status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size))
+    return tuple(sorted(found))
+
+
+def describe_failure(error: Exception) -> str:
+    """Why nothing was loaded, in a line."""
+    return str(error) if isinstance(error, InputError | OSError) else f"{type(error).__name__}: {error}"

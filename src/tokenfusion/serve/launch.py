@@ -36,12 +36,11 @@ LONGEST_WAIT = 30
 """Seconds between the tries of workers that do."""
 
 
-def launch(settings: Settings, host: str, port: int, say: Callable[[str], None]) -> int:
+def launch(settings: Settings, port: int, say: Callable[[str], None]) -> int:
     """Serve until SIGTERM or SIGINT; SIGHUP loads the classifier anew.
 
     Args:
-        settings: of the workers.
-        host: numeric address to listen on.
+        settings: of the workers, and the address to listen on.
         port: to listen on; 0 for any that is free.
         say: told the address.
 
@@ -52,7 +51,7 @@ def launch(settings: Settings, host: str, port: int, say: Callable[[str], None])
         InputError: the address is none, or taken.
     """
     with tempfile.TemporaryDirectory(prefix="tokenfusion-serve-") as folder:
-        listening = listen(host, port)
+        listening = listen(settings.host, port)
         hooks = Hooks(folder, listening)
         watcher = Watcher(
             "workers",
@@ -73,8 +72,10 @@ def launch(settings: Settings, host: str, port: int, say: Callable[[str], None])
             check_delay=SECONDS_BETWEEN_LOOKS,
         )
         heed_signals(arbiter, watcher, Path(folder, CAME_UP))
-        say(f"listening on http://{f'[{listening.host}]' if ':' in host else listening.host}:{listening.port}")
-        if is_open(listening.host, settings):
+        say(
+            f"listening on http://{f'[{listening.host}]' if ':' in listening.host else listening.host}:{listening.port}"
+        )
+        if is_open(settings):
             say("whoever reaches this address may ask; --token-file FILE lets in only those who have its token")
         failed = arbiter.start().exception()
         if failed is not None and not hooks.cannot_start:
@@ -156,9 +157,9 @@ def heed_signals(arbiter: Arbiter, watcher: Watcher, came_up: Path) -> None:
         signal.signal(number, lambda *_, act=act: arbiter.loop.add_callback_from_signal(act))
 
 
-def is_open(host: str, settings: Settings) -> bool:
-    """Whether others than this machine's users may ask, given a numeric address."""
-    return not settings.token_file and not ipaddress.ip_address(host).is_loopback
+def is_open(settings: Settings) -> bool:
+    """Whether others than this machine's users may ask."""
+    return not settings.token_file and not settings.loopback
 
 
 def listen(host: str, port: int) -> CircusSocket:

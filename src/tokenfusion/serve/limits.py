@@ -2,9 +2,10 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 
@@ -28,18 +29,22 @@ class Given:
     several: bool
 
 
-async def read_images(request: Request, settings: Settings) -> Given:
-    """The images of a request: its body, or the files of a form.
+async def read_images(request: Request, settings: Settings, threads: Executor) -> Given:
+    """The images of a request: its body, or the files of a form, which `threads` take apart.
 
     Raises:
         Refused: 413 too many bytes or images, 408 it took too long, 415 or 400 it is neither.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "multipart/form-data":
-        return await read_form(request, await read_body(request, settings), settings)
+        body = await read_body(request, settings)
+        return await asyncio.get_running_loop().run_in_executor(threads, form_of, body, request.headers, settings)
     if kind not in RAW and not kind.startswith("image/"):
         raise Refused(
-            415, kind, "neither an image nor a form", "send an image's bytes, or several images as multipart/form-data"
+            "wrong_type",
+            kind,
+            "neither an image nor a form",
+            "send an image's bytes, or several images as multipart/form-data",
         )
     return Given((("", await read_body(request, settings)),), several=False)
 
@@ -63,18 +68,22 @@ async def read_body(request: Request, settings: Settings) -> bytes:
                 parts.append(part)
     except TimeoutError as error:
         reason = f"the request did not arrive within {settings.seconds:g} seconds"
-        raise Refused(408, f"{size:,} bytes", reason, "send a smaller image, or over a faster line") from error
+        raise Refused("too_slow", f"{size:,} bytes", reason, "send a smaller image, or over a faster line") from error
     except ClientDisconnect as error:
-        raise Refused(400, f"{size:,} bytes", "the connection ended before the request did", "send it whole") from error
+        raise Refused(
+            "cut", f"{size:,} bytes", "the connection ended before the request did", "send it whole"
+        ) from error
     return b"".join(parts)
 
 
 def too_large(value: str, limit: int) -> Refused:
-    return Refused(413, value, f"more than the {limit:,} bytes that a request may have", "send fewer or smaller images")
+    return Refused(
+        "too_large", value, f"more than the {limit:,} bytes that a request may have", "send fewer or smaller images"
+    )
 
 
-async def read_form(request: Request, body: bytes, settings: Settings) -> Given:
-    """The files of a form.
+def form_of(body: bytes, headers: Headers, settings: Settings) -> Given:
+    """The files of a form, in a thread that has no event loop.
 
     Raises:
         Refused: it is no such form, has no or too many files, or anything else in it.
@@ -86,21 +95,23 @@ async def read_form(request: Request, body: bytes, settings: Settings) -> Given:
 
     most = settings.max_images
     try:
-        parser = MultiPartParser(request.headers, stream(), max_files=most, max_fields=0, max_part_size=0)
-        form = await parser.parse()
+        parser = MultiPartParser(headers, stream(), max_files=most, max_fields=0, max_part_size=0)
+        form = asyncio.run(parser.parse())
     except MultiPartException as error:
         if "Too many files" in error.message:
             reason = f"a request may have {most:,} images"
-            raise Refused(413, f"more than {most:,} files", reason, "send them in several requests") from error
+            raise Refused("too_many", f"more than {most:,} files", reason, "send them in several requests") from error
         if "Too many fields" in error.message or "Part exceeded" in error.message:
             reason = "a field of the form has no file name, so that it is not a file"
-            raise Refused(400, "the form", reason, "give images alone, each with a file name") from error
-        raise Refused(400, "the form", error.message, "send multipart/form-data, each image with a name") from error
+            raise Refused("form", "the form", reason, "give images alone, each with a file name") from error
+        raise Refused("form", "the form", error.message, "send multipart/form-data, each image with a name") from error
     except Exception as error:  # whatever a form that is cut or forged makes the parser trip over
-        raise Refused(400, "the form", f"it cannot be read ({type(error).__name__})", "send it whole") from error
-    files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-    images = tuple([(file.filename or "", await file.read()) for file in files])
-    await form.close()
+        raise Refused("form", "the form", f"it cannot be read ({type(error).__name__})", "send it whole") from error
+    images = list[tuple[str, bytes]]()
+    for _, file in form.multi_items():
+        assert isinstance(file, UploadFile)  # for fields are refused
+        with file.file as data:
+            images.append((file.filename or "", data.read()))
     if not images:
-        raise Refused(400, "the form", "there is no image in it", "give one or more files")
-    return Given(images, several=True)
+        raise Refused("form", "the form", "there is no image in it", "give one or more files")
+    return Given(tuple(images), several=True)

@@ -1,6 +1,6 @@
 """Measures that BentoML does not take, in the registry that its `/metrics` gives out."""
 
-from prometheus_client import Counter, Histogram
+from prometheus_client import Counter, Gauge, Histogram
 
 STAGE_SECONDS = Histogram(
     "tokenfusion_stage_seconds",
@@ -11,6 +11,9 @@ STAGE_SECONDS = Histogram(
 BATCH_IMAGES = Histogram(
     "tokenfusion_batch_images", "Images of a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 )
-REFUSED = Counter("tokenfusion_refused", "Requests that were refused", ["status"])
+REFUSED = Counter("tokenfusion_refused", "Requests that were refused", ["status", "kind"])
+WAITING_IMAGES = Gauge(
+    "tokenfusion_waiting_images", "Prepared images that wait for the model", multiprocess_mode="livesum"
+)
 UNREADABLE = Counter("tokenfusion_unreadable_images", "Images that could not be read")
 LOADED = Counter("tokenfusion_loads", "How often a classifier was loaded", ["result"])

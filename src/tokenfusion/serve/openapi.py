@@ -15,12 +15,21 @@ FORM = {
 REFUSALS = {
     400: "an option or a form that cannot be understood",
     401: "the token is missing, or another one",
+    404: "no such address",
+    405: "the address is not asked by this method",
     408: "the request took too long to arrive",
     413: "too many bytes or images",
     415: "neither an image nor a form",
+    421: "a service without a token that listens on this machine alone is asked by another name",
     422: "an image that cannot be read",
     429: "more requests than the service takes; ask again after Retry-After seconds",
+    501: "where the model looked cannot be seen",
 }
+
+PROTOCOL = (
+    "The paths below /v2 are those of the Open Inference Protocol, which is described at "
+    "https://github.com/kserve/open-inference-protocol; GET /v2/models/NAME says what the classifier takes and gives."
+)
 
 
 def openapi(classes: Sequence[str]) -> dict[str, Any]:
@@ -40,7 +49,7 @@ def openapi(classes: Sequence[str]) -> dict[str, Any]:
     about = {"application/json": {"example": {"name": "tokenfusion_early_tiny", "classes": list(classes[:10])}}}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "tokenfusion", "version": __version__},
+        "info": {"title": "tokenfusion", "version": __version__, "description": PROTOCOL},
         "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
         "security": [{}, {"token": []}],
         "paths": {

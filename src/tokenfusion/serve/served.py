@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,7 +21,7 @@ from tokenfusion_runtime.errors import InputError
 from tokenfusion_runtime.image import Pixels
 from tokenfusion_runtime.prediction import Answers, Floats, Prediction
 
-Found = TypeVar("Found")
+Explain = Callable[[Pixels, str], tuple[list[str], bytes]]
 
 
 class Model(Protocol):
@@ -45,7 +44,7 @@ class Served:
         users: requests that are using it.
     """
 
-    def __init__(self, model: Model, about: dict[str, Any], settings: Settings, explain: Any = None) -> None:
+    def __init__(self, model: Model, about: dict[str, Any], settings: Settings, explain: Explain | None = None) -> None:
         self.model, self.about, self.explain, self.users = model, about, explain, 0
         self.batches = Batches(model.probabilities, settings.batch_size, settings.seconds)
         self.decoders = ThreadPoolExecutor(settings.threads, "decoder")
@@ -86,9 +85,17 @@ class Served:
         UNREADABLE.inc(sum(isinstance(pixels, str) for pixels in prepared))
         return prepared
 
-    async def in_turn(self, work: Callable[..., Found], *arguments: Any) -> Found:
-        """Do something else with the model, between two batches."""
-        return await asyncio.get_running_loop().run_in_executor(self.batches.thread, partial(work, *arguments))
+    async def explained(self, pixels: Pixels, branch: str) -> tuple[list[str], bytes]:
+        """Branches and a PNG of where it looked in an image, where the artefact can say."""
+
+        explain = self.explain
+        assert explain is not None
+
+        def work() -> tuple[list[str], bytes]:
+            with STAGE_SECONDS.labels("explain").time():
+                return explain(pixels, branch)
+
+        return await self.batches.in_turn(work)
 
     def close(self) -> None:
         """End its threads and its queue, when no request uses it any more."""

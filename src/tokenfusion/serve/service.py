@@ -18,7 +18,7 @@ from tokenfusion.serve.limits import read_images
 from tokenfusion.serve.measure import STAGE_SECONDS
 from tokenfusion.serve.openapi import openapi
 from tokenfusion.serve.protocol import Protocol
-from tokenfusion.serve.refusal import OURS, Refused, json_response
+from tokenfusion.serve.refusal import MODEL, OURS, Refused, json_response
 from tokenfusion.serve.served import Served
 from tokenfusion.serve.settings import Settings
 from tokenfusion.version import __version__
@@ -77,7 +77,7 @@ class Addresses:
             names, several, prepared = await self.read(request, served)
             predictions = await served.predict(names, prepared, answers)
         found = [prediction.to_dict() for prediction in predictions]
-        headers = {"X-Model-SHA256": served.sha256}
+        headers = {MODEL: served.sha256}
         if several:
             return json_response(found, headers=headers)
         if reason := predictions[0].error:
@@ -87,7 +87,7 @@ class Addresses:
     async def read(self, request: Request, served: Served) -> tuple[list[str], bool, list[Pixels | str]]:
         """Names of a request's images, whether they came as a form, and their pixels; files are let go of here."""
         with STAGE_SECONDS.labels("read").time():
-            given = await read_images(request, self.settings)
+            given = await read_images(request, self.settings, served.decoders)
         return (
             [name for name, _ in given.images],
             given.several,
@@ -98,24 +98,25 @@ class Addresses:
         """Where the classifier looked, as PNG: the branches from left to right, named in a header."""
         branch = query_of(request, {"branch"}).get("branch", "both")
         if branch not in ("cnn", "transformer", "both"):
-            raise Refused(400, f"branch={branch}", "not a branch", "give cnn, transformer or both")
+            raise Refused("option", f"branch={branch}", "not a branch", "give cnn, transformer or both")
         with self.holder.use() as served:
             if served.explain is None:
                 reason = served.about["why_not_explained"]
-                raise Refused(501, "/v1/explain", reason, "serve a run of one class an image")
-            given = await read_images(request, self.settings)
+                raise Refused("not_explained", "/v1/explain", reason, "serve a run of one class an image")
+            given = await read_images(request, self.settings, served.decoders)
             if len(given.images) > 1:
-                raise Refused(413, f"{len(given.images)} images", "one is explained at a time", "send one")
+                raise Refused("too_many", f"{len(given.images)} images", "one is explained at a time", "send one")
             (pixels,) = await served.decode([given.images[0][1]])
             del given
             if isinstance(pixels, str):
                 raise unreadable(pixels)
             try:
-                names, png = await served.in_turn(served.explain, pixels, branch)
+                names, png = await served.explained(pixels, branch)
             except InputError as error:  # as `explain` says it, of --branch
                 reason, _, remedy = str(error).replace("--branch ", "branch=").partition("; ")
-                raise Refused(400, f"branch={branch}", reason, remedy or "take another branch") from error
-        return Response(png, headers=OURS | {"X-Branches": ", ".join(names)}, media_type="image/png")
+                raise Refused("option", f"branch={branch}", reason, remedy or "take another branch") from error
+        headers = OURS | {"X-Branches": ", ".join(names), MODEL: served.sha256}
+        return Response(png, headers=headers, media_type="image/png")
 
     async def model(self, _: Request) -> Response:
         """What the classifier is, and what may be asked of it."""
@@ -132,7 +133,10 @@ class Addresses:
 
     async def openapi(self, _: Request) -> Response:
         """The description of all this that programs read."""
-        return json_response(openapi(self.holder.served.about["classes"]))
+        # which asks for no token, so that the classes of a service that wants one are not told by its examples
+        return json_response(
+            openapi(("cat", "dog") if self.settings.token_file else self.holder.served.about["classes"])
+        )
 
     def answers(self, request: Request, answers: Callable[[int, float | None], Answers]) -> Answers:
         """How a request wants its answers, by `topk` and `abstain`."""
@@ -142,7 +146,7 @@ class Addresses:
 
 def unreadable(reason: str) -> Refused:
     """What is said of an image that cannot be read."""
-    return Refused(422, "the image", reason, "send a whole image file, or the same image in another format")
+    return Refused("unreadable", "the image", reason, "send a whole image file, or the same image in another format")
 
 
 def query_of(request: Request, known: set[str]) -> dict[str, str]:
@@ -153,9 +157,9 @@ def query_of(request: Request, known: set[str]) -> dict[str, str]:
     """
     options = dict(request.query_params)
     if unknown := sorted(options.keys() - known):
-        raise Refused(400, unknown[0], "no option of this address", f"give {' or '.join(sorted(known))}")
+        raise Refused("option", unknown[0], "no option of this address", f"give {' or '.join(sorted(known))}")
     if len(request.query_params.multi_items()) > len(options):
-        raise Refused(400, str(request.query_params), "an option is given twice", "give each once")
+        raise Refused("option", str(request.query_params), "an option is given twice", "give each once")
     return options
 
 
@@ -165,13 +169,13 @@ def number(options: dict[str, str], name: str, kind: Callable[[str], Any], defau
         return kind(options[name]) if name in options else default
     except ValueError as error:
         example = "topk=3" if kind is int else "abstain=0.02"
-        raise Refused(400, f"{name}={options[name]}", "not a number", f"give one, such as {example}") from error
+        raise Refused("option", f"{name}={options[name]}", "not a number", f"give one, such as {example}") from error
 
 
-async def refuse(_: Request, error: Exception) -> Response:
+async def refuse(request: Request, error: Exception) -> Response:
     """What a client gets that is refused."""
     assert isinstance(error, Refused)
-    return error.response()
+    return error.response(request.scope["path"])
 
 
 def page(name: str) -> Endpoint:

@@ -1,5 +1,6 @@
 """What a service is told when it starts, by which its worker processes are set up alike."""
 
+import ipaddress
 import json
 import os
 from dataclasses import asdict, dataclass
@@ -36,9 +37,10 @@ class Settings:
         max_bytes: of a request's body.
         max_pixels: of an image; 0 for as many as the classifier was trained to decode.
         max_images: of a request.
-        queue: requests that are answered or wait at once, in all workers together.
+        queue: requests that are answered or wait at once; each worker takes an equal share of them, rounded up.
         seconds: that a request may take to arrive, and then may wait for the model.
         batch_size: images in the model at once.
+        host: numeric address that is listened on.
     """
 
     path: str
@@ -51,6 +53,7 @@ class Settings:
     queue: int = 128
     seconds: float = 60
     batch_size: int = 32
+    host: str = "127.0.0.1"
 
     @classmethod
     def from_environment(cls) -> Self:
@@ -77,6 +80,11 @@ class Settings:
         if not token:
             raise InputError(f"{self.token_file} is empty and would let anyone in; put a long random word into it")
         return token
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the service."""
+        return ipaddress.ip_address(self.host).is_loopback
 
     @property
     def threads(self) -> int:

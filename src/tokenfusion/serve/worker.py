@@ -15,10 +15,10 @@ from starlette.types import ASGIApp
 
 from tokenfusion.serve.connection import connection_for
 from tokenfusion.serve.guard import Guard
-from tokenfusion.serve.holder import Holder
+from tokenfusion.serve.holder import Holder, describe_failure
+from tokenfusion.serve.refusal import MODEL
 from tokenfusion.serve.service import FILES, Addresses, service
 from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, WAIT, Settings
-from tokenfusion_runtime.errors import InputError
 
 MAX_HEADERS = 2**15
 """Bytes of a request's headers."""
@@ -44,9 +44,11 @@ def application(settings: Settings) -> ASGIApp:
         return path.replace(f"/models/{holder.served.about['name']}", "/models/{name}", 1)
 
     bento = service(addresses, settings).to_asgi(is_main=True)
-    app: ASGIApp = Guard(bento, paths, pattern, lambda: holder.token, frozenset(FILES))
+    free = frozenset({*FILES, "/openapi.json"})
+    app: ASGIApp = Guard(bento, paths, pattern, lambda: holder.token, free, settings.loopback)
     if settings.origins:
-        app = CORSMiddleware(app, settings.origins, allow_methods=["*"], allow_headers=["*"])
+        shown = ["Retry-After", "X-Branches", MODEL]
+        app = CORSMiddleware(app, settings.origins, allow_methods=["*"], allow_headers=["*"], expose_headers=shown)
     return app
 
 
@@ -57,7 +59,7 @@ def started(settings: Settings) -> ASGIApp:
         try:
             app = application(settings)
         except Exception as error:  # an engine, or a folder half written, may raise anything
-            reason = str(error) if isinstance(error, InputError) else f"{type(error).__name__}: {error}"
+            reason = describe_failure(error)
             if not came_up.exists():
                 print(f"error: {reason}", file=sys.stderr, flush=True)
                 sys.exit(CANNOT_START)
