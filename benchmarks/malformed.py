@@ -53,7 +53,7 @@ def malformed(files: Sequence[bytes], model: str) -> list[bytes]:
     found += [post(infer, text, "application/json") for text in (b"[" * 10**5, b"{", b"null", b"[]", b'{"inputs": 3}')]
     pixels = b'{"inputs": [{"name": "pixels", "datatype": "UINT8", "data": [1e400]}]}'
     found += [post(infer, pixels, "application/json"), post("/v2/models/other/infer", b"{}", "application/json")]
-    found += [f"GET /v1/model HTTP/1.1\r\nHost: localhost\r\nX: {'x' * size}\r\n\r\n".encode() for size in (40_000, 10**6)]
+    found += [f"GET /v1/model HTTP/1.1\r\nHost: localhost\r\nX: {'x' * n}\r\n\r\n".encode() for n in (40_000, 10**6)]
     found += [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET / HTTP/9.9\r\n\r\n", b"\r\n\r\n\r\n", b"\0" * 100]
     found += [b"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: many\r\n\r\n"]
     options = ("topk=0", "topk=x", "abstain=2", "abstain=nan", "path=/etc/passwd", "topk=1&topk=2", "a" * 3000)
