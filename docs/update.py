@@ -15,6 +15,7 @@ from statistics import fmean, median, stdev
 from typing import Any
 
 import front_page
+import growth_page
 import papers_page
 import results_page
 import serve_page
@@ -426,7 +427,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "export.md": {"calibration": calibration, "shipped": shipped},
     DOCS / "predict.md": {"many": many},
     DOCS / "safety.md": {"checksum": checksum},
-    DOCS / "scale.md": {"scaling_plan": scaling_plan, "distributed": distributed},
+    DOCS / "scale.md": {"scaling_plan": scaling_plan, "distributed": distributed, "growth": growth_page.growth},
     serve_page.PAGE: {"figures": serve_page.figures},
     results_page.PAGE: {"results": results} | results_page.blocks(),
 }
