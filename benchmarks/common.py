@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenfusion import training
 from tokenfusion.errors import InputError
-from tokenfusion.hardware import default_device, hardware_name
+from tokenfusion.hardware import default_device, hardware_name, has_bf16
 from tokenfusion.layers.fast import onednn_linear
 from tokenfusion.recipe import Recipe, load_recipe
 
@@ -63,12 +63,13 @@ def time_in_turns(
 
 
 def peak_flops(repetitions: int, clock: Callable[[], float] = time.perf_counter) -> dict[str, float]:
-    """Floating-point operations per second of the fastest product of two square matrices, by precision.
+    """Floating-point operations per second of the fastest product of two square matrices, by the CPU's precisions.
 
     Of both libraries: PyTorch takes MKL for products in float32, which is slower than oneDNN on some CPUs.
     """
     peaks = {}
-    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+    kinds = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if has_bf16(torch.device("cpu")) else {})
+    for precision, dtype in kinds.items():
         calls: dict[str, Callable[[], Any]] = {}
         for size in (1024, 2048):
             one = torch.randn(size, size).to(dtype)

@@ -1,11 +1,12 @@
 """Every family beside its official code, in turns: images per second, their ratio, and the share of the CPU's peak.
 
     python benchmarks/official.py --out benchmarks/results/official.json
-    python benchmarks/official.py --out some.json --only cmt_s --cells b8-bf16 train
+    python benchmarks/official.py --out some.json --only cmt_s --cells b8-bf16 train-bf16
 
 The official code is transcribed in `yardsticks.py`. What the JSON has is kept, so that a run that `--minutes` ended
-goes on where it was; `--again` measures anew. A training step counts as three times a forward pass's multiply-adds.
-`--processor-time` counts the processor time of one thread instead, which other work on the machine changes little.
+goes on where it was; `--again` measures anew. Cells in bf16 are for CPUs that have it. A training step counts as three
+times a forward pass's multiply-adds. `--processor-time` counts the processor time of one thread instead, which other
+work on the machine changes little.
 """
 
 import argparse
@@ -45,7 +46,8 @@ CELLS = {
     "b1-bf16": Cell("inference", 1, "bf16", 1.3),
     "b8-fp32": Cell("inference", 8, "fp32", 1.3),
     "b8-bf16": Cell("inference", 8, "bf16", 1.3, 0.65),
-    "train": Cell("training step", 16, "bf16", 1.5, 0.55),
+    "train-fp32": Cell("training step", 16, "fp32", 1.5),
+    "train-bf16": Cell("training step", 16, "bf16", 1.5, 0.55),
 }
 
 
@@ -83,7 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON to write, or to go on with")
     parser.add_argument("--only", nargs="+", default=list(ALONE), choices=ALONE, help="models")
-    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--cells", nargs="+", choices=list(CELLS), help="all that the CPU has the arithmetic for")
     parser.add_argument("--repetitions", type=int, default=5, help="turns")
     parser.add_argument("--minutes", type=float, default=12.0, help="no further cell is begun after so many")
     parser.add_argument("--again", action="store_true", help="measure what is there already, too")
@@ -95,7 +97,8 @@ def main() -> None:
     start, result = time.monotonic(), begun(options.out, options.again, clock.__name__)
     peaks = peak_flops(options.repetitions, clock)
     done = {(row["model"], row["cell"]) for row in result["results"]}
-    for key in options.cells:  # training last: its allocator is another
+    cells = options.cells or [key for key, cell in CELLS.items() if cell.precision in peaks]
+    for key in cells:  # training last: its allocator is another
         if CELLS[key].what == "training step":
             keep_freed_memory()
         for name in options.only:

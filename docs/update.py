@@ -19,6 +19,7 @@ import growth_page
 import papers_page
 import results_page
 import serve_page
+import speed_page
 from results_page import table
 from scipy.stats import t
 
@@ -159,30 +160,6 @@ def speed() -> str:
     ]
     alone = table(["model", "what", "images/s, fp32", "bf16"], rows)
     return f"On {papers['hardware']}, {papers['threads']} threads:\n\n{compared}\n\n{alone}"
-
-
-def official() -> str:
-    """How fast each family is beside its official code, and how much of the CPU's peak that is."""
-    if not (RESULTS / "official.json").exists():
-        return "Not measured yet: `python benchmarks/official.py --out benchmarks/results/official.json`."
-    found, rows = load("official"), []
-    for row in found["results"]:
-        speeds, share = row["images_per_s"], row["share_of_peak"]["ours"]
-        of_peak = f"{share:.0%}" + (f" (aim: {row['share_aim']:.0%})" if row["share_aim"] else "")
-        what = f"{row['what']}, batch {row['batch']}"
-        rates = (f"{speeds[side]:.1f}" for side in ("official", "ours"))
-        rows.append([row["model"], what, row["precision"], *rates, f"{row['ratio']:.2f}×", f"{row['aim']}×", of_peak])
-    rows.sort(key=lambda row: row[0])
-    peaks = {
-        precision: [row["peak_flops"][precision] / 1e9 for row in found["results"]] for precision in ("fp32", "bf16")
-    }
-    products = ", ".join(f"{min(of_runs):,.0f} to {max(of_runs):,.0f} in {p}" for p, of_runs in peaks.items())
-    how = "processor time of one thread" if found["clock"] == "process_time" else f"{found['threads']} threads"
-    heading = ["model", "what", "precision", "official images/s", "ours", "ratio", "aim", "of the precision's peak"]
-    return (
-        f"On {found['hardware']}, {how}, whose fastest products of "
-        f"matrices reached, in GFLOP/s, {products}:\n\n{table(heading, rows)}"
-    )
 
 
 def scaling_plan() -> str:
@@ -421,7 +398,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "models.md": {"models": models},
     DOCS / "training.md": {"loading": loading},
     DOCS / "stages.md": {"pretrained": pretrained},
-    DOCS / "papers" / "README.md": {"published": published, "official": official, "speed": speed},
+    DOCS / "papers" / "README.md": {"published": published, "official": speed_page.official, "speed": speed},
     DOCS / "papers" / "deepvit.md": {"collapse": papers_page.collapse},
     DOCS / "check.md": {"check": check},
     DOCS / "export.md": {"calibration": calibration, "shipped": shipped},

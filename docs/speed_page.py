@@ -1,0 +1,53 @@
+"""How fast each family is beside its official code."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from results_page import table
+
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def official() -> str:
+    """How fast each family is beside its official code, and how much of the CPU's peak that is; a table a machine."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("official*.json"))]
+    return "\n\n".join(map(beside_official, found))
+
+
+def beside_official(found: dict[str, Any]) -> str:
+    """The same of one machine, and which aims are missed."""
+    rows, missed, short = [], [], []
+    for row in sorted(found["results"], key=lambda row: row["model"]):
+        speeds, share = row["images_per_s"], row["share_of_peak"]["ours"]
+        of_peak = f"{share:.0%}" + (f" (aim: {row['share_aim']:.0%})" if row["share_aim"] else "")
+        what = f"{row['what']}, batch {row['batch']}"
+        rates = (f"{speeds[side]:.1f}" for side in ("official", "ours"))
+        rows.append([row["model"], what, row["precision"], *rates, f"{row['ratio']:.2f}×", f"{row['aim']}×", of_peak])
+        cell = f"{row['model']} ({what}, {row['precision']})"
+        missed += [cell] * (row["ratio"] < row["aim"])
+        short += [cell] * (share < (row["share_aim"] or 0))
+    products = [
+        f"{min(peaks):,.0f} to {max(peaks):,.0f} in {precision}"
+        for precision in found["results"][0]["peak_flops"]
+        if (peaks := [row["peak_flops"][precision] / 1e9 for row in found["results"]])
+    ]
+    how = "processor time of one thread" if found["clock"] == "process_time" else f"{found['threads']} threads"
+    heading = ["model", "what", "precision", "official images/s", "ours", "ratio", "aim", "of the precision's peak"]
+    with_aim = sum(row["share_aim"] is not None for row in found["results"])
+    return (
+        f"On {found['hardware']}, {how}, whose fastest products of matrices reached, in GFLOP/s, "
+        f"{', '.join(products)}:\n\n{table(heading, rows)}\n\n"
+        f"The aim for speed is missed in {few_or_none(missed, len(rows))}"
+        + f"; the aim for the share of the peak in {few_or_none(short, with_aim)}" * bool(with_aim)
+        + "."
+    )
+
+
+def few_or_none(named: list[str], total: int) -> str:
+    """So many of all, and which."""
+    return f"{len(named) or 'none'} of {total}" + f": {', '.join(named)}" * bool(named)
