@@ -1,13 +1,19 @@
-"""The data check-up: how long it takes, and which planted faults it finds.
+"""The data check-up: how long it takes, and which planted faults and flipped labels it finds.
 
-    python benchmarks/check.py ../shared/data/imagenette-160 --images 10000 --out benchmarks/results/check.json
+    python benchmarks/check.py ../shared/data/imagenette-160 --pretrained CNN_FILE VIT_FILE --faults \
+        --shorter-side 224 --work runs/check --out benchmarks/results/check.json
+    python benchmarks/check.py ../shared/data/cifar10 --pretrained CNN_FILE VIT_FILE \
+        --work runs/check --out benchmarks/results/check.json
 
-Copies images of the data given into a temporary folder of `train/` and `val/`, scaled to a shorter side of SIDE, and
-plants up to PLANTED faults of every kind there. Then `tokenfusion check` runs in a process of its own, and what it
-reports is held against what was planted. Recall is the share of faults that are reported under their kind; false
-alarms are images that are reported and were not planted, as a share of all sound images. What the data itself holds,
-such as true near duplicates, counts as a false alarm. A second run with flipped labels measures what the quick model
-finds.
+Copies images of the data given into a folder of `train/` and `val/`, and with --faults plants up to PLANTED faults and
+COPIED copies of every kind there. For each seed a list gives the same images labels of which FLIPPED are wrong, each
+that of another class drawn at random, never those of planted faults. `tokenfusion check` of each list is a process of
+its own, by thumbnails and by what pretrained parents see; what it reports is held against what was planted. Recall is
+the share of faults that are reported under their kind; false alarms are images that are reported and were not planted,
+as a share of all sound images. What the data itself holds, such as true near duplicates and wrong labels of its own,
+counts as a false alarm. Seconds are told of a run with --timed alone. What the parents see is kept in the cache, and a
+run that was killed goes on with it; rows that are in the result already are not measured again. How labels are judged
+was chosen on other images and other flips: --skip leaves out the images of the result, --seeds names the flips.
 """
 
 # ruff: noqa: ARG005 - the faults share one signature
@@ -16,11 +22,9 @@ import argparse
 import csv
 import io
 import json
+import os
 import random
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,15 +35,18 @@ from PIL import Image, ImageOps
 from common import environment
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.open import open_dataset
-from tokenfusion.files import write_json
+from tokenfusion.files import write_csv, write_json
+from tokenfusion.json_files import read_json
 
-SIDE = 224
-"""Shorter side of the images that are checked, in pixels: what decoding them costs depends on it."""
 PLANTED = 30
 """Faults of every kind; fewer where there are fewer than SPREAD times as many images."""
+COPIED = 100
+"""Copies of every kind; fewer where there are fewer than SPREAD times as many images."""
 SPREAD = 40
 FLIPPED = 0.05
-"""Share of the labels that are flipped in the second run."""
+"""Share of the labels that are flipped."""
+RANKS = range(25, 601, 25)
+"""Disputes after which precision is told."""
 
 
 def as_bytes(image: Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
@@ -93,44 +100,44 @@ COPIES: dict[str, tuple[str, Make]] = {
 """Copies of held-out images that are planted among the training images."""
 
 
-def scaled(data: bytes) -> bytes:
-    """An image file whose shorter side is SIDE; the same where it is already."""
+def scaled(data: bytes, side: int) -> bytes:
+    """An image file of that shorter side; the same where it is already, or for side 0."""
     image = Image.open(io.BytesIO(data))
-    factor = SIDE / min(image.size)
-    if factor == 1:
+    factor = side / min(image.size)
+    if factor in (0, 1):
         return data
     width, height = image.size
     return as_bytes(image.convert("RGB").resize((round(width * factor), round(height * factor))), quality=90)
 
 
-def copy(source: Dataset, count: int, folder: Path) -> list[tuple[str, int]]:
-    """Write so many images, a fifth of them held out; names and labels."""
-    written = []
-    for number, index in enumerate(random.Random(0).sample(range(len(source)), count)):
-        data = scaled(source.read(index))
-        label = int(source.labels[index])
-        name = f"{'val' if number % 5 == 0 else 'train'}/{source.classes[label]}/{number:06d}.jpg"
+def copy(source: Dataset, chosen: list[int], side: int, folder: Path) -> dict[str, str]:
+    """Write images, a fifth of them held out; their names and classes."""
+    written = {}
+    for number, index in enumerate(chosen):
+        data, label = source.read(index), source.classes[int(source.labels[index])]
+        name = f"{'val' if number % 5 == 0 else 'train'}/{label}/{number:06d}.jpg"
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-        written.append((name, label))
+        (folder / name).write_bytes(scaled(data, side))
+        written[name] = label
     return written
 
 
-def plant(folder: Path, names: list[str], count: int) -> dict[str, set[str]]:
-    """Plant so many faults of every kind; the names planted, by kind."""
+def plant(folder: Path, names: list[str]) -> dict[str, set[str]]:
+    """Plant faults of every kind; the names planted, by kind, and those of which copies were planted as "original"."""
     draw = random.Random(1)
     train, val = ([name for name in names if name.startswith(part)] for part in ("train", "val"))
     draw.shuffle(train)
     draw.shuffle(val)
-    planted: dict[str, set[str]] = {}
+    planted: dict[str, set[str]] = {"original": set()}
     for kind, (_, make) in (DAMAGE | COPIES).items():
         planted[kind] = set()
-        for _ in range(count):
+        for _ in range(min(COPIED if kind in COPIES else PLANTED, len(names) // SPREAD)):
             name, original = take_pair(train, val) if kind in COPIES else (train[-1], train[-1])
             train.remove(name)
             data = (folder / original).read_bytes()
             (folder / name).write_bytes(make(data, Image.open(io.BytesIO(data)).convert("RGB"), draw))
             planted[kind].add(name)
+            planted["original"] |= {original} - {name}
     return planted
 
 
@@ -144,11 +151,45 @@ def take_pair(train: list[str], val: list[str]) -> tuple[str, str]:
     raise SystemExit("no class has both a training and a held-out image left to plant copies of; give more --images")
 
 
-def run_check(folder: Path, out: Path) -> tuple[dict[str, Any], float]:
-    """What check.json holds, and the seconds that the command took, start and all."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "tokenfusion", "check", str(folder), "--out", str(out)], check=True)
-    return json.loads((out / "check.json").read_text()), time.perf_counter() - start
+def make_data(given: argparse.Namespace, place: Path) -> tuple[dict[str, str], dict[str, set[str]]]:
+    """Names and classes of the images that are checked, and what is planted among them; as it was made before."""
+    if not (place / "made.json").exists():
+        source = open_dataset(given.data)
+        last = given.skip + given.images
+        if not given.images >= SPREAD or last > len(source):
+            sys.exit(f"{given.data} has {len(source)} images; give --images and --skip of as many, {SPREAD} at least")
+        chosen = random.Random(0).sample(range(len(source)), len(source))[given.skip : last]
+        names = copy(source, chosen, given.shorter_side, place)
+        planted = plant(place, list(names)) if given.faults else {}
+        write_json(
+            place / "made.json", {"names": names, "planted": {kind: sorted(them) for kind, them in planted.items()}}
+        )
+    made = read_json(place / "made.json", "remove the folder")
+    return made["names"], {kind: set(them) for kind, them in made["planted"].items()}
+
+
+def flip(place: Path, names: dict[str, str], planted: dict[str, set[str]], seed: int) -> tuple[Path, set[str]]:
+    """A list of all images in which a share of the sound ones' labels is that of another class; and which ones."""
+    draw, classes = random.Random(seed), sorted(set(names.values()))
+    sound = sorted(names.keys() - set().union(*planted.values()))
+    flipped = set(draw.sample(sound, int(FLIPPED * len(names))))
+    given = {
+        name: draw.choice([other for other in classes if other != label]) if name in flipped else label
+        for name, label in names.items()
+    }
+    path = place / f"flipped-{seed}.csv"
+    write_csv(path, ("path", "label", "split"), ((n, label, n.split("/")[0]) for n, label in given.items()))
+    return path, flipped
+
+
+def run_check(labels: Path, out: Path, options: list[str]) -> dict[str, Any]:
+    """What check.json holds, and the most MB of memory that the command held."""
+    words = [sys.executable, "-m", "tokenfusion", "check", str(labels), "--out", str(out), *options]
+    child = os.posix_spawn(sys.executable, words, os.environ)
+    _, status, usage = os.wait4(child, 0)
+    if status:
+        sys.exit(f"tokenfusion check {labels} failed")
+    return json.loads((out / "check.json").read_text()) | {"peak_mb": round(usage.ru_maxrss / 1024)}
 
 
 def names_in(result: dict[str, Any], field: str) -> set[str]:
@@ -156,73 +197,92 @@ def names_in(result: dict[str, Any], field: str) -> set[str]:
     return {image["path"] for found in result[field] for image in found.get("images", [found])}
 
 
-def judge(result: dict[str, Any], planted: dict[str, set[str]], excluded: set[str], total: int) -> dict[str, Any]:
+def judge_faults(
+    result: dict[str, Any], planted: dict[str, set[str]], excluded: set[str], total: int
+) -> dict[str, Any]:
     """Recall of each kind, and false alarms of each field."""
     fields = {kind: field for kind, (field, _) in (DAMAGE | COPIES).items()}
-    recall = {kind: len(names & names_in(result, fields[kind])) / len(names) for kind, names in planted.items()}
-    faulty = set().union(*planted.values())
+    recall = {kind: len(planted[kind] & names_in(result, field)) / len(planted[kind]) for kind, field in fields.items()}
+    faulty = set().union(*(planted[kind] for kind in fields))
     alarms = {}
     for field in sorted(set(fields.values())):
-        true = set().union(*(names for kind, names in planted.items() if fields[kind] == field))
+        true = set().union(*(planted[kind] for kind, its in fields.items() if its == field))
         found = (
             [image["path"] for image in group["images"]] if "images" in group else [group["path"]]
             for group in result[field]
         )
         alarms[field] = sum(not true & set(paths) for paths in found)
+    near = [kind for kind, (field, _) in COPIES.items() if field == "near_duplicates"]
     return {
+        "planted": {kind: len(planted[kind]) for kind in fields},
         "recall": recall,
-        "near_duplicate_recall": float(np.mean([recall[kind] for kind in ("re-encoded", "resized", "cropped")])),
+        "near_duplicate_recall": float(np.mean([recall[kind] for kind in near])),
         "false_findings": alarms,
         "false_alarm_rate": sum(alarms.values()) / (total - len(faulty)),
         "sound_images_quarantined": len(excluded - faulty),
     }
 
 
-def flip(folder: Path, written: list[tuple[str, int]], classes: tuple[str, ...]) -> set[str]:
-    """Move a share of the images into another class's folder; their new names."""
-    draw, moved = random.Random(2), set()
-    for name, label in draw.sample(written, int(FLIPPED * len(written))):
-        other = draw.choice([k for k in range(len(classes)) if k != label])
-        target = name.replace(f"/{classes[label]}/", f"/{classes[other]}/")
-        (folder / name).rename(folder / target)
-        moved.add(target)
-    return moved
+def judge_labels(result: dict[str, Any], flipped: set[str]) -> dict[str, Any]:
+    """How many of the flipped labels are disputed, and the precision by rank, as it is and as check estimates it."""
+    labels = result["labels"]
+    hits = np.cumsum([dispute["path"] in flipped for dispute in labels["disputes"]])
+    ranks = [rank for rank in RANKS if rank <= len(hits)]
+    return {
+        "flipped": len(flipped),
+        "disputed": len(hits),
+        "found": int(hits[-1]) if len(hits) else 0,
+        "found_among_first_600": int(hits[:600][-1]) if len(hits) else 0,
+        "precision": {rank: round(int(hits[rank - 1]) / rank, 4) for rank in ranks},
+        "estimated_precision": {rank: labels["disputes"][rank - 1]["precision"] for rank in ranks},
+        "model_accuracy": labels["model_accuracy"],
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="labelled images, such as imagenette-224.tar")
+    parser.add_argument("data", help="labelled images, such as imagenette-160")
+    parser.add_argument("--pretrained", nargs=2, required=True, help="weights of the CNN and of the transformer")
+    parser.add_argument("--img-size", default="112", help="height and width at which the parents look at images")
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    source = open_dataset(arguments.data)
-    if not SPREAD <= arguments.images <= len(source):
-        parser.error(f"--images {arguments.images}: {arguments.data} has {len(source)}; give {SPREAD} to {len(source)}")
-    planted_of_each = min(PLANTED, arguments.images // SPREAD)
-    result = {**environment(), "images": arguments.images, "planted_of_each_kind": planted_of_each}
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, out = Path(scratch) / "data", Path(scratch) / "found"
-        written = copy(source, arguments.images, folder)
-        flipped = flip(folder, written, source.classes)
-        found, _ = run_check(folder, out)
-        disputes = [image["path"] for image in found["labels"]["disputes"]]
-        hits = [path in flipped for path in disputes]
-        result["labels"] = {
-            "flipped": len(flipped),
-            "disputed": len(disputes),
-            "found": sum(hits),
-            "found_among_first_24": sum(hits[:24]),
-            "model_accuracy": found["labels"]["model_accuracy"],
-        }
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, out = Path(scratch) / "data", Path(scratch) / "found"
-        names = [name for name, _ in copy(source, arguments.images, folder)]
-        planted = plant(folder, names, planted_of_each)
-        found, seconds = run_check(folder, out)
-        with open(out / "quarantine.csv", newline="") as file:
-            excluded = {row["path"] for row in csv.DictReader(file)}
-        result |= {"seconds": round(seconds, 1), **judge(found, planted, excluded, arguments.images)}
-    write_json(arguments.out, result)
+    parser.add_argument("--skip", type=int, default=0, help="images that are left out before those that are taken")
+    parser.add_argument("--shorter-side", type=int, default=0, help="of the images, in pixels; as they are when 0")
+    parser.add_argument("--faults", action="store_true", help="plant faults and copies too")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="of the flips")
+    parser.add_argument("--timed", action="store_true", help="measure the seconds alone; nothing else may be running")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the copies and of what check finds")
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write; other data's results in it are kept")
+    given = parser.parse_args()
+    name = Path(given.data).name
+    place = given.work / f"{name}-{given.skip}-{given.images}"
+    names, planted = make_data(given, place)
+    whole = read_json(given.out, "remove it") if given.out.exists() else {}
+    result = whole.setdefault(name, environment() | {"images": given.images, "skipped": given.skip, "labels": []})
+    eyes = {"thumbnails": ["--img-size", given.img_size]}
+    eyes["parents"] = [*eyes["thumbnails"], "--pretrained", *given.pretrained]
+    if given.timed:
+        labels, _ = flip(place, names, planted, given.seeds[0])
+        for by, options in eyes.items():
+            found = run_check(labels, given.work / f"found-{name}-{given.skip}-{by}-timed", options)
+            seconds = {key: found[key] for key in ("seconds", "feature_seconds", "peak_mb")}
+            result.setdefault("timed", {})[by] = {"load_average_before": os.getloadavg()[0], **seconds}
+        write_json(given.out, whole)
+        given.seeds = []
+    for seed in given.seeds:
+        labels, flipped = flip(place, names, planted, seed)
+        for by, options in eyes.items():
+            row = {"by": by, "img_size": given.img_size, "seed": seed}
+            if any(row.items() <= other.items() for other in result["labels"]):
+                continue
+            out = given.work / f"found-{name}-{given.skip}-{by}-{seed}"
+            found = run_check(labels, out, options)
+            row |= judge_labels(found, flipped) | {"peak_mb": found["peak_mb"]}
+            result["labels"].append(row)
+            if planted and seed == given.seeds[0]:
+                with open(out / "quarantine.csv", newline="") as file:
+                    excluded = {line["path"] for line in csv.DictReader(file)}
+                result.setdefault("faults", {})[by] = judge_faults(found, planted, excluded, given.images)
+            write_json(given.out, whole)
     print(json.dumps(result, indent=2))
 
 

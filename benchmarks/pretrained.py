@@ -108,7 +108,7 @@ def seen(classifier: Classifier, data: str, order: np.ndarray) -> tuple["Chunks"
     """Kept rows and labels of images in their order, chunk by chunk."""
     rows, labels, clock = [], [], time.perf_counter()
     for images in chunks(data, order):
-        rows.append(keep_features(classifier, images).rows.rows)
+        rows.append(keep_features(classifier, images))
         labels.append(images.labels.numpy())
         print(sum(map(len, labels)), "images", f"{time.perf_counter() - clock:.1f} s", flush=True)
     return Chunks(rows), np.concatenate(labels)
@@ -221,15 +221,16 @@ def fine_tuned(weights: Path, data: str, order: np.ndarray, test: np.ndarray, mi
 class Chunks:
     """Kept rows of several files in a row, float16 (N, F)."""
 
-    def __init__(self, parts: list[np.ndarray]) -> None:
+    def __init__(self, parts: list[Features]) -> None:
         self.parts = parts
 
     def __len__(self) -> int:
-        return sum(map(len, self.parts))
+        return sum(part.which.shape[1] for part in self.parts)
 
     def __getitem__(self, which: slice | np.ndarray) -> np.ndarray:
         indices = np.arange(len(self))[which]
-        return np.stack([self.parts[i // CHUNK][i % CHUNK] for i in indices])
+        kept = ((self.parts[i // CHUNK], i % CHUNK) for i in indices)
+        return np.stack([part.rows.rows[part.which[0, i]] for part, i in kept])
 
 
 def features_of(rows: np.ndarray) -> Features:

@@ -1,8 +1,14 @@
 """What frozen parents see of images, computed once and kept on disk in half precision.
 
 Every image passes each parent once; heads are then fitted and trained on the kept rows. A file is named by all that its
-rows follow from (weights, preprocessing, pixels), so that those of other weights are never used. Rows are appended and
-checked block by block: what a kill or a full disk leaves is gone on with. They are mapped, never read into memory.
+rows follow from (weights, preprocessing, pixels), so that those of other weights are never used; one that has the rows
+of more images serves for some of them, such as a check-up's for the training that leaves out what it found. Rows are
+appended and checked block by block: what a kill or a full disk leaves is gone on with. They are mapped, never read into
+memory.
+
+    HOW-IMAGES.f16      the rows; HOW is a hash of parents, preprocessing and arithmetic, IMAGES one of the pixels
+    HOW-IMAGES.images   the images' checksums, uint64
+    HOW-IMAGES.json     a checksum for each block of rows
 """
 
 import json
@@ -26,12 +32,14 @@ from tokenfusion.data.loader import Views, view_batches
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.readers import Reader
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_json
+from tokenfusion.files import write_bytes, write_json
 from tokenfusion.hardware import autocast, resolve_precision
 from tokenfusion.models.probe_fusion import ProbeFusion
 
 BLOCK = 64
 """Images that pass the parents at once, and after which what is kept is safe."""
+IMAGES = ".images"
+"""Ending of the checksums beside kept rows."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,16 +171,18 @@ def keep_features(
             "images in shards are not looked at before training, and what frozen parents see of them cannot be kept; "
             "give a folder, Parquet files or a tar, or a single model, such as --model resnet50 --pretrained hub"
         )
-    how = [views, seed, vars(augment) if augment else None] if views > 1 else [1]
-    path = folder / f"{key_of(classifier, images.checksums, how)}.f16"
-    shape = views * len(images), model.row_length
-    size = 2 * shape[0] * shape[1]
+    how = key_of(classifier, [views, seed, vars(augment) if augment else None] if views > 1 else [1])
+    path = folder / f"{how}-{blake2b(images.checksums.tobytes(), digest_size=16).hexdigest()}.f16"
+    shape, which = (views * len(images), model.row_length), np.arange(views * len(images))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with replace(cache, folder=folder).lock(path.stem):
             done = whole_rows(path, shape)
-            if done < shape[0]:
-                make_room(folder, size, cache.limit, path)
+            if done < shape[0] and views == 1 and (found := find_rows(folder, how, images.checksums, shape[1])):
+                path, which, shape = found
+            elif done < shape[0]:
+                make_room(folder, 2 * shape[0] * shape[1], cache.limit, path)
+                write_bytes(path.with_suffix(IMAGES), images.checksums.tobytes())
                 coming = Views(images, classifier.preprocess, augment, seed, range(done, shape[0]))
                 append_rows(classifier, coming, path, done, shape, workers, progress)
             os.utime(path)
@@ -182,11 +192,11 @@ def keep_features(
             f"{path} could not be kept: {error.strerror}; what there is of it is gone on with: make room, or name "
             "another folder by TOKENFUSION_CACHE, then run the command again"
         ) from error
-    return Features(images, rows, np.arange(shape[0]).reshape(views, -1))
+    return Features(images, rows, which.reshape(views, -1))
 
 
-def key_of(classifier: Classifier, checksums: np.ndarray, how: list[Any]) -> str:
-    """A name for all that kept rows follow from: parents, preprocessing, views, arithmetic, and pixels in order."""
+def key_of(classifier: Classifier, how: list[Any]) -> str:
+    """A name for all that kept rows follow from but the pixels: parents, preprocessing, views, arithmetic."""
     digest = blake2b(digest_size=16)
     for name, tensor in classifier.model.state_dict().items():
         if name.startswith(("cnn.", "vit.")):
@@ -196,8 +206,26 @@ def key_of(classifier: Classifier, checksums: np.ndarray, how: list[Any]) -> str
     precision = resolve_precision(classifier.precision, classifier.device)
     layers = cast(ProbeFusion, classifier.model).read_layers
     described = [classifier.preprocess.to_dict(), precision, str(classifier.device), classifier.name, layers, *how]
-    digest.update(json.dumps(described).encode() + checksums.tobytes())
+    digest.update(json.dumps(described).encode())
     return digest.hexdigest()
+
+
+def find_rows(
+    folder: Path, how: str, checksums: np.ndarray, length: int
+) -> tuple[Path, np.ndarray, tuple[int, int]] | None:
+    """A whole file that has the rows of all these images among others', which rows they are (N,), and its shape."""
+    for path in folder.glob(f"{how}-*.f16"):
+        try:
+            known = np.fromfile(path.with_suffix(IMAGES), np.uint64)
+        except OSError:  # another process is making room
+            continue
+        if len(known) < len(checksums):
+            continue
+        order, shape = np.argsort(known), (len(known), length)
+        which = order[np.searchsorted(known, checksums, sorter=order).clip(max=len(known) - 1)]
+        if np.array_equal(known[which], checksums) and whole_rows(path, shape) == len(known):
+            return path, which, shape
+    return None
 
 
 def whole_rows(path: Path, shape: tuple[int, int]) -> int:
@@ -267,5 +295,5 @@ def make_room(folder: Path, size: int, limit: int, path: Path) -> None:
             break
         with suppress(OSError, Timeout), FileLock(other.with_suffix(".lock"), timeout=0):
             total -= os.path.getsize(other)
-            for file in (other, other.with_suffix(".json")):
-                file.unlink()
+            for file in (other, other.with_suffix(".json"), other.with_suffix(IMAGES)):
+                file.unlink(missing_ok=True)

@@ -78,16 +78,32 @@ def make_folder(path: Path) -> None:
         raise InputError(f"{path} cannot be written: {error.strerror}; give another --out") from error
 
 
+def missing_folders(folder: Path) -> list[Path]:
+    """A folder and those above it that are still to be made, the deepest first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def remove_empty(folders: Sequence[Path]) -> None:
+    """Remove folders, of which each holds the one before it, as far as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
 @contextmanager
 def own_folder(folder: Path) -> Iterator[Path]:
-    """Make a folder where it is missing, and have it to ourselves while we write to it.
+    """Make a folder where it is missing, and have it to ourselves while we write; left empty, it is removed again.
 
     Raises:
         InputError: it cannot be made, or another process writes to it.
     """
+    made = missing_folders(folder)
     make_folder(folder)
-    with lock_folder(folder):
-        yield folder
+    try:
+        with lock_folder(folder):
+            yield folder
+    finally:
+        remove_empty(made)
 
 
 @contextmanager

@@ -21,10 +21,11 @@ from scipy.ndimage import gaussian_filter
 
 from runs import small_recipe
 from tokenfusion.check.checkup import free_run
+from tokenfusion.check.classes import count_classes
 from tokenfusion.check.crop import kept
 from tokenfusion.check.duplicates import exact_duplicates, near_duplicates
 from tokenfusion.check.inspection import Inspection, inspect_images
-from tokenfusion.check.labels import choose_judged, count_classes, disputed, judge_labels, thumbnail_features
+from tokenfusion.check.labels import choose_judged, judge_labels, thumbnail_features
 from tokenfusion.check.quarantine import connected
 from tokenfusion.data.describe import describe
 from tokenfusion.data.exclude import keep_list
@@ -435,13 +436,6 @@ def test_what_the_crop_keeps_is_what_cover_keeps():
     assert float(seen.max() - seen.min()) == pytest.approx(300 * width, abs=3)
 
 
-def test_the_confident_learning_rule_by_hand():
-    scores = np.array([[0.9, 0.1], [0.8, 0.2], [0.1, 0.9], [0.2, 0.8], [0.05, 0.95], [0.4, 0.6]])
-    labels = np.array([0, 0, 1, 1, 0, 0])
-    # usual scores: of class 0 (0.9 + 0.8 + 0.05 + 0.4) / 4, of class 1 0.85; 0.6 is below that
-    assert disputed(scores, labels) == [(4, 1, 0.95, 0.05)]
-
-
 def test_a_flipped_label_of_an_easy_class_is_disputed():
     thumbnails = torch.zeros(60, 3, 48, 48, dtype=torch.uint8)
     thumbnails[::2, 0] = 220
@@ -449,7 +443,7 @@ def test_a_flipped_label_of_an_easy_class_is_disputed():
     thumbnails += torch.randint(0, 30, thumbnails.shape, generator=torch.manual_seed(0)).to(torch.uint8)
     labels = np.arange(60) % 2
     labels[13] = 0
-    judgement = judge_labels(thumbnail_features(thumbnails), labels, np.arange(100, 160))
+    judgement = judge_labels([thumbnail_features(thumbnails)], labels, np.arange(100, 160), None, 0.003)
     assert [(d.image, d.suggestion) for d in judgement.disputes] == [(113, 1)]
 
 

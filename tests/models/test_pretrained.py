@@ -259,3 +259,17 @@ def test_of_a_pair_both_files_are_named_that_are_to_be_fetched_elsewhere(tmp_pat
     places = [f"{timm.get_pretrained_cfg(name).hf_hub_id}/resolve/main/model.safetensors" for name in (CNN, VIT)]
     assert all(f"{place} as {name}.safetensors" in errors for place, name in zip(places, (CNN, VIT), strict=True))
     assert f"put both here, and give --pretrained {CNN}.safetensors {VIT}.safetensors" in errors
+
+
+@pytest.mark.parametrize("fault", ["busy", "cut", "offline"])
+def test_a_check_up_says_what_it_fetches_and_fails_as_training_does(fault, hub, tmp_path, command, monkeypatch):
+    Hub.failures, Hub.cut = (1000 if fault == "busy" else 0), fault == "cut"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", fault == "offline")
+    words = ("--model", f"fuse({CNN},{VIT},probe)", "--pretrained", "hub", "--out", tmp_path / "found", "--json")
+    status, output, errors = command("check", "digits", *words)
+    assert (status, output, (tmp_path / "found").exists()) == (2, "", False)
+    repository = timm.get_pretrained_cfg(CNN).hf_hub_id
+    assert f"for the weights of {CNN}: {repository}/model.safetensors\n" in errors
+    assert ("the hub does not answer; retrying in" in errors) == (fault == "busy")
+    assert f"give --pretrained {CNN}.safetensors {VIT}.safetensors" in errors
+    assert not list(hub.glob("models--*"))

@@ -169,34 +169,6 @@ def test_what_keeps_nothing_to_compare_by_has_no_similar_images(trained, digit, 
     assert "which keeps nothing to compare images by; give a run of fuse(CNN,VIT,probe)" in errors
 
 
-def test_a_check_up_judges_labels_by_what_training_then_takes_from_the_cache(files, tmp_path, command, monkeypatch):
-    own = tmp_path / "photos"
-    for label, name in enumerate(("red", "green", "blue")):
-        (own / name).mkdir(parents=True)
-        for number in range(14):
-            pixels = np.random.default_rng([label, number]).integers(0, 60, (36, 36, 3), dtype=np.uint8)
-            pixels[..., label] += 180
-            Image.fromarray(pixels).save(own / name / f"{number}.png")
-    (own / "blue" / "3.png").rename(own / "red" / "flipped.png")
-    words = ("--model", MODEL, "--pretrained", *files, "--img-size", 64, "--out", tmp_path / "check")
-    status, _, errors = command("check", own, *words)
-    assert status == 0, errors
-    judged = json.loads((tmp_path / "check" / "check.json").read_text())["labels"]
-    assert [file["model"] for file in judged["judged_by"]] == [CNN, VIT]
-    assert judged["judged"] == 42
-    assert judged["model_accuracy"] > 0.8
-    assert ("red/flipped.png", "blue") in [(row["path"], row["suggestion"]) for row in judged["disputes"]]
-    monkeypatch.setattr("tokenfusion.features.append_rows", None)  # nothing is left to be looked at
-    start(Recipe(str(own), model=MODEL, pretrained=files, img_size=64, tune="probe"), tmp_path / "run", QUIET)
-
-
-def test_a_check_up_by_a_model_that_keeps_nothing_is_refused(photos, files, tmp_path, command):
-    words = ("--model", CNN, "--pretrained", files[0], "--out", tmp_path / "check")
-    status, _, errors = command("check", photos, *words)
-    assert status == 2
-    assert f"{CNN} keeps nothing to judge labels by; give --model fuse(CNN,VIT,probe)" in errors
-
-
 def test_it_is_exported(deepest, tmp_path, command):
     pytest.importorskip("onnx")
     status, _, errors = command("export", deepest, "--out", tmp_path / "out", "--format", "pt2")

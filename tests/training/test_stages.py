@@ -135,6 +135,23 @@ def test_rows_of_other_weights_or_pixels_are_never_used(classifier, digits, cach
     assert len(list(cache.glob("*.f16"))) == 3
 
 
+def test_rows_of_more_images_serve_for_some_in_any_order(classifier, digits, cache):
+    whole, chosen = keep_features(classifier, digits), np.array([140, 3, 77])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "append_rows", None)
+        some = keep_features(classifier, digits.subset(chosen))
+    assert some.rows.path == whole.rows.path
+    assert torch.equal(next(some.batches()), next(whole.subset(chosen).batches()))
+    assert torch.equal(some.as_images()[0], whole.as_images()[140])
+    assert len(list(cache.glob("*.f16"))) == 1
+    expected = next(some.batches())
+    with whole.rows.path.open("r+b") as file:
+        file.write(b"\xff" * 10)  # of an image that is not among them, but the file is no longer whole
+    again = keep_features(classifier, digits.subset(chosen))
+    assert again.rows.path != whole.rows.path
+    torch.testing.assert_close(next(again.batches()), expected, rtol=0, atol=0.01)
+
+
 def test_a_full_disk_ends_clean_and_is_gone_on_with(classifier, digits, cache, monkeypatch):
     noted, write = [], features.write_json
 
@@ -171,6 +188,7 @@ def test_rows_beyond_the_limit_are_refused_and_old_ones_make_room(classifier, di
     other, _ = read_images(open_dataset("digits"), range(1, 151), max_pixels=64, cache_bytes=2**20)
     second = keep_features(classifier, other).rows.path
     assert list(cache.glob("*.f16")) == [second] != [first]
+    assert {path.stem for path in cache.iterdir() if path.suffix != ".lock"} == {second.stem}
     monkeypatch.setenv("TOKENFUSION_CACHE_GB", str(0.5 * size / 2**30))
     with pytest.raises(InputError, match=r"more than the .* GiB of the cache; allow more by TOKENFUSION_CACHE_GB"):
         keep_features(

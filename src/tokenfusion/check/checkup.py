@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from tokenfusion.check.classes import count_classes
 from tokenfusion.check.crop import measure_crop
 from tokenfusion.check.duplicates import MAX_IMAGES, exact_duplicates, near_duplicates
 from tokenfusion.check.inspection import Inspection, inspect_images
-from tokenfusion.check.labels import Judgement, choose_judged, count_classes, judge_labels, thumbnail_features
+from tokenfusion.check.labels import MIN_IMAGES, Judgement, choose_judged, judge_labels, thumbnail_features
 from tokenfusion.check.quarantine import quarantine, write_quarantine
 from tokenfusion.check.report import write_check
-from tokenfusion.check.seen import build_parents, see_images
+from tokenfusion.check.seen import Seen, build_parents, see_images
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.describe import describe
@@ -33,8 +34,8 @@ from tokenfusion.files import own_folder, refuse_inside, write_json
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.recipe import Reading, Recipe
 
-SEEN_C = 0.01
-"""Inverse strength of the penalty of a classifier on what pretrained parents see, the middle of `probe.CS`."""
+THUMBNAILS_C, SEEN_C = 0.003, 0.003
+"""Inverse strength of the penalty of classifiers on thumbnails, and on what pretrained parents see."""
 TINY, HUGE = 1 / 4, 8
 """Times the median image's shorter side, below which an image is tiny; times the longer one's, above which huge."""
 
@@ -92,10 +93,15 @@ def look_at(
     searched = len(dataset) <= MAX_IMAGES
     compared = range(len(dataset)) if searched else set(judged.tolist())
     inspections = inspect_images(dataset, Recipe.max_pixels, compared, lambda *done: progress("reading images", *done))
+    began = time.perf_counter()
+    seen = None
+    if parents is not None:
+        seen = see_images(parents, dataset, inspections, lambda *done: progress("parents look at images", *done))
+    feature_seconds = time.perf_counter() - began
     exact = exact_duplicates(inspections)
     near = near_duplicates(inspections if searched else [], lambda *done: progress("comparing images", *done))
     progress("judging labels", 0, 1)
-    judgement = judge(dataset, inspections, judged, parents, lambda *done: progress("parents look at images", *done))
+    judgement = judge(dataset, inspections, judged, seen)
     progress("judging labels", 1, 1)
     excluded = quarantine(dataset, inspections, exact, [(pair.first, pair.second) for pair in near.pairs])
     result: dict[str, Any] = {
@@ -121,21 +127,25 @@ def look_at(
         "crop": measure_crop(dataset.names, inspections, img_size, Recipe().crop_pct),
         "quarantined": len(excluded),
         "train_refuses": why_train_refuses(dataset, excluded, rare_classes),
+        "feature_seconds": round(feature_seconds, 1),
     }
     return result, excluded
 
 
 def labels_found(dataset: Dataset, judgement: Judgement, parents: Classifier | None) -> dict[str, Any]:
     """What is said of the labels: by whom they were judged, how well, and which are disputed."""
+    few = [] if dataset.multi_label else np.bincount(dataset.labels)[dataset.labels] < MIN_IMAGES
     return {
         "judged": judgement.judged,
+        "of_rare_classes": int(np.sum(few)),
         "model_accuracy": judgement.accuracy,
         "judged_by": list(parents.began_with) if parents else [],
         "note": judgement.note,
+        "wrong_share": judgement.share,
         "disputes": [
             known(dataset, dispute.image)
             | {"suggestion": dataset.classes[dispute.suggestion]}
-            | {"score": round(dispute.score, 4), "label_score": round(dispute.label_score, 4)}
+            | {name: round(getattr(dispute, name), 4) for name in ("score", "label_score", "wrong", "precision")}
             for dispute in judgement.disputes
         ],
     }
@@ -159,29 +169,18 @@ def free_run(data: str) -> Path:
     return next(free for free in chain([run], (Path(f"{run}-{n}") for n in count(2))) if not free.exists())
 
 
-def judge(
-    dataset: Dataset,
-    inspections: list[Inspection],
-    judged: np.ndarray,
-    parents: Classifier | None,
-    progress: Callable[[int, int], None],
-) -> Judgement:
-    """What a quick model says of the labels of some images: by thumbnails, or by what pretrained parents see."""
+def judge(dataset: Dataset, inspections: list[Inspection], judged: np.ndarray, seen: Seen | None) -> Judgement:
+    """What quick classifiers say of the labels of some images: by thumbnails, or by what pretrained parents see."""
     if dataset.multi_label:
-        return Judgement([], 0, None, "the images have any number of labels each")
+        return Judgement([], 0, None, note="the images have any number of labels each")
     read = np.array([index for index in judged if not inspections[index].reason], dtype=np.int64)
-    if not len(read):
-        return judge_labels(np.empty((0, 0)), dataset.labels[read], read)
-    if parents is not None:
-        readable = np.array([i for i, image in enumerate(inspections) if not image.reason], dtype=np.int64)
-        features, order = see_images(parents, dataset, readable, progress)
-        features = features[np.argsort(order)][np.searchsorted(readable, read)]
-    else:
-        features = thumbnail_features(torch.stack([inspections[index].thumbnail for index in read]))
     groups = None if dataset.groups is None else dataset.groups[read]
-    if parents is not None:
-        return judge_labels(features, dataset.labels[read], read, groups, c=SEEN_C, calibrate=True)
-    return judge_labels(features, dataset.labels[read], read, groups)
+    if not len(read):
+        return judge_labels([], dataset.labels[read], read, groups, THUMBNAILS_C)
+    if seen is not None:
+        return judge_labels(seen.of(read), dataset.labels[read], read, groups, SEEN_C)
+    features = thumbnail_features(torch.stack([inspections[index].thumbnail for index in read]))
+    return judge_labels([features], dataset.labels[read], read, groups, THUMBNAILS_C)
 
 
 def why_train_refuses(dataset: Dataset, excluded: Iterable[int], rare_classes: str) -> str:

@@ -9,10 +9,12 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from tokenfusion.errors import InputError
 from tokenfusion.imports import first_import
 from tokenfusion.places import require_data, require_files
 from tokenfusion.preset import PRETRAINED_PAIR
 from tokenfusion.recipe import HUB, Reading, Recipe
+from tokenfusion.terminal import stderr
 from tokenfusion_runtime.output import json_text
 
 
@@ -23,15 +25,15 @@ def check(
     out: Path | None = None,
     img_size: tuple[int, ...] = (224,),
     pretrained: tuple[str, ...] = (),
-    model: str = PRETRAINED_PAIR,
+    model: str = "",
     reading: Annotated[Reading, Parameter(name="*")] = Reading(),  # noqa: B008 - frozen
     as_json: Annotated[bool, Parameter(name="--json", negative="")] = False,
 ) -> None:
     """Check labelled images before training on them; writes check.html, check.json and quarantine.csv.
 
     Finds images that are unreadable, tiny, huge, animated or oddly coloured; exact and near duplicates, within and
-    between splits; classes that are empty, rare or differ between splits; labels that a quick model disputes; and what
-    the crop cuts off. Nothing in DATA is changed. The exit status is 0 whatever is found; `train --exclude
+    between splits; classes that are empty, rare or differ between splits; labels that are likely wrong, ranked; and
+    what the crop cuts off. Nothing in DATA is changed. The exit status is 0 whatever is found; `train --exclude
     quarantine.csv` leaves out what had better be left out.
 
     Example: tokenfusion check photos/
@@ -48,20 +50,26 @@ def check(
         Judge labels by what pretrained parents see instead of thumbnails: hub, or the CNN's and the transformer's file.
         What they see is kept, and `train --pretrained` of the same images begins with it.
     model
-        With --pretrained, the model fuse(CNN,VIT,probe) whose parents they are.
+        With --pretrained, the model fuse(CNN,VIT,probe) whose parents they are; when not given, the pair that `train
+        --pretrained` takes.
     as_json
         Print check.json instead of a summary.
     """
     require_data(data)
     require_files(tuple(name for name in pretrained if name != HUB), "--pretrained")
+    if model and not pretrained:
+        raise InputError(f"--model {model} is whose parents judge labels; give their weights by --pretrained with it")
     with first_import("timm"):
         from tokenfusion.check.checkup import check_data, free_run
         from tokenfusion.check.report import summarise
+        from tokenfusion.check.seen import fetch_parents
     from tokenfusion.formatting import counted
     from tokenfusion_runtime.output import spelled_out
 
-    start = Recipe(img_size=img_size, pretrained=pretrained, model=model)
+    start = Recipe(img_size=img_size, pretrained=pretrained, model=model or PRETRAINED_PAIR)
     height, width = start.img_size
+    if pretrained:
+        fetch_parents(start, stderr.print)
     with show_progress() as progress:
         result, folder = check_data(data, out, (height, width), progress, reading, start)
     if as_json:

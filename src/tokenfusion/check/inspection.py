@@ -21,6 +21,7 @@ from tokenfusion.data.decode import (
     has_deep_channels,
     is_plain,
 )
+from tokenfusion.data.decoded import checksum
 from tokenfusion_runtime.decoding import decoding
 from tokenfusion_runtime.image import FORMATS, ValueRange, is_deep
 
@@ -56,6 +57,8 @@ class Inspection:
     """uint8 (3, SIDE, SIDE)."""
     damage: str = ""
     """What libjpeg says of damaged data that it decodes all the same; empty where it says nothing."""
+    checksum: int = 0
+    """Of the decoded pixels, by which training knows an image again."""
 
     @property
     def kind(self) -> str:
@@ -114,7 +117,7 @@ def inspect_image(dataset: Dataset, index: int, max_pixels: int, compared: bool)
     digest = hashlib.blake2b(repr((height, width)).encode(), digest_size=16)
     digest.update(image.permute(1, 2, 0).contiguous().numpy().data)
     thumbnail = F.resize(image, [SIDE, SIDE], antialias=True) if compared else NO_THUMBNAIL
-    return Inspection("", height, width, frames, colour, digest.digest(), thumbnail)
+    return Inspection("", height, width, frames, colour, digest.digest(), thumbnail, checksum=checksum(image))
 
 
 def further_frames(image: Image.Image) -> str:

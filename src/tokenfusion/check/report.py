@@ -1,6 +1,7 @@
 """The check-up as a page: what was found, in words and pictures."""
 
 import base64
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torchvision.io import encode_jpeg
 
 from tokenfusion.check.crop import MANY
 from tokenfusion.check.duplicates import MAX_IMAGES
+from tokenfusion.check.labels import MIN_IMAGES
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decode import UnreadableImage
 from tokenfusion.formatting import counted
@@ -69,12 +71,19 @@ def write_check(path: Path, dataset: Dataset, result: dict[str, Any], max_pixels
         ],
         "total_groups": len(groups),
         "disputes": [with_picture(dispute) for dispute in result["labels"]["disputes"][:MAX_PICTURES]],
+        "ranks": at_ranks(result["labels"]["disputes"]),
         "cut": [with_picture(box, LARGE_SIDE) for box in result["crop"]["least_kept"][:MAX_OF_A_KIND]],
         "splits": [name for name in ("train", "val", "test", "") if name in result["classes"][0]["images"]],
         "many": MANY,
         "max_images": MAX_IMAGES,
     }
     write_page(path, "check.html", values)
+
+
+def at_ranks(disputes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Some of the disputes, each with its rank, twice as far down every time, and the last."""
+    ranks = takewhile(lambda rank: rank < len(disputes), (10 * 2**power for power in count()))
+    return [disputes[rank - 1] | {"rank": rank} for rank in (*ranks, len(disputes))] if disputes else []
 
 
 def encode_picture(image: Tensor, side: int) -> dict[str, Any]:
@@ -115,8 +124,14 @@ def summarise(result: dict[str, Any]) -> list[str]:
     if labels["note"]:
         lines.append(f"labels were not judged: {labels['note']}")
     else:
-        disputed, right = counted(len(labels["disputes"]), "label"), percent(labels["model_accuracy"])
-        lines.append(f"{disputed} disputed by a quick model, which is itself right {right} of the time")
+        disputes, right = labels["disputes"], percent(labels["model_accuracy"])
+        wrong = f", of which {percent(disputes[-1]['precision'], 0)} are estimated to be wrong" if disputes else ""
+        lines.append(
+            f"{counted(len(disputes), 'label')} disputed{wrong}, by a quick model that guesses {right} of all labels"
+        )
+    if labels["of_rare_classes"] and not labels["note"]:
+        few = f"{counted(labels['of_rare_classes'], 'image')} of classes with fewer than {MIN_IMAGES} images"
+        lines.append(f"labels that were not judged: {few}")
     if crop["median_kept"] is not None:
         lines.append(
             f"the crop keeps {percent(crop['median_kept'])} of the median image's area, and less than "

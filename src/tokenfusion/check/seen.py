@@ -1,26 +1,40 @@
-"""What pretrained parents see of images, to judge labels by: the rows that training then takes from the same cache."""
+"""What pretrained parents see of images, to judge labels by: the rows that training then begins with."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import cast
 
 import numpy as np
-import torch
 
+from tokenfusion.check.inspection import Inspection
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.dataset import Dataset
-from tokenfusion.data.decoded import read_images
-from tokenfusion.data.split import choose_split
+from tokenfusion.data.decoded import Images
 from tokenfusion.errors import InputError
-from tokenfusion.features import keep_features
+from tokenfusion.features import Features, keep_features
+from tokenfusion.models.pretrained import Say, find_weights, weighted_names
 from tokenfusion.models.probe_fusion import ProbeFusion
+from tokenfusion.preset import begins_as_line
 from tokenfusion.recipe import Recipe
 
 
-def build_parents(recipe: Recipe, dataset: Dataset) -> Classifier:
-    """The model of a recipe with its pretrained weights, whose parents look at the images.
+def fetch_parents(recipe: Recipe, say: Say) -> None:
+    """Have the weights that a recipe names on this machine.
 
     Raises:
-        InputError: it is no `fuse(CNN,VIT,probe)`, or its weights cannot be had.
+        InputError: the model is no `fuse(CNN,VIT,probe)`, or its weights cannot be had.
+    """
+    if not begins_as_line(recipe.model):
+        raise InputError(f"{recipe.model} keeps nothing to judge labels by; give --model fuse(CNN,VIT,probe)")
+    find_weights(recipe.model, recipe.pretrained, say)
+    say(f"loading the weights of {' and '.join(weighted_names(recipe.model))}")
+
+
+def build_parents(recipe: Recipe, dataset: Dataset) -> Classifier:
+    """The model of a recipe with its pretrained weights, whose parents look at the images as training's do.
+
+    Raises:
+        InputError: its weights cannot be had, or are another model's.
     """
     classifier = Classifier.create(
         recipe.model,
@@ -29,40 +43,48 @@ def build_parents(recipe: Recipe, dataset: Dataset) -> Classifier:
         crop_pct=None,
         pretrained=recipe.pretrained,
     )
-    if not isinstance(classifier.model, ProbeFusion):
-        raise InputError(f"{recipe.model} keeps nothing to judge labels by; give --model fuse(CNN,VIT,probe)")
-    return classifier
+    return replace(classifier, preprocess=replace(classifier.preprocess, value_range=dataset.value_range))
 
 
-@torch.inference_mode()
-def see_images(
-    classifier: Classifier, dataset: Dataset, readable: np.ndarray, progress: Callable[[int, int], None]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Means of both parents' tokens, (N, F) of N readable images, and the indices of these.
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """What both parents saw of the images that can be read.
 
-    Training and held-out images are looked at apart, as `train` does by its defaults, which then finds them.
+    Attributes:
+        features: of these images.
+        images: int64 (N,), ascending: their indices in the data.
+        model: whose parents they are.
     """
-    model, found, order, before = cast(ProbeFusion, classifier.model), [], [], 0
 
-    def tell(done: int, _of_part: int) -> None:
-        progress(before + done, len(readable))
+    features: Features
+    images: np.ndarray
+    model: ProbeFusion
 
-    for part in parts_of(dataset, readable):
-        images, _ = read_images(dataset, part, max_pixels=classifier.max_pixels, cache_bytes=Recipe.cache_mb * 2**20)
-        if len(images) != len(part):
-            raise InputError(f"{len(part) - len(images)} images have become unreadable meanwhile; check again")
-        features = keep_features(classifier, images, progress=tell)
-        found += [model.means(model.recall(rows.to(classifier.device))).cpu().numpy() for rows in features.batches()]
-        order.append(part)
-        before += len(part)
-    return np.concatenate(found), np.concatenate(order)
+    def of(self, images: np.ndarray) -> list[np.ndarray]:
+        """Means of some images' tokens, as classifiers read them: the CNN's (n, c), the transformer's, both."""
+        some = self.features.subset(np.searchsorted(self.images, images))
+        means = np.concatenate([self.model.means(self.model.recall(rows)).numpy() for rows in some.batches()])
+        cnn, vit = np.split(means, [self.model.channels[0]], axis=1)
+        return [cnn, vit, means]
 
 
-def parts_of(dataset: Dataset, readable: np.ndarray) -> list[np.ndarray]:
-    """Readable images that `train` learns from, those that it holds out, and the others."""
-    try:
-        split = choose_split(dataset, Recipe.val_fraction, Recipe.seed)
-    except InputError:  # which the check-up says of its own
-        return [readable]
-    own = [np.intersect1d(part, readable) for part in (split.train, split.val)]
-    return [part for part in (*own, np.setdiff1d(readable, np.concatenate(own))) if len(part)]
+def see_images(
+    classifier: Classifier, dataset: Dataset, inspections: list[Inspection], progress: Callable[[int, int], None]
+) -> Seen:
+    """What both parents see of the images that can be read, from disk where it was kept before.
+
+    Args:
+        classifier: whose parents look.
+        dataset, inspections: the images, and what is known of each.
+        progress: called with (images that were looked at, images in all).
+
+    Raises:
+        InputError: none can be read; and as `keep_features`.
+    """
+    readable = np.array([index for index, image in enumerate(inspections) if not image.reason], dtype=np.int64)
+    if not len(readable):
+        raise InputError(f"none of the {len(dataset):,} images can be read; check them without --pretrained")
+    checksums = np.array([inspections[index].checksum for index in readable], dtype=np.uint64)
+    images = Images(dataset.subset(readable), classifier.max_pixels, checksums=checksums)
+    features = keep_features(classifier, images, progress=progress)
+    return Seen(features, readable, cast(ProbeFusion, classifier.model))

@@ -1,6 +1,5 @@
 """A run from its first call to its weights: start or resume, prepare, loop, ship."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from functools import partial
@@ -97,7 +96,6 @@ def start(
                 require_unused(folder)
                 refuse_inside(folder, recipe.data)
                 require_weights(recipe, console)
-                held.callback(remove_empty, missing_folders(folder))
                 held.enter_context(own_folder(folder))
                 held.push(partial(leave_nothing, folder))
                 claim(folder, recipe)
@@ -155,18 +153,6 @@ def leave_nothing(folder: Path, kind: type[BaseException] | None, _error: object
         if kind is not None and issubclass(kind, InputError) and is_unused(folder):
             for name in ("recipe.toml", *BEFORE_THE_FIRST_STEP):
                 (folder / name).unlink(missing_ok=True)
-
-
-def missing_folders(folder: Path) -> list[Path]:
-    """A folder and those above it that are still to be made, the deepest first."""
-    return [path for path in (folder, *folder.parents) if not path.exists()]
-
-
-def remove_empty(folders: Sequence[Path]) -> None:
-    """Remove folders, of which each holds the one before it, as far as they are empty."""
-    with suppress(OSError):
-        for folder in folders:
-            folder.rmdir()
 
 
 def is_unused(folder: Path) -> bool:
