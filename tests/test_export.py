@@ -77,6 +77,9 @@ def test_the_other_formats_pass_the_gate_too(learned, tmp_path, format, precisio
     said = artefact.export(learned, tmp_path / "out", format=format, precision=precision, batch=4, force=True)
     assert said["parity"]["n"] == 359  # in batches that are no 4
     assert said["parity"]["label_agreement"] > 0.97
+    written, run = (json.loads((folder / "model.json").read_text()) for folder in (tmp_path / "out", learned))
+    assert written["surest_errors"][0]["images"] == 359
+    assert (written["surest_errors"] == run["surest_errors"]) == (precision == "fp32")  # it abstains by its own errors
     assert artefact.load(tmp_path / "out").predict(np.zeros((8, 8), np.uint8))[0].label
     if format == "openvino":
         Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "black.png")
@@ -187,6 +190,8 @@ def test_the_gate_names_the_images_that_differ(learned):
     parity = measure(classifier, wrong, Eight(), np.zeros(8, int))
     assert parity["differing"] == ["3.png"]
     assert parity["label_agreement"] == 7 / 8
+    right = (np.concatenate([wrong(Eight()[index][None].numpy()) for index in range(8)]).argmax(1) == 0).sum()
+    assert (parity["surest_errors"][0]["images"], len(parity["surest_errors"][0]["ranks"])) == (8, 8 - right)
     said = " ".join(faults(parity, "fp32"))
     assert "87.50% of the labels are the same" in said
     assert "a probability differs by" in said

@@ -70,6 +70,9 @@ def export(
             say(artefact.note)
         images, labels, split = held_out_images(run, classifier)
         parity = measure(classifier, artefact.probabilities, images, labels) | {"split": split}
+        errors = parity.pop("surest_errors")
+        if precision != "fp32" and description["surest_errors"]:  # by which it abstains: other numbers, other errors
+            description["surest_errors"] = errors
         found = faults(parity, precision)
         for line in parity_lines(parity):
             say(line)
@@ -207,7 +210,7 @@ print(classifier.predict("image.jpg")[0].to_dict())
 
 On {parity["n"]} held-out images it is right in {parity["accuracy"]:.2%}, the run that it was exported from in
 {parity["accuracy_run"]:.2%}; {parity["label_agreement"]:.2%} of the labels are the same. Scores are calibrated
-(temperature {description["temperature"]:.3f}). The rest is in `model.json`.
+(temperature {description["temperature"]:.3f}, chosen by the run's scores). The rest is in `model.json`.
 """
 
 

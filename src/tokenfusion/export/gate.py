@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torchvision.transforms.v2 import functional as F
 
+from tokenfusion.calibrate import surest_errors
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.evaluate import as_outputs, output_of_class
@@ -75,9 +76,9 @@ def measure(
         What `model.json` holds as `parity`: `n`, `probability_difference` (greatest), `label_agreement`,
         `accuracy_run` and `accuracy` (of multi-label models all classes of an image right), `accuracy_difference_ci95`
         (paired, normal; without a change Wilson's of none to either side), `pixel_difference`
-        (greatest between the run's resize and the runtime's, grey levels),
-        `batches`, `differing`: names of the first images with other labels, and `predict`: the same of the classifier
-        as `predict` runs it on this machine, in its `precision`.
+        (greatest between the run's resize and the runtime's, grey levels), `pixel_share` (of values more than one off),
+        `batches`, `differing`: names of the first images with other labels, `predict`: the same of the classifier
+        as `predict` runs it on this machine, in its `precision`, and `surest_errors`: where the artefact's errors lie.
     """
     exact = replace(classifier, precision="fp32")
     precision = resolve_precision(classifier.precision, classifier.device)
@@ -108,6 +109,10 @@ def measure(
         "pixel_difference": int(differences.nonzero()[0][-1]),
         "pixel_share": float(differences[2:].sum() / differences.sum()),
         "batches": list(BATCHES),
+        "surest_errors": [
+            asdict(one)
+            for one in surest_errors(torch.from_numpy(found), torch.from_numpy(labels), classifier.thresholds)
+        ],
         "differing": [images.names[index] for index in np.flatnonzero(~same)[:SHOWN]],
         "predict": {
             "precision": precision,

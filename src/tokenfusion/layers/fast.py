@@ -260,8 +260,8 @@ def by_parts(attend: Callable[..., Tensor], queries: Tensor, keys: Tensor, value
     )
 
 
-# --- Re-attention (DeepViT): s · Norm(Θᵀ A) V, with the map A_g of head g, Θ and b the convolution's weight and bias,
-# and μ σ² γ β ε of BatchNorm
+# --- Re-attention (DeepViT): s · Norm(Θᵀ A) V, with the map A_g of head g. Below Θ stands for the paper's Θᵀ: Θ and b
+# are the convolution's weight and bias, μ σ² γ β ε BatchNorm's
 
 
 def mix_heads(maps: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:

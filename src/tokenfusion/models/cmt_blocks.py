@@ -66,6 +66,9 @@ class LocalPerception(nn.Module):
 class LightweightAttention(nn.Module):
     """LMHSA: softmax(Q K'ᵀ / √D + B) V', with Q of X, K' and V' of DWConv(X), k×k of stride k (equations 2 and 3).
 
+    As in the official code a BatchNorm follows DWConv, and a projection the whole. B is the bias of relative positions,
+    (heads, N, M) for N queries and M keys.
+
     Args:
         dim: width C of a token.
         heads: number of attention heads.

@@ -3,10 +3,11 @@
 A fusion head from random weights loses to a straight line on few images. So the straight line is the model's head from
 the start, and what fuses adds to its logits through a gate: with the gate closed the model is the line, to the bit.
 
-    S = (P, X)        what the parents see: tokens of the CNN's last two stages and of two of the transformer's layers,
-                      at the same places, the finer kind averaged to the other's grid
-    z = std([mean(P); X_cls; mean(X)])       their means, and CLS where there is one
-    P, X = drop(std(P)), drop(std(X))        the tokens, of which some are left out (zeros) while training,
+    S = (P, X)        what the parents see: tokens of the CNN's last two stages and of two of the transformer's layers
+                      (the last and the one after five sixths, each normalised without weights), at the same places,
+                      the finer kind averaged to the other's grid
+    z = std([mean(P); X_cls; mean(X)])       their means without CLS, and CLS where there is one
+    P, X = drop(std(P)), drop(std(X))        from here on the tokens, of which some are left out (zeros) while training,
                                               or all of one kind (branch dropout)
     t = 0.01 [P; X]                          all of them in a row: every token votes, by weights of its own place
     p, x = norm(A P) + e, norm(B X) + f      projected to one width, with learned places e and f
@@ -35,7 +36,8 @@ from tokenfusion.models.exchange import Gate, coarser, kept_of
 from tokenfusion.models.operators import Grids, Operator, regrid
 from tokenfusion.models.token_fusion import TokenFusion, added
 
-HALF = torch.finfo(torch.float16).max
+LARGEST = torch.finfo(torch.float16).max
+"""What S is cut to: it is kept in half precision."""
 VOTE_SCALE = 0.01
 """Scale of t, which has many times as many numbers as z: a step of one learning rate then moves the logits as much."""
 TOKEN_DROP = 0.2
@@ -115,7 +117,7 @@ class ProbeFusion(TokenFusion):
         seen = torch.cat(layers, dim=2)
         patches = tokens_to_map(seen[:, len(self.vit.prefix) :], self.vit.grid(size))
         tokens = torch.cat([seen[:, : self.prefix], pooled(patches, cells)], dim=1)
-        return Seen(pixels.clamp(-HALF, HALF), tokens)
+        return Seen(pixels.clamp(-LARGEST, LARGEST), tokens)
 
     def meet(self, seen: Seen, cells: Grid) -> Tensor:
         """S, whose tokens stand on a grid of cells, to [z; t; a u]."""
@@ -288,7 +290,7 @@ class Standardize(nn.Module):
 
 
 class TokenSource(nn.Module):
-    """Standardised tokens, projected to one width, normalised and placed.
+    """Tokens projected to one width, normalised and placed; `meet` standardises them before.
 
     Args:
         channels: of a token as it was seen.

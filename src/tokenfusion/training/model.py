@@ -42,9 +42,9 @@ def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False, *, 
         fusion_for("freeze", recipe, model).freeze(*(PARENTS if recipe.freeze == "both" else (recipe.freeze,)))
     for option in ("branch_dropout", "side_loss"):
         if getattr(recipe, option):
-            fused = fusion_for(option, recipe, model)
-            require_two_sides(option, fused, recipe)
-            fused.branch_dropout = recipe.branch_dropout
+            require_two_sides(option, fusion_for(option, recipe, model), recipe)
+    if recipe.branch_dropout:
+        model.branch_dropout = recipe.branch_dropout  # type: ignore[assignment]
     return classifier
 
 

@@ -16,7 +16,10 @@ LATEST_DECAY = 250
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: int = 0) -> float:
-    """Linear warm-up from 0 to the peak, for half of the steps at most, then a cosine to `min_lr` at the last step.
+    """Linear warm-up to the peak, for half of the steps at most, then a cosine to `min_lr`, one step after the last.
+
+    Of step t = 0, 1, ..., n - 1 with w steps of warm-up: peak (t + 1) / (w + 1) where t < w, and after that
+    low + (peak - low) (1 + cos(π (t - w) / (n - w))) / 2.
 
     With `epochs` auto the end is not known: the rate stays at its peak until the final decay, which falls by
     1 - sqrt(share of the decay done) (Hägele et al., arXiv 2405.18392).
@@ -44,7 +47,8 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: 
 
 def side_weight(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: int = 0) -> float:
     """How much the losses of either side alone count beside that of both: `side_loss` at the start, and then a line to
-    0 at the last step; with `epochs` auto the line begins with the final decay. Arguments as of `learning_rate`."""
+    0, one step after the last; with `epochs` auto the line begins with the final decay. Arguments as of
+    `learning_rate`."""
     if recipe.epochs != "auto":
         start, end = 0, recipe.epochs * steps_per_epoch
     elif decay_epoch:

@@ -97,8 +97,8 @@ def train_step(setup: Setup, state: TrainState, batch: Batch, requests: Requests
         seed_step(recipe.seed, progress.step, state.world.rank)
     loss, correct = compute_gradients(setup, state, inputs, targets)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or inf))
-    mean_loss, right, length = state.world.agree(loss, correct, norm, requests)
-    require_finite(mean_loss, length)
+    mean_loss, right, gradient_norm = state.world.agree(loss, correct, norm, requests)
+    require_finite(mean_loss, gradient_norm)
     rate = learning_rate(recipe, progress.step, batches.steps_per_epoch, progress.decay_epoch)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
