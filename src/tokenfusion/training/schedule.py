@@ -16,10 +16,10 @@ LATEST_DECAY = 250
 
 
 def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: int = 0) -> float:
-    """Linear warm-up to the peak, for half of the steps at most, then a cosine to `min_lr`, one step after the last.
+    """Linear warm-up to the peak, for half of the steps at most, then a cosine to the least, one step after the last.
 
     Of step t = 0, 1, ..., n - 1 with w steps of warm-up: peak (t + 1) / (w + 1) where t < w, and after that
-    low + (peak - low) (1 + cos(π (t - w) / (n - w))) / 2.
+    least + (peak - least) (1 + cos(π (t - w) / (n - w))) / 2.
 
     With `epochs` auto the end is not known: the rate stays at its peak until the final decay, which falls by
     1 - sqrt(share of the decay done) (Hägele et al., arXiv 2405.18392).
