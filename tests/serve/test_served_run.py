@@ -13,6 +13,7 @@ from tokenfusion.report.pictures import png_of
 
 pytest.importorskip("bentoml", reason="the extra `serve` is not installed")
 httpx = pytest.importorskip("httpx", reason="the extra `serve` is not installed")
+REGISTRY = pytest.importorskip("prometheus_client", reason="the extra `serve` is not installed").REGISTRY
 
 CLASSES = ["cat", "dog", "owl"]
 
@@ -60,6 +61,7 @@ def test_it_says_what_its_answers_are_often_wrong_about(run):
 
 def test_where_it_looked_is_the_picture_of_explain(run):
     image = pictures(1)[0]
+    before = REGISTRY.get_sample_value("tokenfusion_stage_seconds_count", {"stage": "explain"}) or 0
     both, cnn, bad, none = ask(
         run,
         ("POST", "/v1/explain", image),
@@ -72,6 +74,8 @@ def test_where_it_looked_is_the_picture_of_explain(run):
     assert both.headers["x-branches"] == ", ".join(branch for branch, *_ in overlays) == "cnn, transformer"
     assert both.content == png_of(torch.cat([picture for *_, picture in overlays], 2))
     assert cnn.content == png_of(overlays[0][-1])
+    assert both.headers["x-model-sha256"] == json.loads((run / "model.json").read_text())["weights"]
+    assert REGISTRY.get_sample_value("tokenfusion_stage_seconds_count", {"stage": "explain"}) - before == 2
     assert (bad.status_code, none.status_code) == (422, 400)
 
 
