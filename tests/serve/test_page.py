@@ -12,6 +12,8 @@ import torch
 
 from services import Restarted, answers_of, pictures, service, write_export
 from tokenfusion import Classifier
+from tokenfusion_runtime.output import csv_cells, csv_columns
+from tokenfusion_runtime.prediction import Prediction
 
 WAIT = 60_000
 """Milliseconds that the page may take, however busy the machine."""
@@ -151,6 +153,45 @@ def test_many_images_are_all_answered_and_downloaded_as_predict_prints_them(page
     assert "not an image" in rows[-1][-1]
     page.get_by_role("button", name="Clear").click()
     assert page.locator(".card").count() == 0
+
+
+def test_several_labels_are_downloaded_as_predict_prints_them(page, served):
+    about = json.loads(served.ask("/v1/model")[2]) | {"multi_label": True}
+    shares = (("red", 0.8), ("blue", 0.6), ("green", 0.1))
+    found = Prediction("a.png", topk=shares, labels=shares[:2])
+    page.route("**/v1/model", lambda route: route.fulfill(json=about))
+    page.route("**/v1/predict*", lambda route: route.fulfill(json=found.to_dict()))
+    page.reload()
+    page.get_by_text("tiny knows").wait_for()
+    hand_over(page, "drop", [("a.png", pictures(1)[0])])
+    assert done(page, "1 of 1 images done").locator(".named").inner_text() == "red, blue"
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download CSV").click()
+    heading, row = csv.reader(io.StringIO(Path(download.value.path()).read_text()))
+    assert heading == ["path", *csv_columns(3, multi_label=True), "error"]
+    assert row == ["a.png", *map(str, csv_cells(found)), ""]
+
+
+def test_a_token_that_is_wanted_is_asked_for_and_sent_from_then_on(page, exported):
+    def wants_a_token(route):
+        if route.request.headers.get("authorization") == "Bearer s3cret":
+            route.continue_()
+        else:
+            error = {"value": "Authorization", "reason": "not the token of this service", "remedy": "send it"}
+            route.fulfill(status=401, json={"error": error})
+
+    image = pictures(1)[0]
+    page.route("**/v1/*", wants_a_token)
+    page.reload()
+    hand_over(page, "drop", [("a.png", image)])
+    assert "not the token" in done(page, "1 of 1 images done, of which 1 could not").get_by_role("alert").inner_text()
+    page.get_by_label("This service wants a token").fill("s3cret")
+    page.get_by_role("button", name="Go on").click()
+    page.get_by_text("tiny knows").wait_for()
+    label = done(page, "1 of 1 images done").locator(".named")
+    label.wait_for()
+    assert label.inner_text() == answers_of(exported, [image])[0]["label"]
+    assert not page.get_by_label("This service wants a token").is_visible()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(320, "dark"), (1280, "light")])
