@@ -105,6 +105,9 @@ def test_workers_that_die_one_after_another_are_waited_with_twice_as_long_and_sp
         waits.append(float(watcher.env["TOKENFUSION_SERVE_WAIT"]))
         counted.after_reap(pid, -11)
     assert waits == [0, 0, 1, 2, 4, 8, 16, 30]
+    counted.early = 5000  # of which no power is taken
+    assert counted.wait == 30
+    counted.early = 8
     counted.after_reap(8, 1)  # of which nobody knows when it began: long ago
     assert (counted.before_spawn(watcher), watcher.env["TOKENFUSION_SERVE_WAIT"]) == (True, "0.0")
     said = capsys.readouterr().err.splitlines()

@@ -191,8 +191,10 @@ def test_more_requests_than_it_takes_get_429_slow_ones_408_and_those_under_way_t
         slow, late = guarded.begin(image, bearer()), guarded.begin(image, bearer())
         status, headers, text = guarded.ask("/v1/predict", image, bearer())
         assert (status, headers["retry-after"]) == (429, "1")
-        assert 'kind="queue_full",status="429"' in guarded.ask("/metrics", headers=bearer())[2].decode()
         assert set(json.loads(text)["error"]) == {"value", "reason", "remedy"}
+        status, headers, text = guarded.ask("/v2/models/tiny", headers=bearer())
+        assert (status, headers["retry-after"], type(json.loads(text)["error"])) == (429, "1", str)
+        assert 'kind="queue_full",status="429"' in guarded.ask("/metrics", headers=bearer())[2].decode()
         for path in HEALTH:
             assert guarded.ask(path)[0] == 200
         late.sendall(image[-1:])
@@ -226,7 +228,8 @@ HEALTH = ("/livez", "/readyz", "/healthz", "/v2/health/live", "/v2/health/ready"
 def test_a_token_is_wanted_of_all_but_the_page_and_health(guarded):
     for headers in ({}, bearer("wrong"), {"Authorization": "Basic s3cret"}):
         for path in ("/v1/model", "/metrics", "/v2/models/tiny"):
-            assert guarded.ask(path, headers=headers)[0] == 401
+            status, _, text = guarded.ask(path, headers=headers)
+            assert (status, isinstance(json.loads(text)["error"], str)) == (401, path.startswith("/v2"))
     assert guarded.ask("/v1/model", headers=bearer())[0] == 200
     of_docs = ("/docs", "/docs.js", "/openapi.json", "/static_content/swagger-ui.css")
     free = ("/", "/page.js", "/page.css", *of_docs, *HEALTH)

@@ -33,14 +33,14 @@ class Holder:
     Attributes:
         served: the classifier in use.
         token: that requests must bring; "" for none.
-        failures: how often a folder could not be loaded since one could.
+        pause: seconds between the last two tries to load a folder that cannot be loaded; 0 where it could.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.identity, self.token_identity = self.identities()
         self.served, self.token = open_served(settings), settings.read_token()
-        self.failures, self.next_try, self.said = 0, 0.0, ""
+        self.pause, self.next_try, self.said = 0.0, 0.0, ""
 
     def identities(self) -> tuple[Identity, Identity]:
         """What tells the folder, by its model.json and its graph or weights, and the token's file from others."""
@@ -70,8 +70,8 @@ class Holder:
             served = await asyncio.to_thread(open_served, self.settings)
         except Exception as error:  # an engine, or a folder half written, may raise anything
             LOADED.labels("failed").inc()
-            self.failures += 1
-            self.next_try = time.monotonic() + min(LONGEST_PAUSE, 2.0 ** (self.failures - 1))
+            self.pause = min(LONGEST_PAUSE, 2 * self.pause or 1.0)
+            self.next_try = time.monotonic() + self.pause
             before, self.said = self.said, describe_failure(error)
             if self.said != before:
                 print(f"not loaded again, the classifier before it goes on: {self.said}", file=sys.stderr, flush=True)
@@ -80,7 +80,7 @@ class Holder:
         if not replaced.users:
             replaced.close()
         LOADED.labels("loaded").inc()
-        self.failures, self.said = 0, ""
+        self.pause, self.said = 0.0, ""
 
     def read_token(self) -> None:
         """Take the token that its file has now; where there is none, say why and go on with the one in use."""
@@ -108,7 +108,7 @@ class Holder:
             self.read_token()
         if asked:
             self.said = ""
-        if asked or folder != self.identity or (self.failures and time.monotonic() >= self.next_try):
+        if asked or folder != self.identity or (self.pause and time.monotonic() >= self.next_try):
             await self.reload()
 
 

@@ -98,7 +98,7 @@ class Hooks:
     @property
     def wait(self) -> float:
         """Seconds that the next worker waits: none after one early death, and twice as long after each further one."""
-        return min(LONGEST_WAIT, 2.0 ** (self.early - 2)) if self.early > 1 else 0.0
+        return min(LONGEST_WAIT, 2.0 ** min(self.early - 2, 10)) if self.early > 1 else 0.0
 
     def before_spawn(self, watcher: Watcher, **_: Any) -> bool:
         """Whether there shall be a worker, which is told how long to wait; without one, circus ends."""
