@@ -2,9 +2,10 @@
 
     python benchmarks/serve.py EXPORT --images DIR --out benchmarks/results/serve.json --parts throughput latency ...
 
-Loopback only, and each part but `burst` and `memory` lasts some 90 seconds; results of other parts and exports stay in
-the JSON. The client (`clients.py`) shares the cores with the service, and what it takes of them is written beside each
-figure. Every answer is compared with `predict` of the same image alone, all classes' scores. The parts:
+Loopback only, and each part but `burst` and `memory` lasts some 90 seconds; results of other parts, exports and
+machines stay in the JSON. The client (`clients.py`) shares the cores with the service, and what it takes of them is
+written beside each figure. Every answer is compared with `predict` of the same image alone, all classes' scores. The
+parts:
 
 - `throughput`: clients that ask again as soon as they are answered, in turns with the runtime alone in this process:
   its graph on prepared images, and its `predict` from the same files, at the batch that the service forms.
@@ -294,16 +295,18 @@ def main() -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, required=True)
     parser.add_argument("--peer-python", type=Path)
     given = parser.parse_args()
-    result = json.loads(given.out.read_text()) if given.out.exists() else environment() | {"exports": []}
+    result = json.loads(given.out.read_text()) if given.out.exists() else {"exports": []}
     bench = Bench(given.export, given.images, given.count, given.peer_python)
-    said = bench.classifier.description
+    said, here = bench.classifier.description, environment()
     key = {name: said[name] for name in ("name", "format", "precision")} | {"img_size": said["preprocess"]["img_size"]}
+    key |= {"hardware": here["hardware"]}
     rows = [row for row in result["exports"] if all(row[name] == value for name, value in key.items())]
-    row = rows[0] if rows else key
+    row = rows[0] if rows else key | {"measured": {}}
     if not rows:
         result["exports"].append(row)
     row["images"] = {"count": len(bench.files), "mean_bytes": statistics.fmean(map(len, bench.files))}
     for part in given.parts:
+        row["measured"][part] = environment()
         row[part] = getattr(bench, part)(row)
         write_json(given.out, result)
         print(part, json.dumps({name: value for name, value in row[part].items() if name != "turns"}, indent=1))

@@ -20,11 +20,11 @@ def figures() -> str:
     found = json.loads(RESULT.read_text())
     rows: list[Row] = found["exports"]
     parts = [
-        f"On {found['hardware']}, which the client shares; the column `client` says what it takes of them. "
-        f"{rows[0]['images']['count']} photographs as JPEG, {rows[0]['images']['mean_bytes'] / 1000:.0f} kB each, "
-        "one a request. `predict` and the graph are the runtime's in one process, at the batch that the service forms; "
-        "the graph alone has its images decoded before. Other work ran on the same cores meanwhile, more beside some "
-        "rows than beside others.",
+        f"On {' and '.join(sorted({row['hardware'] for row in rows}))}, which the client shares; the column `client` "
+        f"says what it takes of them. {rows[0]['images']['count']} photographs as JPEG, "
+        f"{rows[0]['images']['mean_bytes'] / 1000:.0f} kB each, one a request. `predict` and the graph are the "
+        "runtime's in one process, at the batch that the service forms; the graph alone has its images decoded before. "
+        f"{loads(rows)}",
         throughput([row for row in rows if "throughput" in row]),
         short([row for row in rows if "throughput" in row]),
         latency([row for row in rows if "latency" in row]),
@@ -35,6 +35,12 @@ def figures() -> str:
         *(kill(row) for row in rows if "kill" in row),
     ]
     return "\n\n".join(parts)
+
+
+def loads(rows: list[Row]) -> str:
+    """How busy the machine was when the parts began; a part's own load of the part before stays in the average."""
+    first = max(next(iter(row["measured"].values()))["load_average_before"][0] for row in rows)
+    return f"Of a minute before, {first:g} processes on average wanted a core."
 
 
 def name_of(row: Row) -> str:
@@ -66,8 +72,8 @@ def short(rows: list[Row]) -> str:
             used = one["images_per_s"] * one["service_cpu_ms_an_image"] / 1000
             said.append(
                 f"At {name_of(row)} the aim is missed: an image takes {image:.1f} ms of a core by itself, and its "
-                f"request, HTTP and what BentoML does around it, {more:.1f} ms more. The service used {used:.1f} of "
-                "the cores meanwhile, so that this wants to be measured again on a machine that does nothing else."
+                f"request, HTTP and what BentoML does around it, {more:.1f} ms more, in one process, of which Python "
+                f"runs one thread at a time. The service used {used:.1f} cores meanwhile."
             )
     return " ".join(said) or "The aim is reached."
 
@@ -157,11 +163,12 @@ def kill(row: Row) -> str:
         refused = f", and {one['refused_429']} got 429" if one["refused_429"] else ""
         answered = one["requests"] - one["lost"] - one["refused_429"]
         parts.append(
-            f"of {workers}, {answered} of {one['requests']:,} requests were answered at once, {one['lost']} lost "
+            f"of {workers}, {answered} of {one['requests']:,} requests were answered, half of them within "
+            f"{one['p50_ms']:.0f} ms, {one['lost']} lost "
             f"their answer, {again}{refused}; "
             f"{one['seconds_without_an_answer']:.1f} s went by without an answer"
         )
     return (
-        f"**SIGKILL of a worker**, {name_of(row)}, while {one['arrivals_per_s']:,.0f} requests a second arrive and "
-        f"other work keeps the cores busy: {'; '.join(parts)}."
+        f"**SIGKILL of a worker**, {name_of(row)}, while {one['arrivals_per_s']:,.0f} requests a second arrive: "
+        f"{'; '.join(parts)}."
     )

@@ -36,9 +36,11 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "Some GPU")
     monkeypatch.setattr(re_attention, "trial", lambda *_case: None)
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     why_not_here.cache_clear()
     yield monkeypatch
     why_not_here.cache_clear()
+    torch.backends.cuda.matmul.allow_tf32 = before
 
 
 class Everywhere(nn.BatchNorm2d):
@@ -65,6 +67,12 @@ def test_a_gpu_goes_by_tiles(a_gpu, norm, kind):  # noqa: ARG001
 def test_what_is_not_for_tiles_has_a_reason(a_gpu, reason, changed):  # noqa: ARG001
     case = {"heads": 12, "width": 33, "kind": torch.bfloat16, "device": GPU, "norm": nn.BatchNorm2d(12), "dropout": 0.0}
     assert reason in why_not(**(case | changed))
+
+
+def test_float32_in_full_is_not_for_tiles(a_gpu):  # noqa: ARG001
+    torch.backends.cuda.matmul.allow_tf32 = False
+    assert "allow TF32" in why_not(12, 33, torch.float32, GPU, None, 0.0)
+    assert why_not(12, 33, torch.bfloat16, GPU, None, 0.0) is None
 
 
 def without_triton(patch):

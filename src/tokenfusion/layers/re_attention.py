@@ -48,6 +48,8 @@ def why_not(
         return f"{type(norm).__name__} over the heads needs each element of the mixed maps"
     if norm is not None and norm.training and type(norm) is not nn.BatchNorm2d:
         return f"{type(norm).__name__} trains by the statistics of other processes too"
+    if kind == torch.float32 and not torch.backends.cuda.matmul.allow_tf32:
+        return "float32 in full needs more shared memory than GPUs have; allow TF32, or compute in bf16"
     return why_not_here(heads, width, kind, device)
 
 
