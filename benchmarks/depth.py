@@ -22,7 +22,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
-from tokenfusion.analyze.intervals import tango_interval
 
 from common import environment, train_on
 from tokenfusion import training
@@ -31,6 +30,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.evaluate import evaluate
 from tokenfusion.files import write_atomic, write_json
 from tokenfusion.history import read_history
+from tokenfusion.intervals import tango_interval
 from tokenfusion.models.deepvit import DeepViT
 from tokenfusion.models.registration import register_variants
 from tokenfusion.recipe import Recipe

@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import export_page
 import front_page
 import growth_page
 import papers_page
@@ -357,53 +358,6 @@ def checksum() -> str:
     )
 
 
-def shipped() -> str:
-    """How fast classifiers are as they are shipped, against the peer's eager fp32."""
-    if not (RESULTS / "export.json").exists():
-        return "Not measured yet: `python benchmarks/export.py --out benchmarks/results/export.json`."
-    found = load("export")
-    ways = ("ours eager fp32", "ours eager bf16", "ours openvino fp32", "ours openvino bf16", "ours openvino int8")
-    ways += ("ours onnx fp32", "ours onnx int8", "peer eager bf16", "peer openvino fp32", "peer openvino bf16")
-    ways += ("peer openvino int8",)
-    rows = []
-    for result in found["results"]:
-        for key in ("batch 1", "batch 8"):
-            against, peak = result[key]["times_the_peer"], result[key]["share_of_peak"]["ours openvino bf16"]
-            cells = [f"{against[way]:.2f}×" if way in against else "not exported" for way in ways]
-            rows.append([f"`{result['model']}`", result["peer"], key.removeprefix("batch "), *cells, f"{peak:.0%}"])
-    peaks = ", ".join(f"{gflops:,.0f} GFLOP/s in {precision}" for precision, gflops in found["peak_gflops"].items())
-    heading = ["model", "peer", "batch", *ways, "share of the bf16 peak"]
-    return (
-        f"Images per second over those of the peer in PyTorch, fp32, on {found['hardware']}, {found['threads']} "
-        f"threads; its fastest matrix products reach {peaks}. The share is that of `ours openvino bf16`.\n\n"
-        f"{table(heading, rows)}"
-    )
-
-
-def cold() -> str:
-    """From the start of a command to its first answer."""
-    found = load("cold")
-    heading = ["command", "seconds (fastest to slowest)", "memory"]
-    rows = [
-        [
-            f"`{one['command']}`",
-            f"{one['seconds']:.2f} ({one['fastest']:.2f} to {one['slowest']:.2f})",
-            f"{one['mb']:.0f} MB",
-        ]
-        for one in found["rows"]
-    ]
-    missed = [
-        f"`{one['command']}` misses its aim of {aim:g} s"
-        for one in found["rows"]
-        if one["seconds"] > (aim := 3.0 if one["command"].startswith("tokenfusion ") else 0.8)
-    ]
-    return (
-        f"From the start of a command to its end, an image of a run of `{found['model']}`, medians of "
-        f"{found['turns']} on {found['hardware']}:\n\n{table(heading, rows)}\n\n"
-        f"{'; '.join(missed) or 'The aims, 3 s and 0.8 s, are reached'}."
-    )
-
-
 def many() -> str:
     """How much of the model's own throughput predicting many images reaches."""
     if not (RESULTS / "predict.json").exists():
@@ -425,7 +379,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "papers" / "README.md": {"published": published, "official": speed_page.official, "speed": speed},
     DOCS / "papers" / "deepvit.md": {"collapse": papers_page.collapse},
     DOCS / "check.md": {"check": check},
-    DOCS / "export.md": {"calibration": calibration, "shipped": shipped, "cold": cold},
+    DOCS / "export.md": {"calibration": calibration, "shipped": export_page.shipped, "cold": export_page.cold},
     DOCS / "predict.md": {"many": many},
     DOCS / "safety.md": {"checksum": checksum},
     DOCS / "scale.md": {"scaling_plan": scaling_plan, "distributed": distributed, "growth": growth_page.growth},
