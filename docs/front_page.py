@@ -13,6 +13,6 @@ def install() -> str:
     return (
         f"On Linux pip's PyTorch is built for NVIDIA's GPUs: all three extras take {size:.1f} GB of disk, "
         f"{for_gpus:.1f} GB of it for GPUs alone. Where there is none,\n"
-        "`pip install torch torchvision --index-url https://download.pytorch.org/whl/cpu` beforehand leaves "
-        f"{size - for_gpus:.1f} GB at most."
+        "PyTorch's CPU build, installed beforehand ([how](https://pytorch.org/get-started/locally/): choose CPU), "
+        f"leaves {size - for_gpus:.1f} GB at most."
     )
