@@ -1,16 +1,6 @@
 """What `docs/export.md` tells of `benchmarks/results/export.json` and `cold.json`."""
 
-import json
-from pathlib import Path
-from typing import Any
-
-from results_page import table
-
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+from results_page import RESULTS, load, table
 
 
 def shipped() -> str:

@@ -25,6 +25,12 @@ from tokenfusion.report.plots import GRID, HELD_OUT, STYLE, TRAIN, standalone, t
 
 DOCS = Path(__file__).parent
 RESULTS = DOCS.parent / "benchmarks" / "results"
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
 PAGE = DOCS / "results" / "README.md"
 COMPARISONS = (
     "cifar10_comparison",

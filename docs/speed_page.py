@@ -1,16 +1,9 @@
 """How fast each family is beside its official code."""
 
 import json
-from pathlib import Path
 from typing import Any
 
-from results_page import table
-
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+from results_page import RESULTS, table
 
 
 def official() -> str:

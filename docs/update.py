@@ -6,7 +6,6 @@ Reads `docs/demo.txt` (what `make demo` printed), the models themselves, `tokenf
 `benchmarks/results/*.json`.
 """
 
-import json
 import re
 import tomllib
 from collections.abc import Callable
@@ -21,7 +20,7 @@ import papers_page
 import results_page
 import serve_page
 import speed_page
-from results_page import table
+from results_page import load, table
 from scipy.stats import t
 
 from tokenfusion.models.cost import count_model, describe_models
@@ -58,10 +57,6 @@ def published() -> str:
     heading, *rows = paper_table(compare_with_papers(list(PUBLISHED)))
     notes = "\n".join(f"- `{sign}`: {note}" for sign, note in NOTES.items())
     return f"{table(heading, rows)}\n\n{notes}"
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def photographs() -> str:

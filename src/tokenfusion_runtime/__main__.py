@@ -6,6 +6,7 @@ import os
 import sys
 
 from tokenfusion_runtime.classifier import load
+from tokenfusion_runtime.engines import leave_out_converter
 from tokenfusion_runtime.errors import InputError
 from tokenfusion_runtime.files import expand
 from tokenfusion_runtime.output import first_widths, print_predictions, spelled_out
@@ -49,6 +50,5 @@ def main(words: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # OpenVINO imports its converter of models, and that its telemetry, unless they cannot be imported.
-    sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
+    leave_out_converter()
     sys.exit(main())

@@ -1,5 +1,6 @@
 """The engines that run an exported graph: uint8 (B, C, h, w) in, probabilities float32 (B, K) out."""
 
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ def onnx_engine(graph: Path, _precision: str, threads: int) -> tuple[Engine, str
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would keep decoders from the cores
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images})[0], ""
+
+
+def leave_out_converter() -> None:
+    """Keep OpenVINO, in a process that only runs graphs, from importing its converter, and that its telemetry.
+
+    It goes on without where that cannot be imported.
+    """
+    sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
 
 
 def openvino_engine(graph: Path, precision: str, threads: int) -> tuple[Engine, str]:

@@ -79,7 +79,8 @@ def profile_models(
         "batch_size": batch_size,
     }
     measured_on = "inference on {hardware}, {threads} threads, torch {torch}, {precision}, batches of {batch_size}"
-    notes = [f"{name}: {said}" for name in counted if (said := said_of_maps(name, precision, device))]
+    on_gpu = counted if device.type == "cuda" else ()  # elsewhere there is nothing to say
+    notes = [f"{name}: {said}" for name in on_gpu if (said := said_of_maps(name, precision, device))]
     return result | {"models": rows}, cost_table(rows), [measured_on.format(**result), *notes]
 
 

@@ -19,6 +19,7 @@ from tokenfusion.serve.holder import Holder, describe_failure
 from tokenfusion.serve.refusal import MODEL
 from tokenfusion.serve.service import FILES, Addresses, service
 from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, WAIT, Settings
+from tokenfusion_runtime.engines import leave_out_converter
 
 MAX_HEADERS = 2**15
 """Bytes of a request's headers."""
@@ -77,8 +78,7 @@ def main() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to load anew
     settings = Settings.from_environment()
     time.sleep(float(os.environ.get(WAIT, "0")))
-    # OpenVINO imports its converter of models, and that its telemetry, unless they cannot be imported.
-    sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
+    leave_out_converter()
     app = started(settings)
     gc.collect()
     gc.freeze()  # what is there now stays; looking through it again and again would hold requests up
