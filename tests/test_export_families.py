@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.models import _registry
 
-from tokenfusion import Classifier
+from tokenfusion import Classifier, InputError
 from tokenfusion.export import artefact
 from tokenfusion.models.cost import count_model
 from tokenfusion.recipe import Recipe, dump_recipe
@@ -33,8 +33,8 @@ RUNS = {
     "the other control": ("vit(tokenfusion_layerwise_micro)", "onnx", "fp32", {}),
     "timm's": ("mobilenetv3_small_050", "onnx", "fp32", {}),
 }
-"""Name, format, precision and task; int8 needs a run that has learned, for random weights leave images undecided.
-`test_export.py` has shallow ones of them as ONNX, number by number."""
+"""Name, format, precision and task; int8 is below, for random weights leave images undecided. `test_export.py` has
+shallow ones of them as ONNX, number by number."""
 
 SHALLOW = {
     "crossvit_micro": {"depths": (1, 1)},
@@ -83,6 +83,11 @@ def save_run(folder: Path, name: str, *, in_chans: int = 3, multi_label: bool = 
     return folder
 
 
+def require_packages(format: str, *more: str) -> None:
+    for package in (*artefact.PACKAGES[format], *more):
+        pytest.importorskip(package, reason="the extra `export` is not installed")
+
+
 def note_of(precision: str) -> str:
     """What is to be said on this machine."""
     if precision != "bf16":
@@ -96,8 +101,7 @@ def note_of(precision: str) -> str:
 @pytest.mark.parametrize("kind", RUNS)
 def test_every_family_passes_the_gate(kind, tmp_path):
     name, format, precision, task = RUNS[kind]
-    for package in artefact.PACKAGES[format] + ("nncf",) * (precision == "int8"):
-        pytest.importorskip(package, reason="the extra `export` is not installed")
+    require_packages(format)
     run = save_run(tmp_path / "run", name, **task)
     said = artefact.export(run, tmp_path / "out", format=format, precision=precision)
     assert (said["parity"]["n"], said["forced"]) == (12, False)
@@ -109,3 +113,40 @@ def test_every_family_passes_the_gate(kind, tmp_path):
     for one, other in zip(exported.predict(files), replace(classifier, precision="fp32").predict(files), strict=True):
         assert dict(one.topk) == pytest.approx(dict(other.topk), abs=tolerance)
     assert json.loads((tmp_path / "out" / "model.json").read_text())["name"] == name
+
+
+def teach(run: Path, spoil: bool = False) -> None:
+    """Let a run of a CNN tell the colours: its head compares with the mean of each colour's training images.
+
+    Args:
+        run: whose weights are random.
+        spoil: give the stem a channel of 10,000 everywhere, which nothing behind it looks at: fp32 answers alike, but
+            of int8's 256 steps from 0 to there the other channels have none.
+    """
+    classifier = Classifier.load(run)
+    model = classifier.model
+    with torch.no_grad():
+        if spoil:
+            model.cnn.stem.norm.weight[0], model.cnn.stem.norm.bias[0] = 0, 1e4
+            model.cnn.stages[0][0].conv.weight[:, 0] = 0
+        for row, colour in enumerate(CLASSES):
+            files = sorted(run.glob(f"data/train/{colour}/*.png"))
+            batch = torch.stack([classifier.prepare(file)[1] for file in files])
+            mean = classifier.logits_and_embeddings(batch)[1].mean(0)
+            model.head.weight[row], model.head.bias[row] = mean, -mean.dot(mean) / 2
+    classifier.save(run)
+
+
+def test_onnx_in_int8_passes_the_gate_where_it_is_as_right_as_the_run_and_is_refused_where_it_is_not(tmp_path):
+    require_packages("onnx", "nncf")
+    run = save_run(tmp_path / "run", "wide(resnet_micro,0.25)")
+    teach(run)
+    said = artefact.export(run, tmp_path / "out", precision="int8")
+    assert (said["parity"]["accuracy"], said["parity"]["accuracy_run"], said["forced"]) == (1, 1, False)
+    assert said["parity"]["probability_difference"] > 1e-6  # than which fp32 differs by less
+    red = next((run / "data" / "val" / "red").iterdir())
+    assert artefact.load(tmp_path / "out").predict(red)[0].label == "red"
+    teach(run, spoil=True)
+    with pytest.raises(InputError, match=r"the onnx of int8 answers otherwise than .*accuracy falls by .*--force"):
+        artefact.export(run, tmp_path / "spoilt", precision="int8")
+    assert not (tmp_path / "spoilt").exists()
