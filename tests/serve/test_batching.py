@@ -29,6 +29,11 @@ class Model:
         return images[:, :1].astype(np.float32)
 
 
+async def stays():
+    """Of a client that waits for its answer."""
+    return False
+
+
 def waiting_images():
     return REGISTRY.get_sample_value("tokenfusion_waiting_images")
 
@@ -99,7 +104,8 @@ def test_a_batch_waits_for_one_other_work_at_most_however_many_there_are():
         batches = Batches(model, 4, 60)
         first = asyncio.create_task(batches(np.array([[0]])))
         await asyncio.to_thread(model.begun.wait, 60)
-        others = [asyncio.create_task(batches.in_turn(lambda i=i: done.append(i) or len(model.batches))) for i in "abc"]
+        works = [lambda i=i: done.append(i) or len(model.batches) for i in "abc"]
+        others = [asyncio.create_task(batches.in_turn(work, stays)) for work in works]
         await asyncio.sleep(0)
         second = asyncio.create_task(batches(np.array([[1]])))
         await asyncio.sleep(0)
@@ -125,7 +131,7 @@ def test_who_waits_too_long_for_other_work_is_refused_when_that_ends():
         model.may_go_on.set()
         batches, now, late = Batches(model, 4, 60), loop.time, 0
         loop.time = lambda: now() + late
-        other = asyncio.create_task(batches.in_turn(work))
+        other = asyncio.create_task(batches.in_turn(work, stays))
         await asyncio.to_thread(begun.wait, 60)
         asked = asyncio.create_task(batches(np.array([[1]])))
         await asyncio.sleep(0)
@@ -145,7 +151,7 @@ def test_other_work_that_waits_too_long_is_refused():
         batches = Batches(Model(), 4, 0)
         async with batches.between:
             with pytest.raises(Refused, match="more requests are under way") as refused:
-                await batches.in_turn(lambda: None)
+                await batches.in_turn(lambda: None, stays)
         batches.close()
         return refused.value.status
 

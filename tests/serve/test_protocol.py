@@ -93,3 +93,15 @@ def test_a_tensor_of_empty_elements_is_refused_by_their_number_before_all_are_re
         status, _, said = served.ask("/v2/models/tiny/infer", text + tensor, headers)
         assert (status, "more than 5 images" in json.loads(said)["error"]) == (413, True)
     assert served.ask("/v2/models/tiny/infer", text + bytes(4 * 5) + b"\xff", headers)[0] == 400
+
+
+def test_json_that_would_hold_up_everybody_is_refused_by_its_size_and_a_tensor_behind_it_is_not():
+    protocol = pytest.importorskip("tokenfusion.serve.protocol", reason="the extra `serve` is not installed")
+    most = protocol.MOST_JSON
+    longest, tensor = b"{}".ljust(most), bytes(2 * most)
+    assert protocol.split_body(longest, None)[0] == {}
+    assert protocol.split_body(b"{}" + tensor, "2")[1] == tensor
+    for body, header in ((longest + b" ", None), (longest + b" " + tensor, f"{most + 1}")):
+        with pytest.raises(protocol.Refused, match=r"1,048,577 bytes of JSON: .* as binary data") as refused:
+            protocol.split_body(body, header)
+        assert refused.value.status == 413

@@ -90,6 +90,35 @@ def test_a_branch_that_the_model_has_not_is_refused_by_its_own_reason(tmp_path):
     assert error["remedy"] == "take branch=both"
 
 
+def test_a_picture_whose_client_has_gone_before_its_turn_is_not_drawn(run):
+    from tokenfusion.serve.holder import Holder
+    from tokenfusion.serve.service import Addresses
+    from tokenfusion.serve.settings import Settings
+
+    def drawn():
+        return REGISTRY.get_sample_value("tokenfusion_stage_seconds_count", {"stage": "explain"}) or 0
+
+    async def asked(*after):
+        settings = Settings(str(run))
+        holder, statuses = Holder(settings), []
+        messages = [{"type": "http.request", "body": pictures(1)[0]}, *after]
+
+        async def receive():
+            return messages.pop(0) if messages else await asyncio.Event().wait()
+
+        async def send(message):
+            statuses.append(message.get("status"))
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/explain", "headers": [], "query_string": b""}
+        before = drawn()
+        await Addresses(holder, settings).app()(scope, receive, send)
+        holder.served.close()
+        return statuses[0], drawn() - before
+
+    assert asyncio.run(asked()) == (200, 1)
+    assert asyncio.run(asked({"type": "http.disconnect"})) == (400, 0)
+
+
 def test_the_open_inference_protocol_gives_one_label_an_image_of_models_of_one_class_alone(run, tmp_path):
     several = tmp_path / "run"
     several.mkdir()

@@ -7,7 +7,7 @@ have waited before.
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -15,7 +15,7 @@ from typing import TypeVar
 import numpy as np
 
 from tokenfusion.serve.measure import BATCH_IMAGES, STAGE_SECONDS, WAITING_IMAGES
-from tokenfusion.serve.refusal import overloaded
+from tokenfusion.serve.refusal import Refused, overloaded
 from tokenfusion_runtime.image import Pixels
 from tokenfusion_runtime.prediction import Floats
 
@@ -93,11 +93,15 @@ class Batches:
             if not one.answer.done():
                 one.answer.set_result(found)
 
-    async def in_turn(self, work: Callable[[], Found]) -> Found:
+    async def in_turn(self, work: Callable[[], Found], has_gone: Callable[[], Awaitable[bool]]) -> Found:
         """Do something else with the model, between two batches; one at a time, so that no batch waits for two.
 
+        Args:
+            work: to be done, which nothing ends once it has begun.
+            has_gone: whether who wanted it has gone, asked when its turn comes.
+
         Raises:
-            Refused: it has waited too long for others like it.
+            Refused: it has waited too long for others like it, or nobody wants it any more.
         """
         try:
             async with asyncio.timeout(self.seconds):
@@ -106,6 +110,8 @@ class Batches:
             raise overloaded("waited") from error
         try:
             async with self.free:
+                if await has_gone():
+                    raise Refused("cut", "this request", "the connection ended before its turn came", "ask again")
                 return await asyncio.get_running_loop().run_in_executor(self.thread, work)
         finally:
             self.between.release()

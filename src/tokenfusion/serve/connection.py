@@ -1,4 +1,4 @@
-"""uvicorn's connections, but that they wait for nobody without end, and that they refuse in our words."""
+"""uvicorn's connections, but that they wait for nobody without end, are bounded in number, and refuse in our words."""
 
 import asyncio
 from typing import Any
@@ -9,14 +9,19 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from tokenfusion.serve.refusal import Refused
 
 
-def connection_for(seconds: float) -> type[H11Protocol]:
+def connection_for(seconds: float, most: int) -> type[H11Protocol]:
     """The connections of a service, for uvicorn to make.
+
+    Where there are too many, the one that has been idle longest is closed, so that who asks always gets in: uvicorn's
+    own bound, `limit_concurrency`, refuses who asks and keeps who is silent.
 
     Args:
         seconds: from a connection's opening, or from the first byte of its next request, to the end of the headers;
             from an early answer to the end of the request; and from when an answer is more than the line takes
             to when the client has read most of it.
+        most: connections that are open at once, while any of them is idle.
     """
+    idle = dict[H11Protocol, None]()  # those without a request under way, in the order in which they became so
 
     class Connection(H11Protocol):
         """Hangs up on who opens a connection, or begins a request, and does not go on or end it, or does not read."""
@@ -28,14 +33,27 @@ def connection_for(seconds: float) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.wait_for("headers")
+            idle[self] = None
+            if len(self.connections) > most:
+                longest = next(iter(idle))
+                del idle[longest]
+                longest.transport.abort()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self.wait_for(self.what_is_owed())
+            self.take_stock()
 
         def on_response_complete(self) -> None:
             super().on_response_complete()
+            self.take_stock()
+
+        def take_stock(self) -> None:
+            """Note what the client owes, and whether it is idle."""
             self.wait_for(self.what_is_owed())
+            if self.cycle is None or self.cycle.response_complete:
+                idle.setdefault(self)
+            else:
+                idle.pop(self, None)
 
         def pause_writing(self) -> None:
             super().pause_writing()
@@ -49,6 +67,7 @@ def connection_for(seconds: float) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.wait_for("")
+            idle.pop(self, None)
             if self.reading is not None:
                 self.reading.cancel()
             super().connection_lost(exc)

@@ -28,6 +28,8 @@ from tokenfusion_runtime.image import Pixels
 SIZE_HEADER = "Inference-Header-Content-Length"
 """Bytes of JSON in front of the binary tensors."""
 REMEDY = "give the input `image` (BYTES, image files) or `pixels` (UINT8, as the preprocessing leaves them)"
+MOST_JSON = 2**20
+"""Bytes of a request's JSON, which no other thread goes on beside while it is read; an image of 224 px has 0.7 MB."""
 LONGEST_ID = 1000
 """Characters of a request's own name, which its answer repeats."""
 
@@ -101,7 +103,7 @@ class Protocol:
         """What is asked for, and the pixels to judge, uint8 (n, in_chans, h, w); files are let go of when decoded."""
         body, header = await read_body(request, self.settings), request.headers.get(SIZE_HEADER)
         parsing = partial(self.parsed, body, header, served.about)
-        asked, given = await asyncio.get_running_loop().run_in_executor(served.decoders, parsing)  # few hold much JSON
+        asked, given = await asyncio.get_running_loop().run_in_executor(served.decoders, parsing)  # few at once
         del body, parsing
         if not isinstance(given, list):
             return asked, given
@@ -161,6 +163,9 @@ def split_body(body: bytes, header: str | None) -> tuple[dict[str, Any], memoryv
     size = len(body) if header is None else int(header) if header.isdecimal() and len(header) < 12 else -1
     if not 0 <= size <= len(body):
         raise Refused("tensor", f"{SIZE_HEADER}: {header}", "not a size within the body", "give the bytes of its JSON")
+    if size > MOST_JSON:
+        reason = f"more than the {MOST_JSON:,} that a request may have"
+        raise Refused("too_large", f"{size:,} bytes of JSON", reason, "send the tensor as binary data behind the JSON")
     try:
         asked = json.loads(body[:size])
     except (ValueError, RecursionError) as error:

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -85,8 +85,14 @@ class Served:
         UNREADABLE.inc(sum(isinstance(pixels, str) for pixels in prepared))
         return prepared
 
-    async def explained(self, pixels: Pixels, branch: str) -> tuple[list[str], bytes]:
-        """Branches and a PNG of where it looked in an image, where the artefact can say."""
+    async def explained(
+        self, pixels: Pixels, branch: str, has_gone: Callable[[], Awaitable[bool]]
+    ) -> tuple[list[str], bytes]:
+        """Branches and a PNG of where it looked in an image, where the artefact can say and the client is still there.
+
+        Raises:
+            Refused: it has waited too long, or the client has gone.
+        """
 
         explain = self.explain
         assert explain is not None
@@ -95,7 +101,7 @@ class Served:
             with STAGE_SECONDS.labels("explain").time():
                 return explain(pixels, branch)
 
-        return await self.batches.in_turn(work)
+        return await self.batches.in_turn(work, has_gone)
 
     def close(self) -> None:
         """End its threads and its queue, when no request uses it any more."""

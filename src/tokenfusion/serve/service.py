@@ -111,7 +111,7 @@ class Addresses:
             if isinstance(pixels, str):
                 raise unreadable(pixels)
             try:
-                names, png = await served.explained(pixels, branch)
+                names, png = await served.explained(pixels, branch, request.is_disconnected)
             except InputError as error:  # as `explain` says it, of --branch
                 reason, _, remedy = str(error).replace("--branch ", "branch=").partition("; ")
                 raise Refused("option", f"branch={branch}", reason, remedy or "take another branch") from error

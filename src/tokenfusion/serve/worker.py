@@ -27,6 +27,9 @@ MAX_HEADERS = 2**15
 SECONDS_KEPT = 75
 """That a connection stays open without a request, longer than clients keep theirs: none asks on a closed one."""
 
+IDLE_CONNECTIONS = 512
+"""That may be open besides as many as there may be requests under way; with those files stay below the usual 1,024."""
+
 SECONDS_BETWEEN_TRIES = 2
 """How often a worker that is to replace another tries to start."""
 
@@ -85,7 +88,8 @@ def main() -> None:
     server_context.service_name = server_context.bento_name = "tokenfusion"  # in the labels of measures
     config = uvicorn.Config(
         app,
-        http=connection_for(settings.seconds),  # of h11, which, other than httptools, bounds the headers
+        # of h11, which, other than httptools, bounds the headers
+        http=connection_for(settings.seconds, settings.queue + IDLE_CONNECTIONS),
         h11_max_incomplete_event_size=MAX_HEADERS,
         ws="none",
         log_level="warning",
