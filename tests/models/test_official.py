@@ -1,5 +1,7 @@
 """The papers' models compute what the official code computes."""
 
+import copy
+
 import pytest
 import timm
 import torch
@@ -14,33 +16,44 @@ from tokenfusion.models.published import PUBLISHED
 VARIANTS = crossvit.OFFICIAL | deepvit.OFFICIAL | cmt.OFFICIAL
 
 
-def with_golden_weights(name, dtype=torch.float64):
-    model = timm.create_model(name).to(dtype)
-    weights.load_weights(model, official_state(name))
-    return model
+def build(name):
+    """The model that the golden values are of: at their size, and of their classes where these are not 1,000."""
+    expected = golden(name)
+    return timm.create_model(name, img_size=expected["image_size"], num_classes=expected.get("num_classes", 1000))
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def in_float64(request):
+    """A model's name, and the model in float64 with the weights that the golden values are of."""
+    model = build(request.param).double()
+    weights.load_weights(model, official_state(model))
+    return request.param, model
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_state_dict_has_the_official_keys_and_shapes(name):
-    state = weights.to_official(timm.create_model(name))
+    with torch.device("meta"):
+        model = build(name)
+    state = weights.to_official(model)
     assert {key: list(value.shape) for key, value in state.items()} == golden(name)["shapes"]
+    assert sum(parameter.numel() for parameter in model.parameters()) == golden(name)["params"]
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-8), (torch.float32, 1e-4)])
-def test_logits(name, dtype, tolerance):
+def test_logits(in_float64, dtype, tolerance):
+    name, model = in_float64
     expected = golden(name)
-    model = with_golden_weights(name, dtype).eval()
+    model = copy.deepcopy(model).to(dtype).eval()
     with torch.no_grad():
         logits = model(golden_images(expected["image_size"]).to(dtype))
     difference = logits.double() - torch.tensor(expected["logits"], dtype=torch.float64)
     assert difference.abs().max() < tolerance
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_training_loss_and_gradients(name):
+def test_training_loss_and_gradients(in_float64):
+    name, model = in_float64
     expected = golden(name)
-    model = with_golden_weights(name).train()
+    model = copy.deepcopy(model).train()
     loss = F.cross_entropy(model(golden_images(expected["image_size"])), torch.tensor([1, 2]))
     loss.backward()
     assert loss.item() == pytest.approx(expected["train_loss"], abs=1e-8)
