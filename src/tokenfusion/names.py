@@ -37,3 +37,38 @@ def split_at_commas(text: str) -> list[str]:
 
 def unmatched(text: str) -> InputError:
     return InputError(f"the parentheses of {text!r} do not match; write it as wide(resnet18,1.5) is, in quotes")
+
+
+FUSED = ("tokenfusion_", "fuse(")
+"""How names of fused models begin."""
+
+
+def base_of(name: str) -> str:
+    """The model that a variant is one of, NAME of `with(NAME,OPTION=VALUE,...)`; any other model is its own.
+
+    Raises:
+        InputError: a parenthesis without its partner.
+    """
+    function, bracket, inside = name.strip().partition("(")
+    if function.strip() != "with" or not bracket or not inside.endswith(")"):
+        return name.strip()
+    return base_of(split_at_commas(inside[:-1])[0])
+
+
+def is_fused(name: str) -> bool:
+    """Whether a model fuses a CNN and a transformer, as its name says."""
+    return base_of(name).startswith(FUSED)
+
+
+def models_in(name: str) -> list[str]:
+    """The models with names of their own that an expression is made of, such as both of `fuse(CNN,VIT,late)`.
+
+    Raises:
+        InputError: a parenthesis without its partner.
+    """
+    function, bracket, inside = name.strip().partition("(")
+    if not bracket or not inside.endswith(")"):
+        return [name.strip()]
+    parts = split_at_commas(inside[:-1])
+    several = {"fuse": 2, "mean": len(parts)}.get(function.strip(), 1)
+    return [model for part in parts[:several] for model in models_in(part)]

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
+from tokenfusion.names import base_of, models_in
 from tokenfusion.recipe import DEPTHS, Depth, Recipe
 
 PRETRAINED_PAIR = "fuse(tf_efficientnet_lite0,vit_small_patch14_dinov2,probe)"
@@ -40,14 +41,14 @@ def preset(model: str, data: str, tune: str = "", pretrained: bool = False) -> d
             "warmup_epochs": 2.0,
             "ema": 0.98,
         }
-    elif model.endswith("_micro"):
+    elif all(name.endswith("_micro") for name in models_in(model)):
         values |= {"crop_scale": 0.7, "ema": 0.99}
     return values
 
 
 def begins_as_line(model: str) -> bool:
     """Whether a model is `fuse(CNN,VIT,probe)`, which starts as a linear classifier on what its parents see."""
-    return re.fullmatch(r"fuse\(.*,\s*probe\s*(,[^,()]*)?\)", model.strip()) is not None
+    return re.fullmatch(r"fuse\(.*,\s*probe\s*(,[^,()]*)?\)", base_of(model)) is not None
 
 
 KEPT_TOKENS: dict[str, Any] = {

@@ -19,9 +19,6 @@ ROLES = {
 Remark = dict[str, str]
 """What is said of a control: `model`, `role`, `reason`."""
 
-FUSED = ("tokenfusion_", "fuse(")
-"""How names of fused models begin."""
-
 
 @dataclass(frozen=True)
 class Contender:

@@ -10,8 +10,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tokenfusion.compare.contenders import FUSED, slug
+from tokenfusion.compare.contenders import slug
 from tokenfusion.compare.plan import Comparison
+from tokenfusion.names import is_fused
 
 POLL = 0.2  # seconds between looks at the processes
 RUN_COMMANDS = """
@@ -75,7 +76,7 @@ def start(comparison: Comparison, name: str, seed: int, lock: int) -> subprocess
         own = ["--model", name, "--seed", str(seed), "--epochs", str(comparison.epochs[name]), "--out", str(run)]
         train = ["train", "--recipe", str(comparison.out / "recipe.toml"), *own]
     commands = [train, ["evaluate", str(run)]]
-    if name.startswith(FUSED):
+    if is_fused(name):
         commands.append(["analyze", "tokens", str(run), "--num-images", str(ANALYSED)])
     with log_of(comparison, name, seed).open("wb") as log:
         return subprocess.Popen(

@@ -7,6 +7,7 @@ A control is written as a model expression, a function's name with its arguments
 
 import difflib
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
@@ -70,6 +71,8 @@ SIDES: dict[str, tuple[type[nn.Module], dict[str, str]]] = {  # class, and its a
     "cnn": (ResNet, {"stem": "stem", "strides": "conv_strides", "dims": "conv_dims", "depths": "conv_depths"}),
     "vit": (ViT, {key: key for key in ("patch_size", "dim", "depth", "heads", "mlp_ratio")}),
 }
+OF_VIT = SIDES["vit"][1] | {rate: rate for rate in ("drop_rate", "drop_path_rate")}
+"""Options of a fused model that are its transformer's."""
 
 
 def build_side(side: str, preset: str, *, pretrained: bool = False, **arguments: Any) -> nn.Module:
@@ -123,7 +126,7 @@ class Controls:
 
 
 def controls_of(name: str, *, num_classes: int, in_chans: int = 3, img_size: tuple[int, int] | None = None) -> Controls:
-    """The controls of a preset of this package or of `fuse(CNN,VIT,...)`; of any other model, all are missing.
+    """The controls of a preset of this package, of `fuse(CNN,VIT,...)` or a variant; of others all are missing.
 
     Args:
         name, num_classes, in_chans: as in `create_model`.
@@ -153,17 +156,33 @@ def controls_of(name: str, *, num_classes: int, in_chans: int = 3, img_size: tup
 
 
 def parents_of(name: str) -> tuple[str, str]:
-    """The CNN and the transformer that a model fuses.
+    """The CNN and the transformer that a model fuses; those of a variant have the options that are theirs.
 
     Raises:
-        InputError: it is no preset of this package and no `fuse(CNN,VIT,...)`.
+        InputError: it is no preset of this package, no `fuse(CNN,VIT,...)` and no variant of either.
     """
     if name in VARIANTS:
         return f"cnn({name})", f"vit({name})"
     function, arguments = parse(name) if "(" in name else ("", [])
+    if function == "with":
+        cnn, vit = parents_of(arguments[0])
+        return with_options(cnn, SIDES["cnn"][1], arguments[1:]), with_options(vit, OF_VIT, arguments[1:])
     if function != "fuse":
         raise InputError(f"{name} is not a fusion of two parents")
     return arguments[0], arguments[1]
+
+
+def with_options(parent: str, names: Mapping[str, str], options: Sequence[str]) -> str:
+    """A parent with those of a fused model's options that are its own.
+
+    Args:
+        parent: the model.
+        names: what its options are called there, by what they are called here.
+        options: texts such as `depth=3`.
+    """
+    given = {option.partition("=")[0].strip(): option.partition("=")[2].strip() for option in options}
+    own = [f"{ours}={given[theirs]}" for ours, theirs in names.items() if theirs in given]
+    return f"with({','.join((parent, *own))})" if own else parent
 
 
 def widen_to(target: int, name: str, task: dict[str, Any]) -> tuple[str, int]:

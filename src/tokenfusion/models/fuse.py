@@ -23,6 +23,7 @@ from tokenfusion.models.pretrained import HUB, Pretrained, choices, swapped
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.registration import default_cfg, keep_expression
 from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, Strategy, TokenFusion, strategy_class
+from tokenfusion.names import base_of
 
 FUSABLE: dict[str, Strategy] = {**STRATEGIES, "probe": ProbeFusion}
 """Strategies that any pair is fused by; `probe` is for parents that are trained, and has no presets."""
@@ -170,9 +171,9 @@ def build_transformer(vit: str | nn.Module, img_size: int | Grid | None, **argum
     if isinstance(vit, nn.Module):
         return vit
     arguments = {key: value for key, value in arguments.items() if value or (key, value) == ("num_classes", 0)}
-    if timm.is_model(vit):
+    if timm.is_model(base := base_of(vit)):
         with torch.device("meta"):
-            plain = isinstance(timm.create_model(vit), VisionTransformer)
+            plain = isinstance(timm.create_model(base), VisionTransformer)
         if plain:
             arguments |= {"dynamic_img_size": True, "dynamic_img_pad": True}
     return create_model(vit, img_size=img_size, **arguments)

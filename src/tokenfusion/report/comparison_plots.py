@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from tokenfusion.compare.contenders import FUSED
+from tokenfusion.names import is_fused
 from tokenfusion.report.comparison_summary import Row, interval, rank
 from tokenfusion.report.plots import SERIES, TEXT, drawing, over_epochs, to_svg
 
@@ -58,7 +58,7 @@ def draw_point(axes: "Axes", row: Row, cost: float, colour: str) -> None:
     """A model's mean and interval; fused models are diamonds."""
     low, high = interval(row)
     below, above = row["top1_mean"] - low, high - row["top1_mean"]
-    look: dict[str, Any] = {"color": colour, "fmt": "D" if row["name"].startswith(FUSED) else "o"}
+    look: dict[str, Any] = {"color": colour, "fmt": "D" if is_fused(row["name"]) else "o"}
     axes.errorbar(
         cost, 100 * row["top1_mean"], [[100 * below], [100 * above]], capsize=3, elinewidth=1.2, markersize=6, **look
     )

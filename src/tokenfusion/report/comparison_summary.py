@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tokenfusion.compare.contenders import FUSED
 from tokenfusion.compare.table import corrected_tests, p_text
 from tokenfusion.formatting import counted
+from tokenfusion.names import is_fused
 from tokenfusion.report.page import percent
 
 TIED = 1e-9
@@ -128,7 +128,7 @@ def fusion_against_others(result: Mapping[str, Any]) -> list[str]:
     """
     ranked = rank(result)
     said = []
-    for fused in (row for row in ranked if row["name"].startswith(FUSED)):
+    for fused in (row for row in ranked if is_fused(row["name"])):
         rivals = [row for row in ranked if is_rival(row, fused["name"])]
         if not rivals:
             continue
@@ -164,7 +164,7 @@ def is_rival(row: Row, fused: str) -> bool:
     if any(role.endswith(f" of {fused}") for role in roles):
         return True
     asked_for = any(role == "model" or role.startswith("member of ") for role in roles)
-    return asked_for and not row["name"].startswith(FUSED)
+    return asked_for and not is_fused(row["name"])
 
 
 def name_with_gain(row: Row, fused: Row) -> str:

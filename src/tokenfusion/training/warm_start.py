@@ -15,6 +15,7 @@ from tokenfusion.models.adapters import as_cnn, as_transformer
 from tokenfusion.models.expressions import parse
 from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.token_fusion import TokenFusion
+from tokenfusion.names import base_of
 from tokenfusion.recipe import Recipe, load_recipe
 
 
@@ -55,8 +56,8 @@ def warm_start(classifier: Classifier, runs: Sequence[str], say: Callable[[str],
 
 
 def parent_names(name: str) -> list[str]:
-    """The CNN's and the transformer's name in `fuse(CNN,VIT,...)`."""
-    function, parts = parse(name) if "(" in name else ("", [])
+    """The CNN's and the transformer's name in `fuse(CNN,VIT,...)` or a variant of it."""
+    function, parts = parse(base_of(name)) if "(" in name else ("", [])
     if function != "fuse":
         raise InputError(
             f"{name} is no model that starts from two runs; give --model fuse(CNN,VIT), or leave out --warm-start-from"
