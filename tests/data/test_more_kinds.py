@@ -35,10 +35,46 @@ def labels_of(source: Dataset) -> list[str]:
 
 def test_remarks_before_the_first_line_are_passed_over_and_a_header_with_such_a_sign_is_none(tmp_path: Path) -> None:
     rows = "".join(f"{path},{label}\n" for path, label in ROWS)
-    for head in ("# made by hand\n# second version\npath,label\n", "#path,label\n", "path,label\n"):
+    remarks = [
+        "# made by hand\n# second version\n",
+        "# made on 1 May, by me\n\n",
+        "# at https://example.org/a.jpg; mine\n",
+    ]
+    remarks += ['"# made on 1 May, by me",\n']  # as Excel writes it
+    heads = [
+        "#path,label\n",
+        "# image, label and split\npath,label\n",
+        "# made on 1 May, by me\n#path,label\n",
+        *remarks,
+    ]
+    for head in (*heads, "path,label\n", *(f"{remark}path,label\n" for remark in remarks)):
         assert labels_of(listed(tmp_path, "x.csv", head + rows)) == [label for _, label in ROWS]
     with pytest.raises(InputError, match=r"x\.csv, line 9: 3 cells"):
-        listed(tmp_path, "x.csv", f"# remark\npath,label\n{rows}a,b,c\n")
+        listed(tmp_path, "x.csv", f"# remark, one\npath,label\n{rows}a,b,c\n")
+
+
+def test_images_whose_names_begin_with_the_sign_of_remarks_are_images(tmp_path: Path) -> None:
+    put(tmp_path, "#1.png", "#2 b.png")
+    for separator in ", ":
+        (tmp_path / "x.txt").write_text(f"#1.png{separator}cat\n")
+        assert open_dataset(tmp_path / "x.txt").names == ["#1.png"]
+    (tmp_path / "x.csv").write_text("#2 b.png,cat\n#1.png,dog\n")
+    assert open_dataset(tmp_path / "x.csv").names == ["#2 b.png", "#1.png"]
+
+
+def test_labels_that_are_whole_numbers_are_read_without_a_fraction(tmp_path: Path) -> None:
+    def classes(*labels: str) -> tuple[str, ...]:
+        rows = zip((path for path, _ in ROWS), labels, strict=False)
+        return listed(tmp_path, "x.csv", "path,label\n" + "".join(f"{path},{label}\n" for path, label in rows)).classes
+
+    assert classes("0.0", "1.0", "0", "1.00") == ("0", "1")
+    assert classes("0.0", "1.5", "1.0") == ("0.0", "1.0", "1.5")
+    assert classes("0.0", "1.0", "cat") == ("0.0", "1.0", "cat")
+    pixels = "".join(f"{path},{label}\n" for (path, _), label in zip(ROWS, ["0.0", "1.0"] * 3, strict=True))
+    source = listed(tmp_path, "x.csv", f"path,label\n{pixels}")
+    assert "labels are whole numbers: '0.0' is read as '0'" in source.notes
+    several = [{"path": path, "labels": ["0.0", "2.0"][: 1 + n % 2]} for n, (path, _) in enumerate(ROWS)]
+    assert listed(tmp_path, "x.jsonl", "\n".join(map(json.dumps, several))).classes == ("0", "2")
 
 
 @pytest.mark.parametrize("kind", ["objects", "labels by paths"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tokenfusion.data.column_names import KNOWN, LESS_USUAL, plain
 from tokenfusion.data.dataset import quoted
 from tokenfusion.data.decode import is_image
 from tokenfusion.data.split_names import FALSE, FLAGS, TRUE, split_flagged, split_named
@@ -14,32 +15,6 @@ from tokenfusion.data.table import Table
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import Reading
 
-KNOWN: Mapping[str, tuple[str, ...]] = {
-    "path": (
-        *("path", "file", "filename", "filepath", "image", "imagepath", "imagefile", "imagename", "imagefilename"),
-        *(
-            "img",
-            "imgpath",
-            "imgfile",
-            "imgname",
-            "imageid",
-            "imgid",
-            "picture",
-            "photo",
-            "imageurl",
-            "url",
-            "filenames",
-        ),
-    ),
-    "label": ("label", "class", "category", "target", "classname", "labelname", "categoryname", "classlabel"),
-    "labels": ("labels", "tags", "classes", "categories"),
-    "split": ("split", "subset", "set", "partition", "phase", "dataset", "usage", "fold"),
-    "weight": ("weight", "sampleweight", "weights"),
-    "group": ("group", "groupid", "groups"),
-}
-"""What columns are called, in small letters without spaces; a column of a role's own name is preferred."""
-LESS_USUAL = {"path": ("fname",), "label": ("classid", "labelid", "y", "species")}
-"""What they are also called, where no column has a better name."""
 NO_CLASS = frozenset(
     {"verified", "reviewed", "checked", "approved", "confirmed", "annotated", "labelled", "labeled", "flagged", "done"}
     | {"difficult", "truncated", "occluded", "crowd", "duplicate", "augmented", "synthetic", "generated"}
@@ -83,11 +58,6 @@ class Columns:
             self.one_hot
         )
         return f"columns: {', '.join(taken)}" + f"; not read: {quoted(self.left[:8])}" * bool(self.left)
-
-
-def plain(name: str) -> str:
-    """A column's name in small letters, without spaces and signs."""
-    return re.sub(r"[\W_]+", "", name.casefold())
 
 
 def choose(names: Sequence[str], role: str) -> list[str]:

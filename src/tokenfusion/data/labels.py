@@ -2,7 +2,7 @@
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -57,6 +57,17 @@ def no_label(labels: Iterable[int | str]) -> int | str | None:
     return written["-1"] if "-1" in written and written.keys() != {"-1", "1"} else None
 
 
+def as_whole(labels: Collection[str]) -> dict[str, str]:
+    """What labels become of which all are whole numbers, some written with a fraction of zeros: `1.0` is `1`.
+
+    So pandas writes a column of integers in which a cell was empty. Where any label is something else, and where -1
+    stands for none, all stay as they are written.
+    """
+    if no_label(labels) is not None or not all(re.fullmatch(r"-?\d+(\.0+)?", label) for label in labels):
+        return {}
+    return {label: label.partition(".")[0] for label in labels if "." in label}
+
+
 def warn_of_missing(classes: Iterable[str]) -> list[str]:
     """A warning where a class is called what programs write for a missing value, or people for none."""
     classes = [*classes]
@@ -91,8 +102,10 @@ def number_labels(
                 f"{where}: {names[labels.index(label)]!r} has label {label}, which stands for no label; "
                 "take unlabelled images away"
             )
-        number = {label: index for index, label in enumerate(distinct)}
-        return tuple(str(label) for label in distinct), np.array([number[x] for x in labels], np.int64)
+        whole = as_whole(distinct) if all(isinstance(label, str) for label in distinct) else {}
+        labels = [whole.get(label, label) for label in labels]
+        number = {label: index for index, label in enumerate(sorted(set(labels)))}
+        return tuple(map(str, number)), np.array([number[x] for x in labels], np.int64)
     numbers = np.array(labels, dtype=np.int64)
     outside = np.flatnonzero((numbers < 0) | (numbers >= len(classes)))
     if len(outside):

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenfusion.data.columns import KNOWN, Columns, choose_columns, is_true, plain, warn_of_groups, warn_of_no_classes
+from tokenfusion.data.column_names import KNOWN, plain
+from tokenfusion.data.columns import Columns, choose_columns, is_true, warn_of_groups, warn_of_no_classes
 from tokenfusion.data.dataset import Dataset, printable, quoted
 from tokenfusion.data.ignored import describe_ignored, why_ignored
-from tokenfusion.data.labels import clean_label, no_label
+from tokenfusion.data.labels import as_whole, clean_label, no_label
 from tokenfusion.data.paths import ListedPaths, exists, resolve_paths
 from tokenfusion.data.rows import as_groups, as_weights, read_weight
 from tokenfusion.data.split_names import (
@@ -155,6 +156,8 @@ def from_tables(
     if empty := hot - {name for row in rows for name in row.labels}:
         notes.append(f"warning: left out, because no row has a 1 there: {quoted(sorted(empty)[:5])}")
     refuse_other_separator(where, texts)
+    rows, whole = with_whole_numbers(rows)
+    notes += whole
     kept = without_repeats(where, rows)
     notes += [f"{counted(len(rows) - len(kept), 'exact repeat')} of a row, counted once"] * (len(kept) < len(rows))
     return from_rows(where, root, kept, several, notes)
@@ -221,6 +224,16 @@ def read_rows(table: Table, columns: Columns) -> list[Row]:
         weight = read_weight(row.get(columns.weight), where) if columns.weight else None
         rows.append(Row(where, path, labels, known_split(row, columns.split, where), weight, group))
     return rows
+
+
+def with_whole_numbers(rows: list[Row]) -> tuple[list[Row], list[str]]:
+    """Rows whose labels are written as whole numbers where that is what they are, and a line that says so."""
+    whole = as_whole({name for row in rows for name in row.labels})
+    if not whole:
+        return rows, []
+    label, number = min(whole.items())
+    numbered = [row._replace(labels=tuple(whole.get(name, name) for name in row.labels)) for row in rows]
+    return numbered, [f"labels are whole numbers: {label!r} is read as {number!r}"]
 
 
 def without_repeats(where: str, rows: list[Row]) -> list[Row]:

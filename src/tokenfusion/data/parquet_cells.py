@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tokenfusion.data.columns import KNOWN, plain
+from tokenfusion.data.column_names import KNOWN, plain
 from tokenfusion.data.parquet_layout import class_names, read_features
 from tokenfusion.data.split_names import FLAGS
 from tokenfusion.data.table import Table, refuse_twice

@@ -7,7 +7,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from tokenfusion.data.columns import choose, plain
+from tokenfusion.data.column_names import plain
+from tokenfusion.data.columns import choose
 from tokenfusion.data.dataset import printable, quoted
 from tokenfusion.data.decode import EXTENSIONS
 from tokenfusion.data.rows import read_weight

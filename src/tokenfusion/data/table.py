@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenfusion.data.annotations import is_coco, refuse_others, rows_of_coco
+from tokenfusion.data.column_names import names_paths
 from tokenfusion.data.decode import is_image
 from tokenfusion.data.encoding import decode_text
 from tokenfusion.data.split_names import split_named
@@ -105,8 +106,8 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
         text, skipped = text[said.end() :], 1
     elif counted_rows(text):  # as CelebA has it
         text, skipped = text[len(text.splitlines(keepends=True)[0]) :], 1
-    if remarks := re.match(r"(#[^,;\t|\r\n]*(\r\n?|\n))+", text):
-        text, skipped = text[remarks.end() :], skipped + len(remarks[0].splitlines())
+    text, remarks = without_remarks(text)
+    skipped += remarks
     separator = said[1] if said else sniff(text, path)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
     lines = [(reader.line_num + skipped, cells) for cells in reader]
@@ -135,6 +136,33 @@ def read_separated(path: Path, text: str, encoding: str) -> Table:
     found = f"read as {encoding}, separated by {SEPARATORS.get(separator, repr(separator))}"
     found += ", without a header" * (not header)
     return Table(str(path), columns, rows, header, () if usual else (f"{path.name}: {found}",))
+
+
+def without_remarks(text: str) -> tuple[str, int]:
+    """A text without the remarks (#) above its table, and how many lines these are, empty ones among them included.
+
+    The last of them is no remark where it names a column of paths, as `#path,label` does, and the next line does not.
+    """
+    above: list[str] = []
+    line = ""
+    for line in (match[0] for match in re.finditer(r"[^\r\n]*(?:\r\n?|\n)", text)):
+        if line.strip() and not is_remark(line):
+            break
+        above.append(line)
+    last, after = (re.split(r"[,;\t|]", cells) for cells in (above[-1] if above else "", line))
+    if len(last) > 1 and names_paths(last) and not names_paths(after):
+        above.pop()
+    return text[sum(map(len, above)) :], len(above)
+
+
+def is_remark(line: str) -> bool:
+    """Whether a line begins with # and is none of an image called so; Excel quotes one with a comma in it."""
+    if line.startswith('"#') and line.count('"') % 2 == 0:
+        line = line.strip()[1:]
+    elif not line.startswith("#"):
+        return False
+    first, word = re.split(r'[",;\t|]', line)[0], line.split()[0]
+    return line.startswith("# ") or not (is_image(first.strip()) or is_image(word))
 
 
 def has_row_names(columns: int, rows: list[list[str]]) -> bool:
