@@ -97,6 +97,14 @@ def printed() -> int:
     return printed_before + in_memory()
 
 
+def printed_after(start: int) -> str | None:
+    """What C libraries have printed since it was `start` bytes; None where some of it is forgotten already."""
+    if start < printed_before:
+        return None
+    end, start = in_memory(), start - printed_before
+    return PRINTED.raw[start:end].decode(errors="replace") if start < end else ""
+
+
 def printed_by(decode: Callable[[], object]) -> str:
     """What C libraries print while `decode` runs, and no other thread decodes."""
     with lifted_lock:

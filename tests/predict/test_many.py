@@ -23,7 +23,7 @@ from tokenfusion import Classifier, InputError, cli
 from tokenfusion.predict.many import MANIFEST, predict_many
 from tokenfusion_runtime.abstain import SurestErrors
 
-COLUMNS = ["path", "label", "score", "topk", "error"]
+COLUMNS = ["path", "label", "score", "topk", "error", "damage"]
 
 
 def save_run(run: Path, seed: int = 0, **options) -> Path:
@@ -206,7 +206,7 @@ def test_multi_label_models_give_labels_and_what_they_leave_open(photos, tmp_pat
     run = save_run(tmp_path / "run", multi_label=True)
     predict_many(run, [str(photos)], tmp_path / "out", abstain=0.02)
     rows = rows_in(tmp_path / "out")
-    assert list(rows[0]) == ["path", "labels", "unsure", "topk", "error"]
+    assert list(rows[0]) == ["path", "labels", "unsure", "topk", "error", "damage"]
     expected = Classifier.load(run).predict([row["path"] for row in rows], abstain=0.02)
     for row, prediction in zip(rows, expected, strict=True):
         assert [label["label"] for label in row["labels"]] == [name for name, _ in prediction.labels]

@@ -7,9 +7,10 @@ single wrong byte in a PNG's data ends the process with a segmentation fault in 
 
 import os
 import re
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
 from typing import TypeVar
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from tokenfusion_runtime.decoding import decoding, printed, printed_by
+from tokenfusion_runtime.decoding import decoding, printed, printed_after, printed_by
 from tokenfusion_runtime.errors import UnreadableImage
 from tokenfusion_runtime.image import (
     EXTENSIONS,
@@ -151,26 +152,26 @@ def decode_ahead(
     Yields:
         each item, with what it decoded to or the reason why it cannot be.
     """
+    hearing = Hearing()
 
-    def attempt(item: Item) -> tuple[Decoded | UnreadableImage, bool]:
-        before = printed()
-        try:
+    def attempt(item: Item) -> tuple[Decoded | UnreadableImage, str]:
+        def whole() -> Decoded:
             with large_ones_alone():
-                found: Decoded | UnreadableImage = decode(item)
+                return decode(item)
+
+        try:
+            return (whole(), "") if on_damage is None else hearing.hear(whole)
         except UnreadableImage as error:
-            return error, False
-        return found, printed() != before
+            return error, ""
 
     def settle() -> tuple[Item, Decoded | UnreadableImage]:
         item, future = begun.popleft()
-        found, suspect = future.result()
-        if suspect and on_damage is not None:  # something was printed meanwhile, perhaps of another image
-            wait([other for _, other in begun])
-            if damage := damage_of(lambda: decode(item)):
-                on_damage(item, damage)
+        found, damage = future.result()
+        if damage and on_damage is not None:
+            on_damage(item, damage)
         return item, found
 
-    begun: deque[tuple[Item, Future[tuple[Decoded | UnreadableImage, bool]]]] = deque()
+    begun: deque[tuple[Item, Future[tuple[Decoded | UnreadableImage, str]]]] = deque()
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             for item in items:
@@ -181,6 +182,44 @@ def decode_ahead(
                 yield settle()
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+class Hearing:
+    """Hears what libjpeg says of each of the images that several threads decode at the same time.
+
+    What it prints goes to no image: one during which it spoke of damage is decoded again while no other thread is.
+    """
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.decoding = 0
+        self.waiting = 0
+
+    def hear(self, decode: Callable[[], Decoded]) -> tuple[Decoded, str]:
+        """What `decode` gives, and what libjpeg says of damaged data; "" where it says nothing."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.waiting)
+            self.decoding += 1
+        before = printed()
+        try:
+            found = decode()
+        finally:
+            said = printed_after(before)
+            with self.changed:
+                self.decoding -= 1
+                self.changed.notify_all()
+        return found, self.hear_alone(decode) if said is None or DAMAGE.search(said) else ""
+
+    def hear_alone(self, decode: Callable[[], object]) -> str:
+        """What libjpeg says while `decode` runs and no other thread decodes."""
+        with self.changed:
+            self.waiting += 1
+            self.changed.wait_for(lambda: not self.decoding)
+            try:
+                return damage_of(decode)
+            finally:
+                self.waiting -= 1
+                self.changed.notify_all()
 
 
 def damage_of(decode: Callable[[], object]) -> str:

@@ -102,8 +102,9 @@ def number_labels(
                 f"{where}: {names[labels.index(label)]!r} has label {label}, which stands for no label; "
                 "take unlabelled images away"
             )
-        whole = as_whole(distinct) if all(isinstance(label, str) for label in distinct) else {}
-        labels = [whole.get(label, label) for label in labels]
+        texts = [label for label in distinct if isinstance(label, str)]
+        whole = as_whole(texts) if len(texts) == len(distinct) else {}
+        labels = [whole.get(label, label) if isinstance(label, str) else label for label in labels]
         number = {label: index for index, label in enumerate(sorted(set(labels)))}
         return tuple(map(str, number)), np.array([number[x] for x in labels], np.int64)
     numbers = np.array(labels, dtype=np.int64)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 
-from tokenfusion.data.decode import UnreadableImage
+from tokenfusion.data.decode import Hearing, UnreadableImage
 from tokenfusion.data.decoded import Images
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.remote import Prefetcher
@@ -24,19 +24,21 @@ Batch = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
-class Mended:
-    """A batch in which others stand in for images that could not be read."""
+class Noted:
+    """A batch, and what is to be said of its images, by their indices."""
 
     batch: Batch
     unreadable: dict[int, str]
-    """Indices of those images, and the reasons."""
+    """Why some could not be read, in whose place others stand."""
+    damaged: dict[int, str]
+    """What libjpeg says of those whose data is damaged and read as far as it goes."""
 
-    def pin_memory(self) -> "Mended":
+    def pin_memory(self) -> "Noted":
         """As the thread that pins batches calls it."""
         return replace(self, batch=tuple(part.pin_memory() for part in self.batch))
 
 
-Loaded = Batch | Mended | InputError
+Loaded = Batch | Noted | InputError
 """What a worker gives; an error as a value, for raised, it would bring the worker's traceback along."""
 
 OnUnreadable = Callable[[dict[int, str]], None]
@@ -58,6 +60,9 @@ class TrainLoader:
         share: the part of each batch that this process loads.
         on_unreadable: told of images that turn out to be unreadable, by index, with the reasons; the next image of
             the batch is drawn in the place of each.
+
+    Attributes:
+        damaged: JPEGs in shards that turned out to have damaged data, by name, and what libjpeg says of each.
 
     Raises:
         InputError: there are no images, or batches do not divide among the processes.
@@ -83,6 +88,7 @@ class TrainLoader:
         share.require_even(size)
         self.images, self.order.share, self.share = images, share, share
         self.on_unreadable = on_unreadable
+        self.damaged: dict[str, str] = {}
         self.prefetcher = None
         if isinstance(self.order, ShardOrder):
             self.prefetcher = Prefetcher(images.dataset.reader.fetch)
@@ -120,7 +126,13 @@ class TrainLoader:
         """
         self.order.epoch, self.order.start = epoch, start
         self.iterator = self.loader.begin()
-        yield from guarded(self.iterator, self.loader.num_workers, self.on_unreadable)
+        yield from guarded(self.iterator, self.loader.num_workers, self.note)
+
+    def note(self, noted: Noted) -> None:
+        """Tell of images that could not be read, and remember those with damaged data."""
+        self.damaged |= {self.images.names[index]: said for index, said in noted.damaged.items()}
+        if noted.unreadable and self.on_unreadable is not None:
+            self.on_unreadable(noted.unreadable)
 
     def names_in(self, epoch: int, step: int) -> list[str]:
         """Names of the images in one batch, as far as this process loads it."""
@@ -189,8 +201,9 @@ class AugmentedImages(TorchDataset[Batch]):
         generator = torch.default_generator
         state = generator.get_state()
         unreadable: dict[int, str] = {}
+        damaged: dict[int, str] = {}
         try:
-            loaded = [self.try_load(key, unreadable) for key in keys]
+            loaded = [self.try_load(key, unreadable, damaged) for key in keys]
             indices = stand_ins([key[1] for key in keys], unreadable)
             batch = [
                 self.load(key, index) if image is None else image
@@ -202,17 +215,20 @@ class AugmentedImages(TorchDataset[Batch]):
             generator.set_state(state)
         labels, weights = self.images.labels[indices], self.images.weights
         whole = (stack(batch), labels) if weights is None else (stack(batch), labels, weights[indices])
-        return Mended(whole, unreadable) if unreadable else whole
+        return Noted(whole, unreadable, damaged) if unreadable or damaged else whole
 
-    def try_load(self, key: Key, unreadable: dict[int, str]) -> Tensor | None:
-        """An image, or None where it turns out to be unreadable, which is noted."""
-        try:
+    def try_load(self, key: Key, unreadable: dict[int, str], damaged: dict[int, str]) -> Tensor | None:
+        """An image, or None where it turns out to be unreadable, which is noted, and so is damaged data."""
+        if self.images.checked:
             return self.load(key, key[1])
+        try:
+            image, said = Hearing().hear(lambda: self.load(key, key[1]))
         except UnreadableImage as error:
-            if self.images.checked:
-                raise
             unreadable[key[1]] = str(error)
             return None
+        if said:
+            damaged[key[1]] = said
+        return image
 
     def load(self, key: Key, index: int) -> Tensor:
         """An image with the augmentation of a key."""
@@ -332,7 +348,7 @@ class WorkerLoader(DataLoader[Batch]):
             signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
-def guarded(batches: Iterator[Loaded], workers: int, on_unreadable: OnUnreadable | None = None) -> Iterator[Batch]:
+def guarded(batches: Iterator[Loaded], workers: int, note: Callable[[Noted], None] | None = None) -> Iterator[Batch]:
     """The batches; what went wrong in one of the worker processes is raised here."""
     while True:
         try:
@@ -349,9 +365,9 @@ def guarded(batches: Iterator[Loaded], workers: int, on_unreadable: OnUnreadable
             ) from error
         if isinstance(batch, InputError):
             raise batch
-        if isinstance(batch, Mended):
-            if on_unreadable is not None:
-                on_unreadable(batch.unreadable)
+        if isinstance(batch, Noted):
+            if note is not None:
+                note(batch)
             batch = batch.batch
         yield tuple(batch)  # pinning makes lists of tuples
 

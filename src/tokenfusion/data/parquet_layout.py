@@ -11,15 +11,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from tokenfusion.data.column_names import KNOWN, plain
 from tokenfusion.data.columns import (
-    KNOWN,
     are_hot,
     asked,
     choose,
     class_columns,
     may_be_class,
     name_splits,
-    plain,
     refuse_doubtful,
     refuse_unsure,
     split_column,

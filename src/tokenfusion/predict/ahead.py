@@ -4,21 +4,22 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
 
 import torch
 
-from tokenfusion.classifier import Prepared
 from tokenfusion.data.remote import Prefetcher
 from tokenfusion.data.unlabelled import NamedImage, Part
 from tokenfusion.errors import InputError
 
+Made = TypeVar("Made")
 SHARDS_AHEAD = 2
 """Of those that are fetched over a network."""
 
 
 def prepared_ahead(
-    parts: Sequence[Part], prepare: Callable[[NamedImage], Prepared], *, threads: int, waiting: int
-) -> Generator[Future[Prepared] | InputError | None]:
+    parts: Sequence[Part], prepare: Callable[[NamedImage], Made], *, threads: int, waiting: int
+) -> Generator[Future[Made] | InputError | None]:
     """Read parts one after another in a thread, and prepare their images in others.
 
     Args:
@@ -30,7 +31,7 @@ def prepared_ahead(
     Yields:
         each image as a future, in order, and behind those of each part None, or why the rest of it cannot be read.
     """
-    ready: queue.SimpleQueue[Future[Prepared] | BaseException | None] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[Future[Made] | BaseException | None] = queue.SimpleQueue()
     room, ended = threading.Semaphore(waiting), threading.Event()
 
     def read() -> None:

@@ -138,6 +138,9 @@ def write_predictions(run: Path, sources: list[str], out: Path, options: dict[st
     except KeyboardInterrupt:
         end_stopped("stopped; the same command goes on")
     errors = f", of which {found['errors']:,} could not be read" * bool(found["errors"])
+    errors += f", {found['damaged']:,} with damaged data read as far as it goes (column damage)" * bool(
+        found["damaged"]
+    )
     print(f"{counted(found['images'], 'image')}{errors}, in {counted(len(found['parts']), 'part')} in {out}")
     if found["waiting"]:
         print(f"{counted(found['waiting'], 'part')} are left to other processes")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tokenfusion.classifier import Classifier, Prepared, predictions_of
-from tokenfusion.data.decode import UnreadableImage, decode_image
+from tokenfusion.data.decode import Hearing, UnreadableImage, decode_image
 from tokenfusion.data.kinds import is_path
 from tokenfusion.data.unlabelled import NamedImage, Part, find_parts
 from tokenfusion.errors import InputError
@@ -21,7 +21,7 @@ from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.hub import fetch, is_reference
 from tokenfusion.launch import Launch, choose_device, read_launch
 from tokenfusion.predict.ahead import prepared_ahead
-from tokenfusion.predict.table import Row, read_facts, schema_of, write_table
+from tokenfusion.predict.table import COUNTS, Row, read_facts, schema_of, write_table
 from tokenfusion.recipe import Reading
 from tokenfusion.version import __version__
 from tokenfusion_runtime.description import hash_of
@@ -32,6 +32,8 @@ COMPARED = ("model_sha256", "topk", "abstain", "raw", "embeddings", "content")
 """What an existing part must have been made by, and of, to be kept."""
 BATCHES_AHEAD = 4
 IMAGES_PER_PART = 10_000
+Heard = tuple[Prepared, str]
+"""What `Classifier.prepare` gives of an image, and what libjpeg says of its damaged data, "" where it says nothing."""
 Progress = Callable[[int, int, int], None]
 """Told of parts done, parts in all, and images done."""
 
@@ -73,8 +75,9 @@ def predict_many(
         progress: called after each batch.
 
     Returns:
-        What `_manifest.json` holds: the model and its hash, options, numbers of `images` and `errors`, and the `parts`;
-        and `waiting`, how many parts other processes have yet to write. The file is written once none is left.
+        What `_manifest.json` holds: the model and its hash, options, numbers of `images`, `errors` and `damaged`, and
+        the `parts`; and `waiting`, how many parts other processes have yet to write. The file is written once none is
+        left.
 
     Raises:
         InputError: run, sources or folder cannot be used; or, once all others are written, some parts cannot be read.
@@ -175,7 +178,8 @@ def write_parts(
     schema = schema_of(multi_label=classifier.multi_label, abstains=bool(answers.cuts), embeddings=facts["embeddings"])
     waiting = max(BATCHES_AHEAD * batch_size, 2 * threads)
     failed, images = [], 0
-    with closing(prepared_ahead(parts, partial(prepare, classifier), threads=threads, waiting=waiting)) as stream:
+    hear = partial(prepare, classifier, Hearing())
+    with closing(prepared_ahead(parts, hear, threads=threads, waiting=waiting)) as stream:
 
         def rows(done: int) -> Iterator[list[Row]]:
             nonlocal images
@@ -193,25 +197,27 @@ def write_parts(
     return failed
 
 
-def prepare(classifier: Classifier, image: NamedImage) -> Prepared:
-    """An image's path, and its prepared pixels or why there are none."""
+def prepare(classifier: Classifier, hearing: Hearing, image: NamedImage) -> Heard:
+    """An image's path, and its prepared pixels or why there are none; and what libjpeg says of damaged data."""
     try:
-        content = image.read()
+        content, damage = image.read(), ""
         if isinstance(content, bytes):
-            low_high = classifier.preprocess.value_range
-            content = decode_image(content, max_pixels=classifier.max_pixels, value_range=low_high)
-        return image.path, classifier.preprocess.resize(content)
+            most, low_high = classifier.max_pixels, classifier.preprocess.value_range
+            pixels, damage = hearing.hear(partial(decode_image, content, max_pixels=most, value_range=low_high))
+        else:
+            pixels = content
+        return (image.path, classifier.preprocess.resize(pixels)), damage
     except UnreadableImage as error:
-        return image.path, str(error)
+        return (image.path, str(error)), ""
 
 
-def batches_of_part(stream: Iterator[Any], size: int) -> Iterator[list[Prepared]]:
+def batches_of_part(stream: Iterator[Any], size: int) -> Iterator[list[Heard]]:
     """The images of the next part, as `prepared_ahead` gives them; no batch has images of two parts.
 
     Raises:
         PartUnreadable: it cannot be read to its end.
     """
-    batch: list[Prepared] = []
+    batch: list[Heard] = []
     while (item := next(stream)) is not None:
         if isinstance(item, InputError):
             raise PartUnreadable(str(item))
@@ -223,24 +229,26 @@ def batches_of_part(stream: Iterator[Any], size: int) -> Iterator[list[Prepared]
         yield batch
 
 
-def predict_batch(classifier: Classifier, batch: Sequence[Prepared], answers: Answers, embeddings: bool) -> list[Row]:
-    """What the model says of each image, and its embedding if there is to be one."""
+def predict_batch(classifier: Classifier, heard: Sequence[Heard], answers: Answers, embeddings: bool) -> list[Row]:
+    """What the model says of each image, its embedding if there is to be one, and what libjpeg says."""
+    batch, damage = [prepared for prepared, _ in heard], [said for _, said in heard]
     readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
     if not embeddings or not readable:
-        return [(prediction, None) for prediction in classifier.predict_prepared(batch, answers)]
+        found = classifier.predict_prepared(batch, answers)
+        return [(prediction, None, said) for prediction, said in zip(found, damage, strict=True)]
     logits, vectors = classifier.logits_and_embeddings(torch.stack(readable))
     predictions = predictions_of(batch, iter(classifier.scores(logits).numpy()), answers)
     remaining = iter(vectors.numpy())
-    paired = zip(predictions, batch, strict=True)
-    return [(found, None if isinstance(pixels, str) else next(remaining)) for found, (_, pixels) in paired]
+    rows = zip(predictions, batch, damage, strict=True)
+    return [(found, None if isinstance(pixels, str) else next(remaining), said) for found, (_, pixels), said in rows]
 
 
 def end_job(out: Path, parts: Sequence[Part], facts: dict[str, Any]) -> dict[str, Any]:
     """What was written, put into `_manifest.json` by the last process of a job."""
     written = [(file_of(out, part), found) for part in parts if (found := read_facts(file_of(out, part))) is not None]
-    kept = ("source", "content", "images", "errors")
-    listed = [{"file": path.name} | {name: found[name] for name in kept} for path, found in written]
-    manifest = facts | {name: sum(part[name] for part in listed) for name in ("images", "errors")} | {"parts": listed}
+    kept = ("source", "content", *COUNTS)
+    listed = [{"file": path.name} | {name: found.get(name, 0) for name in kept} for path, found in written]
+    manifest = facts | {name: sum(part[name] for part in listed) for name in COUNTS} | {"parts": listed}
     if len(listed) == len(parts):
         try:
             with lock_folder(out):

@@ -17,16 +17,19 @@ KEY = b"tokenfusion"
 ROWS = 4096
 """Of a row group, and so the most that wait in memory."""
 SCORES = pa.list_(pa.struct([("label", pa.string()), ("score", pa.float32())]))
-Row = tuple[Prediction, np.ndarray | None]
-"""What is said of an image, and its embedding (F,), None where it has none."""
+Row = tuple[Prediction, np.ndarray | None, str]
+"""What is said of an image, its embedding (F,), None where it has none, and what libjpeg says of damaged data."""
+COUNTS = ("images", "errors", "damaged")
+"""How many images there are, and of how many there is an error, or damaged data."""
 
 
 def schema_of(*, multi_label: bool, abstains: bool, embeddings: bool) -> pa.Schema:
-    """The columns: `path, label, score, topk, error`, of multi-label models `labels` in place of label and score."""
+    """The columns: `path, label, score, topk, error, damage`, of multi-label models `labels` for label and score."""
     said = [("labels", SCORES)] if multi_label else [("label", pa.string()), ("score", pa.float32())]
     said += [("unsure", pa.list_(pa.string()))] * (multi_label and abstains)
     vector = [("embedding", pa.list_(pa.float32()))] * embeddings
-    return pa.schema([("path", pa.string()), *said, ("topk", SCORES), ("error", pa.string()), *vector])
+    words = [("error", pa.string()), ("damage", pa.string())]
+    return pa.schema([("path", pa.string()), *said, ("topk", SCORES), *words, *vector])
 
 
 def write_table(
@@ -41,12 +44,12 @@ def write_table(
         facts: what the metadata says of them.
 
     Returns:
-        The facts, with the numbers of `images` and, among these, `errors`.
+        The facts, with `COUNTS`.
 
     Raises:
         InputError: it cannot be written.
     """
-    counts = {"images": 0, "errors": 0}
+    counts = dict.fromkeys(COUNTS, 0)
 
     def write(temporary: Path) -> None:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
@@ -57,7 +60,8 @@ def write_table(
                     writer.write_table(as_table(waiting[:ROWS], schema))
                     del waiting[:ROWS]
                 counts["images"] += len(batch or ())
-                counts["errors"] += sum(bool(prediction.error) for prediction, _ in batch or ())
+                counts["errors"] += sum(bool(prediction.error) for prediction, *_ in batch or ())
+                counts["damaged"] += sum(bool(damage) for *_, damage in batch or ())
             writer.add_key_value_metadata({KEY: json.dumps(facts | counts, ensure_ascii=False).encode()})
 
     write_atomic(path, write)
@@ -70,8 +74,10 @@ def as_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema)
 
 
-def value_of(name: str, prediction: Prediction, embedding: np.ndarray | None) -> Any:
+def value_of(name: str, prediction: Prediction, embedding: np.ndarray | None, damage: str) -> Any:
     """What stands in a column."""
+    if name == "damage":
+        return damage or None
     if name in ("path", "error"):
         return getattr(prediction, name) or None
     if prediction.error:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tokenfusion.checkpoint import load_description, load_tensors
 from tokenfusion.classifier import Classifier
+from tokenfusion.data.decode import damaged_in_words
 from tokenfusion.data.exclude import EXCLUDED
 from tokenfusion.data.kinds import require_place, resolved
 from tokenfusion.errors import InputError
@@ -299,6 +300,7 @@ def train_at_once(setup: Setup, identity: Identity, tell: Listener) -> TrainStat
         raise SystemExit(130) from None  # the first process says it
     finally:
         setup.batches.close()
+        setup.run.say(damaged_in_words(setup.batches.damaged))  # of shards, which nobody looked at before
         if log:
             log.close(state.progress.finished)
     return state
