@@ -56,7 +56,7 @@ from tokenfusion.models.backbones import CNNBackbone
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.weight_files import tensors_of
 from tokenfusion.preset import KEPT_TOKENS
-from tokenfusion.probe import POOLED, TOKENS, Blocks, fit_linear, fit_probe, folds_of
+from tokenfusion.probe import POOLED, TOKENS, Blocks, choosing_folds, fit_linear, fit_probe
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.linear_start import VOTERS, blocks_of, give_start, standardize
 from tokenfusion.training.objective import BatchMixing, CrossEntropy
@@ -165,7 +165,7 @@ def judge_larger(means: np.ndarray, labels: np.ndarray, test: np.ndarray, truth:
     """A linear classifier of it, chosen as the parents' are."""
     scaler = StandardScaler().fit(means)
     values = scaler.transform(means)
-    part = fit_linear(values, labels, folds_of(labels, print, np.arange(len(labels))))
+    part = fit_linear(values, labels, choosing_folds(labels, print, np.arange(len(labels))))
     return float(((scaler.transform(test) @ part.weight.T + part.bias).argmax(1) == truth).mean())
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from filelock import FileLock
 from PIL import Image
 
 import children  # noqa: F401 - processes of their own are forked from one that has imported everything
-from runs import small_recipe, tiny_recipe
+from runs import TINY_PARENTS, small_recipe, tiny_recipe
 from tokenfusion import cli, terminal
 from tokenfusion.recipe import Recipe
 
@@ -99,6 +100,21 @@ def exported(learned, made_once) -> Path:
     from tokenfusion.export.artefact import export
 
     return made_once("exported", partial(export, learned))
+
+
+@pytest.fixture(scope="session")
+def parent_files(made_once) -> tuple[str, ...]:
+    """Generated weights of `TINY_PARENTS`."""
+    from safetensors.torch import save_file
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for seed, name in enumerate(TINY_PARENTS):
+            torch.manual_seed(seed)
+            save_file(timm.create_model(name).state_dict(), folder / f"{name}.safetensors")
+
+    folder = made_once("weights of parents", write)
+    return tuple(str(folder / f"{name}.safetensors") for name in TINY_PARENTS)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,10 @@ TINY = "fuse(wide(resnet_micro,0.1),wide(vit_micro,0.1),early)"
 """A model with all that a checkpoint may hold, BatchNorm's statistics included; an epoch of digits takes a second."""
 
 
+TINY_PARENTS = ("test_efficientnet", "test_vit")
+"""A CNN and a transformer of timm's, which it tests by."""
+
+
 def tiny_recipe(**changes):
     """A run of a second or two, for what does not depend on how much is learned."""
     return small_recipe(**{"model": TINY} | changes)

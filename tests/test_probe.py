@@ -5,7 +5,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from tokenfusion import InputError
-from tokenfusion.probe import POOLED, TOKENS, fit_linear, fit_probe, folds_of, joined, softmax, turned
+from tokenfusion.probe import POOLED, TOKENS, choosing_folds, fit_linear, fit_probe, joined, softmax, turned
 
 RNG = np.random.default_rng(0)
 
@@ -52,7 +52,7 @@ def test_images_that_depend_on_each_other_are_fitted_too(kind):
     else:
         values = random.normal(size=(30, 1500))[np.arange(300) % 30] + 1e-3 * random.normal(size=(300, 1500))
     values = values.astype(np.float32)
-    part = fit_linear(values, labels, folds_of(labels, print, np.arange(300)))
+    part = fit_linear(values, labels, choosing_folds(labels, print, np.arange(300)))
     direct = LogisticRegression(C=part.c, max_iter=2000).fit(values, labels)
     agree = (values @ part.weight.T + part.bias).argmax(1) == direct.predict(values)
     assert agree.mean() > 0.95
@@ -103,7 +103,7 @@ def test_the_mean_of_parents_with_their_own_tokens_is_judged_beside_that_of_the_
 
 def test_views_of_an_image_lie_in_one_fold():
     labels, images = np.tile(np.arange(30) % 3, 4), np.tile(np.arange(30), 4)
-    folds = folds_of(labels, print, images)
+    folds = choosing_folds(labels, print, images)
     assert len(folds) == 5
     for fitted, held in folds:
         assert not set(images[fitted]) & set(images[held])

@@ -1,5 +1,10 @@
-"""The one error that a user's mistake raises; the runtime package, which raises it too, has it."""
+"""The one error that a user's mistake raises, which the runtime package has, and what others say in a line."""
 
 from tokenfusion_runtime.errors import InputError
 
-__all__ = ["InputError"]
+__all__ = ["InputError", "first_line"]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line without its full stop; its name where it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -25,7 +25,7 @@ from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import make_folder, own_results, write_csv, write_json
 from tokenfusion.judged import judged_images, open_judged
-from tokenfusion.metrics import evaluate_logits, require_finite, risk_coverage
+from tokenfusion.metrics import evaluate_logits, require_finite_logits, risk_coverage
 from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, sigmoid_scores, tune_thresholds
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion_runtime.prediction import sureness
@@ -107,7 +107,7 @@ def judge_classes(
     classifier: Classifier, images: Images, logits: Tensor, labels: Tensor, cross_fit: bool, skipped: int
 ) -> tuple[dict[str, Any], Callable[[Path], None]]:
     """What is said of one class an image, and what writes a line of each image to a file."""
-    require_finite(logits)
+    require_finite_logits(logits)
     temperatures = torch.full((len(labels),), classifier.temperature)
     if cross_fit and classifier.surest_errors:  # where an older version fitted none, there is none to be fair about
         temperatures = cross_fitted_temperatures(logits, labels)
@@ -369,7 +369,7 @@ def calibrated(classifier: Classifier, images: Images, workers: int = 0) -> Clas
     """A classifier with the temperature that held-out images choose, where its errors on them lie and, where it is
     multi-label, thresholds that give the largest F1 on them."""
     logits, labels = collect_logits(classifier, images, workers=workers)
-    require_finite(logits)
+    require_finite_logits(logits)
     classifier = replace(classifier, temperature=choose_temperature(logits, labels))
     scores = classifier.scores(logits.double())
     if classifier.multi_label:

@@ -66,6 +66,22 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Iterable[object
     write_text(path, text.getvalue())
 
 
+def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file that has at least these columns; names may hold any byte, newlines too.
+
+    Raises:
+        InputError: it lacks a column, or a line is cut short.
+    """
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        rows = csv.DictReader(file)
+        if missing := [name for name in columns if name not in (rows.fieldnames or ())]:
+            raise InputError(f"{path} is incomplete: it lacks {', '.join(missing)}; restore it, or make it anew")
+        for row in rows:
+            if any(row[name] is None for name in columns):
+                raise InputError(f"{path} line {rows.line_num} is cut short; restore it, or make it anew")
+            yield row
+
+
 def make_folder(path: Path) -> None:
     """Make a folder where it is missing.
 

@@ -35,9 +35,9 @@ def bars(console: Console, *columns: Any, **options: Any) -> Iterator[Show]:
 
 
 @contextmanager
-def counting(task: str, console: Console | None = None) -> Iterator[Callable[[int, int], None]]:
+def counting(task: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for a single task; gives what to call with (done, in all)."""
-    with bars(console or Console(stderr=True)) as show:
+    with bars(Console(stderr=True)) as show:
         yield partial(show, task)
 
 

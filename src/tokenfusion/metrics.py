@@ -76,7 +76,6 @@ def bootstrap_ece(
     correct: ArrayLike,
     groups: NDArray[np.int64] | None = None,
     resamples: int = 200,
-    seed: int = 0,
 ) -> list[float]:
     """The 95 % interval of the expected calibration error over images drawn anew with replacement: [low, high].
 
@@ -90,7 +89,7 @@ def bootstrap_ece(
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 13.4: the basic interval.
     """
-    random, found = np.random.default_rng(seed), reliability(confidence, correct).ece
+    random, found = np.random.default_rng(0), reliability(confidence, correct).ece
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct)
     members = members_of(groups, len(correct))
     drawn = (random.integers(0, len(members), len(members)) for _ in range(resamples))
@@ -113,7 +112,7 @@ def members_of(groups: NDArray[np.int64] | None, images: int) -> Sequence[Any]:
     return np.split(np.argsort(numbers, kind="stable"), np.cumsum(sizes)[:-1])
 
 
-def share_interval(right: ArrayLike, groups: NDArray[np.int64] | None = None, seed: int = 0) -> tuple[float, float]:
+def share_interval(right: ArrayLike, groups: NDArray[np.int64] | None = None) -> tuple[float, float]:
     """The 95 % interval of the share of images that are right.
 
     Images of one group, such as a patient's, are right or wrong together: whole groups are drawn anew with
@@ -136,7 +135,7 @@ def share_interval(right: ArrayLike, groups: NDArray[np.int64] | None = None, se
     sizes, rights = np.bincount(numbers), np.bincount(numbers, weights=right)
     if right.all() or not right.any():
         return wilson_interval(len(sizes) * int(right.all()), len(sizes))
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     shares = []
     for _ in range(RESAMPLES):
         counts = np.bincount(random.integers(0, len(sizes), len(sizes)), minlength=len(sizes))
@@ -271,7 +270,7 @@ def class_scores(right: int, images: int, predicted: int) -> dict[str, Any]:
     }
 
 
-def require_finite(logits: Tensor) -> None:
+def require_finite_logits(logits: Tensor) -> None:
     """Refuse logits (N, K) that hold NaN or infinity.
 
     Raises:
@@ -326,7 +325,7 @@ def evaluate_logits(
             f"0 images to evaluate ({skipped} skipped): none could be read; give a folder of readable images"
         )
     logits, labels = logits.detach().float().cpu(), labels.long().cpu()
-    require_finite(logits)
+    require_finite_logits(logits)
     size = len(classes)
     confusion = torch.bincount(labels * size + logits.argmax(1), minlength=size**2).reshape(size, size)
     counts = (table.tolist() for table in (confusion.diag(), confusion.sum(1), confusion.sum(0)))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tokenfusion.metrics import RESAMPLES, class_scores, require_finite, share_interval, wilson_interval
+from tokenfusion.metrics import RESAMPLES, class_scores, require_finite_logits, share_interval, wilson_interval
 
 CHUNK = 4_000_000
 """Resamples × images that are in memory at once."""
@@ -62,13 +62,7 @@ def mean_of(values: Floats) -> float | None:
     return float(defined.mean()) if len(defined) else None
 
 
-def bootstrap_map(
-    scores: Floats,
-    labels: Bools,
-    groups: NDArray[np.int64] | None = None,
-    resamples: int = RESAMPLES,
-    seed: int = 0,
-) -> list[float] | None:
+def bootstrap_map(scores: Floats, labels: Bools, groups: NDArray[np.int64] | None = None) -> list[float] | None:
     """The 95 % interval of the mAP over images, or where there are groups (N,) whole groups, drawn anew with
     replacement: [low, high].
 
@@ -79,13 +73,13 @@ def bootstrap_map(
     """
     if not labels.any():
         return None
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     numbers = np.arange(len(labels)) if groups is None else np.unique(groups, return_inverse=True)[1]
     units = int(numbers.max()) + 1
     means = []
     at_once = max(CHUNK // len(labels), 1)
-    for start in range(0, resamples, at_once):
-        drawn_units = random.multinomial(units, np.full(units, 1 / units), size=min(at_once, resamples - start))
+    for start in range(0, RESAMPLES, at_once):
+        drawn_units = random.multinomial(units, np.full(units, 1 / units), size=min(at_once, RESAMPLES - start))
         counts = drawn_units[:, numbers]
         rows = np.stack([average_precision(s, y, counts) for s, y in zip(scores.T, labels.T, strict=True) if y.any()])
         drawn = ~np.isnan(rows)
@@ -145,7 +139,7 @@ def sigmoid_scores(logits: Tensor) -> Floats:
     Raises:
         InputError: a logit is not finite.
     """
-    require_finite(logits)
+    require_finite_logits(logits)
     return logits.double().sigmoid().numpy()
 
 

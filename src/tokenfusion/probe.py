@@ -102,7 +102,7 @@ def fit_probe(
         say: told where a class has fewer images than there are folds.
         images: int64 (N,): which image each row is a view of, so that all of its views lie in one fold.
     """
-    folds = folds_of(labels, say, np.arange(len(labels)) if images is None else images)
+    folds = choosing_folds(labels, say, np.arange(len(labels)) if images is None else images)
     aside = np.concatenate([held for _, held in folds]) if folds else np.zeros(0, dtype=np.int64)
     parts = {name: fit_linear(joined(blocks, names), labels, folds) for name, names in reads.items()}
     weights = dict(zip(parts, mixture([part.logits for part in parts.values()], labels[aside]), strict=True))
@@ -122,7 +122,9 @@ def joined(blocks: Blocks, names: tuple[str, ...]) -> np.ndarray:
     return np.concatenate([blocks[name] for name in names], axis=1) if len(names) > 1 else blocks[names[0]]
 
 
-def folds_of(labels: np.ndarray, say: Callable[[str], None], images: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+def choosing_folds(
+    labels: np.ndarray, say: Callable[[str], None], images: np.ndarray
+) -> list[tuple[np.ndarray, np.ndarray]]:
     """Rows to fit on and to set aside, as many folds as the rarest class has images, none where it has one."""
     from sklearn.model_selection import StratifiedKFold
 

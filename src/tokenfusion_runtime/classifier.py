@@ -62,8 +62,8 @@ class ExportedClassifier:
             found = self.engine(images)[:count]
         except Exception as error:  # engines raise whatever they like
             raise InputError(
-                f"the graph takes no images of {images.shape}: {reason_of(error)}; model.json and graph do not belong "
-                "together, or there is too little memory: export again, or give a smaller batch"
+                f"the graph takes no images of {images.shape}: {engine_reason(error)}; model.json and graph do not "
+                "belong together, or there is too little memory: export again, or give a smaller batch"
             ) from error
         if found.shape != (count, len(self.classes)):
             raise InputError(
@@ -189,11 +189,13 @@ def load(folder: str | Path, *, threads: int = 0) -> ExportedClassifier:
     except InputError:
         raise
     except Exception as error:  # engines raise whatever they like
-        raise InputError(f"{folder} cannot be run: {reason_of(error)}; update the engine, or export again") from error
+        raise InputError(
+            f"{folder} cannot be run: {engine_reason(error)}; update the engine, or export again"
+        ) from error
     return ExportedClassifier(description, run, note)
 
 
-def reason_of(error: Exception) -> str:
+def engine_reason(error: Exception) -> str:
     """What an engine says, in a line."""
     lines = [line.strip() for line in str(error).splitlines() if not line.startswith("Exception from ")]
     return next(filter(None, lines), type(error).__name__)[:300].rstrip(".")

@@ -6,28 +6,15 @@ from itertools import product
 
 import numpy as np
 import pytest
-import timm
-import torch
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import save_file
 
+from runs import TINY_PARENTS
 from tokenfusion import Recipe, features
 from tokenfusion.training import start
 
-CNN, VIT = "test_efficientnet", "test_vit"
+CNN, VIT = TINY_PARENTS
 MODEL = f"fuse({CNN},{VIT},probe,add)"
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Generated weights of a small CNN and a small transformer."""
-    folder, paths = tmp_path_factory.mktemp("weights"), []
-    for seed, name in enumerate((CNN, VIT)):
-        torch.manual_seed(seed)
-        paths.append(str(folder / f"{name}.safetensors"))
-        save_file(timm.create_model(name).state_dict(), paths[-1])
-    return tuple(paths)
 
 
 @pytest.fixture(autouse=True)
@@ -50,12 +37,12 @@ def colours(tmp_path):
 
 
 @pytest.fixture
-def words(files, tmp_path):
-    return ("--model", MODEL, "--pretrained", *files, "--img-size", 64, "--out", tmp_path / "check")
+def words(parent_files, tmp_path):
+    return ("--model", MODEL, "--pretrained", *parent_files, "--img-size", 64, "--out", tmp_path / "check")
 
 
 def test_labels_are_judged_by_what_training_then_takes_from_the_cache(
-    files, tmp_path, command, monkeypatch, colours, words
+    parent_files, tmp_path, command, monkeypatch, colours, words
 ):
     """Whatever it leaves out and holds out."""
     (colours / "red" / "empty.png").write_bytes(b"")
@@ -74,12 +61,12 @@ def test_labels_are_judged_by_what_training_then_takes_from_the_cache(
     monkeypatch.setattr("tokenfusion.features.append_rows", None)  # nothing is left to be looked at
     for number, (exclude, seed) in enumerate(product(("", str(tmp_path / "check" / "quarantine.csv")), (0, 1))):
         recipe = Recipe(
-            str(colours), model=MODEL, pretrained=files, img_size=64, tune="probe", exclude=exclude, seed=seed
+            str(colours), model=MODEL, pretrained=parent_files, img_size=64, tune="probe", exclude=exclude, seed=seed
         )
         start(recipe, tmp_path / f"run-{number}", Console(quiet=True))
 
 
-def test_deep_images_are_seen_as_training_sees_them(files, tmp_path, command, monkeypatch, words):
+def test_deep_images_are_seen_as_training_sees_them(parent_files, tmp_path, command, monkeypatch, words):
     for label, name in enumerate("ab"):
         (tmp_path / "deep" / name).mkdir(parents=True)
         for number in range(12):
@@ -88,7 +75,12 @@ def test_deep_images_are_seen_as_training_sees_them(files, tmp_path, command, mo
     assert command("check", tmp_path / "deep", *words, "--value-range", 0, 4000)[0] == 0
     monkeypatch.setattr("tokenfusion.features.append_rows", None)
     recipe = Recipe(
-        str(tmp_path / "deep"), model=MODEL, pretrained=files, img_size=64, tune="probe", value_range=(0.0, 4000.0)
+        str(tmp_path / "deep"),
+        model=MODEL,
+        pretrained=parent_files,
+        img_size=64,
+        tune="probe",
+        value_range=(0.0, 4000.0),
     )
     start(recipe, tmp_path / "run", Console(quiet=True))
 
@@ -176,10 +168,10 @@ def test_what_is_no_pair_of_parents_is_refused_before_anything_is_read(command, 
     assert not (tmp_path / "check").exists()
 
 
-def test_weights_in_the_wrong_order_or_of_another_kind_are_refused(command, colours, files, tmp_path):
+def test_weights_in_the_wrong_order_or_of_another_kind_are_refused(command, colours, parent_files, tmp_path):
     for given, reason in (
-        (files[::-1], "the files are in the wrong order"),
-        ((files[0], files[0]), "does not fit"),
+        (parent_files[::-1], "the files are in the wrong order"),
+        ((parent_files[0], parent_files[0]), "does not fit"),
     ):
         status, _, errors = command("check", colours, "--model", MODEL, "--pretrained", *given, "--out", tmp_path / "c")
         assert status == 2

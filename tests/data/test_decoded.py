@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from tokenfusion.data.decode import UnreadableImage
-from tokenfusion.data.decoded import Images, Skipped, read_images, require_every_class, write_skipped
+from tokenfusion.data.decoded import (
+    Images,
+    Skipped,
+    read_images,
+    read_skipped,
+    require_every_class,
+    skipped_in,
+    write_skipped,
+)
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.readers import Pixels
 from tokenfusion.errors import InputError
@@ -138,3 +146,10 @@ def test_skipped_is_a_csv_of_any_names(tmp_path: Path) -> None:
     write_skipped(tmp_path / "skipped.csv", [Skipped(*row) for row in rows])
     with open(tmp_path / "skipped.csv", encoding="utf-8", newline="") as file:
         assert list(csv.reader(file)) == [["path", "label", "split", "reason"], *rows]
+    assert read_skipped(tmp_path / "skipped.csv") == [Skipped(*row) for row in rows]
+    assert read_skipped(tmp_path / "skipped-1.csv") == []
+    write_skipped(tmp_path / "skipped-1.csv", [Skipped("c.png", "", "train", "no")])
+    assert [image.path for image in skipped_in(tmp_path)] == ["c.png", *(row[0] for row in rows)]
+    (tmp_path / "skipped.csv").write_text("path,label,split,reason\na,b\n")
+    with pytest.raises(InputError, match=r"skipped\.csv line 2 is cut short; restore it"):
+        read_skipped(tmp_path / "skipped.csv")

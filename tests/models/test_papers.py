@@ -17,7 +17,7 @@ from tokenfusion.layers.positions import PositionTable, RelativePositionTable
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup
 from tokenfusion.models.cmt import CMT
 from tokenfusion.models.cmt_blocks import InvertedResidualFeedForward, LightweightAttention
-from tokenfusion.models.crossvit_fusion import Branch, CrossAttentionWay, Rates, regrid
+from tokenfusion.models.crossvit_fusion import Branch, CrossAttentionWay, Rates, interpolate_patches
 from tokenfusion.models.deepvit import (
     BatchNormMixing,
     DeepViT,
@@ -296,7 +296,7 @@ def test_an_impossible_number_is_refused(name, arguments, message):
 
 def test_pairwise_fusion_keeps_cls_and_a_constant_map():
     tokens = torch.cat([torch.full((1, 1, 2), 5.0), torch.full((1, 6, 2), 3.0)], dim=1)
-    moved = regrid(tokens, (2, 3), (4, 5))
+    moved = interpolate_patches(tokens, (2, 3), (4, 5))
     assert torch.equal(moved[:, 0], tokens[:, 0])
     torch.testing.assert_close(moved[:, 1:], torch.full((1, 20, 2), 3.0))
 

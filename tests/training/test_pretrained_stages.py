@@ -15,10 +15,9 @@ import timm
 import torch
 from PIL import Image
 from rich.console import Console
-from safetensors.torch import save_file
 
 from children import begin
-from runs import assert_same, interrupt_at
+from runs import TINY_PARENTS, assert_same, interrupt_at
 from tokenfusion import Classifier, InputError, Recipe, features, fuse
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.split import choose_split
@@ -29,7 +28,7 @@ from tokenfusion.training.auto.depth import deepest_within
 from tokenfusion.training.loop import fit
 
 QUIET = Console(quiet=True)
-CNN, VIT = "test_efficientnet", "test_vit"
+CNN, VIT = TINY_PARENTS
 MODEL = f"fuse({CNN},{VIT},probe,add)"
 
 
@@ -52,17 +51,6 @@ def photos(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    """Generated weights of a small CNN and a small transformer."""
-    folder, paths = tmp_path_factory.mktemp("weights"), []
-    for seed, name in enumerate((CNN, VIT)):
-        torch.manual_seed(seed)
-        paths.append(str(folder / f"{name}.safetensors"))
-        save_file(timm.create_model(name).state_dict(), paths[-1])
-    return tuple(paths)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache")
@@ -71,11 +59,11 @@ def cache(tmp_path_factory):
         yield folder / "features"
 
 
-def recipe_of(photos, files, **changes):
+def recipe_of(photos, parent_files, **changes):
     values = {
-        "data": str(photos), "model": MODEL, "pretrained": files, "img_size": (64, 64), "tune": "all", "epochs": 2,
-        "batch_size": 8, "optimizer": "adamw", "lr": 1e-3, "backbone_lr": 0.1, "head_lr": 0.1, "layer_decay": 0.7,
-        "fix_batchnorm": True, "ema": 0.9, "precision": "fp32",
+        "data": str(photos), "model": MODEL, "pretrained": parent_files, "img_size": (64, 64), "tune": "all",
+        "epochs": 2, "batch_size": 8, "optimizer": "adamw", "lr": 1e-3, "backbone_lr": 0.1, "head_lr": 0.1,
+        "layer_decay": 0.7, "fix_batchnorm": True, "ema": 0.9, "precision": "fp32",
     }  # fmt: skip
     return Recipe(**values | changes)
 
@@ -88,11 +76,11 @@ def keep_all(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def deepest(photos, files, tmp_path_factory):
+def deepest(photos, parent_files, tmp_path_factory):
     run, rising = tmp_path_factory.mktemp("runs") / "all", count()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tokenfusion.training.stages.validate", lambda *_: (0.0, float(next(rising))))
-        start(recipe_of(photos, files), run, QUIET)
+        start(recipe_of(photos, parent_files), run, QUIET)
     return run
 
 
@@ -184,8 +172,8 @@ def go_on(run, recipe, listener):
 
 
 @pytest.mark.usefixtures("keep_all")
-def test_interrupted_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepest, photos, files, tmp_path):
-    run, own = tmp_path / "run", [shutil.copy(path, tmp_path) for path in files]
+def test_interrupted_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepest, photos, parent_files, tmp_path):
+    run, own = tmp_path / "run", [shutil.copy(path, tmp_path) for path in parent_files]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("tokenfusion.training.stages.judge_start", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):  # before the first checkpoint
@@ -228,8 +216,8 @@ def train_and_die(run, recipe, cache, part):
     go_on(run, recipe, listen)
 
 
-def test_killed_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepest, photos, files, tmp_path):
-    run, words = tmp_path / "run", (recipe_of(photos, files), tmp_path / "cache")
+def test_killed_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepest, photos, parent_files, tmp_path):
+    run, words = tmp_path / "run", (recipe_of(photos, parent_files), tmp_path / "cache")
     for part in ("features", "fit", "fusion on trial", "all on trial", "fusion", "all", ""):
         process = begin(train_and_die, run, *words, part)
         process.join()
@@ -237,10 +225,10 @@ def test_killed_in_every_stage_and_resumed_it_ends_with_the_same_bits(deepest, p
     assert_same(deepest, run)
 
 
-def test_what_is_no_better_on_the_images_set_aside_is_left_out(photos, files, tmp_path, monkeypatch):
+def test_what_is_no_better_on_the_images_set_aside_is_left_out(photos, parent_files, tmp_path, monkeypatch):
     run, said = tmp_path / "run", Console(record=True, width=200)
     monkeypatch.setattr("tokenfusion.training.stages.validate", lambda *_: (0.0, 0.5))
-    start(recipe_of(photos, files, epochs=1), run, said)
+    start(recipe_of(photos, parent_files, epochs=1), run, said)
     text = said.export_text()
     assert "fusion on kept tokens is left out, for it is no better: 50.00% of the images set aside, 50.00%" in text
     assert "fine-tuning of all weights is left out" in text
@@ -253,7 +241,7 @@ def test_what_is_no_better_on_the_images_set_aside_is_left_out(photos, files, tm
 
 
 def test_stages_are_tried_without_the_images_that_judge_them_nor_the_held_out_ones(
-    photos, files, tmp_path, monkeypatch
+    photos, parent_files, tmp_path, monkeypatch
 ):
     seen = []
 
@@ -262,7 +250,7 @@ def test_stages_are_tried_without_the_images_that_judge_them_nor_the_held_out_on
         return fit(setup, *rest)
 
     monkeypatch.setattr("tokenfusion.training.stages.fit", watch)
-    start(recipe_of(photos, files, epochs=1), tmp_path / "run", QUIET)
+    start(recipe_of(photos, parent_files, epochs=1), tmp_path / "run", QUIET)
     split = choose_split(source := open_dataset(str(photos)), 0.2, 0)
     training, held_out = ({source.names[i] for i in part} for part in (split.train, split.val))
     for stage, learned, judged in seen:
@@ -273,17 +261,17 @@ def test_stages_are_tried_without_the_images_that_judge_them_nor_the_held_out_on
         assert not learned & judged
 
 
-def test_views_are_kept_and_each_is_augmented_anew(photos, files, tmp_path):
+def test_views_are_kept_and_each_is_augmented_anew(photos, parent_files, tmp_path):
     run = tmp_path / "run"
-    start(recipe_of(photos, files, tune="probe", views=3), run, QUIET)
+    start(recipe_of(photos, parent_files, tune="probe", views=3), run, QUIET)
     model = Classifier.load(run).model
     assert json.loads((run / "probe.json").read_text())["held_out"].keys() >= {"cnn", "vit", "both", "mean"}
     assert model.standardize.scale.any()
 
 
-def test_the_command_takes_the_depth_that_fits_and_says_so_first(photos, files, tmp_path, command):
+def test_the_command_takes_the_depth_that_fits_and_says_so_first(photos, parent_files, tmp_path, command):
     run = tmp_path / "run"
-    words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64)
+    words = ("train", photos, "--model", MODEL, "--pretrained", *parent_files, "--img-size", 64)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             "tokenfusion.training.auto.depth.image_seconds", None
@@ -307,7 +295,7 @@ def test_the_command_takes_the_depth_that_fits_and_says_so_first(photos, files, 
     assert planned["seconds"]["probe"] < planned["seconds"]["fusion"] < planned["seconds"]["all"]
 
 
-def test_what_is_too_long_even_at_the_least_is_not_measured(photos, files, command, monkeypatch):
+def test_what_is_too_long_even_at_the_least_is_not_measured(photos, parent_files, command, monkeypatch):
     monkeypatch.setattr("tokenfusion.training.auto.depth.FEWEST", 10)
     measured = []
     monkeypatch.setattr(
@@ -315,15 +303,15 @@ def test_what_is_too_long_even_at_the_least_is_not_measured(photos, files, comma
         lambda classifier, *_: measured.append(type(classifier).__name__) or 1e-9,
     )
     monkeypatch.setattr("tokenfusion.training.auto.depth.LEAST_STEP", 1e9)
-    words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64, "--dry-run", "--json")
+    words = ("train", photos, "--model", MODEL, "--pretrained", *parent_files, "--img-size", 64, "--dry-run", "--json")
     planned = json.loads(command(*words)[1])
     assert measured == ["FeatureClassifier"]
     assert (planned["tune"], [*planned["seconds"]]) == ("fusion", ["probe", "fusion"])
 
 
-def test_what_was_estimated_is_kept_beside_what_was_taken(photos, files, tmp_path, command, monkeypatch):
+def test_what_was_estimated_is_kept_beside_what_was_taken(photos, parent_files, tmp_path, command, monkeypatch):
     monkeypatch.setattr("tokenfusion.training.auto.depth.FEWEST", 10)
-    words = ("train", photos, "--model", MODEL, "--pretrained", *files, "--img-size", 64, "--tune-minutes", 0)
+    words = ("train", photos, "--model", MODEL, "--pretrained", *parent_files, "--img-size", 64, "--tune-minutes", 0)
     status, output, errors = command(*words, "--out", tmp_path / "run")
     assert status == 0, errors
     assert "none fits into tune_minutes=0, and this is the least" in output
@@ -335,10 +323,10 @@ def test_what_was_estimated_is_kept_beside_what_was_taken(photos, files, tmp_pat
 
 
 def test_the_report_of_a_linear_classifier_draws_no_curves_and_says_what_took_how_long(
-    photos, files, tmp_path, command
+    photos, parent_files, tmp_path, command
 ):
     run = tmp_path / "run"
-    start(recipe_of(photos, files, tune="probe"), run, QUIET)
+    start(recipe_of(photos, parent_files, tune="probe"), run, QUIET)
     record = json.loads((run / "metrics.jsonl").read_text())
     seconds = json.loads((run / "times.json").read_text())["seconds"]
     assert record["seconds"] == pytest.approx(seconds["features"] + seconds["fit"])
@@ -372,19 +360,19 @@ def test_fields_that_nobody_gave_suit_the_depth_that_auto_takes():
     assert (deep.lr, deep.epochs, deep.ema) == (7e-4, FINE_TUNING["epochs"], FINE_TUNING["ema"])
 
 
-def test_views_that_would_all_be_alike_are_refused(photos, files, tmp_path):
-    recipe = recipe_of(photos, files, views=2, crop_scale=1.0, hflip=0.0)
+def test_views_that_would_all_be_alike_are_refused(photos, parent_files, tmp_path):
+    recipe = recipe_of(photos, parent_files, views=2, crop_scale=1.0, hflip=0.0)
     with pytest.raises(InputError, match="views=2 of an image are all the same; give a --crop-scale below 1"):
         start(recipe, tmp_path / "run", QUIET)
 
 
-def test_images_smaller_than_a_patch_gray_ones_and_rare_classes_are_trained_on(files, tmp_path):
+def test_images_smaller_than_a_patch_gray_ones_and_rare_classes_are_trained_on(parent_files, tmp_path):
     for label, name in enumerate(("above", "below")):
         for number in range(3):  # fewer than there are folds, and too few to set one aside
             photo(path := tmp_path / "photos" / name / f"{number}.png", label, number)
             Image.open(path).convert("L").resize((7, 5)).save(path)
     said = Console(record=True, width=200)
-    recipe = recipe_of(tmp_path / "photos", files, in_chans=1, epochs=1)
+    recipe = recipe_of(tmp_path / "photos", parent_files, in_chans=1, epochs=1)
     start(recipe, tmp_path / "run", said)
     assert "penalty is cross-validated in 2 parts, not 5" in (said.export_text())
     model = Classifier.load(tmp_path / "run")
@@ -392,9 +380,9 @@ def test_images_smaller_than_a_patch_gray_ones_and_rare_classes_are_trained_on(f
     assert model.predict(path)[0].label in ("above", "below")
 
 
-def test_an_image_size_below_a_patch_is_refused_by_its_own_reason(files, photos, tmp_path):
+def test_an_image_size_below_a_patch_is_refused_by_its_own_reason(parent_files, photos, tmp_path):
     with pytest.raises(InputError, match=rf"img_size=\(32, 8\) is smaller than a patch of {VIT}; give a larger"):
-        start(recipe_of(photos, files, img_size=(32, 8), tune="probe"), tmp_path / "run", QUIET)
+        start(recipe_of(photos, parent_files, img_size=(32, 8), tune="probe"), tmp_path / "run", QUIET)
     assert not (tmp_path / "run").exists()
 
 
@@ -419,9 +407,9 @@ def test_without_classes_it_gives_what_a_head_would_read():
     assert torch.equal(model(images), model.forward_features(images))
 
 
-def test_classes_that_were_renamed_meanwhile_are_refused(photos, files, tmp_path):
+def test_classes_that_were_renamed_meanwhile_are_refused(photos, parent_files, tmp_path):
     own, run = shutil.copytree(photos, tmp_path / "photos"), tmp_path / "run"
-    recipe = recipe_of(own, files, tune="fusion")
+    recipe = recipe_of(own, parent_files, tune="fusion")
     with pytest.raises(Interrupted):
         start(recipe, run, QUIET, listener=interrupt_at(1))
     (own / "left").rename(own / "right")
@@ -431,10 +419,10 @@ def test_classes_that_were_renamed_meanwhile_are_refused(photos, files, tmp_path
         resume(run, QUIET)
 
 
-def test_fields_that_decide_are_compared_before_any_stage_goes_on(photos, files, tmp_path):
+def test_fields_that_decide_are_compared_before_any_stage_goes_on(photos, parent_files, tmp_path):
     run = tmp_path / "run"
     with pytest.raises(Interrupted):
-        start(recipe_of(photos, files, tune="fusion"), run, QUIET, listener=interrupt_at(1))
+        start(recipe_of(photos, parent_files, tune="fusion"), run, QUIET, listener=interrupt_at(1))
     text = (run / "recipe.toml").read_text()
     (run / "recipe.toml").write_text(text.replace("weight_decay = 0.05", "weight_decay = 0.5"))
     with pytest.raises(InputError, match=r"weight_decay=0\.5 \(it was 0\.05\)"):

@@ -37,11 +37,11 @@ def perturb(part):
 def test_both_answer_as_the_model_does_and_the_patches_whatever_the_cnn_sees(name):
     torch.manual_seed(0)
     model, images = create_model(name, num_classes=5).eval(), torch.randn(4, 3, 32, 32)
-    answers = model.answers(images)
+    answers = model.side_logits(images)
     assert answers.shape == (3, 4, 5)
     assert torch.equal(answers[0], model(images))
     perturb(model.cnn)
-    both, patches, pixels = model.answers(images)
+    both, patches, pixels = model.side_logits(images)
     assert torch.equal(patches, answers[1])
     assert not torch.allclose(both, answers[0])
     assert not torch.allclose(pixels, answers[2])
@@ -53,9 +53,9 @@ def test_the_pixels_answer_whatever_the_patches_show_unless_they_met(name):
     torch.manual_seed(0)
     model, images = create_model(name, num_classes=5).eval(), torch.randn(4, 3, 32, 32)
     model.set_gates(0.0)  # nothing is written back into the CNN's maps
-    before = model.answers(images)
+    before = model.side_logits(images)
     perturb(model.vit.embed.patches)
-    both, patches, pixels = model.answers(images)
+    both, patches, pixels = model.side_logits(images)
     assert torch.equal(pixels, before[2])
     assert not torch.allclose(both, before[0])
     assert not torch.allclose(patches, before[1])
@@ -64,7 +64,7 @@ def test_the_pixels_answer_whatever_the_patches_show_unless_they_met(name):
 def test_with_closed_gates_both_are_the_patches_alone():
     model, images = create_model("tokenfusion_layerwise_micro").eval(), torch.randn(4, 3, 32, 32)
     model.set_gates(0.0)
-    both, patches, _ = model.answers(images)
+    both, patches, _ = model.side_logits(images)
     torch.testing.assert_close(both, patches)
 
 

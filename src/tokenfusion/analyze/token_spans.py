@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import TokenLayout
 from tokenfusion.models.adapters import as_transformer
 from tokenfusion.models.fused_model import FusedModel
-
-Grid = tuple[int, int]
 
 
 class TokenSpan(NamedTuple):

@@ -16,13 +16,12 @@ from torch.nn.functional import avg_pool2d
 from tokenfusion.check.duplicates import gray
 from tokenfusion.check.lucas_kanade import slopes
 from tokenfusion.check.noise import find_wrong_labels
-from tokenfusion.probe import regressions
+from tokenfusion.probe import FOLDS, regressions
 
 MAX_JUDGED = 20_000
 """Most images whose labels are judged, an even sample of all."""
 MIN_IMAGES = 10
 """Least images of a class whose labels are judged."""
-FOLDS = 5
 ABSENT = -30.0
 ORIENTATIONS = 8
 TOO_FEW = f"fewer than two classes have {MIN_IMAGES} images, and {FOLDS} readable ones among those that are judged"
@@ -92,7 +91,7 @@ def judge_labels(
     if len(known) < 2:
         return Judgement([], 0, None, note=TOO_FEW)
     given = np.searchsorted(known, labels[chosen])
-    folds = folds_of(given, None if groups is None else groups[chosen])
+    folds = judging_folds(given, None if groups is None else groups[chosen])
     found = find_wrong_labels([cross_validated(some[chosen], given, folds, c) for some in features], given)
     order = np.argsort(-found.wrong, kind="stable")[: int((found.wrong >= 0.5).sum())]
     precision = np.cumsum(found.wrong[order]) / np.arange(1, len(order) + 1)
@@ -112,7 +111,7 @@ def judge_labels(
     return Judgement(disputes, len(chosen), float((found.scores.argmax(1) == given).mean()), found.share)
 
 
-def folds_of(labels: np.ndarray, groups: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
+def judging_folds(labels: np.ndarray, groups: np.ndarray | None) -> list[tuple[np.ndarray, np.ndarray]]:
     """Images to fit on and to judge, (n,) each, of every fold; each class in all of them, each group in one."""
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 

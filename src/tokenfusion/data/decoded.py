@@ -14,7 +14,7 @@ from tokenfusion.data.dataset import Dataset, classes_in, quoted
 from tokenfusion.data.decode import UnreadableImage, decode_ahead
 from tokenfusion.data.readers import as_pixels
 from tokenfusion.errors import InputError
-from tokenfusion.files import write_csv
+from tokenfusion.files import read_csv, write_csv
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class Skipped:
     label: str
     split: str
     reason: str
+
+
+SKIPPED = tuple(column.name for column in fields(Skipped))
+"""Columns of the file that lists them."""
 
 
 @dataclass(eq=False)
@@ -192,4 +196,14 @@ def require_every_class(images: Images, classes: tuple[str, ...], skipped: Seque
 
 def write_skipped(path: Path, skipped: list[Skipped]) -> None:
     """Write the images that were left out as a CSV `path,label,split,reason`."""
-    write_csv(path, [column.name for column in fields(Skipped)], map(astuple, skipped))
+    write_csv(path, SKIPPED, map(astuple, skipped))
+
+
+def read_skipped(path: Path) -> list[Skipped]:
+    """The images that such a file has noted; none where there is no file."""
+    return [Skipped(*(row[name] for name in SKIPPED)) for row in read_csv(path, SKIPPED)] if path.exists() else []
+
+
+def skipped_in(run: Path) -> list[Skipped]:
+    """All images that a run's processes have noted."""
+    return [image for path in sorted(run.glob("skipped*.csv")) for image in read_skipped(path)]

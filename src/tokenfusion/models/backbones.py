@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, first_line
 from tokenfusion.layers.checkpointing import Checkpointed
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import TokenLayout, grid_of, size_of
@@ -91,7 +91,7 @@ class CNNBackbone(Checkpointed):
                 raise ValueError("they are not of the channels that it names, or vanish")
             return [size_of(m) for m in maps]
         except (RuntimeError, ValueError, AssertionError) as error:
-            reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+            reason = first_line(error)
             raise InputError(
                 f"the CNN gives no maps (B, C, h, w) for {in_chans}-channel images of {img_size[0]}×{img_size[1]} "
                 f"pixels: {reason}; give a larger img_size or the in_chans that it was built for, or take another CNN"

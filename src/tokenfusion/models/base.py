@@ -10,7 +10,7 @@ import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, first_line
 from tokenfusion.layers.checkpointing import Checkpointed
 from tokenfusion.layers.intermediates import FeaturePoint, gather_outputs
 from tokenfusion.layers.positions import Grid, PositionTable, RelativePositionTable
@@ -204,7 +204,7 @@ class PaperModel(Checkpointed):
         try:
             twin(torch.empty(2, self.in_chans, *size, device="meta"))
         except (AssertionError, RuntimeError) as error:
-            reason = str(error).partition("\n")[0].rstrip(".")
+            reason = first_line(error)
             raise InputError(f"the model cannot take images of {size[0]}×{size[1]} pixels: {reason}") from error
         return grids
 

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, first_line
 from tokenfusion.models.create import create_model, default_config, list_models
 
 Size = tuple[int, int]
@@ -111,7 +111,7 @@ def count_model(
                 raise
             own = native_size(name)
             height, width = img_size or own
-            reason = str(error).partition("\n")[0].rstrip(".")
+            reason = first_line(error)
             size = f"try its own size, {own[0]}×{own[1]}"
             remedy = "give another number of channels" if own == (height, width) else size
             raise InputError(

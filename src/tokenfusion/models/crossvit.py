@@ -23,7 +23,7 @@ from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout
 from tokenfusion.models.backbones import TokenBackbone
 from tokenfusion.models.base import at_least, choose, image_size, linear_head
-from tokenfusion.models.crossvit_fusion import FUSIONS, Branch, Fusion, Grids, Pair, Rates
+from tokenfusion.models.crossvit_fusion import FUSIONS, Branch, BranchGrids, Fusion, Pair, Rates
 from tokenfusion.models.crossvit_patches import STEMS, ImageScale
 from tokenfusion.models.official import OfficialNames, read_pretrained
 from tokenfusion.models.registration import register_variants
@@ -68,7 +68,7 @@ class Stage(nn.Module):
         self.small, self.large = blocks(small, depths[0]), blocks(large, depths[1])
         self.fusion = fusion(small, large, rates, paths[-1], fusion_depth)
 
-    def forward(self, small: Tensor, large: Tensor, grids: Grids) -> Pair:
+    def forward(self, small: Tensor, large: Tensor, grids: BranchGrids) -> Pair:
         """Tokens (B, 1 + N, C) of either branch to the same."""
         return self.fusion(self.small(small), self.large(large), grids)
 
@@ -98,7 +98,7 @@ class SmallBranch:
     """What stages need besides the large branch's tokens: the small one's, which each stage replaces; both grids."""
 
     tokens: Tensor
-    grids: Grids
+    grids: BranchGrids
 
 
 class CrossViT(TokenBackbone):
@@ -206,13 +206,20 @@ class CrossViT(TokenBackbone):
     def build_head(self, num_classes: int) -> nn.Module:
         return TwoHeads(self.embed_dim, num_classes) if num_classes else nn.Identity()
 
-    def forward_features(self, images: Tensor) -> Pair:
-        """Images (B, in_chans, H, W) to either branch's normed tokens (B, 1 + h·w, C), CLS first."""
+    def embed(self, images: Tensor) -> tuple[Tensor, SmallBranch]:
+        """Images (B, in_chans, H, W), each branch's at its own scale, to either branch's tokens (B, 1 + h·w, C)."""
         small, small_grid = self.embed_small(self.scale_small.resize(images))
         large, large_grid = self.embed_large(self.scale_large.resize(images))
-        for stage in self.stages:
-            small, large = self.run(stage, small, large, (small_grid, large_grid))
-        return self.norm_small(small), self.norm_large(large)
+        return large, SmallBranch(small, (small_grid, large_grid))
+
+    def step(self, stage: nn.Module, large: Tensor, branch: SmallBranch) -> Tensor:
+        """Either branch's tokens through one stage."""
+        branch.tokens, large = self.run(stage, branch.tokens, large, branch.grids)
+        return large
+
+    def finish(self, large: Tensor, branch: SmallBranch) -> Pair:
+        """Either branch's tokens to normed ones (B, 1 + h·w, C), CLS first."""
+        return self.norm_small(branch.tokens), self.norm_large(large)
 
     def forward_head(self, features: Pair, pre_logits: bool = False) -> Tensor:
         """Either branch's normed tokens to logits (B, num_classes), or to both CLS tokens in a row (B, C + C')."""
@@ -249,7 +256,7 @@ class CrossViT(TokenBackbone):
             layouts |= {f"stages.{i}.{name}": layout for name, layout in inside.items()}
         return layouts
 
-    # the same forward as a backbone of a fusion: the large branch's tokens are those that fuse
+    # as a backbone of a fusion: the large branch's tokens are those that fuse
     rigid = "its stages bring two branches together, each of its own tokens"
 
     @property
@@ -270,18 +277,6 @@ class CrossViT(TokenBackbone):
 
     def grid(self, size: Grid) -> Grid:
         return self.scale_large.grid(*size)
-
-    def embed(self, images: Tensor) -> tuple[Tensor, SmallBranch]:
-        small, small_grid = self.embed_small(self.scale_small.resize(images))
-        large, large_grid = self.embed_large(self.scale_large.resize(images))
-        return large, SmallBranch(small, (small_grid, large_grid))
-
-    def step(self, block: nn.Module, tokens: Tensor, context: SmallBranch) -> Tensor:
-        context.tokens, large = self.run(block, context.tokens, tokens, context.grids)
-        return large
-
-    def finish(self, tokens: Tensor, context: SmallBranch) -> Pair:
-        return self.norm_small(context.tokens), self.norm_large(tokens)
 
     def stream_layout(self, img_size: Grid | None = None) -> TokenLayout:
         return self.branch_layouts(img_size)[1]

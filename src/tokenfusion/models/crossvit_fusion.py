@@ -18,7 +18,7 @@ from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, map_to_tokens, tokens_to_map
 
 Pair = tuple[Tensor, Tensor]
-Grids = tuple[Grid, Grid]
+BranchGrids = tuple[Grid, Grid]
 
 
 def project(dim: int, other: int) -> nn.Sequential:
@@ -125,7 +125,7 @@ class CrossAttentionFusion(Fusion):
         self.small = CrossAttentionWay(small, large, rates, path, depth)
         self.large = CrossAttentionWay(large, small, rates, path, depth)
 
-    def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
+    def forward(self, small: Tensor, large: Tensor, _grids: BranchGrids) -> Pair:
         """Tokens (B, 1 + N, C) of either branch to the same, fused."""
         with in_full_precision(self, small):
             return self.small(small, large), self.large(large, small)
@@ -142,7 +142,7 @@ class CrossAttentionFusion(Fusion):
 class NoFusion(Fusion):
     """None: each branch goes on alone, and only the mean of their logits brings them together."""
 
-    def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
+    def forward(self, small: Tensor, large: Tensor, _grids: BranchGrids) -> Pair:
         """Tokens (B, 1 + N, C) of either branch as they are."""
         return small, large
 
@@ -165,7 +165,7 @@ class AllAttentionFusion(ProjectedFusion):
         self.attn = SelfAttention(large.dim, large.heads, *rates)
         self.drop_path = drop_path(path)
 
-    def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
+    def forward(self, small: Tensor, large: Tensor, _grids: BranchGrids) -> Pair:
         """Tokens (B, 1 + N, C) of either branch to the same, fused."""
         tokens = torch.cat([self.project_small(small), self.project_large(large)], dim=1)
         tokens = tokens + self.drop_path(self.attn(self.norm(tokens)))
@@ -179,7 +179,7 @@ class AllAttentionFusion(ProjectedFusion):
 class ClsSumFusion(ProjectedFusion):
     """Fusion (b): the CLS tokens are summed, the patches stay."""
 
-    def forward(self, small: Tensor, large: Tensor, _grids: Grids) -> Pair:
+    def forward(self, small: Tensor, large: Tensor, _grids: BranchGrids) -> Pair:
         """Tokens (B, 1 + N, C) of either branch to the same, fused."""
         cls = self.project_small(small[:, :1]) + self.project_large(large[:, :1])
         return (
@@ -191,17 +191,17 @@ class ClsSumFusion(ProjectedFusion):
 class PairwiseFusion(ProjectedFusion):
     """Fusion (c): CLS tokens summed, and tokens at the same place summed, one grid interpolated to the other."""
 
-    def forward(self, small: Tensor, large: Tensor, grids: Grids) -> Pair:
+    def forward(self, small: Tensor, large: Tensor, grids: BranchGrids) -> Pair:
         """Tokens (B, 1 + N, C) of either branch to the same, fused."""
         from_small, from_large = self.project_small(small), self.project_large(large)
         small_grid, large_grid = grids
         return (
-            self.back_small(from_small + regrid(from_large, large_grid, small_grid)),
-            self.back_large(from_large + regrid(from_small, small_grid, large_grid)),
+            self.back_small(from_small + interpolate_patches(from_large, large_grid, small_grid)),
+            self.back_large(from_large + interpolate_patches(from_small, small_grid, large_grid)),
         )
 
 
-def regrid(tokens: Tensor, old: Grid, new: Grid) -> Tensor:
+def interpolate_patches(tokens: Tensor, old: Grid, new: Grid) -> Tensor:
     """[CLS; h·w tokens] to [CLS; h'·w' tokens], interpolated bilinearly."""
     patches = F.interpolate(tokens_to_map(tokens[:, 1:], old), size=new, mode="bilinear", align_corners=False)
     return torch.cat([tokens[:, :1], map_to_tokens(patches)], dim=1)

@@ -20,7 +20,7 @@ def linear_patches(in_chans: int, dim: int, patch_size: int) -> nn.Module:
     return nn.Conv2d(in_chans, dim, patch_size, stride=patch_size)
 
 
-class ConvPatches(nn.Sequential):
+class DaggerPatches(nn.Sequential):
     """The dagger's three convolutions: 7×7 stride 4, then two 3×3 that reach the stride of the patch."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int) -> None:
@@ -37,7 +37,7 @@ class ConvPatches(nn.Sequential):
         )
 
 
-STEMS = {"linear": linear_patches, "conv": ConvPatches}
+STEMS = {"linear": linear_patches, "conv": DaggerPatches}
 
 
 class ImageScale(NamedTuple):

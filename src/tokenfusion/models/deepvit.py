@@ -174,7 +174,7 @@ class RescaledBlock(Block):
         return tokens + 2 * self.drop_path(self.mlp(self.norm2(tokens / 2)))
 
 
-class ConvPatches(nn.Sequential):
+class T2TPatches(nn.Sequential):
     """Patches through two convolutions at half the image's size, then one of the rest of the stride (T2T's stem)."""
 
     def __init__(self, in_chans: int, dim: int, patch_size: int, hidden: int = 64) -> None:
@@ -204,7 +204,7 @@ def linear_patches(in_chans: int, dim: int, patch_size: int) -> nn.Module:
 
 
 MIXINGS = {"none": HeadMixing, "batch_norm": BatchNormMixing, "layer_norm": LayerNormMixing}
-STEMS = {"linear": linear_patches, "conv": ConvPatches}
+STEMS = {"linear": linear_patches, "conv": T2TPatches}
 BLOCKS = {"plain": Block, "rescaled": RescaledBlock}
 
 

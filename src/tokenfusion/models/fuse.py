@@ -10,19 +10,20 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, first_line
 from tokenfusion.layers.positions import Grid
 from tokenfusion.models.adapters import MAX_STAGES, as_cnn, as_transformer
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
 from tokenfusion.models.base import choose, image_size, on_meta
 from tokenfusion.models.create import create_model
 from tokenfusion.models.expressions import BUILDERS, CHECKED
+from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.operators import OPERATORS, Operator
 from tokenfusion.models.presets import OPERATOR as PRESET_OPERATOR
 from tokenfusion.models.pretrained import HUB, Pretrained, choices, swapped
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.registration import default_cfg, keep_expression
-from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, Strategy, TokenFusion, strategy_class
+from tokenfusion.models.token_fusion import STRATEGIES, LayerwiseFusion, Strategy, strategy_class
 from tokenfusion.names import base_of
 
 FUSABLE: dict[str, Strategy] = {**STRATEGIES, "probe": ProbeFusion}
@@ -43,7 +44,7 @@ def fuse(
     gate: float | None = None,
     drop_path_rate: float = 0.0,
     **kwargs: Any,
-) -> TokenFusion:
+) -> FusedModel:
     """Fuse a CNN and a transformer.
 
     Args:
@@ -93,7 +94,7 @@ def fuse(
     except InputError as error:
         raise (swapped(weights) if HUB not in weights.values() else None) or error from error.__cause__
     task: dict[str, Any] = {"num_classes": num_classes, "img_size": size, "in_chans": in_chans, "gate": opened}
-    assembled: Callable[..., TokenFusion] = partial(assemble, strategy=strategy, operator=meet, further=kwargs, **task)
+    assembled: Callable[..., FusedModel] = partial(assemble, strategy=strategy, operator=meet, further=kwargs, **task)
     pair, tried = f"{name} {task} {kwargs}", None
     if not by_name or pair not in CHECKED:
         with torch.device("meta"):  # what is refused is refused to copies without weights
@@ -126,7 +127,7 @@ def assemble(
     gate: float,
     further: dict[str, Any],
     tried: CNNBackbone | None = None,
-) -> TokenFusion:
+) -> FusedModel:
     """Take the parents apart and put them together; arguments as in `fuse`, with `further` ones of the class and the
     CNN of copies that were `tried` before."""
     transformer = as_transformer(vit)
@@ -179,12 +180,12 @@ def build_transformer(vit: str | nn.Module, img_size: int | Grid | None, **argum
     return create_model(vit, img_size=img_size, **arguments)
 
 
-def require_size(model: TokenFusion, size: tuple[int, int], in_chans: int) -> None:
+def require_size(model: FusedModel, size: tuple[int, int], in_chans: int) -> None:
     """Refuse a pair, given on the meta device, that cannot take such images."""
     try:
         model.eval()(torch.empty(1, in_chans, *size, device="meta"))
     except (AssertionError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
+        reason = first_line(error)
         raise InputError(
             f"the pair cannot take {in_chans}-channel images of {size[0]}×{size[1]} pixels: {reason}; "
             "give the transformer's own img_size and in_chans"

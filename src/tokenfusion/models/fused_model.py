@@ -1,7 +1,7 @@
-"""What explains a fused model, and what trains a part of it: token layouts, feature points, parts, freezing."""
+"""Two parents in one model: what explains it and what trains a part of it: token layouts, feature points, freezing."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -11,26 +11,57 @@ from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
-from tokenfusion.models.base import PaperModel, choose, layers_behind
+from tokenfusion.models.base import PaperModel, choose, image_size, layers_behind
+from tokenfusion.models.exchange import draw_branches
 from tokenfusion.models.operators import Operator
 
 PARENTS = ("cnn", "vit")
 
 
 class FusedModel(PaperModel):
-    """A CNN and a transformer, whose head is the model's.
+    """A CNN and a transformer, whose head is the model's, and how their tokens meet.
+
+    Args:
+        cnn, vit: the parents, which the model owns from now on.
+        operator: class of the fusion operator.
+        img_size: height and width that position tables of pixels are made for; `forward` takes any other that the
+            transformer takes.
+        in_chans: channels of the images.
+        gate: start of the gates.
+        mlp_ratio: of the operators' MLPs, where they have one.
 
     Attributes:
+        branch_dropout: share of the images that lose all patches or all pixels while training.
         joint: whether the transformer's own blocks carry pixel tokens too.
         frozen, fixed: parents that are kept as they are; the parameters that learn no more for it, by name.
     """
 
-    cnn: CNNBackbone
-    vit: TokenBackbone
-    in_chans: int
+    branch_dropout: float = 0.0
     joint = False
     frozen: tuple[str, ...] = ()
     fixed: frozenset[str] = frozenset()
+
+    def __init__(
+        self,
+        cnn: CNNBackbone,
+        vit: TokenBackbone,
+        operator: type[Operator],
+        *,
+        img_size: int | tuple[int, int],
+        in_chans: int = 3,
+        gate: float = 0.0,
+        mlp_ratio: float = 2.0,
+    ) -> None:
+        super().__init__()
+        self.cnn, self.vit = cnn, vit
+        self.img_size, self.in_chans = image_size(img_size), in_chans
+        self.make_operator = partial(operator, vit.dim, vit.heads, mlp_ratio)
+        self.initial_gate = gate
+
+    def branches_kept(self, images: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Which images keep their patches, and which their pixels; all of them, but for branch dropout in training."""
+        drops = self.training and self.branch_dropout
+        return draw_branches(images, self.branch_dropout) if drops else (None, None)
 
     @property
     def num_classes(self) -> int:  # type: ignore[override]
@@ -80,14 +111,12 @@ class FusedModel(PaperModel):
         raise NotImplementedError
 
     def feature_points(self) -> list[FeaturePoint]:
-        """Where intermediate features are taken: after each stage of the CNN, then after each block and at the readout
-        (patch tokens)."""
+        """Where intermediate features are taken: after each stage of the CNN, then after each block (patch tokens)."""
         stages: list[FeaturePoint] = []
         if self.cnn.two_way:
             shapes = zip(self.cnn.dims, self.cnn.reductions, strict=True)
             stages = [FeaturePoint(f"cnn.stages.{i}", *shape) for i, shape in enumerate(shapes)]
-        blocks = [point.inside("vit") for point in self.vit.feature_points()]
-        return [*stages, *blocks, replace(blocks[-1], module="readout", output=None)]
+        return [*stages, *(point.inside("vit") for point in self.vit.feature_points())]
 
     def token_layout(self, img_size: Grid | None = None) -> TokenLayout:
         """What each of the transformer's tokens that fuse is."""
@@ -118,7 +147,7 @@ class FusedModel(PaperModel):
     def gates(self) -> dict[str, str]:
         """The gates of what the transformer's tokens are told, by name, each with the module that is given the tokens
         as they are before."""
-        return {"readout.gate": "readout"}
+        return {}
 
     def attention_layouts(self, img_size: Grid | None = None) -> dict[str, AttentionLayout]:
         size = img_size or self.img_size

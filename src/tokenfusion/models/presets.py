@@ -8,9 +8,10 @@ from typing import Any
 
 from tokenfusion.models.base import at_least, choose
 from tokenfusion.models.convnet import ConvTrunk
+from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.registration import register_variants
-from tokenfusion.models.token_fusion import STRATEGIES, TokenFusion, strategy_class
+from tokenfusion.models.token_fusion import STRATEGIES, strategy_class
 from tokenfusion.models.transformer import ViT
 
 
@@ -33,7 +34,7 @@ def build_preset(
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
     **fusion: Any,
-) -> TokenFusion:
+) -> FusedModel:
     """A plain CNN and a plain ViT, fused.
 
     Args:

@@ -218,7 +218,7 @@ def create_from(path: str | Path, name: str, num_classes: int | None, arguments:
         InputError: the file cannot be read, or holds the weights of another model, which is named if it is found.
     """
     state = tensors_of(path)
-    require_finite(state, path)
+    require_finite_weights(state, path)
     reasons = []
     for classes, offset in dict.fromkeys(class_counts(name, state)):
         overlay = {"state_dict": dict(state), "num_classes": classes, "label_offset": offset}
@@ -257,7 +257,7 @@ def class_counts(name: str, state: State) -> Iterator[tuple[int, int]]:
     yield 0, 0
 
 
-def require_finite(state: State, path: str | Path) -> None:
+def require_finite_weights(state: State, path: str | Path) -> None:
     """Refuse tensors that are no plain numbers, and values that are not finite."""
     for key, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_complex():

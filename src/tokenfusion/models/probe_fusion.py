@@ -27,14 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenfusion.layers.blocks import layer_norm
-from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid, PositionTable
 from tokenfusion.layers.tokens import TokenGroup, TokenLayout, map_to_tokens, size_of, tokens_to_map
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
 from tokenfusion.models.base import at_least, linear_head, require_own_pooling
 from tokenfusion.models.exchange import Gate, coarser, kept_of
+from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.operators import Grids, Operator, regrid
-from tokenfusion.models.token_fusion import TokenFusion, added
+from tokenfusion.models.token_fusion import added, require_fit
 
 LARGEST = torch.finfo(torch.float16).max
 """What S is cut to: it is kept in half precision."""
@@ -54,24 +54,27 @@ class Seen(NamedTuple):
 class Sight(nn.Module):
     """S as it is: what looks at it, or replaces a part of it, does so here."""
 
-    def forward(self, tokens: Tensor, pixels: Tensor) -> Seen:
+    def forward(self, pixels: Tensor, tokens: Tensor) -> Seen:
         return Seen(pixels, tokens)
 
 
-class ProbeFusion(TokenFusion):
+class ProbeFusion(FusedModel):
     """logits = W z + b + T t + V(a u): a linear classifier on both parents' means, and what their tokens add to it.
 
     The module's docstring has z, t and u; `meet` and `forward_head` are its lines.
 
     Args:
-        cnn, vit, operator, **config: as in `TokenFusion`; the transformer's own head is dropped.
+        cnn, vit, operator, **config: as in `FusedModel`; the transformer's own head is dropped.
+
+    Raises:
+        InputError: the operator does not fit the transformer.
     """
 
     def __init__(self, cnn: CNNBackbone, vit: TokenBackbone, operator: type[Operator], **config: Any) -> None:
+        require_fit(type(self), operator, vit)
         super().__init__(cnn, vit, operator, **config)
         self.classes = vit.num_classes
         vit.reset_classifier(0)
-        del self.readout  # the head reads means
         self.sight = Sight()
         depth = len(vit.blocks)
         self.read_layers = sorted({depth * 5 // 6 - 1, depth - 1} - {-1})
@@ -96,8 +99,7 @@ class ProbeFusion(TokenFusion):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to [z; t; a u]."""
-        pixels, tokens = self.observe(images)
-        return self.meet(self.sight(tokens, pixels), self.cells(size_of(images)))
+        return self.meet(self.sight(*self.observe(images)), self.cells(size_of(images)))
 
     def observe(self, images: Tensor) -> Seen:
         """Images (B, in_chans, H, W) to S, which does not change while the parents are frozen.
@@ -233,9 +235,6 @@ class ProbeFusion(TokenFusion):
     def part_of(self, parameter: str) -> str:
         return "head" if parameter.startswith("head.") else super().part_of(parameter)
 
-    def feature_points(self) -> list[FeaturePoint]:
-        return [point for point in super().feature_points() if point.module != "readout"]
-
     def operator_grids(self, size: Grid) -> dict[str, Grid]:
         return {"operator": self.cells(size)}
 
@@ -245,10 +244,7 @@ class ProbeFusion(TokenFusion):
 
     def meetings(self, size: Grid) -> dict[str, tuple[TokenLayout, ...]]:
         met = super().meetings(size)
-        return {"sight": met["operator"]} | met
-
-    def gates(self) -> dict[str, str]:
-        return {}
+        return {"sight": met["operator"][::-1]} | met
 
 
 def no_votes(numbers: int, num_classes: int) -> nn.Module:

@@ -21,7 +21,7 @@ X° is what the transformer makes of the patches alone. `models/fused_model.py` 
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -30,11 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenfusion.errors import InputError
+from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import TokenLayout, size_of
 from tokenfusion.models.backbones import CNNBackbone, TokenBackbone
-from tokenfusion.models.base import at_least, image_size
-from tokenfusion.models.exchange import Gate, PixelSource, ReadOut, WriteBack, coarser, draw_branches, kept_of
+from tokenfusion.models.base import at_least
+from tokenfusion.models.exchange import Gate, PixelSource, ReadOut, WriteBack, coarser, kept_of
 from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.models.operators import Grids, JointAttention, Operator
 
@@ -43,44 +44,19 @@ Fused = tuple[Tensor, Tensor, Any]
 
 
 class TokenFusion(FusedModel):
-    """What the strategies share: a CNN, a transformer with its head, and what the head reads.
+    """What the strategies share: the transformer's head, and what it reads of both.
 
     Args:
-        cnn, vit: the parents, which the model owns from now on.
-        operator: class of the fusion operator.
-        img_size: height and width that position tables of pixels are made for; `forward` takes any other that the
-            transformer takes.
-        in_chans: channels of the images.
-        gate: start of the gates.
-        mlp_ratio: of the operators' MLPs, where they have one.
+        cnn, vit, operator, **config: as in `FusedModel`.
 
     Raises:
         InputError: the operator does not fit the strategy or the transformer (`REFUSALS`).
-
-    Attributes:
-        branch_dropout: share of the images that lose all patches or all pixels while training.
     """
 
-    branch_dropout: float = 0.0
-
-    def __init__(
-        self,
-        cnn: CNNBackbone,
-        vit: TokenBackbone,
-        operator: type[Operator],
-        *,
-        img_size: int | tuple[int, int],
-        in_chans: int = 3,
-        gate: float = 0.0,
-        mlp_ratio: float = 2.0,
-    ) -> None:
-        super().__init__()
+    def __init__(self, cnn: CNNBackbone, vit: TokenBackbone, operator: type[Operator], **config: Any) -> None:
         require_fit(type(self), operator, vit)
-        self.cnn, self.vit = cnn, vit
-        self.img_size, self.in_chans = image_size(img_size), in_chans
-        self.make_operator = partial(operator, vit.dim, vit.heads, mlp_ratio)
-        self.initial_gate = gate
-        self.readout = ReadOut(vit.dim, gate)
+        super().__init__(cnn, vit, operator, **config)
+        self.readout = ReadOut(vit.dim, self.initial_gate)
 
     def forward_features(self, images: Tensor) -> Any:
         """finish(X + a mean(P)), which the transformer's own head reads."""
@@ -91,7 +67,7 @@ class TokenFusion(FusedModel):
         """Images (B, in_chans, H, W) to X and P once they met, and the context of the transformer's blocks."""
         raise NotImplementedError
 
-    def answers(self, images: Tensor) -> Tensor:
+    def side_logits(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to the logits of both sides, of the patches and of the pixels: (3, B, K).
 
         head(finish(X + a mean(P))), head(X°) and head(finish(mean(P))), X° being what the transformer makes of the
@@ -112,10 +88,13 @@ class TokenFusion(FusedModel):
             tokens = torch.cat([tokens[:, :first], kept_of(tokens[:, first:], patches)], dim=1)
         return tokens, context, pixels
 
-    def branches_kept(self, images: Tensor) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """Which images keep their patches, and which their pixels; all of them, but for branch dropout in training."""
-        drops = self.training and self.branch_dropout
-        return draw_branches(images, self.branch_dropout) if drops else (None, None)
+    def feature_points(self) -> list[FeaturePoint]:
+        """As of `FusedModel`, and at the readout (patch tokens)."""
+        points = super().feature_points()
+        return [*points, replace(points[-1], module="readout", output=None)]
+
+    def gates(self) -> dict[str, str]:
+        return {"readout.gate": "readout"}
 
 
 class Exchange(nn.Module):
@@ -157,7 +136,7 @@ class EarlyFusion(TokenFusion):
 
     def __init__(self, cnn: CNNBackbone, vit: TokenBackbone, operator: type[Operator], **config: Any) -> None:
         super().__init__(cnn, vit, operator, **config)
-        grid = self.map_grids(self.img_size)[-1]
+        grid = self.map_grids(self.img_size)[-1]  # though pixels may stand on a coarser one: as saved runs have it
         self.exchange = Exchange(cnn.dims[-1], self.make_operator(one_way=True), vit.dim, grid, self.initial_gate)
 
     def operator_grids(self, size: Grid) -> dict[str, Grid]:
@@ -296,7 +275,7 @@ def added(tokens: Tensor, update: Tensor | None) -> Tensor:
     return tokens if update is None else tokens + update
 
 
-Strategy = type[TokenFusion]
+Strategy = type[FusedModel]
 STRATEGIES: dict[str, Strategy] = {"late": LateFusion, "early": EarlyFusion, "layerwise": LayerwiseFusion}
 
 
@@ -307,7 +286,7 @@ def strategy_class(strategy: Strategy, operator: type[Operator]) -> Strategy:
 
 REFUSALS: tuple[tuple[Strategy, Callable[[type[Operator], TokenBackbone], bool], str], ...] = (
     (
-        TokenFusion,
+        FusedModel,
         lambda operator, vit: operator.needs not in ("", *vit.prefix),
         "the transformer has no {operator.needs} token",
     ),

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from tokenfusion.errors import InputError
+from tokenfusion.files import read_csv
 from tokenfusion.json_files import AGAIN, read_json, require
 from tokenfusion.models.cost import count_macs
 from tokenfusion.models.expressions import parse
 from tokenfusion.report.page import percent
-from tokenfusion.report.run_folder import Results, read_csv
+from tokenfusion.report.run_folder import Results
 
 WAYS = {"cnn": "CNN alone", "vit": "Transformer alone", "both": "Both, one classifier", "mean": "Mean of the two"}
 """Columns of parents.csv, and their headings."""

@@ -1,17 +1,17 @@
 """Read what a run folder holds, and refuse what does not fit together."""
 
-import csv
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, NamedTuple, TypeVar
 
 from tokenfusion.checkpoint import load_description
-from tokenfusion.data.decoded import Skipped
+from tokenfusion.data.decoded import Skipped, skipped_in
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import EVALUATIONS
+from tokenfusion.files import read_csv
 from tokenfusion.history import read_history
 from tokenfusion.json_files import AGAIN, NUMBER, SHARE, Shape, damaged, read_json, require, require_shape
 from tokenfusion.places import resume_command
@@ -154,7 +154,7 @@ def read_results(run: Path) -> Results:
         epochs=epochs,
         lr_range=read_optional(run / "lr_range.json", LR_RANGE),
         times=read_optional(run / "times.json", TIMES),
-        skipped=[image for path in sorted(run.glob("skipped*.csv")) for image in read_skipped(path)],
+        skipped=skipped_in(run),
         evaluation=evaluation,
         others=read_others(run, MULTILABEL if model["multi_label"] else ONE_CLASS),
         predictions=predictions,
@@ -248,23 +248,6 @@ def read_label_sets(path: Path) -> list[LabelSetRow]:
 def names(cell: str) -> tuple[str, ...]:
     """The classes in a cell, which have `|` between them."""
     return tuple(cell.split("|")) if cell else ()
-
-
-def read_skipped(path: Path) -> list[Skipped]:
-    """The images that a process of the run has noted as unreadable."""
-    columns = ("path", "label", "split", "reason")
-    return [Skipped(*(row[name] for name in columns)) for row in read_csv(path, columns)]
-
-
-def read_csv(path: Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file that has at least these columns; names may hold any byte, newlines too."""
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-        rows = csv.DictReader(file)
-        require(dict.fromkeys(rows.fieldnames or ()), columns, path)
-        for row in rows:
-            if any(row[name] is None for name in columns):
-                raise InputError(f"{path} line {rows.line_num} is cut short; restore it, or evaluate again")
-            yield row
 
 
 def number(text: str, path: Path) -> float:

@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LOOKS = 1.0
 LONGEST_PAUSE = 60.0
 """Seconds between the tries to load a folder that cannot be loaded and does not change."""
 
-Identity = tuple[tuple[str, int, int, int, int], ...]
+Stamps = tuple[tuple[str, int, int, int, int], ...]
 """Of each file its name, device, inode, time of change and size."""
 
 
@@ -42,11 +42,11 @@ class Holder:
         self.served, self.token = open_served(settings), settings.read_token()
         self.pause, self.next_try, self.said = 0.0, 0.0, ""
 
-    def identities(self) -> tuple[Identity, Identity]:
+    def identities(self) -> tuple[Stamps, Stamps]:
         """What tells the folder, by its model.json and its graph or weights, and the token's file from others."""
         token_file = self.settings.token_file
-        folder = identity_of(Path(self.settings.path).glob("model.*"))
-        return folder, identity_of([Path(token_file)] if token_file else [])
+        folder = stamps_of(Path(self.settings.path).glob("model.*"))
+        return folder, stamps_of([Path(token_file)] if token_file else [])
 
     @contextmanager
     def use(self) -> Iterator[Served]:
@@ -112,7 +112,7 @@ class Holder:
             await self.reload()
 
 
-def identity_of(files: Iterable[Path]) -> Identity:
+def stamps_of(files: Iterable[Path]) -> Stamps:
     """What tells files from others that take their place; those that there are not are left out."""
     found = []
     with suppress(OSError):  # the folder may go away meanwhile

@@ -25,7 +25,7 @@ TOLD_BY_THE_IMAGES = ("data", "exclude", *(field.name for field in fields(Readin
 """Fields that say where images lie: the images themselves are compared."""
 
 
-def identity_of(recipe: Recipe, classes: tuple[str, ...], training: Images, held_out: Images) -> Identity:
+def run_identity(recipe: Recipe, classes: tuple[str, ...], training: Images, held_out: Images) -> Identity:
     """All that decides what a run ends with, as JSON has it: fields by name, and short names of what images are."""
     images = {"classes": fingerprint(classes)}
     for part, some in (("training", training), ("held-out", held_out)):

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, first_line
 from tokenfusion.files import write_json
 from tokenfusion.training.state import Record
 
@@ -130,7 +130,7 @@ class Loggers:
                 self.services[name] = SERVICES[name](self.state[name]["run"], run, recipe, resumed)
             except Exception as error:  # whatever its client raises
                 raise InputError(
-                    f"loggers={name} does not take the run ({reason_of(error)}); make it reachable, or leave out "
+                    f"loggers={name} does not take the run ({first_line(error)}); make it reachable, or leave out "
                     f"--loggers {name} (of a run that has begun, in {run / 'recipe.toml'})"
                 ) from error
         self.write()
@@ -164,7 +164,7 @@ class Loggers:
         except Exception as error:  # whatever its client raises
             if name not in self.failed:
                 self.say(
-                    f"loggers={name} fails ({reason_of(error)}): metrics.csv has everything, and "
+                    f"loggers={name} fails ({first_line(error)}): metrics.csv has everything, and "
                     f"{name} is sent what it lacks after the next epoch or by --resume"
                 )
             self.failed.add(name)
@@ -179,11 +179,6 @@ def lacking(names: Sequence[str], run: Path) -> list[str]:
     """The services that do not have all of a finished run."""
     state = read_state(run)
     return [name for name in names if not state.get(name, {}).get("finished")]
-
-
-def reason_of(error: Exception) -> str:
-    """What an error says, in a line."""
-    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def require_installed(names: Sequence[str]) -> None:

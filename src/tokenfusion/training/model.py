@@ -7,9 +7,8 @@ from torch import nn
 
 from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
-from tokenfusion.models.fused_model import PARENTS
+from tokenfusion.models.fused_model import PARENTS, FusedModel
 from tokenfusion.models.probe_fusion import ProbeFusion
-from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.recipe import Recipe
 
 
@@ -48,7 +47,7 @@ def build(recipe: Recipe, classes: Sequence[str], multi_label: bool = False, *, 
     return classifier
 
 
-def require_two_sides(option: str, model: TokenFusion, recipe: Recipe) -> None:
+def require_two_sides(option: str, model: FusedModel, recipe: Recipe) -> None:
     """Refuse to drop or ask a side where something of it would be left, or where nothing learns by it."""
     crossvit = len(model.vit.branch_layouts(model.img_size)) > 1
     reasons = {
@@ -69,9 +68,9 @@ def require_two_sides(option: str, model: TokenFusion, recipe: Recipe) -> None:
             raise InputError(f"{given} {reason}, or leave out {words}")
 
 
-def fusion_for(option: str, recipe: Recipe, model: nn.Module) -> TokenFusion:
+def fusion_for(option: str, recipe: Recipe, model: nn.Module) -> FusedModel:
     """The model, for an option that only a CNN and a transformer that are fused have a use for."""
-    if not isinstance(model, TokenFusion):
+    if not isinstance(model, FusedModel):
         raise InputError(
             f"{option}={getattr(recipe, option)} needs a CNN and a transformer that are fused, and {recipe.model} is "
             f"no such model; leave out --{option.replace('_', '-')}, or give --model fuse(CNN,VIT)"

@@ -153,7 +153,7 @@ class EachSide(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, in_chans, H, W) to logits (3, B, K)."""
-        return self.model.answers(images)
+        return self.model.side_logits(images)
 
 
 def asked(model: nn.Module, recipe: Recipe) -> nn.Module:

@@ -7,7 +7,7 @@ from timm.models import group_parameters
 from torch import nn
 
 from tokenfusion.data.sampler import derive_seed
-from tokenfusion.models.token_fusion import TokenFusion
+from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.recipe import Recipe, number
 from tokenfusion.training.muon import Muon
 
@@ -54,7 +54,7 @@ def lr_scales(model: nn.Module, recipe: Recipe) -> dict[str, float]:
 
 def layers_behind(model: nn.Module) -> dict[str, int]:
     """How many layers each parameter, by its name, has between it and the classifier, as timm groups them."""
-    if isinstance(model, TokenFusion):
+    if isinstance(model, FusedModel):
         return {name: model.layers_behind(name) for name, _ in model.named_parameters()}
     layers = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
     last = max(layers.values())
@@ -63,7 +63,7 @@ def layers_behind(model: nn.Module) -> dict[str, int]:
 
 def part_scales(model: nn.Module, recipe: Recipe) -> dict[str, float]:
     """As `lr_scales`, the same for all layers of a part."""
-    if isinstance(model, TokenFusion):
+    if isinstance(model, FusedModel):
         scales = {"cnn": recipe.backbone_lr, "vit": recipe.backbone_lr, "fusion": 1.0, "head": recipe.head_lr}
         return {name: scales[model.part_of(name)] for name, _ in model.named_parameters()}
     classifier = getattr(model, "get_classifier", nn.Identity)()

@@ -11,7 +11,15 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decode import damaged_in_words
-from tokenfusion.data.decoded import Images, Skipped, read_images, require_every_class, unread_images, write_skipped
+from tokenfusion.data.decoded import (
+    Images,
+    Skipped,
+    read_images,
+    read_skipped,
+    require_every_class,
+    unread_images,
+    write_skipped,
+)
 from tokenfusion.data.describe import describe
 from tokenfusion.data.exclude import EXCLUDED, keep_list
 from tokenfusion.data.loader import TrainLoader, as_it_is
@@ -45,7 +53,7 @@ from tokenfusion.training.objective import (
     refuse_balance,
 )
 from tokenfusion.training.optimizer import make_optimizer
-from tokenfusion.training.recovery import Unreadable, read_skipped_file
+from tokenfusion.training.recovery import Unreadable
 from tokenfusion.training.saved import is_saved
 from tokenfusion.training.setup import Run, Setup, begun
 from tokenfusion.training.state import SpreadState, TrainState
@@ -172,7 +180,7 @@ def decode_images(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tu
             skipped += bad
     training, held_out = images
     if not training.checked:
-        met_before = read_skipped_file(run.folder / "skipped.csv")
+        met_before = read_skipped(run.folder / "skipped.csv")
         skipped += [image for image in met_before if image.split == "train"]
     if skipped and run.world.is_first:
         write_skipped(run.folder / "skipped.csv", skipped)

@@ -1,16 +1,14 @@
 """What can go wrong in the middle of a run, and what is done about it: bad losses, memory that runs out, data."""
 
-import csv
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import isfinite
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from tokenfusion.data.decoded import Images, Skipped, write_skipped
+from tokenfusion.data.decoded import Images, Skipped, read_skipped, skipped_in, write_skipped
 from tokenfusion.errors import InputError
 from tokenfusion.hardware import is_out_of_memory
 from tokenfusion.places import resume_command
@@ -28,7 +26,7 @@ class OutOfMemory(Exception):  # noqa: N818 - as PyTorch calls it
     """What a step computes before it moves the weights did not fit into memory; the message is PyTorch's reason."""
 
 
-def require_finite(loss: float, gradient: float) -> None:
+def require_finite_step(loss: float, gradient: float) -> None:
     """Look at a step's mean loss and its gradient's norm before they move the weights.
 
     Raises:
@@ -161,7 +159,7 @@ class Unreadable:
         self.path = run.folder / (f"skipped-{rank}.csv" if rank else "skipped.csv")
 
     def __call__(self, unreadable: dict[int, str]) -> None:
-        known = {image.path: image for image in read_skipped(self.run.folder)}
+        known = {image.path: image for image in skipped_in(self.run.folder)}
         new = []
         for index, reason in unreadable.items():
             if (name := self.training.names[index]) not in known:
@@ -169,7 +167,7 @@ class Unreadable:
                 new.append(Skipped(name, label, "train", reason))
         found = [image for image in [*known.values(), *new] if image.split == "train"]
         if new:
-            write_skipped(self.path, [*read_skipped_file(self.path), *new])
+            write_skipped(self.path, [*read_skipped(self.path), *new])
         if new and len(found) == len(new):
             self.run.say(
                 f"{new[0].path} cannot be read: {new[0].reason}; the next image of its batch is drawn in its place. "
@@ -181,16 +179,3 @@ class Unreadable:
                 f"max_skipped={self.recipe.max_skipped:g} allows (the last is {found[-1].path}: {found[-1].reason}); "
                 "mend the shards, or start a new run with a larger --max-skipped, or without them by --exclude"
             )
-
-
-def read_skipped(folder: Path) -> list[Skipped]:
-    """All images that a run's processes have noted."""
-    return [image for path in sorted(folder.glob("skipped*.csv")) for image in read_skipped_file(path)]
-
-
-def read_skipped_file(path: Path) -> list[Skipped]:
-    """The images that a file has noted; none where there is no file."""
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as file:
-        return [Skipped(**row) for row in csv.DictReader(file)]

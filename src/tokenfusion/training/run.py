@@ -24,7 +24,7 @@ from tokenfusion.recipe import FIELDS, Recipe, dump_recipe, load_recipe
 from tokenfusion.trained_on import TRAINED_ON, found_again, load_trained_on, save_trained_on
 from tokenfusion.training.distributed.process_group import processes, versions
 from tokenfusion.training.distributed.world import READ, World
-from tokenfusion.training.identity import Identity, differences, first_key, identity_of
+from tokenfusion.training.identity import Identity, differences, first_key, run_identity
 from tokenfusion.training.log import Log, send_rest
 from tokenfusion.training.loggers import require_installed
 from tokenfusion.training.loop import Interrupted, fit
@@ -343,7 +343,7 @@ def require_same_run(setup: Setup) -> Identity:
     """
     run, training, held_out = setup.run, setup.batches.images, setup.held_out
     what = (setup.recipe, setup.classifier.classes, training, held_out)
-    now = identity_of(*what)
+    now = run_identity(*what)
     if setup.recipe.tune:
         if (run.folder / START).exists():
             refuse_changes(differences(load_tensors(run.folder / START)[1], now), run)

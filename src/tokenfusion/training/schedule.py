@@ -36,8 +36,7 @@ def learning_rate(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: 
         rate = peak * min((step + 1) / (warmup + 1), 1.0)
         if not decay_epoch:
             return rate
-        start, end = decay_epoch * steps_per_epoch, last_epoch(decay_epoch) * steps_per_epoch
-        return least + (rate - least) * (1 - sqrt((step - start) / (end - start)))
+        return least + (rate - least) * (1 - sqrt(share_decayed(step, steps_per_epoch, decay_epoch)))
     total = recipe.epochs * steps_per_epoch
     warmup = min(recipe.warmup_epochs * steps_per_epoch, total / 2)
     if step < warmup:
@@ -50,12 +49,16 @@ def side_weight(recipe: Recipe, step: int, steps_per_epoch: int, decay_epoch: in
     0, one step after the last; with `epochs` auto the line begins with the final decay. Arguments as of
     `learning_rate`."""
     if recipe.epochs != "auto":
-        start, end = 0, recipe.epochs * steps_per_epoch
-    elif decay_epoch:
-        start, end = decay_epoch * steps_per_epoch, last_epoch(decay_epoch) * steps_per_epoch
+        share = step / (recipe.epochs * steps_per_epoch)
     else:
-        return recipe.side_loss
-    return recipe.side_loss * (1 - (step - start) / (end - start))
+        share = share_decayed(step, steps_per_epoch, decay_epoch) if decay_epoch else 0.0
+    return recipe.side_loss * (1 - share)
+
+
+def share_decayed(step: int, steps_per_epoch: int, decay_epoch: int) -> float:
+    """How much of the final decay is done before a step; arguments as of `learning_rate`."""
+    start, end = decay_epoch * steps_per_epoch, last_epoch(decay_epoch) * steps_per_epoch
+    return (step - start) / (end - start)
 
 
 def last_epoch(decay_epoch: int) -> int:

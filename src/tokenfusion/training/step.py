@@ -21,7 +21,7 @@ from tokenfusion.training.recovery import (
     OutOfMemory,
     moving_weights,
     out_of_memory_named,
-    require_finite,
+    require_finite_step,
     undo,
     use_smaller_parts,
 )
@@ -98,7 +98,7 @@ def train_step(setup: Setup, state: TrainState, batch: Batch, requests: Requests
     loss, correct = compute_gradients(setup, state, inputs, targets)
     norm = whole(nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad or inf))
     mean_loss, right, gradient_norm = state.world.agree(loss, correct, norm, requests)
-    require_finite(mean_loss, gradient_norm)
+    require_finite_step(mean_loss, gradient_norm)
     rate = learning_rate(recipe, progress.step, batches.steps_per_epoch, progress.decay_epoch)
     for group in state.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]
@@ -136,8 +136,8 @@ def compute_gradients(setup: Setup, state: TrainState, inputs: Tensor, targets: 
     for number, (part, part_targets) in enumerate(pairs, 1):
         with gradients_exchanged(state.network, number == len(pairs)):
             with autocast(setup.classifier.device, recipe.precision):
-                answers = logits_of(state.network, part)
-            logits, *alone = answers if recipe.side_loss else (answers,)
+                given = logits_of(state.network, part)
+            logits, *alone = given if recipe.side_loss else (given,)
             loss = setup.loss(logits, part_targets) / len(inputs)
             losses_alone = [setup.loss(one, part_targets) / len(inputs) for one in alone]
             with_sides(loss, losses_alone, weight).backward()  # type: ignore[no-untyped-call]

@@ -14,7 +14,6 @@ from tokenfusion.errors import InputError
 from tokenfusion.models.adapters import as_cnn, as_transformer
 from tokenfusion.models.expressions import parse
 from tokenfusion.models.fused_model import FusedModel
-from tokenfusion.models.token_fusion import TokenFusion
 from tokenfusion.names import base_of
 from tokenfusion.recipe import Recipe, load_recipe
 
@@ -36,7 +35,7 @@ def warm_start(classifier: Classifier, runs: Sequence[str], say: Callable[[str],
     """
     model = classifier.model
     names = parent_names(classifier.name)
-    assert isinstance(model, TokenFusion)
+    assert isinstance(model, FusedModel)
     cnn, vit = (load_parent(run, name, classifier.name) for run, name in zip(runs, names, strict=True))
     require_same_images(classifier, cnn, vit, runs)
     preprocess = classifier.preprocess

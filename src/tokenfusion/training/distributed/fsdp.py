@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, first_line
 from tokenfusion.files import sync, write_json
 from tokenfusion.hardware import default_device
 from tokenfusion.models.official import with_present_names
@@ -92,7 +92,7 @@ def read_pointer(path: Path) -> Pointer:
         folder = path.with_name(saved["folder"])
         found = Pointer(folder, dict(saved["description"]), dict(saved.get("checksums", {})))
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
-        raise damaged(path, reason_of(error)) from error
+        raise damaged(path, first_failure(error)) from error
     if folder not in slots_of(path):
         known = " or ".join(slot.name for slot in slots_of(path))
         raise damaged(path, f"its folder is {saved['folder']!r}, not {known}")
@@ -147,7 +147,7 @@ def save_shards(path: Path, tensors: Mapping[str, Tensor], description: Mapping[
         checksums = checksums_of(folder)
     except (OSError, CheckpointException) as error:
         raise InputError(
-            f"{folder} could not be written: {reason_of(error)}; {last_good(path)} make room, "
+            f"{folder} could not be written: {first_failure(error)}; {last_good(path)} make room, "
             "then go on with `tokenfusion train --resume RUN`"
         ) from error
     if first:
@@ -159,11 +159,11 @@ def save_shards(path: Path, tensors: Mapping[str, Tensor], description: Mapping[
     dist.barrier()  # nobody reads the old file's name for the next checkpoint
 
 
-def reason_of(error: BaseException) -> str:
+def first_failure(error: BaseException) -> str:
     """What an error says in a line; of those of several processes, the first."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
-    return str(error).partition("\n")[0] or type(error).__name__
+    return first_line(error)
 
 
 def forget_shards(path: Path) -> None:
@@ -210,4 +210,4 @@ def load_shards(path: Path, own: Mapping[str, Tensor], parameters: list[Tensor])
             load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
         return {name: tensors[name] for name in others}
     except (OSError, ValueError, LookupError, RuntimeError, CheckpointException) as error:
-        raise damaged(path, reason_of(error)) from error
+        raise damaged(path, first_failure(error)) from error
