@@ -1,9 +1,9 @@
-"""How fast each family is beside its official code."""
+"""How fast each family is beside its official code, and compiled beside uncompiled."""
 
 import json
 from typing import Any
 
-from results_page import RESULTS, table
+from results_page import RESULTS, load, table
 
 
 def official() -> str:
@@ -38,6 +38,34 @@ def beside_official(found: dict[str, Any]) -> str:
         f"The aim for speed is missed in {few_or_none(missed, len(rows))}"
         + f"; the aim for the share of the peak in {few_or_none(short, with_aim)}" * bool(with_aim)
         + "."
+    )
+
+
+def compiled() -> str:
+    """What `--compile` brings, what its start costs, and for which models it brings nothing."""
+    if not (RESULTS / "compiled.json").exists():
+        return "Not measured yet: `python benchmarks/compiled.py --out benchmarks/results/compiled.json`."
+    found = load("compiled")
+    rows, slower, faster = [], [], []
+    for row in sorted(found["results"], key=lambda row: (row["what"], row["batch"])):
+        what = f"{row['what']}, batch {row['batch']}"
+        cell = f"`{row['model']}` ({what})"
+        slower += [cell] * (row["ratio"] < 1)
+        faster += [cell] * (row["ratio"] >= 1.1)
+        rates, start_up = row["images_per_s"], row["start_up_s"]
+        saved = 1 / rates["eager"] - 1 / rates["compiled"]
+        repaid = f"{start_up['first'] / saved:,.0f}" if saved > 0 else "never"
+        seconds = f"{start_up['first']:.0f} ({start_up['again']:.0f})"
+        speeds = (f"{rates[way]:,.0f}" for way in ("eager", "compiled"))
+        rows.append([f"`{row['model']}`", what, *speeds, f"{row['ratio']:.2f}×", seconds, repaid])
+    apart = max(row["difference"] for row in found["results"] if "difference" in row)
+    precisions = " and ".join(sorted({row["precision"] for row in found["results"]}))
+    heading = ["model", "what", "images/s", "compiled", "ratio", "start in s (again)", "repaid after images"]
+    return (
+        f"On {found['hardware']}, {found['threads']} threads, {precisions}; *again* finds on disk what the first start "
+        f"left there:\n\n{table(heading, rows)}\n\n"
+        f"Compiled is faster by a tenth or more in {few_or_none(faster, len(rows))}. It is slower in "
+        f"{few_or_none(slower, len(rows))}. Logits differ by {apart:.1g} of the largest at most."
     )
 
 

@@ -369,7 +369,7 @@ def many() -> str:
 BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"pays": pays, "photographs": photographs, "install": front_page.install, "demo": demo},
     DOCS / "models.md": {"models": models},
-    DOCS / "training.md": {"loading": loading},
+    DOCS / "training.md": {"loading": loading, "compiled": speed_page.compiled},
     DOCS / "stages.md": {"pretrained": pretrained},
     DOCS / "papers" / "README.md": {"published": published, "official": speed_page.official, "speed": speed},
     DOCS / "papers" / "deepvit.md": {"collapse": papers_page.collapse},

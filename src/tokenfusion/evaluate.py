@@ -17,6 +17,7 @@ from torch import Tensor
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, halves, surest_errors
 from tokenfusion.checkpoint import weights_in_words
 from tokenfusion.classifier import Classifier
+from tokenfusion.compiled import compiled_classifier, require_compiler
 from tokenfusion.corruptions import measure_corruptions
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decode import damaged_in_words
@@ -30,6 +31,9 @@ from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_loss
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion_runtime.prediction import sureness
 
+BATCH = 256
+"""Images in the model at once."""
+
 
 def evaluate(
     run: Path,
@@ -42,6 +46,7 @@ def evaluate(
     out: Path | None = None,
     with_training_images: bool = False,
     corruptions: bool = False,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """Evaluate a run; write `evaluation.json`, and `predictions.csv` with a line per image.
 
@@ -58,6 +63,7 @@ def evaluate(
         with_training_images: whether images that the run was trained on are judged too; they are told by their pixels,
             and left out otherwise, but where they are the run's own and `split` asks for them.
         corruptions: whether to judge the images made worse too; takes some twenty times as long.
+        compile: whether to compile the model first, which changes rounding alone.
 
     Returns:
         What `evaluation.json` holds (see `metrics.evaluate_logits`), with `data`, `split`, the `unreadable` images and
@@ -76,6 +82,8 @@ def evaluate(
     if corruptions and classifier.multi_label:
         raise InputError(f"{run} has any number of classes an image; corruptions are judged of one class an image")
     require_writable(run, out)
+    if compile:
+        require_compiler(classifier.device)
     source, place, own = open_judged(run, recipe, data, root, encoding)
     moved_to = place if not data and place != recipe.data else ""
     refuse_other_kind(source, classifier)
@@ -83,6 +91,8 @@ def evaluate(
     keep = with_training_images
     judged = judged_images(run, recipe, source, own=own, split=split, keep=keep, progress=progress)
     images, skipped, name, own = judged.images, judged.skipped, judged.split, judged.own
+    if compile:
+        classifier = compiled_classifier(classifier, min(BATCH, len(images)))
     logits, labels = collect_logits(classifier, images, workers=recipe.workers)
     labels = as_outputs(labels, to_output, len(classifier.classes))
     out = out or place_of(run, place, name, own=own)
@@ -133,7 +143,7 @@ def judge_corrupted(
 ) -> dict[str, Any]:
     """What `measure_corruptions` finds of images whose labels are those of the data."""
     workers = 0 if images.cached else workers
-    batches = eval_batches(images, classifier.preprocess, batch_size=256, workers=workers)
+    batches = eval_batches(images, classifier.preprocess, batch_size=BATCH, workers=workers)
     labelled = ((batch, to_output[labels]) for batch, labels in batches)
     told = (lambda done: progress(done, len(images))) if progress else (lambda _: None)
     return measure_corruptions(classifier.logits, labelled, images.dataset.groups, told)
@@ -229,7 +239,7 @@ def output_of_class(source: Dataset, classes: Sequence[str]) -> Tensor:
 def collect_logits(
     classifier: Classifier,
     images: Images,
-    batch_size: int = 256,
+    batch_size: int = BATCH,
     workers: int = 0,
     indices: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -172,6 +172,9 @@ class Recipe:
     """What several processes share: ddp the batch alone, fsdp weights and optimiser state too."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    compile: bool = False
+    """Compile the training step (torch.compile), which takes a minute or more before the first one and needs a C++
+    compiler; a run is compiled throughout or not at all."""
     workers: int = 0
     """Processes that augment images; 0 does it between steps. The result does not depend on it."""
     exclude: str = ""
@@ -252,6 +255,14 @@ class Recipe:
         if self.trivial_augment and self.rand_augment:
             raise InputError(
                 f"trivial_augment and rand_augment={self.rand_augment:g} both change an image; give one of them"
+            )
+        if self.compile and self.grad_checkpointing:
+            raise InputError(
+                "compile and grad_checkpointing both decide what the backward pass computes again; give one of them"
+            )
+        if self.compile and self.tune:
+            raise InputError(
+                f"compile with tune={self.tune} would compile each of its short stages anew; give one of them"
             )
         if self.lr != "auto" and self.min_lr > self.lr:
             raise InputError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}, from which it is reached; give less")

@@ -23,6 +23,7 @@ def evaluate(
     out: Path | None = None,
     with_training_images: Annotated[bool, Parameter(negative="")] = False,
     corruptions: Annotated[bool, Parameter(negative="")] = False,
+    compile: Annotated[bool, Parameter(negative="")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a trained run on images it has not seen; writes RUN/evaluation.json, or of other DATA RUN/evaluations/.
@@ -49,6 +50,8 @@ def evaluate(
         Judge images that the run was trained on too.
     corruptions
         Judge the images made worse too: noise, blur, JPEG, contrast, occlusion, shuffled patches, each at three levels.
+    compile
+        Compile the model first (torch.compile): for many images, as it takes up to minutes; needs a C++ compiler.
     as_json
         Print evaluation.json instead of a summary.
     """
@@ -71,6 +74,7 @@ def evaluate(
             out=out,
             with_training_images=with_training_images,
             corruptions=corruptions,
+            compile=compile,
         )
     place = out or place_of(run, result["data"], result["split"], own=result["own"])
     drawn = write_figures(place)

@@ -35,6 +35,7 @@ def predict(
     abstain: float | None = None,
     out: Path | None = None,
     embeddings: Annotated[bool, Flag] = False,
+    compile: Annotated[bool, Flag] = False,
     batch_size: int | None = None,
     workers: int | None = None,
     images_per_part: int | None = None,
@@ -72,6 +73,8 @@ def predict(
         Folder for a Parquet file a shard and _manifest.json, in place of printing; what is there is gone on with.
     embeddings
         With --out, add the vector that the head reads.
+    compile
+        With --out, compile the model first (torch.compile), which takes up to minutes; needs a C++ compiler.
     batch_size
         With --out, images in the model at once; 64 when not given.
     workers
@@ -106,7 +109,8 @@ def predict(
     }
     counts: dict[str, Any] = {"batch_size": batch_size, "workers": workers, "images_per_part": images_per_part}
     if out is None:
-        given = [name for name, value in {"embeddings": embeddings, **counts, **reading}.items() if value]
+        flags = {"embeddings": embeddings, "compile": compile}
+        given = [name for name, value in {**flags, **counts, **reading}.items() if value]
         if given:
             raise InputError(f"--{given[0].replace('_', '-')} is for many images; give --out DIR too")
         print_images(run, sources, topk, output, raw, abstain, explain_by_example)
@@ -114,7 +118,7 @@ def predict(
     if output != "table":
         raise InputError(f"--format {output} is printed, and --out writes Parquet; give one of them")
     options = {name: value for name, value in counts.items() if value is not None}
-    options |= {"topk": topk, "abstain": abstain, "raw": raw, "embeddings": embeddings}
+    options |= {"topk": topk, "abstain": abstain, "raw": raw, "embeddings": embeddings, "compile": compile}
     options["reading"] = Reading(**{name: value for name, value in reading.items() if value is not None})
     write_predictions(run, sources, out, options)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from tokenfusion.classifier import Classifier, Prepared, predictions_of
+from tokenfusion.compiled import compiled_classifier, require_compiler
 from tokenfusion.data.decode import Hearing, UnreadableImage, decode_image
 from tokenfusion.data.kinds import is_path
 from tokenfusion.data.unlabelled import NamedImage, Part, find_parts
@@ -51,6 +52,7 @@ def predict_many(
     abstain: float | None = None,
     raw: bool = False,
     embeddings: bool = False,
+    compile: bool = False,
     batch_size: int = 64,
     workers: int | None = None,
     images_per_part: int = IMAGES_PER_PART,
@@ -68,6 +70,7 @@ def predict_many(
         topk, abstain: as in `Classifier.predict`.
         raw: give the scores of the logits as they are.
         embeddings: add the vectors that the head makes its logits of.
+        compile: whether to compile the model first, which changes rounding alone.
         batch_size: images in the model at once.
         workers: threads that decode; as many as there are cores for this process when not given.
         images_per_part: of images that lie in no shard.
@@ -89,6 +92,9 @@ def predict_many(
     folder = fetch(run) if is_reference(run) else Path(run)
     classifier = Classifier.load(folder, choose_device(launch) if launch else None)
     classifier = classifier.uncalibrated() if raw else classifier
+    if compile:
+        require_compiler(classifier.device)
+        classifier = compiled_classifier(classifier, batch_size)
     answers = classifier.answers(min(topk, len(classifier.classes)), abstain)
     facts: dict[str, Any] = {
         "model": classifier.name,

@@ -8,6 +8,7 @@ from functools import partial
 
 from tokenfusion.checkpoint import load_description, value_range_of, weights_in_words
 from tokenfusion.classifier import Classifier
+from tokenfusion.compiled import compiled
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset, held_out_name
 from tokenfusion.data.decode import damaged_in_words
@@ -279,6 +280,7 @@ def make_state(setup: Setup) -> TrainState:
         if isinstance(network, ProbeFusion) and isinstance(setup.classifier, FeatureClassifier)
         else average_gradients(asked(network, recipe), setup.classifier, world)
     )
+    called = compiled(called) if recipe.compile else called
     return TrainState(network, make_optimizer(network, recipe), recipe.ema, keep_best, called, world)
 
 

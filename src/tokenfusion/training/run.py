@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tokenfusion.checkpoint import load_description, load_tensors
 from tokenfusion.classifier import Classifier
+from tokenfusion.compiled import require_compiler
 from tokenfusion.data.decode import damaged_in_words
 from tokenfusion.data.exclude import EXCLUDED
 from tokenfusion.data.kinds import require_place, resolved
@@ -16,7 +17,7 @@ from tokenfusion.errors import InputError
 from tokenfusion.evaluate import calibrated
 from tokenfusion.features import on_images
 from tokenfusion.files import lock_folder, own_folder, refuse_inside, write_text
-from tokenfusion.hardware import keep_freed_memory
+from tokenfusion.hardware import default_device, keep_freed_memory
 from tokenfusion.models import create_model, require_known
 from tokenfusion.models.pretrained import find_weights, weighted_names
 from tokenfusion.places import require_begun, require_no_run, resume_command
@@ -261,6 +262,9 @@ def to_its_end(recipe: Recipe, run: Run, measure: Measure | None, listener: List
     keep_freed_memory()
     require_installed(recipe.loggers)
     refuse_alone(recipe, world)
+    if recipe.compile:
+        run.say("the first step will wait for the compiler, a minute or more")
+        require_compiler(default_device())
     with world.together("data", READ):
         setup = prepare(recipe, run, measure)
         identity = require_same_run(setup)
@@ -311,8 +315,13 @@ def refuse_alone(recipe: Recipe, world: World) -> None:
 
     Raises:
         InputError: `auto`, for which each would measure something else, or matrices in pieces for Muon, or a loss of
-            each side of a model in pieces.
+            each side of a model in pieces; or a compiled step, whose gradients come all at once.
     """
+    if world.store is not None and recipe.compile:
+        raise InputError(
+            "compile=True is for one process: several exchange gradients while the backward pass goes on, which a "
+            "compiled one leaves no place for; train without torchrun, or leave out --compile"
+        )
     if world.store is not None and recipe.parallel == "fsdp" and recipe.optimizer == "muon":
         raise InputError(
             "optimizer=muon orthogonalises whole matrices, and parallel=fsdp spreads them over the processes; "

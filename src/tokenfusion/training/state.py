@@ -122,7 +122,7 @@ class TrainState:
         world: World = World(),  # noqa: B008 - frozen
     ) -> None:
         self.model = model
-        self.network = network or model
+        self.network = model if network is None else network
         self.optimizer = optimizer
         self.average = self.make_average(ema) if ema else None
         self.best: dict[str, Tensor] | None = {} if keep_best else None

@@ -41,7 +41,7 @@ def choose_batch_size(
     smallest = max(8 // recipe.accumulate, 2) * recipe.accumulate
     doublings = int(log2(max(images / MIN_STEPS / smallest, 1)))
     sizes = [smallest * 2**doubling for doubling in range(doublings + 1)]
-    with measuring_process(recipe, classes, steps=2) as measure:
+    with measuring_process(replace(recipe, compile=False), classes, steps=2) as measure:  # else each size is compiled
         chosen, reason = largest_that_fits(lambda size: measure(size).grown_mb, sizes, memory_mb, say)
     if not chosen:
         raise InputError(f"batch_size=auto: {reason}; give a smaller --model or --img-size, or --grad-checkpointing")

@@ -10,6 +10,7 @@ from time import perf_counter
 import numpy as np
 from rich.console import Console
 
+from tokenfusion.compiled import require_compiler
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import sample_images
@@ -49,6 +50,7 @@ class Plan:
         batch_size, accumulate: images per optimiser step of all processes, and the parts each computes its share in.
         steps_per_epoch, epochs, steps: optimiser steps; with `epochs` auto the most there may be.
         step_seconds: of a process's share of a step, measured without the exchange of gradients.
+        compile_seconds: before the first step, of a compiled one; else 0.
         loading_images_per_s: read and augmented by one process.
         images_per_s: of all processes, loading included.
         hours: of all steps, loading included; evaluation is not.
@@ -71,6 +73,7 @@ class Plan:
     epochs: int
     steps: int
     step_seconds: float
+    compile_seconds: float
     loading_images_per_s: float
     images_per_s: float
     hours: float
@@ -89,6 +92,8 @@ def plan(recipe: Recipe, say: Callable[[str], None]) -> Plan:
     Raises:
         InputError: the recipe or its data cannot be used, or a step does not fit into memory.
     """
+    if recipe.compile:
+        require_compiler(default_device())
     launch = read_launch(os.environ)
     processes = launch.size if launch else 1
     source = open_dataset(recipe.data, recipe.exclude, reading=recipe.reading)
@@ -127,6 +132,7 @@ def plan(recipe: Recipe, say: Callable[[str], None]) -> Plan:
         epochs=epochs,
         steps=epochs * steps_per_epoch,
         step_seconds=cost.seconds,
+        compile_seconds=cost.compile_seconds,
         loading_images_per_s=loading,
         images_per_s=batch_size / seconds,
         hours=epochs * steps_per_epoch * seconds / 3600,
@@ -221,12 +227,15 @@ def plan_table(planned: Plan, epochs_auto: bool) -> list[tuple[str, str]]:
     at_most = "at most " * epochs_auto
     images = f"{planned.training_images:,} training and {planned.held_out_images:,} held-out"
     epochs, took = counted(planned.epochs, "epoch"), duration(planned.hours * 3600)
+    seconds = planned.compile_seconds
+    compiling = [("compiling", f"{duration(seconds)} measured, before the first step of a run and when it is resumed")]
     return [
         ("model", planned.model),
         ("hardware", f"{planned.hardware}, {planned.precision}"),
         ("images", f"{images} of {counted(planned.classes, 'class')}"),
         ("batch", batch),
         ("steps", f"{planned.steps_per_epoch:,} an epoch, {at_most}{epochs}, {planned.steps:,} in all"),
+        *compiling * bool(seconds),
         ("a step", f"{planned.step_seconds:.3g} s measured, without loading and without exchanging gradients"),
         ("loading", f"{planned.loading_images_per_s:,.0f} images/s by one process"),
         ("training", f"{planned.images_per_s:,.1f} images/s, {at_most}{took} without evaluation"),

@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from tokenfusion.compiled import compiled
 from tokenfusion.data.augment import Augment
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decoded import Images, sample_images
@@ -68,7 +69,8 @@ def prepare_steps(
     mixing, loss = BatchMixing(recipe, len(classes)), make_loss(images, recipe)
     setup = Setup(recipe, Run(Path(), Console(quiet=True)), classifier, batches, mixing, loss, held_out=images)
     model, keep_best = classifier.model, recipe.patience > 0
-    return setup, TrainState(model, make_optimizer(model, recipe), recipe.ema, keep_best, asked(model, recipe))
+    called = compiled(asked(model, recipe)) if recipe.compile else asked(model, recipe)
+    return setup, TrainState(model, make_optimizer(model, recipe), recipe.ema, keep_best, called)
 
 
 def every_epoch(loader: TrainLoader) -> Iterator[Batch]:
@@ -86,6 +88,7 @@ class StepCost:
 
     Attributes:
         seconds: median over the steps after the first, without loading.
+        compile_seconds: by which the first took longer where it is compiled, else 0.
         peak_memory_mb: MiB at most: the GPU's tensors or, on a CPU, the whole process without images kept in memory.
         grown_mb: MiB of these that the process did not hold before there was a model.
         checkpoint_mb: MiB of a checkpoint's tensors.
@@ -93,6 +96,7 @@ class StepCost:
     """
 
     seconds: float
+    compile_seconds: float
     peak_memory_mb: float
     grown_mb: float
     checkpoint_mb: float
@@ -135,8 +139,10 @@ def random_steps(recipe: Recipe, classes: int, images: int, steps: int, threads:
     setup, state = prepare_steps(recipe, random_images(images, names, size), names, images)
     batch = next(setup.batches.epoch(0))
     times = list(time_steps(setup, state, repeat(batch, steps)))
+    seconds = statistics.median(times[1:] or times)
     return StepCost(
-        seconds=statistics.median(times[1:] or times),
+        seconds=seconds,
+        compile_seconds=max(times[0] - seconds, 0.0) if recipe.compile else 0.0,
         peak_memory_mb=peak_memory_mb(setup.classifier.device),
         grown_mb=0.0,
         checkpoint_mb=checkpoint_bytes(state) / 2**20,
