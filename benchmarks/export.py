@@ -111,8 +111,11 @@ def shipped(classifier: Classifier, run: Path, folder: Path) -> dict[str, Export
     return found
 
 
-def eager(classifier: Classifier, precision: Any, images: Tensor) -> Tensor:
-    return replace(classifier, precision=precision).scores(classifier.logits(images))
+def in_torch(classifier: Classifier, precision: Any, packs: bool) -> Callable[[Tensor], Tensor]:
+    """A classifier's probabilities by PyTorch in a precision; packed as `predict` does it, or as it comes."""
+    way = replace(classifier, precision=precision)
+    way = way.packed() if packs else way
+    return lambda images: way.scores(way.logits(images))
 
 
 def measure(name: str, folder: Path, repetitions: int, peaks: dict[str, float]) -> dict[str, Any]:
@@ -136,7 +139,7 @@ def measure(name: str, folder: Path, repetitions: int, peaks: dict[str, float]) 
         for who, one in (("ours", ours), ("peer", theirs)):
             pixels = torch.randint(0, 256, (batch, 3, *one.preprocess.img_size), dtype=torch.uint8)
             for precision in ("fp32", "bf16"):
-                calls[f"{who} eager {precision}"] = partial(eager, one, precision, pixels)
+                calls[f"{who} eager {precision}"] = partial(in_torch(one, precision, who == "ours"), pixels)
             for way, loaded in ways[who].items():
                 calls[f"{who} {way}"] = partial(loaded.probabilities, pixels.numpy())
         times = time_in_turns(calls, repetitions)

@@ -19,6 +19,7 @@ from torch import nn
 
 from common import environment, time_in_turns
 from tokenfusion.files import write_json
+from tokenfusion.hardware import autocast
 from tokenfusion.models.cost import count_macs
 from tokenfusion.models.fused_model import FusedModel
 from tokenfusion.recipe import Recipe
@@ -47,8 +48,10 @@ def ways_of(name: str, batch_size: int) -> dict[str, Callable[[], Any]]:
         nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad)
         state.optimizer.step()
 
-    def learn(part: Callable[[torch.Tensor], Any]) -> None:
-        part(images).square().mean().backward()
+    def learn(part: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        with autocast(images.device, recipe.precision):
+            answers = part(images)
+        answers.float().square().mean().backward()
 
     ways: dict[str, Callable[[], Any]] = {
         "step": step,

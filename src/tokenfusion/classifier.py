@@ -31,8 +31,9 @@ from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.formatting import counted
-from tokenfusion.hardware import Precision, autocast, default_device, hardware_name
+from tokenfusion.hardware import Precision, as_dtype, autocast, default_device, hardware_name
 from tokenfusion.hub import fetch, is_reference
+from tokenfusion.layers.packed import pack
 from tokenfusion.models import create_model, default_config
 from tokenfusion.models.cost import count_macs, count_parameters
 from tokenfusion.models.pretrained import Pretrained, find_weights
@@ -250,6 +251,15 @@ class Classifier:
         return self.preprocess.normalize(batch.to(self.device, non_blocking=True)).contiguous(
             memory_format=torch.channels_last
         )
+
+    def packed(self) -> Self:
+        """The same for inference alone, faster on a CPU: what its weights are cast and folded to is kept between calls.
+
+        Its answers are the same, and it does not see what becomes of this one's weights.
+        """
+        if self.device.type != "cpu":
+            return self
+        return replace(self, model=pack(self.model.eval(), as_dtype(self.precision, self.device)))
 
     def uncalibrated(self) -> Self:
         """The same classifier, whose scores are those of the logits as they are; it decides alike."""

@@ -91,16 +91,15 @@ def evaluate(
     keep = with_training_images
     judged = judged_images(run, recipe, source, own=own, split=split, keep=keep, progress=progress)
     images, skipped, name, own = judged.images, judged.skipped, judged.split, judged.own
-    if compile:
-        classifier = compiled_classifier(classifier, min(BATCH, len(images)))
-    logits, labels = collect_logits(classifier, images, workers=recipe.workers)
+    faster = compiled_classifier(classifier, min(BATCH, len(images))) if compile else classifier.packed()
+    logits, labels = collect_logits(faster, images, workers=recipe.workers)
     labels = as_outputs(labels, to_output, len(classifier.classes))
     out = out or place_of(run, place, name, own=own)
     cross_fit = own and name == ("val" if (run / "split.csv").exists() else held_out_name(source))
     judge = judge_label_sets if classifier.multi_label else judge_classes
     result, write = judge(classifier, images, logits, labels, cross_fit, len(skipped))
     if corruptions:
-        result["corruptions"] = judge_corrupted(classifier, images, to_output, recipe.workers, progress)
+        result["corruptions"] = judge_corrupted(faster, images, to_output, recipe.workers, progress)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"cross_fitted": cross_fit, "data": place, "split": name, "own": own, "unreadable": unreadable}
     result |= {"damaged": [{"path": path, "reason": said} for path, said in images.damaged.items()]}

@@ -34,7 +34,7 @@ def evaluate_mean(runs: Sequence[Path], out: Path) -> dict[str, Any]:
     recipe = Recipe(**load_recipe(runs[0] / "recipe.toml"))
     images, skipped, split = read_own_part(runs[0], recipe)
     classes, groups = images.dataset.classes, images.dataset.groups
-    several = [collect_logits(Classifier.load(run), images, workers=recipe.workers) for run in runs]
+    several = [collect_logits(Classifier.load(run).packed(), images, workers=recipe.workers) for run in runs]
     logits, labels = mean_log_probabilities([logits for logits, _ in several]), several[0][1]
     result = evaluate_logits(logits, labels, classes, skipped=len(skipped), groups=groups)
     result |= {"own": True, "data": recipe.data, "split": split, "members": [run.name for run in runs]}

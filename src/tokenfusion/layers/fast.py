@@ -3,7 +3,7 @@
 Each has a benchmark that keeps it, whose figures are in `benchmarks/results`:
 
 - `Linear`, float32 by oneDNN: `benchmarks/linear.py`;
-- `PointwiseConv` and `PoolCells`, CMT's convolutions: `benchmarks/official.py`;
+- `PointwiseConv`, `GELU` and `PoolCells`, for CMT's maps: `benchmarks/official.py`;
 - `prefers_products`, bfloat16 attention on CPUs: `benchmarks/attention.py`;
 - `mix_heads`, `fold_norm`, `attend_mixed_in_training` and `by_parts`, Re-attention: `benchmarks/re_attention.py`;
 - `attend_by_one`, CrossViT's single query, of whose 2NC² multiply-adds 2C² + 2NHC are left: `benchmarks/papers.py`.
@@ -144,9 +144,23 @@ def factor_and_shift(norm: Any) -> tuple[Tensor, Tensor]:
     return ratio, norm.bias - ratio * norm.running_mean
 
 
-def gelu_in_place(x: Tensor) -> Tensor:
-    """GELU without fresh memory, which costs more than it does."""
-    return torch.ops.aten.gelu_(x)
+class GELU(nn.GELU):
+    """`nn.GELU`; of a map that lies by pixel as of its rows.
+
+    oneDNN's is for what lies in one piece as its dimensions are named; in bfloat16 it is twice as fast.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) to the same."""
+        if not lies_by_pixel(x):
+            return super().forward(x)
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def gelu_in_place(features: Tensor) -> Tensor:
+    """GELU of a map (B, C, h, w) that lies by pixel without fresh memory, which costs more than it does."""
+    torch.ops.aten.gelu_(features.permute(0, 2, 3, 1))
+    return features
 
 
 def more_pixels(features: Tensor) -> bool:
@@ -163,12 +177,22 @@ def convolve_normed(norm: nn.Module, features: Tensor, conv: nn.Conv2d) -> Tenso
     if not more_pixels(features):
         normed = norm(features)
         return conv(normed).add_(normed)
+    return convolve_folded(features, *fold_into_depthwise(norm, conv))
+
+
+def fold_into_depthwise(norm: nn.Module, conv: nn.Conv2d) -> tuple[Tensor, Tensor, Tensor]:
+    """r (w + δ) as (C, 1, 3, 3), t (1 + Σ w) + b (C,), and w t (C, 3, 3), which is too much at the edges."""
     (ratio, shift), weight, bias = factor_and_shift(norm), conv.weight.flatten(0, 1), conv.bias
     assert bias is not None
     taps = weight * ratio[:, None, None]
     taps[:, 1, 1] += ratio
-    convolved = F.conv2d(features, taps[:, None], shift * (1 + weight.sum((1, 2))) + bias, padding=1, groups=len(taps))
-    outside = (weight * shift[:, None, None]).to(convolved.dtype)
+    return taps[:, None], shift * (1 + weight.sum((1, 2))) + bias, weight * shift[:, None, None]
+
+
+def convolve_folded(features: Tensor, taps: Tensor, bias: Tensor, outside: Tensor) -> Tensor:
+    """`convolve_normed` by what `fold_into_depthwise` gives."""
+    convolved = F.conv2d(features, taps, bias, padding=1, groups=len(taps))
+    outside = outside.to(convolved.dtype)
     for edge, row in ((0, 0), (2, -1)):
         convolved[:, :, row] -= outside[:, edge].sum(1)[:, None]
         convolved[:, :, :, row] -= outside[:, :, edge].sum(1)[:, None]
@@ -181,12 +205,17 @@ def product_between_norms(before: nn.Module, features: Tensor, conv: nn.Conv2d, 
     """N'(W N(x) + b) for a 1×1 convolution, as one product: (r' W r) x + r' (W t + b) + t'."""
     if not more_pixels(features):
         return after(conv(before(features)))
+    pixels = features.permute(0, 2, 3, 1)
+    return linear(pixels, *fold_into_product(before, conv, after)).permute(0, 3, 1, 2)
+
+
+def fold_into_product(before: nn.Module, conv: nn.Conv2d, after: nn.Module) -> tuple[Tensor, Tensor]:
+    """r' W r as (O, C), and r' (W t + b) + t' (O,)."""
     (ratio, shift), (ratio_after, shift_after) = factor_and_shift(before), factor_and_shift(after)
     weight, bias = conv.weight.flatten(1), conv.bias
     assert bias is not None
-    pixels = features.permute(0, 2, 3, 1)
-    folded = (weight * ratio).mul_(ratio_after[:, None])
-    return linear(pixels, folded, ratio_after * (weight @ shift + bias) + shift_after).permute(0, 3, 1, 2)
+    shifted = (weight * shift).sum(1)  # not a product, which autocast would round
+    return (weight * ratio).mul_(ratio_after[:, None]), ratio_after * (shifted + bias) + shift_after
 
 
 class PoolCells(torch.autograd.Function):

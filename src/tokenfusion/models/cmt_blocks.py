@@ -7,19 +7,27 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from timm.layers import LayerNorm2d, Mlp
 from torch import Tensor, nn
 
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import DepthwisePool, PaddedConv, drop_path, layer_norm
 from tokenfusion.layers.fast import (
+    GELU,
     Linear,
     PointwiseConv,
+    convolve_folded,
     convolve_normed,
+    fold_into_depthwise,
+    fold_into_product,
     folds,
     gelu_in_place,
+    is_affine,
+    more_pixels,
     product_between_norms,
 )
+from tokenfusion.layers.packed import PackedProduct, pack_parts
 from tokenfusion.layers.positions import Grid, RelativePositionTable
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, grid_of, map_to_tokens, tokens_to_map
 from tokenfusion.models.base import choose
@@ -32,7 +40,7 @@ class ConvStem(nn.Sequential):
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for i, (chans, step) in enumerate(((in_chans, stride), (dim, 1), (dim, 1)), start=1):
             layers[f"conv{i}"] = nn.Conv2d(chans, dim, 3, stride=step, padding=1)
-            layers[f"act{i}"] = nn.GELU()
+            layers[f"act{i}"] = GELU()
             layers[f"norm{i}"] = nn.BatchNorm2d(dim)
         super().__init__(layers)
 
@@ -114,9 +122,9 @@ class InvertedResidualFeedForward(nn.Module):
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.expand = nn.Sequential(PointwiseConv(dim, hidden), nn.GELU(), nn.BatchNorm2d(hidden))
+        self.expand = nn.Sequential(PointwiseConv(dim, hidden), GELU(), nn.BatchNorm2d(hidden))
         self.conv = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden)
-        self.norm = nn.Sequential(nn.GELU(), nn.BatchNorm2d(hidden))
+        self.norm = nn.Sequential(GELU(), nn.BatchNorm2d(hidden))
         self.project = nn.Sequential(PointwiseConv(hidden, dim), nn.BatchNorm2d(dim))
         self.drop = nn.Dropout(drop)
 
@@ -133,6 +141,35 @@ class InvertedResidualFeedForward(nn.Module):
         hidden = gelu_in_place(self.expand[0](features))
         hidden = gelu_in_place(convolve_normed(self.expand[2], hidden, self.conv))
         return product_between_norms(self.norm[1], hidden, *self.project)
+
+    def packed(self, kind: torch.dtype) -> nn.Module:
+        """The same for inference alone, in float32 or bfloat16; see `layers/packed.py`."""
+        affine = all(map(is_affine, (self.expand[2], self.norm[1], self.project[1])))
+        return PackedFeedForward(self, kind) if affine else pack_parts(self, kind)
+
+
+class PackedFeedForward(nn.Module):
+    """`InvertedResidualFeedForward.infer_faster`, whose norms were folded into its convolutions beforehand."""
+
+    def __init__(self, whole: InvertedResidualFeedForward, kind: torch.dtype) -> None:
+        super().__init__()
+        project: Any
+        (_, _, self.norm), (_, self.norm_before), (project, self.norm_after) = whole.expand, whole.norm, whole.project
+        with torch.no_grad():
+            taps, bias, outside = fold_into_depthwise(self.norm, whole.conv)
+            self.product = PackedProduct(*fold_into_product(self.norm_before, project, self.norm_after), kind)
+        self.folded = taps.to(kind), bias.to(kind), outside.to(kind)
+        parts: Any = pack_parts(whole, kind)
+        self.expand, self.conv, self.project = parts.expand[0], parts.conv, parts.project[0]
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) to (B, C, h, w)."""
+        hidden = gelu_in_place(self.expand(features))
+        if more_pixels(hidden):
+            hidden = gelu_in_place(convolve_folded(hidden, *self.folded))
+            return self.product(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        hidden = gelu_in_place(convolve_normed(self.norm, hidden, self.conv))
+        return product_between_norms(self.norm_before, hidden, self.project, self.norm_after)
 
 
 class Parts(NamedTuple):

@@ -120,6 +120,10 @@ class HeadMixing(nn.Module):
         assert bias is not None
         return mix_heads(maps, self.scale * self.matrix.weight.flatten(1), self.scale * bias)
 
+    def packed(self, _kind: torch.dtype) -> nn.Module:
+        """As it is: its few weights are folded in float32, whatever maps are in; see `layers/packed.py`."""
+        return self
+
 
 class BatchNormMixing(HeadMixing):
     """s · Norm(Θᵀ A), BatchNorm over the heads: as published."""

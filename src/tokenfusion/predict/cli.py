@@ -171,7 +171,7 @@ def print_images(
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may be any bytes
-    classifier = Classifier.load(run)
+    classifier = Classifier.load(run).packed()
     classifier = classifier.uncalibrated() if raw else classifier
     topk = min(topk, len(classifier.classes))
     errors = Console(stderr=True, soft_wrap=True, highlight=False)

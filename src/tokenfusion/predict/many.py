@@ -94,7 +94,7 @@ def predict_many(
     classifier = classifier.uncalibrated() if raw else classifier
     if compile:
         require_compiler(classifier.device)
-        classifier = compiled_classifier(classifier, batch_size)
+    classifier = compiled_classifier(classifier, batch_size) if compile else classifier.packed()
     answers = classifier.answers(min(topk, len(classifier.classes)), abstain)
     facts: dict[str, Any] = {
         "model": classifier.name,

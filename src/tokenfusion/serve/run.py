@@ -25,6 +25,7 @@ class RunModel:
 
     def __init__(self, classifier: Classifier) -> None:
         self.classifier = classifier
+        self.packed = classifier.packed()
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -37,7 +38,7 @@ class RunModel:
 
     def probabilities(self, images: Pixels) -> Floats:
         """Calibrated probabilities (B, K) of prepared images, uint8 (B, in_chans, h, w)."""
-        return self.classifier.scores(self.classifier.logits(torch.from_numpy(images))).numpy()
+        return self.packed.scores(self.packed.logits(torch.from_numpy(images))).numpy()
 
     def answers(self, topk: int, abstain: float | None) -> Answers:
         return self.classifier.answers(topk, abstain)
