@@ -350,13 +350,23 @@ def test_predict_csv_has_columns_for_as_many_classes_as_are_named(command, run, 
     assert not any(bad[name] for pair in columns for name in pair)
 
 
-def test_names_that_are_not_utf8_are_predicted_all_the_same(run, tmp_path, digit):
+UNUSED = {"scipy", "sklearn", "pandas", "pyarrow", "matplotlib", "jinja2", "tensorboard", "torchmetrics"}
+UNUSED |= {"onnx", "onnxruntime", "openvino", "nncf", "bentoml", "datasets", "transformers"}
+"""What other verbs need, and takes long to import."""
+
+
+def test_names_that_are_not_utf8_are_predicted_all_the_same_and_nothing_is_imported_for_other_verbs(
+    run, tmp_path, digit
+):
     name = os.fsencode(tmp_path) + b"/\xff.png"
     shutil.copy(digit, name)
-    words = [sys.executable, "-m", "tokenfusion", "predict", str(run), "-", "--format", "json"]
+    words = [sys.executable, "-X", "importtime", "-m", "tokenfusion", "predict", str(run), "-", "--format", "json"]
     done = subprocess.run(words, input=name + b"\n" + os.fsencode(digit), capture_output=True, check=True)
     assert [json.loads(line)["label"] for line in done.stdout.splitlines()] != []
     assert len(done.stdout.splitlines()) == 2
+    imported = {line.rpartition(b"|")[2].strip().decode() for line in done.stderr.splitlines()}
+    assert {"torch", "timm"} < imported
+    assert not UNUSED & imported
 
 
 def test_models_lists_costs(command):
