@@ -45,7 +45,7 @@ def write_export(folder: Path, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     onnx.save(model, folder / "model.onnx")
     preprocess = {"img_size": [8, 8], "in_chans": 3, "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
-    errors = [{"images": 359, "ranks": [5, 340], "scores": [0.9, 0.4]}]
+    errors = [{"images": 200, "ranks": [150], "scores": [0.9999]}]  # by which 1 % cannot be promised
     description = {
         "export_format": 1, "format": "onnx", "precision": "fp32", "batch": None, "name": "tiny", "classes": NAMES,
         "preprocess": preprocess | {"interpolation": "bilinear"}, "max_pixels": 10**8, "multi_label": False,

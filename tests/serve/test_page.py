@@ -84,7 +84,7 @@ def uncalibrated(exported, served):
     """The same classifier without what its scores were calibrated by."""
     file = exported / "model.json"
     whole = file.read_text()
-    for text, held in ((json.dumps(json.loads(whole) | {"surest_errors": []}), None), (whole, 359)):
+    for text, held in ((json.dumps(json.loads(whole) | {"surest_errors": []}), None), (whole, 200)):
         file.write_text(text)
         served.wait_until(lambda held=held: held_out(served) == held)
         if held is None:
@@ -106,7 +106,7 @@ def test_scores_that_nothing_calibrated_are_not_called_calibrated(page):
 
 def test_images_are_dropped_pasted_and_chosen_and_each_shows_its_answer(page, exported):
     files = pictures(3)
-    page.get_by_text("tiny knows 3 classes: red, green, blue; scores are calibrated on 359 images").wait_for()
+    page.get_by_text("tiny knows 3 classes: red, green, blue; scores are calibrated on 200 images").wait_for()
     hand_over(page, "drop", [("dropped.png", files[0])])
     hand_over(page, "paste", [("pasted.png", files[1])])
     page.locator("#files").set_input_files({"name": "chosen.png", "mimeType": "image/png", "buffer": files[2]})
@@ -134,7 +134,10 @@ def test_a_bad_and_a_huge_file_are_refused_beside_themselves_and_the_others_answ
 
 
 def test_none_of_these_is_said_where_a_largest_share_of_wrong_answers_is_chosen(page):
-    page.locator("#abstain").select_option("0.01")
+    page.get_by_text("tiny knows").wait_for()
+    offered = page.locator("#abstain option").evaluate_all("all => all.map((one) => [one.textContent, one.disabled])")
+    assert offered[1:3] == [["1 % (cannot be promised)", True], ["2 %", False]]
+    page.locator("#abstain").select_option("0.02")
     hand_over(page, "drop", [("a.png", pictures(1)[0])])
     assert done(page, "1 of 1 images done").locator(".named").inner_text() == "none of these"
 

@@ -27,8 +27,8 @@ REFUSALS = {
 }
 
 PROTOCOL = (
-    "The paths below /v2 are those of the Open Inference Protocol, which is described at "
-    "https://github.com/kserve/open-inference-protocol; GET /v2/models/NAME says what the classifier takes and gives."
+    "The paths below /v2 are those of the [Open Inference Protocol](https://github.com/kserve/open-inference-protocol); "
+    "GET /v2/models/NAME says what the classifier takes and gives."
 )
 
 
@@ -56,8 +56,8 @@ def openapi(classes: Sequence[str]) -> dict[str, Any]:
             "/v1/predict": {"post": predict | {"requestBody": body, "parameters": [topk, abstain]}},
             "/v1/explain": {"post": explain | {"requestBody": body, "parameters": [branch]}},
             "/v1/model": {"get": operation("What the classifier is, and the limits", about)},
-            "/livez": {"get": operation("200 while the process lives", {})},
-            "/readyz": {"get": operation("200 when it answers", {})},
+            "/livez": {"get": operation("200 while the process lives", {}) | {"security": []}},
+            "/readyz": {"get": operation("200 when it answers", {}) | {"security": []}},
             "/metrics": {"get": operation("Measures for Prometheus", {"text/plain": {}})},
         },
     }

@@ -53,6 +53,10 @@ async function connect() {
   const names = model.classes.slice(0, 12).join(", ") + (model.classes.length > 12 ? ", …" : "");
   $("about").textContent = `${model.name} knows ${model.classes.length} classes: ${names}; ${trust}.`;
   if (!held) $("abstain").parentElement.hidden = true;
+  for (const option of $("abstain").options) {
+    option.disabled = option.value in model.calibration.not_promised; // with it nothing at all would be answered
+    option.textContent = option.textContent.replace(" (cannot be promised)", "") + (option.disabled ? " (cannot be promised)" : "");
+  }
 }
 
 function element(name, text, className = "") {
