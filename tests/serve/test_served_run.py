@@ -1,6 +1,7 @@
 """A run is served by torch: as `predict` answers, and with pictures of where it looked."""
 
 import asyncio
+import hashlib
 import json
 
 import pytest
@@ -74,7 +75,8 @@ def test_where_it_looked_is_the_picture_of_explain(run):
     assert both.headers["x-branches"] == ", ".join(branch for branch, *_ in overlays) == "cnn, transformer"
     assert both.content == png_of(torch.cat([picture for *_, picture in overlays], 2))
     assert cnn.content == png_of(overlays[0][-1])
-    assert both.headers["x-model-sha256"] == json.loads((run / "model.json").read_text())["weights"]
+    files = b"".join((run / name).read_bytes() for name in ("model.safetensors", "model.json"))
+    assert both.headers["x-model-sha256"] == hashlib.sha256(files).hexdigest()
     assert REGISTRY.get_sample_value("tokenfusion_stage_seconds_count", {"stage": "explain"}) - before == 2
     assert (bad.status_code, none.status_code) == (422, 400)
 

@@ -27,8 +27,8 @@ REFUSALS = {
 }
 
 PROTOCOL = (
-    "The paths below /v2 are those of the [Open Inference Protocol](https://github.com/kserve/open-inference-protocol); "
-    "GET /v2/models/NAME says what the classifier takes and gives."
+    "The paths below /v2 are those of the [Open Inference Protocol]"
+    "(https://github.com/kserve/open-inference-protocol); GET /v2/models/NAME says what the classifier takes and gives."
 )
 
 

@@ -15,6 +15,7 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.evaluate import mistaken_of
 from tokenfusion.report.pictures import png_of
 from tokenfusion.serve.about import calibration
+from tokenfusion_runtime.description import hash_of
 from tokenfusion_runtime.errors import InputError
 from tokenfusion_runtime.image import Pixels
 from tokenfusion_runtime.prediction import Answers, Floats
@@ -78,7 +79,7 @@ def open_run(path: Path, max_pixels: int, threads: int) -> tuple[RunModel, dict[
         "mistaken": mistaken_of(path, said["classes"]),
         "explains": not reason,
         "why_not_explained": reason,
-        "sha256": said["weights"],
+        "sha256": hash_of([path / "model.safetensors", path / "model.json"]),  # as `predict --out` names the model
         "trained_by": said["versions"],
         "note": "",
     }

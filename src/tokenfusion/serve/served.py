@@ -51,7 +51,7 @@ class Served:
 
     @property
     def sha256(self) -> str:
-        """Of the graph, or of a run's weights: which classifier an answer is from."""
+        """Of the graph, or of a run's weights and description: which classifier an answer is from."""
         return str(self.about["sha256"])
 
     def answers(self, topk: int = 5, abstain: float | None = None) -> Answers:
