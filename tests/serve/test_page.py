@@ -270,6 +270,16 @@ def test_where_each_branch_of_a_run_looked_is_shown_beside_the_image(browser, tm
         keep(page, "maps")
 
 
-def test_the_description_for_programs_is_drawn(page, served):
+def test_the_description_for_programs_is_drawn_and_asks_with_a_form_of_files(page, served, exported):
+    image = pictures(1)[0]
     page.goto(f"http://127.0.0.1:{served.port}/docs")
-    page.get_by_text("/v1/predict").first.wait_for()
+    predict = page.locator(".opblock").first
+    predict.locator(".opblock-summary-control").click()
+    predict.get_by_role("button", name="Try it out").click()
+    predict.get_by_label("Request content type").select_option("multipart/form-data")
+    predict.get_by_role("button", name="Add").click()
+    predict.locator("input[type=file]").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": image})
+    with page.expect_response("**/v1/predict*") as answer:
+        predict.get_by_role("button", name="Execute").click()
+    (expected,) = answers_of(exported, [image])
+    assert answer.value.json() == [expected | {"path": "a.png"}]

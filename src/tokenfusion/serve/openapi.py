@@ -1,4 +1,4 @@
-"""The description of the service that programs read: OpenAPI 3.1."""
+"""The description of the service that programs read: OpenAPI 3.0, of which /docs lets people give several files."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +26,9 @@ REFUSALS = {
     501: "where the model looked cannot be seen",
 }
 
+REASONS = {"type": "object", "properties": {name: {"type": "string"} for name in ("value", "reason", "remedy")}}
+"""What the JSON of a refusal says."""
+
 PROTOCOL = (
     "The paths below /v2 are those of the [Open Inference Protocol]"
     "(https://github.com/kserve/open-inference-protocol); GET /v2/models/NAME says what the classifier takes and gives."
@@ -41,16 +44,19 @@ def openapi(classes: Sequence[str]) -> dict[str, Any]:
     unsure = answer | {"label": None}
     examples = {"one": {"value": answer}, "unsure": {"value": unsure}, "several": {"value": several}}
     topk = parameter("topk", "integer", "how many classes to name", 5)
-    abstain = parameter("abstain", "number", "largest share of wrong answers; where unsure, label is null", 0.02)
+    abstain = parameter("abstain", "number", "largest share of wrong answers, such as 0.02; where unsure, label is null")
     branch = parameter("branch", "string", "cnn, transformer or both", "both")
     predict = operation("Classify an image, or several", {"application/json": {"examples": examples}})
     explain = operation("Where the model looked, as PNG; 501 where it cannot be seen", {"image/png": IMAGE})
     body = {"required": True, "content": {"image/*": IMAGE, "multipart/form-data": FORM}}
     about = {"application/json": {"example": {"name": "tokenfusion_early_tiny", "classes": list(classes[:10])}}}
     return {
-        "openapi": "3.1.0",
+        "openapi": "3.0.3",
         "info": {"title": "tokenfusion", "version": __version__, "description": PROTOCOL},
-        "components": {"securitySchemes": {"token": {"type": "http", "scheme": "bearer"}}},
+        "components": {
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "schemas": {"Refusal": {"type": "object", "properties": {"error": REASONS}}},
+        },
         "security": [{}, {"token": []}],
         "paths": {
             "/v1/predict": {"post": predict | {"requestBody": body, "parameters": [topk, abstain]}},
@@ -65,12 +71,12 @@ def openapi(classes: Sequence[str]) -> dict[str, Any]:
 
 def operation(summary: str, content: dict[str, Any]) -> dict[str, Any]:
     """An address, its answer and its refusals."""
-    error = {"value": "9,000,000 bytes", "reason": "more than a request may have", "remedy": "send a smaller image"}
-    refused = {"application/json": {"example": {"error": error}}}
+    refused = {"application/json": {"schema": {"$ref": "#/components/schemas/Refusal"}}}
     refusals = {str(status): {"description": why, "content": refused} for status, why in REFUSALS.items()}
     return {"summary": summary, "responses": {"200": {"description": "the answer", "content": content}} | refusals}
 
 
-def parameter(name: str, kind: str, what: str, example: Any) -> dict[str, Any]:
+def parameter(name: str, kind: str, what: str, default: Any = None) -> dict[str, Any]:
     """An option behind the question mark."""
-    return {"name": name, "in": "query", "description": what, "schema": {"type": kind}, "example": example}
+    schema = {"type": kind} | ({} if default is None else {"default": default})
+    return {"name": name, "in": "query", "description": what, "schema": schema}
