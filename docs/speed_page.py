@@ -5,7 +5,6 @@ from typing import Any
 
 from results_page import RESULTS, load, table
 
-
 KEPT = "official, memory kept"
 
 

@@ -86,7 +86,7 @@ def test_whole_numbers_pass_as_floats():
         ({"batch_size": 10, "accumulate": 4}, "try batch_size=8"),
         ({"trivial_augment": True, "rand_augment": 9}, "rand_augment=9 both change an image; give one of them"),
         ({"compile": True, "grad_checkpointing": True}, "both decide what the backward pass computes again"),
-        ({"compile": True, "tune": "probe"}, "compile with tune=probe would compile each of its short stages anew"),
+        ({"compile": True, "tune": "probe"}, "compile=True with tune=probe would compile each of its"),
         ({"lr": 1e-4, "min_lr": 1e-3}, "min_lr=0.001 is above lr=0.0001, from which it is reached"),
         ({"lr": -1}, "lr=-1.0 is out of range; give a value from 1e-12 to 100, or auto"),
     ],

@@ -76,5 +76,6 @@ class OneSize(nn.Module):
     def filled_up(self, called: Callable[[Tensor], Any], images: Tensor) -> Any:
         """What is said of the images (B, in_chans, H, W), and not of the blank ones behind them."""
         count = len(images)
+        assert count <= self.batch_size
         batch = F.pad(images, (0,) * 7 + (self.batch_size - count,)).contiguous(memory_format=torch.channels_last)
         return tree_map(lambda output: output[:count], called(batch))

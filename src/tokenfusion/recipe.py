@@ -258,11 +258,11 @@ class Recipe:
             )
         if self.compile and self.grad_checkpointing:
             raise InputError(
-                "compile and grad_checkpointing both decide what the backward pass computes again; give one of them"
+                "compile=True and grad_checkpointing=True both decide what the backward pass computes again; give one"
             )
         if self.compile and self.tune:
             raise InputError(
-                f"compile with tune={self.tune} would compile each of its short stages anew; give one of them"
+                f"compile=True with tune={self.tune} would compile each of its short stages anew; leave out --compile"
             )
         if self.lr != "auto" and self.min_lr > self.lr:
             raise InputError(f"min_lr={self.min_lr:g} is above lr={self.lr:g}, from which it is reached; give less")
