@@ -21,8 +21,6 @@ from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.export import artefact
 from tokenfusion.export.deployable import trace
 from tokenfusion.export.gate import batches_of, faults, measure, parity_lines
-from tokenfusion.models import create_model
-from tokenfusion.models.fuse import FUSABLE, fuse
 from tokenfusion_runtime.__main__ import main
 
 
@@ -89,53 +87,6 @@ def test_the_other_formats_pass_the_gate_too(learned, tmp_path, format, precisio
         assert done.returncode == 0, done.stderr
         assert "openvino._ov_api" in done.stderr
         assert "telemetry" not in done.stderr  # of its converter of models
-
-
-PARENTS = {"cnn": ("resnet_micro", {}), "vit": ("vit_micro", {"depth": 3})}
-FAMILIES = {
-    "deepvit": ("deepvit_micro", {"depth": 1}),
-    "crossvit": ("crossvit_micro", {"depths": (1, 1)}),
-    "cmt": ("cmt_micro", {"depths": (1, 1, 1)}),
-    "layerwise": ("layerwise", PARENTS),
-    "probe": ("probe", PARENTS),
-    "timm": ("late", {"cnn": ("resnet10t", {}), "vit": ("vit_tiny_patch16_224", {"depth": 1})}),
-}
-"""Shallow models of each family, and of ways to fuse two; early joint fusion goes through the command above. timm's CNN
-wants another mean and deviation than its transformer."""
-
-
-def family(name, in_chans):
-    """A model of it, in which no gate is closed and no weight is 0."""
-    kind, arguments = FAMILIES[name]
-    task = {"num_classes": 3, "in_chans": in_chans, "img_size": (32, 32)}
-    if kind in FUSABLE:
-        cnn, vit = (create_model(parent, **task, **more) for parent, more in arguments.values())
-        model = fuse(cnn, vit, kind, gate=1.0, **task)
-    else:
-        model = create_model(kind, **task, **arguments)
-    if name == "crossvit":
-        del model.stages[1:]  # tracing takes seconds each
-    for parameter in model.parameters():
-        if not parameter.any():
-            torch.nn.init.normal_(parameter, std=0.1)
-    return model
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_exports_for_any_number_of_images(name):
-    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
-    engine = pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
-    from tokenfusion.export.onnx import to_onnx
-
-    in_chans, thresholds = 1 if name == "deepvit" else 3, (0.5,) * 3 * (name == "cmt")
-    preprocess = Preprocess((32, 32), in_chans, (0.4,) * in_chans, (0.2,) * in_chans)
-    task = ("a", "b", "c"), preprocess, torch.device("cpu"), "fp32"
-    classifier = Classifier(name, family(name, in_chans), *task, thresholds=thresholds, temperature=0.7)
-    session = engine.InferenceSession(to_onnx(classifier, None).SerializeToString())
-    for count in (3, 1):
-        images = torch.randint(0, 256, (count, in_chans, 32, 32), dtype=torch.uint8)
-        expected = classifier.scores(classifier.logits(images)).numpy()
-        np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], expected, atol=1e-5)
 
 
 def test_a_model_that_takes_one_number_of_images_alone_is_refused_for_any():

@@ -20,7 +20,7 @@ from tokenfusion.recipe import Recipe, dump_recipe
 CLASSES = ("blue", "green", "red")
 PAIR = "fuse(wide(resnet_micro,0.2),wide(vit_micro,0.2),{})"
 RUNS = {
-    "crossvit": ("wide(crossvit_micro,0.25)", "pt2", "fp32", {}),
+    "crossvit": ("wide(crossvit_micro,0.25)", "onnx", "fp32", {}),
     "deepvit, gray": ("wide(deepvit_micro,0.25)", "openvino", "fp32", {"in_chans": 1}),
     "cmt, several labels": ("wide(cmt_micro,0.25)", "onnx", "fp32", {"multi_label": True}),
     "late": (PAIR.format("late"), "openvino", "fp16", {}),
@@ -28,18 +28,17 @@ RUNS = {
     "layerwise, several labels": (PAIR.format("layerwise"), "openvino", "fp32", {"multi_label": True}),
     "layerwise, gray": (PAIR.format("layerwise,cross"), "pt2", "fp32", {"in_chans": 1}),
     "probe": (PAIR.format("probe"), "onnx", "fp32", {}),
-    "a pair with means of its own": ("fuse(resnet10t,test_vit,late)", "onnx", "fp32", {}),
+    "a pair with means of its own": ("fuse(resnet10t,with(vit_tiny_patch16_224,depth=1),late)", "onnx", "fp32", {}),
     "a control": ("cnn(tokenfusion_early_micro)", "openvino", "fp32", {}),
     "the other control": ("vit(tokenfusion_layerwise_micro)", "onnx", "fp32", {}),
-    "timm's": ("mobilenetv3_small_050", "onnx", "fp32", {}),
+    "timm's": ("test_efficientnet", "onnx", "fp32", {}),
 }
-"""Name, format, precision and task; int8 is below, for random weights leave images undecided. `test_export.py` has
-shallow ones of them as ONNX, number by number."""
+"""Name, format, precision and task; int8 is below, for random weights leave images undecided."""
 
 SHALLOW = {
-    "crossvit_micro": {"depths": (1, 1)},
+    "crossvit_micro": {"depths": (1, 1), "encoders": 1},
     "deepvit_micro": {"depth": 2},
-    "cmt_micro": {"depths": (1, 1, 1)},
+    "cmt_micro": {"dims": (32, 64), "depths": (1, 1), "heads": (1, 2), "pooling": (2, 1)},
     "vit_micro": {"depth": 3},
 }
 """What makes a model shallow: every block is traced alike, and takes its time."""

@@ -192,7 +192,7 @@ def test_widened_sides_cost_what_the_preset_does(preset):
 
 @pytest.mark.parametrize(
     ("cnn", "vit"),
-    [("resnet18", "vit_tiny_patch16_224"), ("mobilenetv3_small_100", "vit_micro")],
+    [("resnet18", "vit_tiny_patch16_224"), ("test_efficientnet", "vit_micro")],
 )
 def test_widened_parents_cost_what_the_pair_does(cnn, vit):
     task = {"num_classes": 5, "img_size": (64, 64)}

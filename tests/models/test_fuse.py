@@ -94,12 +94,19 @@ def learns_from_the_transformer(model, alone):
     assert learns(model) == []
 
 
+@pytest.fixture
+def tried_for_real(monkeypatch):
+    """A pair is not tried on the meta device, where that takes longer than for real."""
+    monkeypatch.setattr(fusing, "require_size", lambda *_: None)
+
+
 # every CNN by the strategy that uses all its stages; a walked one, and one that goes one way, by the others too
 WHOLE = [(cnn, "vit", "layerwise") for cnn in (*BOTH_WAYS, *ONE_WAY)]
 WHOLE += [(cnn, "vit", strategy) for cnn in ("resnet18", "mambaout_femto") for strategy in ("late", "early")]
 WHOLE += [("cmt_micro", vit, strategy) for vit in TRANSFORMERS for strategy in STRATEGIES if vit != "vit"]
 
 
+@pytest.mark.usefixtures("tried_for_real")
 @pytest.mark.parametrize(("cnn", "vit", "strategy"), WHOLE)
 def test_a_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, strategy):
     torch.manual_seed(0)
@@ -113,9 +120,10 @@ def test_a_pair_learns_everywhere_and_starts_as_its_transformer(cnn, vit, strate
 
 
 @torch.no_grad()
+@pytest.mark.usefixtures("tried_for_real")
 @pytest.mark.parametrize("cnn", [*BOTH_WAYS, *ONE_WAY])
 def test_every_pair_fits(cnn, monkeypatch):
-    """Tried for real, which is faster than on the meta device; there the CNN's maps are looked for once."""
+    """The CNN's maps are looked for once."""
     seen, find = {}, CNNBackbone.find_grids
 
     def find_once(own, *size):
@@ -124,7 +132,6 @@ def test_every_pair_fits(cnn, monkeypatch):
         return seen[key]
 
     monkeypatch.setattr(CNNBackbone, "find_grids", find_once)
-    monkeypatch.setattr(fusing, "require_size", lambda *_: None)
     parent = tokenfusion.create_model(cnn, img_size=SIZE, **SHALLOW.get(cnn, {})).eval()
     for vit in TRANSFORMERS:
         model = tokenfusion.fuse(copy.deepcopy(parent), TRANSFORMERS[vit](), img_size=SIZE).eval()
@@ -132,6 +139,7 @@ def test_every_pair_fits(cnn, monkeypatch):
         assert all(exchange.write is not None for exchange in model.exchanges[:-1]) == (cnn in BOTH_WAYS)
 
 
+@pytest.mark.usefixtures("tried_for_real")
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("vit", TRANSFORMERS)
@@ -444,10 +452,11 @@ def test_what_blocks_need_besides_tokens_is_of_one_pass_alone(cnn, vit):
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
             assert all(map(torch.allclose, pool.map(infer, batches), expected))
+    if cnn == "cmt_micro":  # whose maps are gathered by hooks, see test_a_compiled_pair_says_nothing
+        return
     torch._dynamo.reset()
-    whole = cnn != "cmt_micro"  # whose maps are gathered by hooks
     with torch.no_grad():
-        compiled = torch.compile(model, fullgraph=whole, backend="eager")(batches[0])
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(batches[0])
     torch.testing.assert_close(compiled, expected[0], rtol=1e-4, atol=1e-5)
 
 
@@ -470,10 +479,11 @@ def test_tensors_of_older_runs_are_found_by_their_present_names(old, present):
 
 def test_a_compiled_pair_says_nothing(recwarn):
     """Dynamo warned of the thread's number, which it cannot trace."""
-    cnn = tokenfusion.create_model("cmt_micro", **SHALLOW["cmt_micro"])
-    model = tokenfusion.fuse(cnn, tokenfusion.create_model("vit_micro", depth=3), "late").eval()
+    shallow = {"dims": (16, 32), "depths": (1, 1), "heads": (1, 2), "pooling": (2, 1)}
+    cnn, vit = tokenfusion.create_model("cmt_micro", **shallow), tokenfusion.create_model("vit_micro", depth=2)
+    model = without_zeros(tokenfusion.fuse(cnn, vit, "layerwise", "cross")).eval()
     torch._dynamo.reset()
     with torch.no_grad():
         compiled = torch.compile(model, backend="eager")(torch.zeros(1, 3, 32, 32))
-        torch.testing.assert_close(compiled, model(torch.zeros(1, 3, 32, 32)))
+        torch.testing.assert_close(compiled, model(torch.zeros(1, 3, 32, 32)), rtol=1e-4, atol=1e-5)
     assert not [str(warning.message) for warning in recwarn if "get_ident" in str(warning.message)]
