@@ -18,6 +18,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 from scipy.ndimage import gaussian_filter
+from sklearn.datasets import load_sample_images
+from torchvision.transforms.v2 import functional as F
 
 from runs import small_recipe
 from tokenfusion.check.checkup import free_run
@@ -416,6 +418,20 @@ def test_plain_images_are_no_near_duplicates():
     ]
     found = near_duplicates(images, lambda *_: None)
     assert (found.pairs, found.too_plain) == ([], 5)
+
+
+def test_a_photograph_without_a_tenth_at_each_of_three_sides_is_found_again():
+    photographs = load_sample_images().images
+    pieces = [photo[y : y + 200, x : x + 200] for photo in photographs for y in (0, 110, 220) for x in (0, 200, 400)]
+    images = []
+    for piece in pieces:
+        for part in (piece, piece[20:180, :180]):
+            shown = Image.open(io.BytesIO(encoded(Image.fromarray(part))))
+            thumbnail = F.resize(F.pil_to_tensor(shown), [48, 48], antialias=True)
+            images.append(Inspection("", *part.shape[:2], "", "", bytes([len(images)]), thumbnail))
+    found = near_duplicates(images, lambda *_: None)
+    assert len(found.pairs) == len(pieces) - 2  # two are of sky
+    assert all(pair.second == pair.first + 1 and pair.first % 2 == 0 for pair in found.pairs)
 
 
 def test_exact_duplicates_are_of_the_same_shape():
