@@ -12,8 +12,9 @@ its own, by thumbnails and by what pretrained parents see; what it reports is he
 the share of faults that are reported under their kind; false alarms are images that are reported and were not planted,
 as a share of all sound images. What the data itself holds, such as true near duplicates and wrong labels of its own,
 counts as a false alarm. Seconds are told of a run with --timed alone. What the parents see is kept in the cache, and a
-run that was killed goes on with it; rows that are in the result already are not measured again. How labels are judged
-was chosen on other images and other flips: --skip leaves out the images of the result, --seeds names the flips.
+run that was killed goes on with it; rows of the same images that are in the result already are not measured again, and
+those of others go. How labels are judged was chosen on other images and other flips: --skip leaves out the images of
+the result, --seeds names the flips.
 """
 
 # ruff: noqa: ARG005 - the faults share one signature
@@ -257,7 +258,10 @@ def main() -> None:
     place = given.work / f"{name}-{given.skip}-{given.images}"
     names, planted = make_data(given, place)
     whole = read_json(given.out, "remove it") if given.out.exists() else {}
-    result = whole.setdefault(name, environment() | {"images": given.images, "skipped": given.skip, "labels": []})
+    sample = {"images": given.images, "skipped": given.skip}
+    if not sample.items() <= whole.get(name, {}).items():  # rows of other images are not gone on with
+        whole[name] = environment() | sample | {"labels": []}
+    result = whole[name]
     eyes = {"thumbnails": ["--img-size", given.img_size]}
     eyes["parents"] = [*eyes["thumbnails"], "--pretrained", *given.pretrained]
     if given.timed:
