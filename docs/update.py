@@ -372,6 +372,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "training.md": {"loading": loading, "compiled": speed_page.compiled},
     DOCS / "stages.md": {"pretrained": pretrained},
     DOCS / "papers" / "README.md": {"published": published, "official": speed_page.official, "speed": speed},
+    DOCS / "papers" / "cmt.md": {"detector": papers_page.detector},
     DOCS / "papers" / "deepvit.md": {"collapse": papers_page.collapse},
     DOCS / "check.md": {"check": check},
     DOCS / "export.md": {"calibration": calibration, "shipped": export_page.shipped, "cold": export_page.cold},
