@@ -50,7 +50,7 @@ CONTROL_CHARACTERS = list(map(chr, (*range(32), *range(127, 160), *range(0x2028,
 """What could move a terminal's cursor, end a line or turn its direction."""
 SPELLED_OUT = {ord(character): repr(character)[1:-1] for character in CONTROL_CHARACTERS}
 SPELLED_OUT_BUT_LAYOUT = {code: text for code, text in SPELLED_OUT.items() if chr(code) not in "\n\t"}
-ESCAPED = {code: f"\\u{code:04x}" for code in SPELLED_OUT_BUT_LAYOUT}
+ESCAPED = {code: f"\\u{code:04x}" for code in (*SPELLED_OUT_BUT_LAYOUT, *range(0xD800, 0xE000))}
 
 
 def first_widths(images: Iterable[str], classes: Sequence[str], multi_label: bool) -> list[int]:
@@ -67,7 +67,7 @@ def spelled_out(text: str, layout: bool = False) -> str:
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
-    r"""JSON in which what could move a terminal's cursor is written as \u009b, which means the same."""
+    r"""JSON in which what could move a terminal's cursor, or is half of a character, is written as \u009b."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent).translate(ESCAPED)
 
 

@@ -33,6 +33,14 @@ def test_the_folder_for_docker_pins_all_that_is_imported_and_runs_as_no_root(tmp
     assert all(":v" in one["image"] for one in compose["services"].values() if "image" in one)
     (job,) = yaml.safe_load((out / "prometheus.yml").read_text())["scrape_configs"]
     assert job["static_configs"][0]["targets"] == ["classifier:3000"]
+    token = (out / "secret" / "token").read_text().strip()
+    assert len(token) > 30
+    assert (out / "secret").stat().st_mode & 0o077 == 0
+    for name in ("classifier", "prometheus"):
+        assert compose["services"][name]["secrets"] == ["token"]
+    assert compose["services"]["classifier"]["command"] == ["--token-file", "/run/secrets/token"]
+    assert compose["secrets"]["token"]["file"] == "./secret/token"
+    assert job["authorization"]["credentials_file"] == "/run/secrets/token"
     lines = (out / "requirements.txt").read_text().splitlines()[1:]
     assert all("==" in line for line in lines)
     pinned = {line.partition("==")[0] for line in lines}

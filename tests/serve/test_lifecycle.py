@@ -4,12 +4,14 @@ import json
 import os
 import re
 import signal
+import sys
 import threading
 from types import SimpleNamespace
 
+import psutil
 import pytest
 
-from services import DEADLINE, Restarted, answers_of, pictures, rest_of, service, start, write_export
+from services import DEADLINE, Restarted, Service, answers_of, pictures, rest_of, service, start, write_export
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +178,19 @@ def test_sighup_loads_anew_and_what_cannot_be_loaded_leaves_the_classifier_in_us
     running.wait_for_words("the classifier before it goes on")
     assert running.predict(image) == before
     assert running.workers() == workers
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_workers_end_with_a_launcher_that_is_killed(folder):
+    service = Service(folder)
+    try:
+        (worker,) = psutil.Process(service.process.pid).children()
+        service.process.kill()
+        gone, _ = psutil.wait_procs([worker], timeout=DEADLINE)
+        assert gone == [worker]
+    finally:
+        service.process.kill()
+        service.process.communicate()
 
 
 def test_a_classifier_that_cannot_be_loaded_ends_the_service_with_its_reason(folder, damaged):

@@ -46,6 +46,29 @@ def test_outputs_are_named_once_and_an_id_is_short(served):
     assert json.loads(infer(served, [other, one], id=7)[2])["id"] == "7"
 
 
+def test_half_a_character_in_a_request_leaves_the_answer_whole(served):
+    half = "\ud800"
+    found = infer(served, [{"name": "label"}], id=half)
+    assert (found[0], json.loads(found[2])["id"]) == (200, half)
+    status, _, text = infer(served, [{"name": half}])
+    assert (status, half in json.loads(text)["error"]) == (400, True)
+    head = b'--b\r\nContent-Disposition: form-data; name="a"; filename="+2AA-"\r\n\r\n'
+    form = head + pictures(1)[0] + b"\r\n--b--\r\n"
+    kind = {"Content-Type": "multipart/form-data; boundary=b; charset=utf-7"}
+    assert served.ask("/v1/predict", form, kind)[0] < 500
+
+
+def test_pixels_of_another_shape_than_their_data_is_asked_for_are_refused(served):
+    def asked(shape):
+        pixels = {"name": "pixels", "datatype": "UINT8", "shape": shape, "data": [128] * 3 * 8 * 8}
+        return served.ask("/v2/models/tiny/infer", json.dumps({"inputs": [pixels]}).encode())
+
+    assert asked([1, 3, 8, 8])[0] == 200
+    for shape in ([1, 8, 8, 3], [192], "3"):
+        status, _, text = asked(shape)
+        assert (status, "of shape [1, 3, 8, 8]" in json.loads(text)["error"]) == (400, True)
+
+
 def test_binary_outputs_follow_the_json_in_the_order_asked_for_and_name_the_classifier(served, exported):
     status, headers, body = infer(served, [{"name": "label"}, {"name": "probabilities"}], binary=True)
     said = json.loads((exported / "model.json").read_text())

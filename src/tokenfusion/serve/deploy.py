@@ -1,6 +1,7 @@
 """Folders to deploy an exported classifier by: for Docker, and as Triton and OpenVINO Model Server read them."""
 
 import re
+import secrets
 import shutil
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
@@ -45,6 +46,8 @@ def write_docker(export: Path, out: Path) -> None:
     )
     write_text(out / "Dockerfile", DOCKERFILE.format(python=python))
     write_text(out / "compose.yaml", COMPOSE)
+    (out / "secret").mkdir(mode=0o700)  # which keeps others of this machine out: in a container it is another's
+    write_text(out / "secret" / "token", secrets.token_urlsafe(32) + "\n")
     write_text(out / "prometheus.yml", PROMETHEUS)
 
 
@@ -142,6 +145,8 @@ COMPOSE = """\
 services:
   classifier:
     build: .
+    command: ["--token-file", "/run/secrets/token"]
+    secrets: [token]
     ports: ["127.0.0.1:3000:3000"]
     read_only: true
     tmpfs: [/tmp]
@@ -153,11 +158,17 @@ services:
     image: prom/prometheus:v3.5.0
     ports: ["127.0.0.1:9090:9090"]
     volumes: ["./prometheus.yml:/etc/prometheus/prometheus.yml:ro"]
+    secrets: [token]
+secrets:
+  token:
+    file: ./secret/token
 """
 PROMETHEUS = """\
 scrape_configs:
   - job_name: classifier
     scrape_interval: 15s
+    authorization:
+      credentials_file: /run/secrets/token
     static_configs:
       - targets: ["classifier:3000"]
 """

@@ -44,7 +44,9 @@ def openapi(classes: Sequence[str]) -> dict[str, Any]:
     unsure = answer | {"label": None}
     examples = {"one": {"value": answer}, "unsure": {"value": unsure}, "several": {"value": several}}
     topk = parameter("topk", "integer", "how many classes to name", 5)
-    abstain = parameter("abstain", "number", "largest share of wrong answers, such as 0.02; where unsure, label is null")
+    abstain = parameter(
+        "abstain", "number", "largest share of wrong answers, such as 0.02; where unsure, label is null"
+    )
     branch = parameter("branch", "string", "cnn, transformer or both", "both")
     predict = operation("Classify an image, or several", {"application/json": {"examples": examples}})
     explain = operation("Where the model looked, as PNG; 501 where it cannot be seen", {"image/png": IMAGE})

@@ -107,7 +107,7 @@ class Protocol:
         del body, parsing
         if not isinstance(given, list):
             return asked, given
-        prepared = await served.decode(given)
+        prepared = await served.decode(given, request.is_disconnected)
         if bad := [pixels for pixels in prepared if isinstance(pixels, str)]:
             raise Refused("unreadable", "image", bad[0], "send whole image files")
         return asked, np.stack([pixels for pixels in prepared if not isinstance(pixels, str)])
@@ -136,6 +136,9 @@ class Protocol:
                 "tensor", "pixels", f"not of the shape {shape}, or not whole bytes", "prepare them so"
             ) from error
         self.require_few(len(pixels))
+        if (said_shape := inputs[0].get("shape", [*pixels.shape])) != [*pixels.shape]:
+            value = f"pixels of shape {str(said_shape)[:50]}"
+            raise Refused("tensor", value, f"their data is of shape {[*pixels.shape]}", "prepare them so")
         return asked, pixels
 
     def require_name(self, request: Request) -> None:

@@ -42,12 +42,13 @@ class Served:
         about: what `GET /v1/model` says of it.
         explain: gives branches and a PNG of (an image's pixels, branch); None where the artefact cannot.
         users: requests that are using it.
+        at_once: images of one request that are decoded at a time: a thread is left to others.
     """
 
     def __init__(self, model: Model, about: dict[str, Any], settings: Settings, explain: Explain | None = None) -> None:
         self.model, self.about, self.explain, self.users = model, about, explain, 0
         self.batches = Batches(model.probabilities, settings.batch_size, settings.seconds)
-        self.decoders = ThreadPoolExecutor(settings.threads, "decoder")
+        self.decoders, self.at_once = ThreadPoolExecutor(settings.threads, "decoder"), max(1, settings.threads - 1)
 
     @property
     def sha256(self) -> str:
@@ -76,11 +77,25 @@ class Served:
             for name, pixels in zip(names, prepared, strict=True)
         ]
 
-    async def decode(self, files: Sequence[bytes]) -> list[Pixels | str]:
-        """The prepared pixels of image files, or why there are none."""
+    async def decode(self, files: Sequence[bytes], has_gone: Callable[[], Awaitable[bool]]) -> list[Pixels | str]:
+        """The prepared pixels of a request's image files, or why there are none.
+
+        A few at a time, so that large ones of one request leave threads to others'; none for a client that has gone.
+
+        Raises:
+            Refused: the client has gone.
+        """
         began, loop = time.perf_counter(), asyncio.get_running_loop()
-        decoding = [loop.run_in_executor(self.decoders, self.model.prepare, file) for file in files]
-        prepared = [pixels for _, pixels in await asyncio.gather(*decoding)]
+        few = asyncio.Semaphore(self.at_once)
+
+        async def prepare(file: bytes) -> Pixels | str:
+            async with few:
+                if await has_gone():
+                    reason = "the connection ended before its images were decoded"
+                    raise Refused("cut", "this request", reason, "ask again")
+                return (await loop.run_in_executor(self.decoders, self.model.prepare, file))[1]
+
+        prepared = await asyncio.gather(*map(prepare, files))
         STAGE_SECONDS.labels("decode").observe(time.perf_counter() - began)
         UNREADABLE.inc(sum(isinstance(pixels, str) for pixels in prepared))
         return prepared
@@ -115,7 +130,7 @@ def open_served(settings: Settings) -> Served:
     Raises:
         InputError: it is neither an exported folder nor a finished run, or cannot be loaded.
     """
-    path = Path(settings.path)
+    path = Path(settings.path).resolve()  # a link may lead elsewhere before all is read
     said = read_model_json(path)
     if not isinstance(said, dict) or "export_format" not in said:  # what is wrong with an export is for `load` to say
         try:

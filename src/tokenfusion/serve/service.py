@@ -91,7 +91,7 @@ class Addresses:
         return (
             [name for name, _ in given.images],
             given.several,
-            await served.decode([file for _, file in given.images]),
+            await served.decode([file for _, file in given.images], request.is_disconnected),
         )
 
     async def explain(self, request: Request) -> Response:
@@ -106,7 +106,7 @@ class Addresses:
             given = await read_images(request, self.settings, served.decoders)
             if len(given.images) > 1:
                 raise Refused("too_many", f"{len(given.images)} images", "one is explained at a time", "send one")
-            (pixels,) = await served.decode([given.images[0][1]])
+            (pixels,) = await served.decode([given.images[0][1]], request.is_disconnected)
             del given
             if isinstance(pixels, str):
                 raise unreadable(pixels)
@@ -168,8 +168,8 @@ def number(options: dict[str, str], name: str, kind: Callable[[str], Any], defau
     try:
         return kind(options[name]) if name in options else default
     except ValueError as error:
-        example = "topk=3" if kind is int else "abstain=0.02"
-        raise Refused("option", f"{name}={options[name]}", "not a number", f"give one, such as {example}") from error
+        value, example = f"{name}={options[name][:50]}", "topk=3" if kind is int else "abstain=0.02"
+        raise Refused("option", value, "not a number", f"give one, such as {example}") from error
 
 
 async def refuse(request: Request, error: Exception) -> Response:

@@ -1,5 +1,6 @@
 """`python -m tokenfusion.serve.worker FD`: one process that answers on a socket which the launcher has opened."""
 
+import ctypes
 import gc
 import os
 import signal
@@ -29,6 +30,9 @@ SECONDS_KEPT = 75
 
 IDLE_CONNECTIONS = 512
 """That may be open besides as many as there may be requests under way; with those files stay below the usual 1,024."""
+
+PR_SET_PDEATHSIG = 1
+"""Of Linux's prctl.h."""
 
 SECONDS_BETWEEN_TRIES = 2
 """How often a worker that is to replace another tries to start."""
@@ -76,8 +80,15 @@ def started(settings: Settings) -> ASGIApp:
             return app
 
 
+def end_with_launcher() -> None:
+    """Have Linux end this process when the launcher is killed, whose port it would hold on to."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def main() -> None:
     """Answer until SIGTERM, and then what has been asked."""
+    end_with_launcher()
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until there is something to load anew
     settings = Settings.from_environment()
     time.sleep(float(os.environ.get(WAIT, "0")))
