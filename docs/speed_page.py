@@ -5,6 +5,8 @@ from typing import Any
 
 from results_page import RESULTS, load, table
 
+from tokenfusion.formatting import counted
+
 KEPT = "official, memory kept"
 
 
@@ -63,14 +65,15 @@ def compiled() -> str:
         seconds = f"{start_up['first']:.0f} ({start_up['again']:.0f})"
         speeds = (f"{rates[way]:,.0f}" for way in ("eager", "compiled"))
         rows.append([f"`{row['model']}`", what, *speeds, f"{row['ratio']:.2f}×", seconds, repaid])
-    apart = max(row["difference"] for row in found["results"] if "difference" in row)
+    differences = [row["difference"] for row in found["results"] if "difference" in row]
+    apart = f" Logits differ by {max(differences):.1g} of the largest at most." if differences else ""
     precisions = " and ".join(sorted({row["precision"] for row in found["results"]}))
     heading = ["model", "what", "images/s", "compiled", "ratio", "start in s (again)", "repaid after images"]
     return (
-        f"On {found['hardware']}, {found['threads']} threads, {precisions}; *again* finds on disk what the first start "
-        f"left there:\n\n{table(heading, rows)}\n\n"
+        f"On {found['hardware']}, {counted(found['threads'], 'thread')}, {precisions}; *again* finds on disk what the "
+        f"first start left there:\n\n{table(heading, rows)}\n\n"
         f"Compiled is faster by a tenth or more in {few_or_none(faster, len(rows))}. It is slower in "
-        f"{few_or_none(slower, len(rows))}. Logits differ by {apart:.1g} of the largest at most."
+        f"{few_or_none(slower, len(rows))}.{apart}"
     )
 
 

@@ -136,7 +136,7 @@ def test_several_processes_are_refused():
 def test_a_plan_says_what_compiling_takes_of_a_compiled_run_alone():
     plan = Plan(**dict.fromkeys(Plan.__dataclass_fields__, 1) | {"compile_seconds": 72.0})
     said = dict(plan_table(plan, epochs_auto=False))
-    assert said["compiling"] == "1 min 12 s measured, before the first step of a run and when it is resumed"
+    assert said["compiling"] == "1 min 12 s measured, before the first step; less where it was compiled before"
     assert "compiling" not in dict(plan_table(replace(plan, compile_seconds=0.0), epochs_auto=False))
 
 

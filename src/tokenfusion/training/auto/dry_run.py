@@ -228,14 +228,14 @@ def plan_table(planned: Plan, epochs_auto: bool) -> list[tuple[str, str]]:
     images = f"{planned.training_images:,} training and {planned.held_out_images:,} held-out"
     epochs, took = counted(planned.epochs, "epoch"), duration(planned.hours * 3600)
     seconds = planned.compile_seconds
-    compiling = [("compiling", f"{duration(seconds)} measured, before the first step of a run and when it is resumed")]
+    before = f"{duration(seconds)} measured, before the first step; less where it was compiled before"
     return [
         ("model", planned.model),
         ("hardware", f"{planned.hardware}, {planned.precision}"),
         ("images", f"{images} of {counted(planned.classes, 'class')}"),
         ("batch", batch),
         ("steps", f"{planned.steps_per_epoch:,} an epoch, {at_most}{epochs}, {planned.steps:,} in all"),
-        *compiling * bool(seconds),
+        *[("compiling", before)] * bool(seconds),
         ("a step", f"{planned.step_seconds:.3g} s measured, without loading and without exchanging gradients"),
         ("loading", f"{planned.loading_images_per_s:,.0f} images/s by one process"),
         ("training", f"{planned.images_per_s:,.1f} images/s, {at_most}{took} without evaluation"),
