@@ -10,7 +10,6 @@ the gate (`tokenfusion export`), not of this program. `peak` is the fastest prod
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -31,14 +30,13 @@ from common import environment, peak_flops, time_in_turns
 from tokenfusion import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.export import artefact
-from tokenfusion.export.onnx import quantized_onnx, save_onnx, to_onnx
+from tokenfusion.export.onnx import quantized_onnx, to_onnx
 from tokenfusion.export.openvino import save_openvino
 from tokenfusion.files import write_json, write_text
 from tokenfusion.models.base import on_meta
 from tokenfusion.models.cost import CountProducts
 from tokenfusion.recipe import Recipe, dump_recipe
 from tokenfusion_runtime.classifier import ExportedClassifier
-from tokenfusion_runtime.description import hash_of
 from yardsticks import yardstick_of
 
 PAIR = "fuse(tf_efficientnet_lite0,vit_small_patch14_dinov2,late)"
@@ -98,15 +96,14 @@ def shipped(classifier: Classifier, run: Path, folder: Path) -> dict[str, Export
         place = folder / f"{format} {precision}"
         place.mkdir(parents=True)
         description = artefact.describe(run, format, precision, None)
-        inside, copy = json.dumps(description), onnx.load_from_string(graph)
+        copy = onnx.load_from_string(graph)
         files = ["model.onnx"] if format == "onnx" else ["model.xml", "model.bin"]
         if format == "openvino":
-            save_openvino(copy, classifier, run, place / files[0], inside)
+            save_openvino(copy, classifier, run, place / files[0], description)
         else:
             whole = quantized_onnx(copy, classifier, run, None) if precision == "int8" else copy
-            save_onnx(whole, place / files[0], inside)
-        description |= {"files": files, "graph_sha256": hash_of([place / name for name in files])}
-        write_json(place / "model.json", description)
+            onnx.save(whole, place / files[0])
+        artefact.write_description(place, description | {"files": files})
         found[f"{format} {precision}"] = artefact.load(place)
     return found
 

@@ -1,12 +1,15 @@
 """What is exported answers as its run does, without torch, or is refused."""
 
 import hashlib
+import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
+import zipfile
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +24,7 @@ from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.export import artefact
 from tokenfusion.export.deployable import trace
 from tokenfusion.export.gate import batches_of, faults, measure, parity_lines
+from tokenfusion.export.inside import write_inside
 from tokenfusion_runtime.__main__ import main
 
 
@@ -37,11 +41,50 @@ def test_the_folder_holds_what_it_takes_to_answer_alike(exported, learned):
     assert not said["forced"]
     assert said["weights_sha256"] == hashlib.sha256((learned / "model.safetensors").read_bytes()).hexdigest()
     assert (said["license"], said["tokenfusion"]) == ("", tokenfusion.__version__)
-    (inside,) = onnx.load(exported / "model.onnx").metadata_props
-    assert json.loads(inside.value)["classes"] == run["classes"]
     assert "Resize" not in {node.op_type for node in onnx.load(exported / "model.onnx").graph.node}
     assert "tokenfusion_runtime.load('.')" in (exported / "README.md").read_text()
     assert {path.name for path in exported.parent.iterdir()} <= {exported.name, f".{exported.name}.lock"}
+
+
+def inside(folder, format):
+    """The description inside a graph's file, by what its makers read it with."""
+    if format == "onnx":
+        import onnx
+
+        (entry,) = onnx.load(folder / "model.onnx").metadata_props
+        return json.loads(entry.value)
+    if format == "openvino":
+        import openvino
+
+        return json.loads(openvino.Core().read_model(folder / "model.xml").get_rt_info("tokenfusion").astype(str))
+    extra = {"tokenfusion.json": ""}
+    torch.export.load(folder / "model.pt2", extra_files=extra)
+    return json.loads(extra["tokenfusion.json"])
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino", "pt2"])
+def test_what_is_written_behind_the_gate_leaves_the_graph_as_it_was_judged(tmp_path, format):
+    pytest.importorskip("onnxscript", reason="the extra `export` is not installed")
+    pytest.importorskip("openvino", reason="the extra `export` is not installed")
+    preprocess = Preprocess((8, 8), 3, (0.5,) * 3, (0.5,) * 3)
+    classifier = Classifier("linear", Linear(), tuple(map(str, range(80))), preprocess, torch.device("cpu"))
+    said = {"format": format, "precision": "fp16" if format == "openvino" else "fp32", "batch": None}
+    said["classes"] = ["<é>", '"&\n', "\udcff\x01"]  # as names of folders may be
+    graph, *others = (tmp_path / name for name in artefact.write_graph(classifier, tmp_path, tmp_path, said))
+    before = [path.read_bytes() for path in (graph, *others)]
+    write_inside(graph, said)
+    assert inside(tmp_path, format) == said
+    after = graph.read_bytes()
+    if format == "pt2":
+        old, new = (zipfile.ZipFile(io.BytesIO(content)) for content in (before[0], after))
+        assert [(one.filename, one.CRC) for one in old.infolist()] == [
+            (one.filename, one.CRC) for one in new.infolist() if "/extra/" not in one.filename
+        ]
+    elif format == "openvino":
+        assert re.sub(rb"\t<tokenfusion value=.* />\n\t", b"", after) == before[0]
+        assert others[0].read_bytes() == before[1]
+    else:
+        assert after.startswith(before[0])
 
 
 @pytest.mark.parametrize(
@@ -76,6 +119,7 @@ def test_the_other_formats_pass_the_gate_too(learned, tmp_path, format, precisio
     assert said["parity"]["n"] == 359  # in batches that are no 4
     assert said["parity"]["label_agreement"] > 0.97
     written, run = (json.loads((folder / "model.json").read_text()) for folder in (tmp_path / "out", learned))
+    assert inside(tmp_path / "out", format) == {key: written[key] for key in written if key != "graph_sha256"}
     assert written["surest_errors"][0]["images"] == 359
     assert (written["surest_errors"] == run["surest_errors"]) == (precision == "fp32")  # it abstains by its own errors
     assert artefact.load(tmp_path / "out").predict(np.zeros((8, 8), np.uint8))[0].label
@@ -176,6 +220,8 @@ def test_an_artefact_that_answers_otherwise_is_refused_and_kept_only_by_force(ex
     assert not (tmp_path / "out").exists()
     said = artefact.export(learned, tmp_path / "out", force=True)
     assert said["forced"]
+    assert (inside(tmp_path / "out", "onnx")["forced"], inside(exported, "onnx")["forced"]) == (True, False)
+    assert inside(tmp_path / "out", "onnx")["faults"] == said["faults"]
     assert "kept by force" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -143,7 +143,11 @@ def test_an_engine_says_what_it_runs_where_the_cpu_lacks_bf16():
     ("change", "said"),
     [
         ({"export_format": 99}, "newer than the 1 that this version reads; update tokenfusion-runtime"),
-        ({"classes": ["a", "b"]}, "gives 10 scores an image and model.json names 2 classes"),
+        ({"classes": list("1023456789")}, "says classes[0]='1', and its copy inside model.onnx '0': one was changed"),
+        ({"classes": ["a", "b"]}, "says classes=['a', 'b'], and its copy inside"),
+        ({"temperature": 9.5}, "says temperature=9.5, and its copy inside model.onnx "),
+        ({"surest_errors": []}, "says surest_errors=[], and its copy"),
+        ({"precision": "fp16"}, "says precision='fp16', and its copy"),
         ({"graph_sha256": "0"}, "do not belong together"),
         ({"export_format": None}, "is no exported classifier"),
         ({"export_format": True}, "is no exported classifier"),
@@ -176,12 +180,38 @@ def test_a_folder_that_says_too_little_is_refused(copied, digit, capsys):
         assert f"model.json lacks {key}; it is damaged, export again" in capsys.readouterr().err
 
 
-def test_a_graph_of_another_size_is_refused(copied, digit, capsys):
+@pytest.mark.parametrize(
+    ("change", "with_copy", "without"),
+    [
+        (
+            lambda said: said["preprocess"].update(img_size=[16, 16]),
+            "says preprocess['img_size'][0]=16, and its copy inside model.onnx 8: ",
+            "the graph takes no images of (1, 3, 16, 16): ",
+        ),
+        (
+            lambda said: said["classes"].pop(),
+            "says classes=['0', '1', '2', '3', '4', '5', '6', '7', '8'], and its copy inside model.onnx ",
+            "gives 10 scores an image and model.json names 9 classes",
+        ),
+    ],
+)
+def test_a_graph_of_another_shape_is_refused_by_its_copy_of_the_description_and_else_by_itself(
+    copied, digit, capsys, change, with_copy, without
+):
+    import onnx
+
     description = json.loads((copied / "model.json").read_text())
-    description["preprocess"]["img_size"] = [16, 16]
+    change(description)
     (copied / "model.json").write_text(json.dumps(description))
     assert main([str(copied), str(digit)]) == 2
-    assert "the graph takes no images of (1, 3, 16, 16): " in capsys.readouterr().err
+    assert with_copy in capsys.readouterr().err
+    graph = onnx.load(copied / "model.onnx")
+    del graph.metadata_props[:]
+    onnx.save(graph, copied / "model.onnx")
+    description["graph_sha256"] = hash_of([copied / "model.onnx"])
+    (copied / "model.json").write_text(json.dumps(description))
+    assert main([str(copied), str(digit)]) == 2
+    assert without in capsys.readouterr().err
 
 
 def test_a_graph_that_its_engine_cannot_read_is_refused(copied, digit, capsys):

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from tokenfusion_runtime.abstain import SurestErrors, why_silent
-from tokenfusion_runtime.description import read_description, require_whole
+from tokenfusion_runtime.description import read_description, require_same, require_whole
 from tokenfusion_runtime.engines import ENGINES, Engine
 from tokenfusion_runtime.errors import InputError, UnreadableImage
 from tokenfusion_runtime.files import read_file
@@ -176,7 +176,7 @@ def load(folder: str | Path, *, threads: int = 0) -> ExportedClassifier:
         threads: of the engine; 0 leaves it the choice.
 
     Raises:
-        InputError: it is no such folder, of a newer version, damaged, or its engine is not installed.
+        InputError: it is no such folder, of a newer version, damaged or changed, or its engine is not installed.
     """
     folder = Path(folder)
     description = read_description(folder)
@@ -185,13 +185,14 @@ def load(folder: str | Path, *, threads: int = 0) -> ExportedClassifier:
         raise InputError(f"{folder} is of format {description['format']}, which `tokenfusion` runs; see its README.md")
     require_whole(folder, description)
     try:
-        run, note = engine(folder / description["files"][0], description["precision"], threads)
+        run, note, inside = engine(folder / description["files"][0], description["precision"], threads)
     except InputError:
         raise
     except Exception as error:  # engines raise whatever they like
         raise InputError(
             f"{folder} cannot be run: {engine_reason(error)}; update the engine, or export again"
         ) from error
+    require_same(folder, description, inside)
     return ExportedClassifier(description, run, note)
 
 

@@ -137,6 +137,36 @@ def require_whole(folder: Path, description: dict[str, Any]) -> None:
         )
 
 
+DECIDING = ("classes", "preprocess", "multi_label", "thresholds", "temperature", "surest_errors", "precision")
+"""What of a description decides answers: it must be as in the copy inside the graph's file."""
+
+
+def require_same(folder: Path, description: dict[str, Any], inside: str) -> None:
+    """Refuse a `model.json` that answers otherwise than the copy of it inside the graph's file, where there is one."""
+    copy = json.loads(inside) if inside else description
+    for key in DECIDING:
+        if description.get(key) != copy.get(key):
+            name, value, other = first_difference(key, description.get(key), copy.get(key))
+            raise InputError(
+                f"{folder / 'model.json'} says {name}={value!r:.100}, and its copy inside {description['files'][0]} "
+                f"{other!r:.100}: one was changed after the export, and answers would be wrong; copy the folder whole, "
+                "or export again"
+            )
+
+
+def first_difference(name: str, value: Any, other: Any) -> tuple[str, Any, Any]:
+    """The first part in which two JSON values differ: its name, and what it is in either."""
+    parts: Any = ()
+    if isinstance(value, dict) and isinstance(other, dict) and value.keys() == other.keys():
+        parts = value
+    elif isinstance(value, list) and isinstance(other, list) and len(value) == len(other):
+        parts = range(len(value))
+    for part in parts:
+        if value[part] != other[part]:
+            return first_difference(f"{name}[{part!r}]", value[part], other[part])
+    return name, value, other
+
+
 def hash_of(files: Sequence[Path]) -> str:
     """SHA-256 of files, one behind another."""
     digest = hashlib.sha256()

@@ -10,10 +10,12 @@ from tokenfusion_runtime.image import Pixels
 from tokenfusion_runtime.prediction import Floats
 
 Engine = Callable[[Pixels], Floats]
+INSIDE = "tokenfusion"
+"""Name of the description inside a graph's file."""
 
 
-def onnx_engine(graph: Path, _precision: str, threads: int) -> tuple[Engine, str]:
-    """ONNX Runtime on the CPU."""
+def onnx_engine(graph: Path, _precision: str, threads: int) -> tuple[Engine, str, str]:
+    """ONNX Runtime on the CPU; see ENGINES."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -23,7 +25,8 @@ def onnx_engine(graph: Path, _precision: str, threads: int) -> tuple[Engine, str
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would keep decoders from the cores
     session = onnxruntime.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    return lambda images: session.run(None, {"images": images})[0], ""
+    inside = session.get_modelmeta().custom_metadata_map.get(INSIDE, "")
+    return lambda images: session.run(None, {"images": images})[0], "", inside
 
 
 def leave_out_converter() -> None:
@@ -34,8 +37,8 @@ def leave_out_converter() -> None:
     sys.modules["openvino.tools.ovc"] = None  # type: ignore[assignment]
 
 
-def openvino_engine(graph: Path, precision: str, threads: int) -> tuple[Engine, str]:
-    """OpenVINO on the CPU."""
+def openvino_engine(graph: Path, precision: str, threads: int) -> tuple[Engine, str, str]:
+    """OpenVINO on the CPU; see ENGINES."""
     try:
         import openvino
     except ImportError as error:
@@ -46,8 +49,10 @@ def openvino_engine(graph: Path, precision: str, threads: int) -> tuple[Engine, 
     config: dict[str, Any] = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
     if threads:
         config["INFERENCE_NUM_THREADS"] = threads
-    compiled = core.compile_model(str(graph), "CPU", config)
-    return lambda images: compiled(images)[0], note
+    model = core.read_model(str(graph))
+    inside = model.get_rt_info(INSIDE).astype(str) if model.has_rt_info(INSIDE) else ""
+    compiled = core.compile_model(model, "CPU", config)
+    return lambda images: compiled(images)[0], note, inside
 
 
 def arithmetic(precision: str, capabilities: Sequence[str]) -> tuple[str, str]:
@@ -64,7 +69,9 @@ def missing(package: str, extra: str) -> str:
     return f"{package} is not installed, which runs this folder; pip install 'tokenfusion-runtime[{extra}]'"
 
 
-ENGINES: dict[str, Callable[[Path, str, int], tuple[Engine, str]]] = {
+ENGINES: dict[str, Callable[[Path, str, int], tuple[Engine, str, str]]] = {
     "onnx": onnx_engine,
     "openvino": openvino_engine,
 }
+"""From a graph's file, precision and threads: what runs it, what that does otherwise than asked, and the description
+inside the file; "" for what there is not."""

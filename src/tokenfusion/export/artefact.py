@@ -3,7 +3,6 @@
 import contextlib
 import glob
 import importlib.util
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -15,12 +14,13 @@ from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import mistaken_of
 from tokenfusion.export.gate import LIMITS, faults, held_out_images, measure, parity_lines
+from tokenfusion.export.inside import write_inside
 from tokenfusion.files import lock, make_folder, refuse_inside, write_json, write_text
 from tokenfusion.judged import open_judged
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.version import __version__
 from tokenfusion_runtime import classifier as runtime
-from tokenfusion_runtime.description import FORMAT, hash_of, read_description, require_whole
+from tokenfusion_runtime.description import FORMAT, hash_of, read_description, require_same, require_whole
 
 PRECISIONS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "fp16", "bf16", "int8"), "pt2": ("fp32",)}
 """What each format has; the CPU's ONNX Runtime computes neither fp16 nor bf16."""
@@ -62,9 +62,8 @@ def export(
     with new_folder(out) as folder:
         description = describe(run, format, precision, batch)
         open_judged(run, recipe, None)  # what is not there, and what no engine can do, is said before images are read
-        files = write_graph(classifier, run, folder, description)
-        description |= {"files": files, "graph_sha256": hash_of([folder / name for name in files])}
-        write_json(folder / "model.json", description)
+        description["files"] = write_graph(classifier, run, folder, description)
+        write_description(folder, description)
         artefact = load(folder)
         if artefact.note:
             say(artefact.note)
@@ -83,7 +82,9 @@ def export(
                 "written: choose another --precision, or keep it with --force"
             )
         description |= {"parity": parity, "forced": bool(found), "faults": found}
-        write_json(folder / "model.json", description)
+        write_inside(folder / description["files"][0], description)
+        description = write_description(folder, description)
+        load(folder)  # refuses it where file, copy inside and model.json are not alike
         write_text(folder / "README.md", readme(description))
     return description
 
@@ -153,28 +154,33 @@ def describe(run: Path, format: str, precision: str, batch: int | None) -> dict[
     )
 
 
+def write_description(folder: Path, description: dict[str, Any]) -> dict[str, Any]:
+    """Write `model.json` with the hash of the graph as it now is, which alone cannot stand inside the graph."""
+    whole = description | {"graph_sha256": hash_of([folder / name for name in description["files"]])}
+    write_json(folder / "model.json", whole)
+    return whole
+
+
 def write_graph(classifier: Classifier, run: Path, folder: Path, description: dict[str, Any]) -> list[str]:
     """Write the graph in its format; the names of its files."""
-    inside = json.dumps(description, ensure_ascii=False)
     if description["format"] == "pt2":
         from tokenfusion.export.pt2 import save_pt2
 
-        save_pt2(classifier, description["batch"], folder / "model.pt2", inside)
+        save_pt2(classifier, description["batch"], folder / "model.pt2")
         return ["model.pt2"]
-    from tokenfusion.export.onnx import quantized_onnx, save_onnx, to_onnx
+    from tokenfusion.export.onnx import quantized_onnx, to_onnx
 
     graph = to_onnx(classifier, description["batch"])
     if description["format"] == "onnx":
-        graph = (
-            quantized_onnx(graph, classifier, run, description["batch"])
-            if description["precision"] == "int8"
-            else graph
-        )
-        save_onnx(graph, folder / "model.onnx", inside)
+        import onnx
+
+        if description["precision"] == "int8":
+            graph = quantized_onnx(graph, classifier, run, description["batch"])
+        onnx.save(graph, folder / "model.onnx")
         return ["model.onnx"]
     from tokenfusion.export.openvino import save_openvino
 
-    save_openvino(graph, classifier, run, folder / "model.xml", inside)
+    save_openvino(graph, classifier, run, folder / "model.xml", description)
     return ["model.xml", "model.bin"]
 
 
@@ -186,7 +192,9 @@ def load(folder: Path) -> runtime.ExportedClassifier:
     from tokenfusion.export.pt2 import pt2_engine
 
     require_whole(folder, description)
-    return runtime.ExportedClassifier(description, pt2_engine(folder / "model.pt2"))
+    engine, inside = pt2_engine(folder / "model.pt2")
+    require_same(folder, description, inside)
+    return runtime.ExportedClassifier(description, engine)
 
 
 def readme(description: dict[str, Any]) -> str:

@@ -45,15 +45,6 @@ def to_onnx(classifier: Classifier, batch: int | None) -> Any:
     return written.model_proto
 
 
-def save_onnx(graph: Any, path: Path, description: str) -> None:
-    """Write a graph with the artefact's description inside."""
-    import onnx
-
-    entry = graph.metadata_props.add()
-    entry.key, entry.value = "tokenfusion", description
-    onnx.save(graph, path)
-
-
 def quantized_onnx(graph: Any, classifier: Classifier, run: Path, batch: int | None) -> Any:
     """A graph whose products are in int8, calibrated on training images."""
     import nncf
