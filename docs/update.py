@@ -13,6 +13,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import check_page
 import export_page
 import front_page
 import growth_page
@@ -214,22 +215,6 @@ def distributed() -> str:
     )
 
 
-def check() -> str:
-    """How long the data check-up takes, and what it finds of planted faults."""
-    result = load("check")
-    rows = [[kind, f"{share:.0%}"] for kind, share in result["recall"].items()]
-    labels = result["labels"]
-    return (
-        f"{result['images']:,} images in {result['seconds']:.1f} s on {result['hardware']} (aim: 60 s). Of "
-        f"{result['planted_of_each_kind']} faults of each kind, planted in a copy of Imagenette, these were found:\n\n"
-        f"{table(['fault', 'found'], rows)}\n\nThe last three are near duplicates, of which "
-        f"{result['near_duplicate_recall']:.1%} were found (aim: 95%); {result['false_alarm_rate']:.1%} of the sound "
-        f"images raised a false alarm (aim: 1% at most). In a second run {labels['flipped']:,} labels were flipped: "
-        f"the model guessed {labels['model_accuracy']:.0%} of all labels right and disputed {labels['disputed']:,}, of "
-        f"which {labels['found']:,} were flipped ones; of the 24 that the page shows, {labels['found_among_first_24']}."
-    )
-
-
 WAYS = {
     "cnn": "CNN",
     "vit": "transformer",
@@ -374,7 +359,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "papers" / "README.md": {"published": published, "official": speed_page.official, "speed": speed},
     DOCS / "papers" / "cmt.md": {"detector": papers_page.detector},
     DOCS / "papers" / "deepvit.md": {"collapse": papers_page.collapse},
-    DOCS / "check.md": {"check": check},
+    DOCS / "check.md": {"check": check_page.check},
     DOCS / "export.md": {"calibration": calibration, "shipped": export_page.shipped, "cold": export_page.cold},
     DOCS / "predict.md": {"many": many},
     DOCS / "safety.md": {"checksum": checksum},
