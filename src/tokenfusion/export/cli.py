@@ -49,4 +49,7 @@ def export(
         raise InputError(f"batch={batch} is no number of images; give one, or dynamic")
     size = None if batch == "dynamic" else int(batch)
     export_run(run, out, format=format, precision=precision, batch=size, force=force, say=console.print)
-    console.print(f"written to {out}; try: python -m tokenfusion_runtime {shlex.quote(str(out))} IMAGE")
+    runs_it = "its README.md says how it is run"  # by torch, and not by the runtime
+    if format != "pt2":
+        runs_it = f"try: python -m tokenfusion_runtime {shlex.quote(str(out))} IMAGE"
+    console.print(f"written to {out}; {runs_it}")

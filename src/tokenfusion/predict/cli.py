@@ -147,7 +147,7 @@ def write_predictions(run: Path, sources: list[str], out: Path, options: dict[st
     )
     print(f"{counted(found['images'], 'image')}{errors}, in {counted(len(found['parts']), 'part')} in {out}")
     if found["waiting"]:
-        print(f"{counted(found['waiting'], 'part')} are left to other processes")
+        print(f"left to other processes: {counted(found['waiting'], 'part')}")
     if found["images"] and found["errors"] == found["images"]:
         print(f"no image could be read; the column error in {out} says why", file=sys.stderr)
         sys.exit(1)
