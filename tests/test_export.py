@@ -109,19 +109,19 @@ def test_what_is_not_installed_is_named_with_its_extra(
         assert "pip install 'tokenfusion-runtime[onnx]'" in said
 
 
-@pytest.mark.parametrize(("format", "precision"), [("openvino", "int8"), ("pt2", "fp32")])
-def test_the_other_formats_pass_the_gate_too(learned, tmp_path, command, format, precision):
+@pytest.mark.parametrize(("format", "precision", "batch"), [("openvino", "int8", "dynamic"), ("pt2", "fp32", 4)])
+def test_the_other_formats_pass_the_gate_too(learned, tmp_path, command, format, precision, batch):
     if format == "openvino":
         pytest.importorskip("nncf", reason="the extra `export` is not installed")
         pytest.importorskip("openvino", reason="the extra `export` is not installed")
     # of 359 images an image more or less is 0.28 points, and a short training leaves many undecided
-    words = ("--format", format, "--precision", precision, "--batch", 4, "--force", "--out", tmp_path / "out")
+    words = ("--format", format, "--precision", precision, "--batch", batch, "--force", "--out", tmp_path / "out")
     status, output, _ = command("export", learned, *words)
     how = "its README.md says" if format == "pt2" else "try: python -m tokenfusion_runtime"
     assert (status, how in " ".join(output.split())) == (0, True)
     written, run = (json.loads((folder / "model.json").read_text()) for folder in (tmp_path / "out", learned))
     assert inside(tmp_path / "out", format) == {key: written[key] for key in written if key != "graph_sha256"}
-    assert written["parity"]["n"] == 359  # in batches that are no 4
+    assert written["parity"]["n"] == 359  # of pt2 in batches that are no 4
     assert written["parity"]["label_agreement"] > 0.97
     assert written["surest_errors"][0]["images"] == 359
     assert (written["surest_errors"] == run["surest_errors"]) == (precision == "fp32")  # it abstains by its own errors
