@@ -168,7 +168,8 @@ def main() -> None:
     options = parser.parse_args()
     begun = time.monotonic()
     peaks = peak_flops(options.repetitions)
-    result: dict[str, Any] = {**environment(), "peak_gflops": {k: v / 1e9 for k, v in peaks.items()}, "results": []}
+    result: dict[str, Any] = {**environment(), "peak_gflops": {k: v / 1e9 for k, v in peaks.items()}}
+    result |= {"models": list(PEERS), "results": []}
     for name in options.models:
         if time.monotonic() - begun > 60 * options.minutes:
             print(f"{name} is left out: {options.minutes:g} minutes are over")

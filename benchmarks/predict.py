@@ -4,7 +4,8 @@
 
 `alone`: the model on batches that are decoded, resized and stacked beforehand. `predict`: the same images from their
 files into Parquet, decoded, resized and written as a user has it; what happens before the first batch comes out
-(loading the model, finding the images) is left out. Both take turns. The weights are random, which changes no time.
+(loading the model, finding the images) is left out. Both models are packed, as `predict` packs its own, and take
+turns. The weights are random, which changes no time.
 """
 
 import argparse
@@ -12,15 +13,19 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from common import environment
 from tokenfusion import Classifier
 from tokenfusion.classifier import batched
+from tokenfusion.data.decode import Hearing
 from tokenfusion.data.unlabelled import find_parts
 from tokenfusion.files import write_json
 from tokenfusion.hardware import keep_freed_memory
@@ -31,13 +36,24 @@ MODELS = ("tokenfusion_layerwise_tiny", "tokenfusion_early_small", "resnet50")
 
 def prepared(classifier: Classifier, data: str, batch_size: int, most: int) -> list[Tensor]:
     """Batches of images as the model is given them, as many as fit into memory."""
-    images = (prepare(classifier, image)[1] for part in find_parts([data], most) for image in part.images())
-    readable = islice((image for image in images if isinstance(image, Tensor)), most)
+    hearing = Hearing()
+    found = (prepare(classifier, hearing, image) for part in find_parts([data], most) for image in part.images())
+    readable = islice((pixels for (_, pixels), _ in found if isinstance(pixels, Tensor)), most)
     return [torch.stack(batch) for batch in batched(readable, batch_size)]
 
 
+def about(data: str) -> dict[str, Any]:
+    """How many images there are, and the median of their sizes, width×height, and of their files' bytes."""
+    files = [image.read() for part in find_parts([data], 1000) for image in part.images()]
+    encoded = [file for file in files if isinstance(file, bytes)]
+    sizes = [Image.open(BytesIO(file)).size for file in encoded]
+    width, height = (round(statistics.median(side)) for side in zip(*sizes, strict=True))
+    return {"count": len(encoded), "size": f"{width}×{height}", "bytes": statistics.median(map(len, encoded))}
+
+
 def alone(classifier: Classifier, batches: list[Tensor]) -> float:
-    """Images per second of the model."""
+    """Images per second of the model, packed as `predict` packs it."""
+    classifier = classifier.packed()
     classifier.logits(batches[0])
     start = time.perf_counter()
     for batch in batches:
@@ -61,7 +77,7 @@ def whole(run: Path, data: str, batch_size: int, workers: int | None) -> float:
     return (last - first) / (end - start)
 
 
-def measure(models: list[str], data: str, given: argparse.Namespace) -> Iterator[dict]:
+def measure(models: list[str], data: str, given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row a model; none is begun after `given.minutes`."""
     begun = time.monotonic()
     for name in models:
@@ -93,11 +109,14 @@ def main() -> None:
     given = parser.parse_args()
     settings = {"batch_size": given.batch_size, "workers": given.workers, "repetitions": given.repetitions}
     keep_freed_memory()  # as `predict --out` does
-    before, rows = environment(), []
+    before, rows = (
+        environment() | settings | {"data": Path(given.data).name, "images": about(given.data), "packed": True},
+        [],
+    )
     for row in measure(given.models, given.data, given):
         rows.append(row)
         print(f"{row['model']}: {row['alone']:.1f} images/s alone, {row['predict']:.1f} by predict: {row['share']:.1%}")
-        write_json(given.out, before | settings | {"data": Path(given.data).name, "models": rows})
+        write_json(given.out, before | {"models": rows})
 
 
 if __name__ == "__main__":

@@ -31,6 +31,12 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
+def load_before(found: dict[str, Any]) -> str:
+    """A sentence on what else the machine was doing before a run; "" where it was idle."""
+    before = max(found["load_average_before"])
+    return f" (Load before the run: up to {before:.1f}.)" if before > 1 else ""
+
+
 PAGE = DOCS / "results" / "README.md"
 COMPARISONS = (
     "cifar10_comparison",
