@@ -11,7 +11,7 @@ from timm.data import create_transform, resolve_model_data_config
 
 from tokenfusion import Classifier
 
-IMAGES = 200
+IMAGES = 80
 
 
 @pytest.fixture(scope="module")
@@ -44,4 +44,4 @@ def test_inputs_and_predictions_are_those_of_timm(shared, jpegs, tmp_path):
     with torch.inference_mode():
         own = np.concatenate([classifier.logits(part).argmax(1) for part in pixels.split(25)])
         other = np.concatenate([model(part).argmax(1) for part in expected.split(25)])
-    assert (own == other).mean() >= 0.995
+    assert (own == other).all()
