@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch.distributed.run import get_args_parser
 
 import fakehub
+from children import fork_runs
 from group import run_all
 from services import service
 from tokenfusion import cli
@@ -85,6 +86,7 @@ def room(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("TOKENFUSION_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("tokenfusion.preset.PRETRAINED_PAIR", f"fuse({CNN},{VIT},probe)")
+    fork_runs(monkeypatch)
     with fakehub.serving() as hub:
         for seed, name in enumerate((CNN, VIT)):
             torch.manual_seed(seed)

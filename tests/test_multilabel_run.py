@@ -179,11 +179,11 @@ def test_a_run_that_was_stopped_ends_bit_equal(data, tmp_path):
 
 
 def test_patience_keeps_the_epoch_of_the_best_map(data, tmp_path):
-    changes = {"model": "wide(vit_micro,0.2)", "epochs": 60, "patience": 2, "lr": 0.02, "warmup_epochs": 0.0}
+    changes = {"model": "wide(vit_micro,0.2)", "epochs": 60, "patience": 1, "lr": 0.05, "warmup_epochs": 0.0}
     start(recipe_of(data, **changes), tmp_path / "run", QUIET)
     scores = [record["val_map"] for record in lines_of(tmp_path / "run" / "metrics.jsonl")]
     best = scores.index(max(scores))
-    assert len(scores) == best + 3 < 60
+    assert len(scores) == best + 2 < 60
     assert evaluate(tmp_path / "run")["map"] == pytest.approx(scores[best])
 
 
