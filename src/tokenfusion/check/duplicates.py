@@ -20,7 +20,7 @@ from tokenfusion.check.lucas_kanade import details, likeness
 
 MAX_IMAGES = 100_000
 """Most images among which near duplicates are searched: the work grows with the square of their number."""
-MIN_SIDE = 32
+MIN_SIDE = 24
 """Shortest side, in pixels, of an image that has enough detail to tell a near duplicate."""
 MIN_DETAIL = 1.0
 """Least root mean square of the details, of 255; below, an image is too plain."""
