@@ -180,6 +180,15 @@ def test_wilson_ends() -> None:
         wilson_interval(8, 7)
 
 
+def test_the_interval_of_the_calibration_error_holds_the_error():
+    random = np.random.default_rng(3)
+    confidence = random.uniform(0.9, 1, 200)  # calibrated, by chance so well that images drawn anew are always less so
+    correct = random.random(200) < confidence
+    error = reliability(confidence, correct).ece
+    low, high = bootstrap_ece(confidence, correct)
+    assert low <= error <= high
+
+
 def test_the_interval_of_a_calibration_error_has_a_width_where_all_are_right_or_all_wrong() -> None:
     # 12 of 12 right at a confidence of 1: the accuracy may be Wilson's 12 / (12 + z**2), and the gap as large
     low, high = bootstrap_ece([1.0] * 12, [True] * 12)

@@ -79,7 +79,8 @@ def bootstrap_ece(
 ) -> list[float]:
     """The 95 % interval of the expected calibration error over images drawn anew with replacement: [low, high].
 
-    Resampling adds to the gaps as sampling did, so that the percentiles are mirrored at the error that was found. Where
+    Resampling adds to the gaps as sampling did, so that the percentiles are mirrored at the error that was found, which
+    the interval holds even where that makes all of them larger. Where
     all images are right, or all wrong, images drawn anew are too: then the interval reaches to the gaps between mean
     confidence and the ends of Wilson's interval of the accuracy.
 
@@ -96,7 +97,7 @@ def bootstrap_ece(
     rows = (chosen if groups is None else np.concatenate([members[group] for group in chosen]) for chosen in drawn)
     errors = [reliability(confidence[some], correct[some]).ece for some in rows]
     lower, upper = (float(end) for end in np.quantile(errors, [0.025, 0.975]))
-    low, high = max(2 * found - upper, 0.0), max(2 * found - lower, 0.0)
+    low, high = min(max(2 * found - upper, 0.0), found), max(2 * found - lower, found)
     if correct.all() or not correct.any():
         mean, ends = float(confidence.mean()), share_interval(correct, groups)
         low = min(low, max(ends[0] - mean, mean - ends[1], 0.0))
