@@ -1,4 +1,4 @@
-"""How fast each family is beside its official code, and compiled beside uncompiled."""
+"""How fast each family is beside its official code, compiled beside uncompiled, and where a training step goes."""
 
 import json
 from typing import Any
@@ -80,3 +80,29 @@ def compiled() -> str:
 def few_or_none(named: list[str], total: int) -> str:
     """So many of all, and which."""
     return f"{len(named) or 'none'} of {total}" + f": {', '.join(named)}" * bool(named)
+
+
+PARTS = ("CNN", "transformer", "exchange and head", "optimiser", "average", "host", "loading")
+
+
+def steps() -> str:
+    """Where a training step of a fused preset goes, and its throughput a multiply-add beside its CNN parent."""
+    found = json.loads((RESULTS / "steps.json").read_text())
+    rows, missed = [], []
+    for row in found["results"]:
+        parts = {"CNN": row["ms"]["gradients"]} | row["ms"]
+        spent = [f"{parts[part]:.1f}" if part in parts else "–" for part in PARTS]
+        beside = f"{row['beside_parent']:.2f}×"
+        rows.append([f"`{row['model']}`", f"{row['macs'] / 1e6:.1f}", f"{row['ms']['step']:.1f}", *spent, beside])
+        missed += [f"`{row['model']}`"] * (row["beside_parent"] < found["aim"])
+    heading = [
+        "model",
+        "million multiply-adds",
+        "ms of a step",
+        *PARTS,
+        f"images/s × multiply-adds (aim: {found['aim']}×)",
+    ]
+    return (
+        f"Processor time of one thread on {found['hardware']}, {found['batch_size']} images a step:\n\n"
+        f"{table(heading, rows)}\n\nThe aim is missed by {few_or_none(missed, len(rows))}."
+    )
