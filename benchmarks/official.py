@@ -112,7 +112,7 @@ def infer_by(model: Any, precision: str, images: Any) -> Callable[[], None]:
 
 def begun(path: Path, again: bool, clock: str) -> dict[str, Any]:
     """What was measured before, if on the same kind of machine; else a head without rows."""
-    head = {**environment(), "clock": clock, "results": []}
+    head = {**environment(), "clock": clock, "models": list(ALONE), "cells": list(CELLS), "results": []}
     if again or not path.exists():
         return head
     before: dict[str, Any] = json.loads(path.read_text())

@@ -1,6 +1,7 @@
 """What `docs/serve.md` tells of `benchmarks/results/serve.json`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ def loads(rows: list[Row]) -> str:
 
 
 def name_of(row: Row) -> str:
-    return f"{row['img_size'][0]} px, {row['format']} {row['precision']}"
+    cpu = re.search(r"model \d+", row["hardware"])
+    return f"{row['img_size'][0]} px, {row['format']} {row['precision']}, {cpu.group() if cpu else row['hardware']}"
 
 
 def throughput(rows: list[Row]) -> str:
@@ -130,14 +132,20 @@ def wrong(count: int) -> str:
     return "No answer was wrong" if not count else f"{count:,} answers were wrong"
 
 
+FLAT = 0.02
+"""Growth of memory in the second half of the requests that counts as none."""
+
+
 def memory(row: Row) -> str:
     """What 20,000 requests leave."""
     one = row["memory"]
-    early, last = one["rows"][2], one["rows"][-1]
+    early, half, last = one["rows"][2], one["rows"][len(one["rows"]) // 2], one["rows"][-1]
+    growth = last["mb"] / half["mb"] - 1
+    grown = f"{growth:+.0%} in the second half" + ", where it should be flat" * (growth > FLAT)
     faults = "none lost, refused or wrong" if not one["faults"] else f"not all answered rightly ({one['faults']})"
     return (
         f"**Memory**, {name_of(row)}: {early['mb']:.0f} MB after {early['requests']:,} requests, {last['mb']:.0f} at "
-        f"{last['requests']:,}, {faults}; file handles {early['handles']} and {last['handles']}, threads "
+        f"{last['requests']:,} ({grown}), {faults}; file handles {early['handles']} and {last['handles']}, threads "
         f"{early['threads']} and {last['threads']}. After its end {one['processes_left']} processes and "
         f"{one['files_left']} temporary files are left."
     )

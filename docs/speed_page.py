@@ -1,6 +1,7 @@
 """How fast each family is beside its official code, compiled beside uncompiled, and where a training step goes."""
 
 import json
+from itertools import product
 from typing import Any
 
 from results_page import RESULTS, load, table
@@ -38,6 +39,9 @@ def beside_official(found: dict[str, Any]) -> str:
     how = "processor time of one thread" if found["clock"] == "process_time" else f"{found['threads']} threads"
     over_kept = "ratio where the official code's memory is kept, too"
     heading = ["model", "what", "precision", "official images/s", "ours", "ratio", "aim", over_kept, "of the peak"]
+    done = {(row["model"], row["cell"]) for row in found["results"]}
+    cells = list(product(found.get("models", ()), found.get("cells", ())))
+    lacking = [f"{model} {cell}" for model, cell in cells if (model, cell) not in done]
     with_aim = sum(row["share_aim"] is not None for row in found["results"])
     return (
         f"On {found['hardware']}, {how}, whose fastest products of matrices reached, in GFLOP/s, "
@@ -45,6 +49,7 @@ def beside_official(found: dict[str, Any]) -> str:
         f"The aim for speed is missed in {few_or_none(missed, len(rows))}"
         + f"; the aim for the share of the peak in {few_or_none(short, with_aim)}" * bool(with_aim)
         + "."
+        + f" Not measured yet: {', '.join(lacking)}." * bool(lacking)
     )
 
 

@@ -149,3 +149,12 @@ def test_onnx_in_int8_passes_the_gate_where_it_is_as_right_as_the_run_and_is_ref
     with pytest.raises(InputError, match=r"the onnx of int8 answers otherwise than .*accuracy falls by .*--force"):
         artefact.export(run, tmp_path / "spoilt", precision="int8")
     assert not (tmp_path / "spoilt").exists()
+
+
+def test_onnx_in_int8_takes_depthwise_convolutions(tmp_path):
+    require_packages("onnx", "nncf")
+    run = save_run(tmp_path / "run", "mobilenetv2_035")
+    artefact.export(run, tmp_path / "out", precision="int8", force=True)  # random weights leave images undecided
+    red = next((run / "data" / "val" / "red").iterdir())
+    exact, rounded = Classifier.load(run).predict(red)[0], artefact.load(tmp_path / "out").predict(red)[0]
+    assert dict(rounded.topk) == pytest.approx(dict(exact.topk), abs=0.1)

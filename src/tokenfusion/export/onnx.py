@@ -48,11 +48,20 @@ def to_onnx(classifier: Classifier, batch: int | None) -> Any:
 def quantized_onnx(graph: Any, classifier: Classifier, run: Path, batch: int | None) -> Any:
     """A graph whose products are in int8, calibrated on training images."""
     import nncf
+    from nncf.quantization.advanced_parameters import QuantizationParameters
 
     batches = [{"images": batch} for batch in calibration_batches(classifier, run, batch or 1)]
+    # one range for all channels of what enters a depthwise convolution: ONNX Runtime takes no other
+    one_range = nncf.AdvancedQuantizationParameters(
+        activations_quantization_params=QuantizationParameters(per_channel=False)
+    )
     with quiet():
         return nncf.quantize(
-            graph, nncf.Dataset(batches), subset_size=len(batches), model_type=nncf.ModelType.TRANSFORMER
+            graph,
+            nncf.Dataset(batches),
+            subset_size=len(batches),
+            model_type=nncf.ModelType.TRANSFORMER,
+            advanced_parameters=one_range,
         )
 
 
