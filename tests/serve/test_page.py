@@ -205,6 +205,8 @@ def test_it_fits_a_phone_and_a_desk_in_dark_and_light(page, width, scheme):
     hand_over(page, "drop", [(name, pictures(1)[0]), *((f"{i}.jpg", one) for i, one in enumerate(pictures(3)))])
     hand_over(page, "drop", [("bad.png", b"no image")])
     done(page, "5 of 5 images done")
+    about = "fuse(tf_efficientnet_lite0,vit_small_patch14_dinov2,probe)"  # the model's name in most runs
+    page.evaluate("name => { document.querySelector('#about').textContent = name }", about)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     ink, paper = page.evaluate(
         "[getComputedStyle(document.body).color, getComputedStyle(document.body).backgroundColor]"

@@ -77,8 +77,9 @@ def check(
         return
     for line in summarise(result):
         print(spelled_out(line, layout=True))
-    options = shlex.join(["--exclude", str(folder / "quarantine.csv"), "--out", str(free_run(data))])
-    command = f"; tokenfusion train {shlex.quote(data)} {options}"
+    seen = [*(["--model", model] if model else []), *(["--pretrained", *pretrained] if pretrained else [])]
+    options = [*seen, "--exclude", str(folder / "quarantine.csv"), "--out", str(free_run(data))]
+    command = f"; tokenfusion train {shlex.join([data, *options])}"
     trains = result["quarantined"] and not result["train_refuses"]
     print(f"{counted(result['quarantined'], 'image')} had better be left out{command * bool(trains)}")
     print(f"open {folder / 'check.html'}")

@@ -134,8 +134,9 @@ function answered(card) {
     if (unsure?.length) parts.push(element("p", `Not sure about: ${unsure.join(", ")}`, "note"));
   } else {
     parts.push(element("p", label === null ? "none of these" : label, "named"));
-    const right = model?.calibration.held_out_images
-      ? `Such an answer is right in ${score > 0.999 ? "more than 99.9\u00a0%" : `about ${percent(score)}`} of cases`
+    const judged = model?.calibration.held_out_images;
+    const right = judged
+      ? `Of images like the ${judged} it was judged by, ${score > 0.999 ? "more than 99.9\u00a0%" : `about ${percent(score)}`} of such answers are right; what is of no class gets one too`
       : `Its score is ${percent(score)}, which says little of how often such answers are right`;
     parts.push(element("p", label === null ? "Too unsure to name one; the likeliest:" : right, "note"));
   }
