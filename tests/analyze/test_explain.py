@@ -38,6 +38,15 @@ def test_overlays_of_named_images(command, run, digit, tmp_path):
             assert picture.size == (224, 224)  # 8×8 pixels, enlarged
 
 
+def test_where_no_named_image_can_be_read_what_was_drawn_before_stays(command, run, digit, tmp_path):
+    out = tmp_path / "out"
+    assert command("explain", run, digit, "--topk", 1, "--out", out)[0] == 0
+    before = (out / "explain.json").read_bytes()
+    status, _, errors = command("explain", run, tmp_path / "none.png", tmp_path / "nor.png", "--out", out)
+    assert (status, "none.png, and 1 more: " in errors, "nothing was written" in errors) == (2, True, True)
+    assert (out / "explain.json").read_bytes() == before
+
+
 def test_the_overlay_is_hot_where_the_map_is():
     picture = torch.zeros(1, 7, 14, dtype=torch.uint8)
     drawn = overlay(picture, torch.tensor([[0.0, 1.0]])).float()

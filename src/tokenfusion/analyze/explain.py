@@ -93,7 +93,8 @@ def explain(
         (`branch`, `class`, `score`, `file`), or with `path` and `error`; `faithfulness`, or None; and the folder.
 
     Raises:
-        InputError: the run cannot be used, it is not evaluated, the method says nothing of the model or the branch.
+        InputError: the run cannot be used, it is not evaluated, the method says nothing of the model or the branch, or
+            none of the named images can be read.
     """
     if faithfulness < 0:
         raise InputError(f"faithfulness={faithfulness} is no number of images; give 1 or more, or 0 to measure none")
@@ -114,6 +115,10 @@ def explain(
             entries.append(entry)
             if progress and named:
                 progress(len(entries), len(named))
+        if named and all("error" in entry for entry in entries):
+            first, more = entries[0], f", and {len(entries) - 1} more" * (len(entries) > 1)
+            remedy = "give images that can be read, nothing was written"
+            raise InputError(f"{first['path']}{more}: {first['error']}; {remedy}")
         measured = measure_run(run, faithfulness, question) if faithfulness else None
         about: dict[str, Any] = {"model": classifier.name, "method": question.method, "chosen": chosen}
         result = about | {"images": entries, "faithfulness": measured}
