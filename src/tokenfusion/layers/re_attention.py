@@ -135,9 +135,10 @@ def re_attend(queries: Tensor, keys: Tensor, values: Tensor, matrix: nn.Conv2d, 
         assert matrix.bias is not None
         weight, bias, tokens = matrix.weight.flatten(1).float(), matrix.bias.float(), keys.shape[2]
         if norm is not None and norm.training:
-            variance = ((weight @ Covariance.apply(queries, keys, sums)) * weight).sum(1)
+            exact = weight.double()  # of Θ's gradient by way of the norm little is left, of one head nearly nothing
+            variance = ((exact @ Covariance.apply(queries, keys, sums).double()) * exact).sum(1)
             track(norm, weight.sum(1) / tokens + bias, variance, count_of(queries))
-            mixing = (scale * norm.weight.float() * torch.rsqrt(variance + norm.eps))[:, None] * weight
+            mixing = ((scale * norm.weight.double() * torch.rsqrt(variance + norm.eps))[:, None] * exact).float()
             shift = scale * norm.bias.float() + 0 * bias
         else:
             folded = (scale * weight, scale * bias) if norm is None else fold_norm(matrix, norm, scale)
