@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from tokenfusion.classifier import Classifier
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, first_line
 
 BACKEND: Any = "inductor"
 DRAWS: dict[str, Any] = {"fallback_random": True}
@@ -32,8 +32,7 @@ def require_compiler(device: torch.device) -> None:
     try:
         compiled(lambda numbers: numbers + 1)(torch.zeros(2, device=device))
     except Exception as error:  # whatever compilers and drivers have to say
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        triton = ", and Triton" * (device.type == "cuda")
+        reason, triton = first_line(error), ", and Triton" * (device.type == "cuda")
         raise InputError(
             f"--compile: a sum of two numbers cannot be compiled ({reason}); install a C++ compiler such as g++, with "
             f"Python's headers{triton}, or leave out --compile (a run that was begun with it must go on with it)"

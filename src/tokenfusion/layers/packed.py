@@ -100,9 +100,9 @@ class PackedPointwise(nn.Module):
 def cast_conv(conv: nn.Conv2d) -> nn.Conv2d:
     """A convolution with its weights in bfloat16, as autocast would cast them at each call."""
     twin = copy.copy(conv)
-    cast = {name: None if one is None else one.detach().bfloat16() for name, one in conv._parameters.items()}
-    twin._parameters = {
-        name: None if one is None else nn.Parameter(one, requires_grad=False) for name, one in cast.items()
+    twin._parameters = {  # others than the convolution's own, which stays as it is
+        name: None if one is None else nn.Parameter(one.detach().bfloat16(), requires_grad=False)
+        for name, one in conv._parameters.items()
     }
     return twin
 

@@ -18,7 +18,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, first_line
 from tokenfusion.models.expressions import parse
 from tokenfusion.models.weight_files import State, tensors_of
 
@@ -178,7 +178,7 @@ def fetch(name: str, say: Say = silent, names: Sequence[str] = ()) -> WeightsFil
             shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, Exception):
             raise
-        reason = str(error.__cause__ or error).strip().partition("\n")[0].rstrip(".")
+        reason = first_line(error.__cause__ or error)
         raise InputError(
             f"the weights of {name} cannot be fetched: {reason}; {fetch_elsewhere(names or (name,))}"
         ) from error
