@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, first_line
 
 FETCHED = ("model.json", "model.safetensors")
 REFERENCE = re.compile(r"hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")  # a Path has lost one of the slashes
@@ -109,10 +109,10 @@ def explained(repo: str) -> Iterator[None]:
         elif status == 404:
             reason, remedy = "it is not there, or it is private", "check the name, or log in with `hf auth login`"
         else:
-            reason, remedy = str(error).strip().partition("\n")[0], "try again later"
+            reason, remedy = first_line(error), "try again later"
         raise InputError(f"{repo} on the hub: {reason}; {remedy}") from error
     except (errors.LocalEntryNotFoundError, errors.HFValidationError, *transport) as error:
         if isinstance(error, InputError):
             raise
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"{repo} on the hub: {reason}; check the name and the connection") from error
