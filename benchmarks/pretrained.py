@@ -11,9 +11,10 @@ read is chosen on a part of the training pool. Each draw of training images is j
 Ways, beside those of `probe.json`: `votes` (every token of both votes), `mean_tokens` (the mean of predictions of two
 parents of which each has the votes of its own tokens: the control of `votes`), `larger_260` and `larger_384` (a linear
 classifier on the larger CNN, at its own size and at one that costs at least what the pair does), `sklearn`
-(scikit-learn's cross-validated logistic regression on both parents' means, standardised), `fine_tuned` (the CNN alone,
-all weights, for so many minutes, as timm's train.py does it). Resumable: what the JSON holds already is not computed
-again.
+(scikit-learn's cross-validated logistic regression on both parents' means, standardised), an operator's name (what
+fuses trained on kept tokens, from the votes on), `all` (all weights of the pair, from the votes on, as `--tune all`
+does it) and `fine_tuned` (the CNN alone, all weights, for so many minutes, as timm's train.py does it). Resumable:
+what the JSON holds already is not computed again; a draw that lacks an operator is fitted anew first.
 """
 
 import argparse
@@ -24,7 +25,8 @@ import math
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from sklearn.linear_model import LogisticRegressionCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from timm.models.vision_transformer import checkpoint_filter_fn
+from torch import Tensor, nn
 
 from tokenfusion import Recipe, fuse
 from tokenfusion.classifier import Classifier
@@ -48,14 +51,16 @@ from tokenfusion.data.loader import TrainLoader, as_it_is, eval_batches
 from tokenfusion.data.open import open_dataset
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.data.split import choose_split
+from tokenfusion.evaluate import collect_logits
 from tokenfusion.features import FeatureHead, FeatureRows, Features, keep_features, on_features
 from tokenfusion.files import write_json
 from tokenfusion.hardware import hardware_name
 from tokenfusion.models.adapters import as_cnn
 from tokenfusion.models.backbones import CNNBackbone
+from tokenfusion.models.operators import OPERATORS
 from tokenfusion.models.probe_fusion import ProbeFusion
 from tokenfusion.models.weight_files import tensors_of
-from tokenfusion.preset import KEPT_TOKENS
+from tokenfusion.preset import FINE_TUNING, KEPT_TOKENS
 from tokenfusion.probe import POOLED, TOKENS, Blocks, choosing_folds, fit_linear, fit_probe
 from tokenfusion.training.distributed.world import Requests
 from tokenfusion.training.linear_start import VOTERS, blocks_of, give_start, standardize
@@ -63,7 +68,7 @@ from tokenfusion.training.objective import BatchMixing, CrossEntropy
 from tokenfusion.training.optimizer import make_optimizer
 from tokenfusion.training.setup import Run, Setup
 from tokenfusion.training.state import TrainState
-from tokenfusion.training.step import train_step
+from tokenfusion.training.step import take_step
 
 LAYERS = ((7, 11), (8, 11), (9, 11), (10, 11))
 """Pairs of the transformer's blocks, from 0, that are tried."""
@@ -181,7 +186,7 @@ def judge_sklearn(blocks: Blocks, labels: np.ndarray, test: Blocks, truth: np.nd
 
 
 def fine_tuned(weights: Path, data: str, order: np.ndarray, test: np.ndarray, minutes: float, seed: int) -> float:
-    """The CNN alone, all weights trained for so many minutes as timm's train.py would.
+    """The CNN alone, all weights trained for so many minutes of a core's time as timm's train.py would.
 
     AdamW at 5e-4 with decay 0.05 and a cosine to 0 over the minutes, batches of 32, random resized crops of 0.35 to 1
     of the area, flips where the data is no digits, label smoothing 0.1; BatchNorm learns.
@@ -196,9 +201,9 @@ def fine_tuned(weights: Path, data: str, order: np.ndarray, test: np.ndarray, mi
     augment = Augment((SIZE, SIZE), 3, 0.35, 0.0 if data == "digits" else 0.5, trivial_augment=False)
     loader = TrainLoader(images, augment, batch_size=32, seed=seed, workers=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.05)
-    start, end = time.perf_counter(), 60 * minutes
+    start, end = time.process_time(), 60 * minutes
     for batch, labels in (batch for epoch in itertools.count() for batch in loader.epoch(epoch)):
-        done = (time.perf_counter() - start) / end
+        done = (time.process_time() - start) / end
         if done >= 1:
             break
         for group in optimizer.param_groups:
@@ -245,9 +250,9 @@ def drawn(pool: int, count: int, seed: int) -> np.ndarray:
 
 def draw(
     model: ProbeFusion, rows: Chunks, labels: np.ndarray, test: tuple, count: int, seed: int, operators: list[str]
-):
-    """What each way knows of the test images, after so many training images, drawn by a seed."""
-    model = copy.deepcopy(model)
+) -> dict[str, float]:
+    """What each way knows of the test images, after so many training images, drawn by a seed; the model becomes the
+    linear classifier with the votes."""
     chosen = drawn(len(labels), count, seed)
     some, known = rows[chosen], labels[chosen]
     clock = time.perf_counter()
@@ -314,21 +319,46 @@ def trained(start: ProbeFusion, rows: np.ndarray, labels: np.ndarray, test: tupl
         splits=names,
         reader=FeatureRows(Path(), rows),
     )
-    loader = TrainLoader(Images(dataset, 1, cached=True), as_it_is, batch_size=recipe.batch_size, seed=seed, workers=0)
     preprocess = Preprocess((SIZE, SIZE), 3, (0.5,) * 3, (0.5,) * 3)
     classifier = on_features(Classifier("", model, dataset.classes, preprocess, torch.device("cpu"), "fp32"))
-    mixing, loss = BatchMixing(recipe, start.classes), CrossEntropy(0.0)
-    setup = Setup(recipe, Run(Path(), Console(quiet=True)), classifier, loader, mixing, loss, loader.images)
-    state = TrainState(model, make_optimizer(model, recipe), 0.0, keep_best=False, network=FeatureHead(model))
-    for epoch in range(recipe.epochs):
-        for batch in loader.epoch(epoch):
-            train_step(setup, state, batch, Requests())
-            state.progress.step += 1
+    take_steps(classifier, Images(dataset, 1, cached=True), as_it_is, recipe, FeatureHead(model))
     model.eval()
     with torch.inference_mode():
         test_rows = (torch.from_numpy(test[0][i : i + 500]).float() for i in range(0, len(test[1]), 500))
         predicted = torch.cat([model.decide(part).argmax(1) for part in test_rows])
     return float((predicted.numpy() == test[1]).mean())
+
+
+def all_trained(start: Classifier, data: str, order: np.ndarray, test: np.ndarray, seed: int) -> float:
+    """Accuracy after training all weights of the pair on images, in the arithmetic that a run takes."""
+    model = copy.deepcopy(start.model).freeze()
+    classifier = replace(start, model=model, precision="auto")
+    given = {"head_lr": 0.1, "seed": seed} | ({"hflip": 0.0} if data == "digits" else {})
+    recipe = Recipe(**FINE_TUNING | given)
+    augment = Augment.from_recipe(recipe, (SIZE, SIZE))
+    shipped = take_steps(classifier, next(chunks(data, order)), augment, recipe, model)
+    judged = (collect_logits(replace(classifier, model=shipped), part) for part in chunks(data, test))
+    return float(np.mean(np.concatenate([(logits.argmax(1) == labels).numpy() for logits, labels in judged])))
+
+
+def take_steps(
+    classifier: Classifier,
+    images: Images,
+    augment: Callable[[Tensor], Tensor],
+    recipe: Recipe,
+    network: nn.Module,
+) -> nn.Module:
+    """All steps of a recipe, as any run takes them; the model that it would ship."""
+    loader = TrainLoader(images, augment, batch_size=recipe.batch_size, seed=recipe.seed, workers=0)
+    mixing, loss = BatchMixing(recipe, len(classifier.classes)), CrossEntropy(recipe.label_smoothing)
+    setup = Setup(recipe, Run(Path(), Console(quiet=True)), classifier, loader, mixing, loss, images)
+    model = classifier.model
+    state = TrainState(model, make_optimizer(model, recipe), recipe.ema, keep_best=False, network=network)
+    for epoch in range(recipe.epochs):
+        for batch in loader.epoch(epoch):
+            take_step(setup, state, batch, Requests())
+            state.progress.step += 1
+    return state.gather_shipped()
 
 
 def main() -> None:
@@ -338,11 +368,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--larger", type=Path, help="weights of EfficientNet-Lite2")
     parser.add_argument("--counts", type=int, nargs="+", default=[500, 1000, 4000])
-    parser.add_argument("--operators", nargs="*", default=["query", "add"])
+    parser.add_argument("--operators", nargs="*", default=list(OPERATORS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pool", type=int, default=10_000, help="training images that draws are made from")
     parser.add_argument("--tests", type=int, default=10_000, help="test images; fewer for a try")
-    parser.add_argument("--fine-tune-minutes", type=float, default=0.0, help="of each fine-tuning; 0 for none")
+    parser.add_argument("--fine-tune-minutes", type=float, default=0.0, help="of the CNN's fine-tuning; 0 for none")
+    parser.add_argument("--fine-tune-pair", action="store_true", help="train all weights of the pair too")
     parser.add_argument("--fine-tune-seeds", type=int, default=2)
     given = parser.parse_args()
     classifier = parents(given.weights, open_dataset(given.data).classes)
@@ -360,7 +391,6 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "pool": len(parts["train"]),
         "test_images": len(parts["test"]),
-        "fine_tune_minutes": given.fine_tune_minutes,
     } | found
     write_json(given.out, found)
     source = open_dataset(given.data)
@@ -369,14 +399,29 @@ def main() -> None:
     places = np.unique(np.concatenate([drawn(len(labels), count, seed) for seed, count in draws]))
     needed = parts["train"][places]
     known = {(one["seed"], one["count"]): one for one in found["draws"]}
-    if not known.keys() >= set(draws):
+
+    def lacks(result: dict[str, float], seed: int) -> bool:
+        tuned = given.fine_tune_pair and seed < given.fine_tune_seeds and "all" not in result
+        return tuned or not result.keys() >= {"sklearn", *given.operators}
+
+    if any(lacks(known.get(one, {}), one[0]) for one in draws):
         rows, test = (seen(classifier, given.data, parts[name]) for name in ("train", "test"))
     for seed, count in draws:
         chosen = drawn(len(labels), count, seed)
-        result = known.get((seed, count), {"count": count, "seed": seed})
+        order = parts["train"][chosen]
         if (seed, count) not in known:
-            result |= draw(classifier.model, rows[0], labels, test, count, seed, given.operators)
-            found["draws"].append(result)
+            known[seed, count] = {"count": count, "seed": seed}
+            found["draws"].append(known[seed, count])
+        result = known[seed, count]
+        if lacks(result, seed):
+            model = copy.deepcopy(classifier.model)
+            operators = [name for name in given.operators if name not in result]
+            result |= draw(model, rows[0], labels, test, count, seed, operators)
+            write_json(given.out, found)
+            if given.fine_tune_pair and seed < given.fine_tune_seeds and "all" not in result:
+                clock = time.process_time()
+                result["all"] = all_trained(replace(classifier, model=model), given.data, order, parts["test"], seed)
+                result["all_seconds"] = time.process_time() - clock
         for size in LARGER_SIZES if given.larger else ():
             if f"larger_{size}" not in result:
                 some, unseen = (
@@ -385,8 +430,9 @@ def main() -> None:
                 accuracy = judge_larger(some[np.searchsorted(places, chosen)], labels[chosen], unseen, truth)
                 result[f"larger_{size}"] = accuracy
         if given.fine_tune_minutes and seed < given.fine_tune_seeds and "fine_tuned" not in result:
-            order, minutes = parts["train"][chosen], given.fine_tune_minutes
+            minutes = given.fine_tune_minutes
             result["fine_tuned"] = fine_tuned(given.weights, given.data, order, parts["test"], minutes, seed)
+            result["fine_tuned_minutes"] = minutes
         print(result, flush=True)
         write_json(given.out, found)
 

@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any
 
 import check_page
@@ -21,8 +21,9 @@ import papers_page
 import results_page
 import serve_page
 import speed_page
-from results_page import load, load_before, table
-from scipy.stats import t
+import stages_page
+from results_page import listed, load, load_before, table
+from stages_page import draws_by_count, gain, have
 
 from tokenfusion.formatting import counted
 from tokenfusion.models.cost import count_model, describe_models
@@ -230,85 +231,16 @@ def distributed() -> str:
     )
 
 
-WAYS = {
-    "cnn": "CNN",
-    "vit": "transformer",
-    "both": "both",
-    "mean": "mean of the two",
-    "cnn_tokens": "CNN by tokens",
-    "vit_tokens": "transformer by tokens",
-    "mean_tokens": "mean of the two by tokens",
-    "larger_260": "larger CNN, 260 px",
-    "larger_384": "larger CNN, 384 px",
-    "sklearn": "scikit-learn",
-    "votes": "token votes",
-}
-"""Ways to name an image by what two parents see, and their headings."""
-RIVALS = {
-    "both": "over both",
-    "mean": "over the mean",
-    "mean_tokens": "over the mean by tokens",
-    "larger_260": "over larger, 260 px",
-    "larger_384": "over larger, 384 px",
-}
-
-
-def pretrained() -> str:
-    """What two pretrained parents know, and what their tokens' votes add, by the number of training images."""
-    found = load("pretrained")
-    ways = {way: heading for way, heading in WAYS.items() if any(way in draw for draw in found["draws"])}
-    rivals = {way: heading for way, heading in RIVALS.items() if way in ways}
-    rows = []
-    for count, draws in draws_by_count(found):
-        row = [f"{count:,}", str(len(draws))]
-        row += [f"{fmean(d[way] for d in draws):.2%}" if all(way in d for d in draws) else "" for way in ways]
-        for rival in rivals:
-            low, high = gain_over(rival, draws)
-            half = f" ± {(high - low) / 2:.2f}" if high > low else ""
-            row.append(f"{(low + high) / 2:+.2f}{half}" if all(rival in d for d in draws) else "")
-        rows.append(row)
-    heading = ["training images", "draws", *ways.values(), *rivals.values()]
-    judged = f"top-1 on {found['test_images']:,} test images"
-    notes = [f"Training images are drawn from {found['pool']:,}; {judged}. {found['features']}"]
-    gains = {heading: [gain_over(way, draws) for _, draws in draws_by_count(found)] for way, heading in rivals.items()}
-    beaten = [ways[way] for way, heading in rivals.items() if all(low > 0 for low, _ in gains[heading])]
-    close = [ways[way] for way, heading in rivals.items() if ways[way] not in beaten]
-    notes += [f"Token votes name more, with intervals above 0 in every row, than: {'; '.join(beaten)}."] * bool(beaten)
-    notes += [f"Not in every row more than: {'; '.join(close)}."] * bool(close)
-    for operator in ("query",):
-        also = [(d["count"], 100 * (d[operator] - d["votes"])) for d in found["draws"] if operator in d]
-        notes += [
-            f"Training `{operator}` on top of the votes, {n:,} images, one draw: {gain:+.2f} points."
-            for n, gain in also
-        ]
-    return table(heading, rows) + "\n\n" + "\n".join(notes)
-
-
-def draws_by_count(found: dict[str, Any]) -> list[tuple[int, list[dict[str, Any]]]]:
-    """Draws of training images by how many these are."""
-    draws = found["draws"]
-    return [(count, [d for d in draws if d["count"] == count]) for count in sorted({d["count"] for d in draws})]
-
-
-def gain_over(rival: str, draws: list[dict[str, Any]]) -> tuple[float, float]:
-    """The 95 % interval, in points, of what the tokens' votes name more than another way, paired by draw."""
-    if not all(rival in draw for draw in draws):
-        return 0.0, 0.0
-    gains = [100 * (draw["votes"] - draw[rival]) for draw in draws]
-    half = t.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
-    return fmean(gains) - half, fmean(gains) + half
-
-
 def pays() -> str:
     """Where fusing pays and where it does not, in a sentence each."""
-    counted = [(n, draws) for n, draws in draws_by_count(load("pretrained")) if all("mean_tokens" in d for d in draws)]
+    counted = [(n, draws) for n, draws in draws_by_count(load("pretrained")) if have(draws, "mean_tokens")]
     told = [
         f"{fmean(d['votes'] for d in draws):.1%} with {count:,} training images (the CNN alone "
         f"{fmean(d['cnn_tokens'] for d in draws):.1%}, the mean of both parents' own predictions "
         f"{fmean(d['mean_tokens'] for d in draws):.1%})"
         for count, draws in counted
     ]
-    gains = [gain_over("mean_tokens", draws) for _, draws in counted]
+    gains = [gain("votes", "mean_tokens", draws) or (0.0, 0.0) for _, draws in counted]
     if all(low > 0 for low, _ in gains):
         control = "fusing is ahead of that mean"
     elif all(high < 0 for _, high in gains):
@@ -318,7 +250,7 @@ def pays() -> str:
     short, longer = from_random_weights("cifar10_comparison"), from_random_weights("cifar10_longer")
     return (
         "**Does fusing pay?** With pretrained parents and few images two know more than one: of CIFAR-10's test "
-        f"images a classifier on the tokens of both names {' and '.join(told)}; {control} ([how](docs/stages.md)). "
+        f"images a classifier on the tokens of both names {listed(told)}; {control} ([how](docs/stages.md)). "
         f"From random weights, at equal cost, on CIFAR-10: {short}; {longer} "
         "([all comparisons](docs/results/README.md))."
     )
@@ -394,7 +326,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"pays": pays, "photographs": photographs, "install": front_page.install, "demo": demo},
     DOCS / "models.md": {"models": models},
     DOCS / "training.md": {"loading": loading, "compiled": speed_page.compiled, "steps": speed_page.steps},
-    DOCS / "stages.md": {"pretrained": pretrained},
+    DOCS / "stages.md": {"pretrained": stages_page.pretrained},
     DOCS / "papers" / "README.md": {"published": published, "official": speed_page.official, "speed": speed},
     DOCS / "papers" / "cmt.md": {"detector": papers_page.detector},
     DOCS / "papers" / "deepvit.md": {"collapse": papers_page.collapse},
