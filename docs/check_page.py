@@ -52,7 +52,7 @@ def labels(found: dict[str, Any]) -> str:
     heading = ["images", "judged by", "draws", "flipped", "disputed", "flipped among the first 600"]
     heading += [f"flipped of the first {rank}" for rank in SHOWN]
     return (
-        "Labels that were flipped at random, and are disputed; in brackets the precision that `check` estimates:\n\n"
+        "Labels that were flipped at random, and are disputed; in brackets what `check` says, at most:\n\n"
         f"{table(heading, rows)}\n\nThe CNN's weights were trained on most of Imagenette's very images."
     )
 

@@ -41,6 +41,20 @@ def test_share_and_scale_are_found(share):
     assert wrong[likely].sum() == pytest.approx(found.wrong[likely].sum(), rel=0.1, abs=3)  # as precise as it says
 
 
+@pytest.mark.parametrize("odd", [0.0, 0.05])
+def test_what_is_told_is_no_less_than_what_is_wrong(odd):
+    """Odd pictures, of whose class a sure classifier knows nothing, are taken for wrong labels."""
+    logits, labels, wrong = planted(20_000, 0.05)
+    chance = np.random.default_rng(1)
+    strange = chance.random(len(labels)) < odd
+    labels = np.where(strange & ~wrong, chance.integers(0, 4, len(labels)), labels)
+    found = find_wrong_labels([logits], labels)
+    likely = found.wrong >= 0.5
+    told, true = found.wrong[likely].mean(), wrong[likely].mean()
+    assert told == pytest.approx(true, abs=0.05) if not odd else told > true + 0.1
+    assert found.share > 0.05 - 0.01
+
+
 def test_a_classifier_that_guesses_is_given_no_weight():
     logits, labels, _ = planted(5_000, 0.05)
     guesses = np.random.default_rng(1).normal(size=logits.shape)

@@ -38,9 +38,9 @@ class Dispute(NamedTuple):
     label_score: float
     """The label's probability."""
     wrong: float
-    """Probability that the label is wrong."""
+    """Probability that the label is wrong, at most about: an odd picture is taken for a wrong label."""
     precision: float
-    """Share of the disputes up to this one that are right ones, as `wrong` has it."""
+    """Share of the disputes up to this one that are right ones, as `wrong` has it, at most about too."""
 
 
 class Judgement(NamedTuple):
@@ -53,7 +53,7 @@ class Judgement(NamedTuple):
     accuracy: float | None
     """Share of the labels that the classifiers guess right; None where nothing could be judged."""
     share: float | None = None
-    """Estimated share of the labels that are wrong."""
+    """Estimated share of the labels that are wrong, odd pictures among them."""
     note: str = ""
     """Why labels were not judged."""
 

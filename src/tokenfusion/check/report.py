@@ -125,7 +125,7 @@ def summarise(result: dict[str, Any]) -> list[str]:
         lines.append(f"labels were not judged: {labels['note']}")
     else:
         disputes, right = labels["disputes"], percent(labels["model_accuracy"])
-        wrong = f", of which {percent(disputes[-1]['precision'], 0)} are estimated to be wrong" if disputes else ""
+        wrong = f", of which about {percent(disputes[-1]['precision'], 0)} at most are wrong" if disputes else ""
         lines.append(
             f"{counted(len(disputes), 'label')} disputed{wrong}, by a quick model that guesses {right} of all labels"
         )
