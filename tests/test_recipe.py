@@ -8,7 +8,7 @@ import pytest
 
 from tokenfusion import InputError, Recipe
 from tokenfusion.preset import preset
-from tokenfusion.recipe import FIELDS, dump_recipe, load_recipe
+from tokenfusion.recipe import FIELDS, Reading, dump_recipe, load_recipe
 from tokenfusion.recipe_fields import RANGES
 
 
@@ -119,6 +119,21 @@ def test_bad_files_are_refused(tmp_path, text, said):
     (tmp_path / "recipe.toml").write_text(text)
     with pytest.raises(InputError, match=said):
         load_recipe(tmp_path / "recipe.toml")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Recipe("photos", modell="vit_micro"), "^Recipe: no field is called 'modell'; did you mean model"),
+        (lambda: Reading(groupby="x"), "^Reading: no field is called 'groupby'; did you mean group_by"),
+        (lambda: replace(Recipe("photos"), epoch=3), "no field is called 'epoch'; did you mean epochs"),
+        (lambda: Recipe(zzz=1), "no field is called 'zzz'; known fields: data, root, "),
+        (lambda: Recipe("photos", "vit_micro"), "'vit_micro' stands behind data, where fields have to be named"),
+    ],
+)
+def test_a_misspelt_field_is_refused_with_the_nearest(make, said):
+    with pytest.raises(InputError, match=said):
+        make()
 
 
 def test_fields_that_are_gone_pass_at_what_is_done_now_and_are_named_otherwise(tmp_path):

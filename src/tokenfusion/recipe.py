@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from tokenfusion.errors import InputError
-from tokenfusion.recipe_fields import MAX_SIDE, RANGES, of_their_types, require_value_range
+from tokenfusion.recipe_fields import MAX_SIDE, RANGES, named_fields, no_field, of_their_types, require_value_range
 
 Auto = Literal["auto"]
 """In place of a number that is chosen by measuring, or that only training finds."""
@@ -19,6 +19,7 @@ DEPTHS: tuple[Depth, ...] = get_args(Depth)
 Number = TypeVar("Number", int, float)
 
 
+@named_fields
 @dataclass(frozen=True, kw_only=True)
 class Reading:
     """How data is understood where it does not say so itself: the fields of a recipe that say so, for other verbs."""
@@ -47,6 +48,7 @@ class Reading:
             require_value_range(self.value_range)
 
 
+@named_fields
 @dataclass(frozen=True)
 class Recipe:
     """What is trained, on what, and how. Every field is an option of `tokenfusion train`."""
@@ -333,7 +335,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
             )
     for name in values:
         if name not in FIELDS:
-            raise InputError(f"recipe {path}: no field is called {name!r}; known fields: {', '.join(FIELDS)}")
+            raise InputError(f"recipe {path}: {no_field(name, FIELDS)}")
     try:
         return typed(values)
     except InputError as error:

@@ -1,7 +1,10 @@
 """What a recipe's fields may be: ranges of numbers, and values of the types that are stated."""
 
-from collections.abc import Container, Mapping
-from typing import Any, Literal, get_args, get_origin
+import dataclasses
+import difflib
+import functools
+from collections.abc import Collection, Container, Mapping
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin
 
 from tokenfusion.errors import InputError
 
@@ -55,6 +58,38 @@ LISTS = {
     str: 'texts, such as ["runs/cnn", "runs/vit"]',
 }
 """What a field that is a tuple may hold, by the type of its items."""
+
+
+Fields = TypeVar("Fields", bound=type)
+
+
+def named_fields(kind: Fields) -> Fields:
+    """A dataclass that refuses a field it does not have in words, where Python raises a TypeError."""
+    made, described = cast(Any, kind).__init__, dataclasses.fields(cast(Any, kind))
+    known = [field.name for field in described]
+    in_order = [field.name for field in described if not field.kw_only]
+
+    @functools.wraps(made)
+    def init(self: Any, *values: Any, **fields: Any) -> None:
+        for name in fields:
+            if name not in known:
+                raise InputError(f"{kind.__name__}: {no_field(name, known)}")
+        if len(values) > len(in_order):
+            raise InputError(
+                f"{kind.__name__}: {values[len(in_order)]!r} stands behind {', '.join(in_order) or 'nothing'}, where "
+                "fields have to be named; write model=..., as an example"
+            )
+        made(self, *values, **fields)
+
+    cast(Any, kind).__init__ = init
+    return kind
+
+
+def no_field(name: str, known: Collection[str]) -> str:
+    """What to say of a field that there is not: the nearest, or all that there are."""
+    near = difflib.get_close_matches(name, known, n=1)
+    remedy = f"did you mean {near[0]}?" if near else f"known fields: {', '.join(known)}"
+    return f"no field is called {name!r}; {remedy}"
 
 
 def require_value_range(values: tuple[Any, ...]) -> None:
