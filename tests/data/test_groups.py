@@ -72,6 +72,16 @@ def test_names_that_differ_by_a_counter_are_suspected(tmp_path: Path) -> None:
     assert suspected_groups(open_dataset(tmp_path / "b")) == ""
 
 
+def test_a_group_that_is_nearly_a_class_is_not_suspected(tmp_path: Path) -> None:
+    """As in photographs of two cameras, or those of ImageNet, whose names begin with their class."""
+    for c in ("a", "b"):
+        (tmp_path / c).mkdir()
+        for n in range(12):
+            for prefix in ("IMG", "n0144", "DSC")[: 2 + (n < 4)]:
+                (tmp_path / c / f"{prefix}_{n}.png").write_bytes(b"x")
+    assert suspected_groups(open_dataset(tmp_path)) == ""
+
+
 def test_an_evaluation_says_that_its_interval_is_of_groups(command, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     for c in ("ill", "well"):

@@ -63,16 +63,25 @@ def refuse_straddling(dataset: Dataset) -> None:
         )
 
 
+LARGE = 0.25
+"""Share of a class in a split, above which images whose names begin alike are not taken for pictures of one thing."""
+
+
 def suspected_groups(dataset: Dataset) -> str:
     """What to say where names look as if several images showed one thing: `patient7_1.png`, `patient7_2.png`.
 
     Names count that differ by a number at their end alone, where what stands before it has a number too or differs
-    within a class; "" where there is nothing to say.
+    within a class; "" where there is nothing to say. What more than `LARGE` of a class begin with, such as `IMG` or the
+    class itself, is how a camera or a data set calls its images, and no group to split by.
     """
     if dataset.groups is not None or len(dataset) < 4:
         return ""
     stems = [re.match(r"^(.+?)[-_. (]+\d+\)?$", re.sub(r"\.\w+$", "", name)) for name in dataset.names]
-    keys = [stem[1] for stem in stems if stem and not stem[1].endswith("/")]
+    parts = list(zip(map(dataset.label_text, range(len(dataset))), dataset.splits, strict=True))
+    sizes = Counter(parts)
+    found = [(stem[1], part) for stem, part in zip(stems, parts, strict=True) if stem and stem[1][-1] != "/"]
+    large = {key for (key, part), count in Counter(found).items() if count > LARGE * sizes[part]}
+    keys = [key for key, _ in found if key not in large]
     groups = Counter(keys)
     classes = max(len(dataset.classes), 1) * max(len(set(dataset.splits)), 1)
     if 2 * len(keys) < len(dataset) or len(groups) <= classes or 2 * len(groups) > len(keys):
