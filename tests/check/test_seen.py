@@ -13,6 +13,7 @@ from rich.console import Console
 from runs import TINY_PARENTS
 from tokenfusion import Recipe, features
 from tokenfusion.training import start
+from tokenfusion.training.model import build
 
 CNN, VIT = TINY_PARENTS
 MODEL = f"fuse({CNN},{VIT},probe,add)"
@@ -60,6 +61,9 @@ def test_labels_are_judged_by_what_training_then_takes_from_the_cache(
     assert judged["model_accuracy"] > 0.8
     assert ("red/flipped.png", "blue") in [(row["path"], row["suggestion"]) for row in judged["disputes"]]
     assert found["seconds"] >= found["feature_seconds"] > 0
+    trained = build(Recipe(model=MODEL, pretrained=parent_files, img_size=64), ["a"]).preprocess
+    assert (found["crop"]["by"], found["crop"]["crop_pct"]) == ("the pretrained weights", trained.crop_pct)
+    assert trained.crop_pct != Recipe().crop_pct
     assert "what two pretrained parents see" in (tmp_path / "check" / "check.html").read_text()
     monkeypatch.setattr("tokenfusion.features.append_rows", None)  # nothing is left to be looked at
     for number, (exclude, seed) in enumerate(product(("", str(tmp_path / "check" / "quarantine.csv")), (0, 1))):

@@ -32,6 +32,7 @@ from tokenfusion.data.value_range import with_value_range
 from tokenfusion.errors import InputError
 from tokenfusion.files import own_folder, refuse_inside, write_json
 from tokenfusion.hardware import keep_freed_memory
+from tokenfusion.preset import preset
 from tokenfusion.recipe import Reading, Recipe
 
 THUMBNAILS_C, SEEN_C = 0.003, 0.003
@@ -124,12 +125,20 @@ def look_at(
         "near_duplicates_searched": {key: value for key, value in asdict(near).items() if key != "pairs"},
         "classes": count_classes(dataset.classes, dataset.labels, dataset.splits),
         "labels": labels_found(dataset, judgement, parents),
-        "crop": measure_crop(dataset.names, inspections, img_size, Recipe().crop_pct),
+        "crop": {"by": "the pretrained weights" if parents else "training from random weights"}
+        | measure_crop(dataset.names, inspections, img_size, evaluation_crop(dataset, parents)),
         "quarantined": len(excluded),
         "train_refuses": why_train_refuses(dataset, excluded, rare_classes),
         "feature_seconds": round(feature_seconds, 1),
     }
     return result, excluded
+
+
+def evaluation_crop(dataset: Dataset, parents: Classifier | None) -> float:
+    """Share of an image's sides that the model will see: as pretrained weights want it, or else `train` by default."""
+    if parents is not None:
+        return parents.preprocess.crop_pct
+    return Recipe(**preset("", dataset.where)).crop_pct
 
 
 def labels_found(dataset: Dataset, judgement: Judgement, parents: Classifier | None) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def summarise(result: dict[str, Any]) -> list[str]:
         lines.append(f"labels that were not judged: {few}")
     if crop["median_kept"] is not None:
         lines.append(
-            f"the crop keeps {percent(crop['median_kept'])} of the median image's area, and less than "
+            f"the crop of {crop['by']} keeps {percent(crop['median_kept'])} of the median image's area, and less than "
             f"{percent(MANY, 0)} of {counted(len(crop['least_kept']), 'image')}"
         )
     if result["train_refuses"]:
