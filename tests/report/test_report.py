@@ -272,6 +272,16 @@ def test_cost_skipped_images_and_recipe(run: Path) -> None:
     assert (run / "recipe.toml").read_text().strip() in page.text["recipe"]
 
 
+def test_what_a_list_left_out_is_told_with_its_reasons(run: Path) -> None:
+    (run / "excluded.csv").write_text("\ufeffpath,reason\na.jpg,exact duplicate of b.jpg\nc.jpg,\n")
+    page = Page(run)
+    assert page.table["excluded"][1:] == [["a.jpg", "exact duplicate of b.jpg"], ["c.jpg", "not said"]]
+    (run / "excluded.csv").write_text("path\n" + "".join(f"{i}.jpg\n" for i in range(300)))
+    page = Page(run)
+    assert "the first 200 of 300; all are in excluded.csv" in page.text["excluded"]
+    assert len(page.table["excluded"]) == 201
+
+
 def test_risk_against_coverage_is_drawn_where_it_was_measured(run: Path) -> None:
     assert "risk" not in Page(run).text
     evaluation = json.loads((run / "evaluation.json").read_text())

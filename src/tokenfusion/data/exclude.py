@@ -58,12 +58,17 @@ def read_list(path: Path) -> bytes:
 
 def paths_in(content: bytes, where: str) -> set[str]:
     """The column `path` of a CSV; `where` is what messages call it."""
+    return set(reasons_in(content, where))
+
+
+def reasons_in(content: bytes, where: str) -> dict[str, str]:
+    """The paths of a CSV in its order, each with what a column `reason` says, "" where there is none."""
     try:
         reader = csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline=""))
         columns = reader.fieldnames or []
         if "path" not in columns:
             raise InputError(f"{where}: its first line is {list(columns)}; it must name a column path")
-        return {row["path"] for row in reader if row["path"]}
+        return {row["path"]: row.get("reason") or "" for row in reader if row["path"]}
     except (UnicodeDecodeError, csv.Error) as error:
         raise unreadable(where, error) from error
 

@@ -37,7 +37,8 @@ def write_page(path: Path, template: str, values: dict[str, Any]) -> None:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "visible": visible, "prose": prose, "name": name_of}
+    filters = {"percent": percent, "visible": visible, "prose": prose, "name": name_of, "breakable": breakable}
+    environment.filters |= filters
     page = environment.get_template(template).render(values)
     # a name that is not UTF-8 was read as surrogates, which a page cannot hold
     write_text(path, page.encode("utf-8", "replace").decode())
@@ -69,6 +70,11 @@ def visible(text: object) -> str:
 def prose(text: object) -> Markup:
     """Sentences, in which what stands between backticks is set as code."""
     return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(visible(text)))))
+
+
+def breakable(text: object) -> Markup:
+    """Text with long names, as of models and files, that may be broken behind their signs rather than amid words."""
+    return Markup(re.sub(r"([(,/_])(?=\S)", r"\1<wbr>", str(escape(visible(text)))))
 
 
 def name_of(text: object) -> Markup:

@@ -21,7 +21,7 @@ from tokenfusion.report.pictures import overlays_of
 from tokenfusion.report.run_folder import LabelSetRow, PredictionRow, Results, read_nearest, read_results
 
 MAX_SKIPPED = 200
-"""Skipped images that are listed at most."""
+"""Skipped images that are listed at most, and excluded ones."""
 
 
 def write_report(run: Path, thumbnails: Thumbnails | None = None) -> Path:
@@ -65,6 +65,7 @@ def run_values(results: Results, thumbnails: Thumbnails | None) -> dict[str, Any
         "lr_range": results.lr_range and plot_lr_range(results.lr_range),
         "cost": list_cost(results),
         "skipped": results.skipped[:MAX_SKIPPED],
+        "excluded": [*results.excluded.items()][:MAX_SKIPPED],
         "no_picture": "the image cannot be read any more" if thumbnails else "pictures were not asked for",
     }
     if evaluation is None:

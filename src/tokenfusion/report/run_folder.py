@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from tokenfusion.checkpoint import load_description
 from tokenfusion.data.decoded import Skipped, skipped_in
+from tokenfusion.data.exclude import EXCLUDED, read_list, reasons_in
 from tokenfusion.errors import InputError
 from tokenfusion.evaluate import EVALUATIONS
 from tokenfusion.files import read_csv
@@ -111,6 +112,8 @@ class Results:
     times: dict[str, Any] | None
     """times.json of a run in stages: `seconds` of each part, and `estimated` ones where there was an estimate."""
     skipped: list[Skipped]
+    excluded: dict[str, str]
+    """What the run's list names to be left out, some of which may not be in the data, and why, "" where it says not."""
     evaluation: dict[str, Any] | None
     """evaluation.json, or None where the run has not been evaluated."""
     others: list[dict[str, Any]]
@@ -155,6 +158,7 @@ def read_results(run: Path) -> Results:
         lr_range=read_optional(run / "lr_range.json", LR_RANGE),
         times=read_optional(run / "times.json", TIMES),
         skipped=skipped_in(run),
+        excluded=read_excluded(run),
         evaluation=evaluation,
         others=read_others(run, MULTILABEL if model["multi_label"] else ONE_CLASS),
         predictions=predictions,
@@ -218,6 +222,12 @@ def read_predictions(path: Path) -> list[PredictionRow]:
         )
         for row in read_csv(path, ("path", "label", "prediction", "score"))
     ]
+
+
+def read_excluded(run: Path) -> dict[str, str]:
+    """The paths in excluded.csv and their reasons; nothing where nothing was to be left out."""
+    path = run / EXCLUDED
+    return reasons_in(read_list(path), str(path)) if path.is_file() else {}
 
 
 def read_nearest(run: Path) -> dict[str, list[Neighbour]]:
