@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import struct
 import threading
 from functools import cache
@@ -218,6 +219,7 @@ def test_the_command_that_check_prints_trains(command, data, tmp_path, monkeypat
     status, output, errors = command(*shlex.split(words)[1:], *TINY_RUN)
     assert status == 0, errors
     assert "2 images excluded" in output
+    assert "very pixels" not in output
     listed = str(tmp_path / "check-photos" / "quarantine.csv")
     assert {*describe(open_dataset(data, listed))} <= {*output.splitlines()}
     assert "16 training and 8 held-out images" in output
@@ -225,6 +227,14 @@ def test_the_command_that_check_prints_trains(command, data, tmp_path, monkeypat
     assert not (run / "skipped.csv").exists()
     (tmp_path / "check-photos" / "quarantine.csv").unlink()
     assert json.loads(command("evaluate", run, "--json")[1])["skipped"] == 0
+
+
+def test_train_names_held_out_images_that_it_is_trained_on_too(command, data, tmp_path):
+    shutil.copy(data / "train" / "b" / "3.jpg", data / "val" / "b" / "copy.jpg")
+    status, output, errors = command("train", data, *TINY_RUN, "--out", tmp_path / "run")
+    assert status == 0, errors
+    assert "warning: 1 held-out image with the very pixels of a training image, which flatters" in output
+    assert "the result: 'val/b/copy.jpg'; `tokenfusion check` finds these" in output
 
 
 def class_of_a_damaged_image(data):

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 from itertools import count
@@ -293,6 +294,18 @@ def test_the_command_takes_the_depth_that_fits_and_says_so_first(photos, parent_
     planned = json.loads(command(*words, "--tune", "all", "--dry-run", "--json")[1])
     assert planned["tune"] == "all"
     assert planned["seconds"]["probe"] < planned["seconds"]["fusion"] < planned["seconds"]["all"]
+
+
+def test_a_dry_run_says_how_many_epochs_each_depth_trains_for(photos, parent_files, command, monkeypatch):
+    words = ("train", photos, "--model", MODEL, "--pretrained", *parent_files, "--img-size", 64, "--dry-run")
+    assert "fitted at once, without epochs" in command(*words, "--epochs", 3)[1]
+    monkeypatch.setattr("tokenfusion.training.auto.depth.FEWEST", 10)
+    rows = dict(re.findall(r"^(fusion|all) +about .* by (.*)$", command(*words)[1], re.MULTILINE))
+    assert rows == {"fusion": f"{KEPT_TOKENS['epochs']} epochs", "all": f"{FINE_TUNING['epochs']} epochs"}
+    for given, depths in (((), "fusion all"), (("--tune", "fusion"), "fusion")):
+        output = command(*words, *given, "--epochs", 3)[1]
+        rows = dict(re.findall(r"^(fusion|all) +about .* by (.*)$", output, re.MULTILINE))
+        assert rows == dict.fromkeys(depths.split(), "3 epochs")
 
 
 def test_what_is_too_long_even_at_the_least_is_not_measured(photos, parent_files, command, monkeypatch):

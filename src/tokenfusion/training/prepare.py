@@ -6,11 +6,13 @@ import shlex
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+
 from tokenfusion.checkpoint import load_description, value_range_of, weights_in_words
 from tokenfusion.classifier import Classifier
 from tokenfusion.compiled import compiled
 from tokenfusion.data.augment import Augment
-from tokenfusion.data.dataset import Dataset, held_out_name
+from tokenfusion.data.dataset import Dataset, held_out_name, quoted
 from tokenfusion.data.decode import damaged_in_words
 from tokenfusion.data.decoded import (
     Images,
@@ -187,6 +189,7 @@ def decode_images(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tu
         write_skipped(run.folder / "skipped.csv", skipped)
         run.say(f"set aside {counted(len(skipped), 'unreadable image')}, listed in {run.folder / 'skipped.csv'}")
     run.say(damaged_in_words(training.damaged | held_out.damaged))
+    run.say(copies_in_words(training, held_out))
     require_every_class(training, source.classes, skipped)
     refuse_damage(parts, training, held_out, skipped, recipe)
     where = "kept in memory" if training.cached else f"over cache_mb={recipe.cache_mb}, so decoded anew each epoch"
@@ -194,6 +197,22 @@ def decode_images(source: Dataset, parts: Split, recipe: Recipe, run: Run) -> tu
     numbers = f"{len(training):,} training and {counted(len(held_out), 'held-out image')}"
     run.say(f"{numbers} of {counted(len(source.classes), 'class')}, {where}")
     return training, held_out
+
+
+def copies_in_words(training: Images, held_out: Images) -> str:
+    """A warning of held-out images that have the very pixels of training images, which flatters all figures; "" where
+    there are none, or training images lie in shards and are not looked at before."""
+    if training.checksums is None or held_out.checksums is None:
+        return ""
+    same = np.flatnonzero(np.isin(held_out.checksums, training.checksums))
+    if not len(same):
+        return ""
+    names = quoted(held_out.names[index] for index in same[:3])
+    return (
+        f"warning: {counted(len(same), 'held-out image')} with the very pixels of a training image, which flatters the "
+        f"result: {names}{', ...' * (len(same) > 3)}; `tokenfusion check` finds these and nearly alike ones, and its "
+        "list leaves them out by --exclude"
+    )
 
 
 def refuse_damage(parts: Split, training: Images, held_out: Images, skipped: list[Skipped], recipe: Recipe) -> None:

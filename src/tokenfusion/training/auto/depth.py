@@ -63,6 +63,7 @@ class DepthPlan:
         hardware, precision: what was measured on, and in what arithmetic.
         classes, training_images, held_out_images: of the data.
         seconds: of each depth that may be chosen, about, with those before it.
+        epochs: of each of these, by itself; 0 of the linear classifier, which is fitted at once.
         tune: the depth that would be trained.
         minutes: that auto may take.
         looked_per_s: images a second that the parents look at.
@@ -81,6 +82,7 @@ class DepthPlan:
     training_images: int
     held_out_images: int
     seconds: dict[Depth, float]
+    epochs: dict[Depth, int]
     tune: Depth
     minutes: float
     looked_per_s: float
@@ -134,7 +136,7 @@ def measure_depths(recipe: Recipe, classifier: Classifier, sample: Images, train
     clock = perf_counter()
     rows = look_at(classifier, sample, len(sample))
     look = (perf_counter() - clock) / len(sample)
-    views, epochs = recipe.views * training, epochs_of(recipe)
+    views, epochs = recipe.views * training, epochs_by_depth(recipe)
     lines, looking = views * len(classes) / 10, look * (views + held_out)
     seconds: dict[Depth, float] = {"probe": looking + lines * LINES}
     stepping = build(recipe, classes) if len(allowed) > 1 and seconds["probe"] <= limit else classifier
@@ -143,12 +145,12 @@ def measure_depths(recipe: Recipe, classifier: Classifier, sample: Images, train
         model.freeze(*PARENTS)
         features = Features(sample, FeatureRows(Path(), rows), np.arange(len(sample)).reshape(1, -1))
         token_step = image_seconds(on_features(stepping), features.as_images(), on_tokens(recipe))
-        seconds["fusion"] = looking + TWICE * (lines * VOTES + epochs_of(on_tokens(recipe)) * views * token_step)
-        further = seconds["fusion"] + epochs * look * (0.2 * training + held_out)
-        if "all" in allowed and further + TWICE * epochs * training * LEAST_STEP * look <= limit:
+        seconds["fusion"] = looking + TWICE * (lines * VOTES + epochs["fusion"] * views * token_step)
+        further = seconds["fusion"] + epochs["all"] * look * (0.2 * training + held_out)
+        if "all" in allowed and further + TWICE * epochs["all"] * training * LEAST_STEP * look <= limit:
             model.freeze()
             step = image_seconds(stepping, sample, at_depth(recipe, "all"))
-            seconds["all"] = further + TWICE * epochs * training * step
+            seconds["all"] = further + TWICE * epochs["all"] * training * step
     return DepthPlan(
         model=recipe.model,
         data=recipe.data,
@@ -159,6 +161,7 @@ def measure_depths(recipe: Recipe, classifier: Classifier, sample: Images, train
         training_images=training,
         held_out_images=held_out,
         seconds=seconds,
+        epochs={depth: epochs[depth] for depth in seconds},
         tune=deepest_within(recipe, seconds, training),
         minutes=recipe.tune_minutes,
         looked_per_s=1 / look,
@@ -211,11 +214,22 @@ def depth_table(planned: DepthPlan, auto: bool) -> list[tuple[str, str]]:
         ("hardware", f"{planned.hardware}, {planned.precision}"),
         ("images", f"{images} of {counted(planned.classes, 'class')}"),
         ("looking", rate),
-        *((depth, f"about {duration(seconds)}") for depth, seconds in planned.seconds.items()),
+        *((depth, f"about {duration(took)}, {by_epochs(planned, depth)}") for depth, took in planned.seconds.items()),
         ("memory", memory_in_words(planned.peak_memory_mb, planned.available_mb)),
         ("disk", f"{kept + weights:,.0f} MB: {shared}; a few times the weights while all of them are trained"),
         ("tune", depths_in_words(planned).partition("; tune=")[2] if auto else planned.tune),
     ]
+
+
+def by_epochs(planned: DepthPlan, depth: Depth) -> str:
+    """How many epochs a depth trains for, those of the depths before it not counted."""
+    count = planned.epochs[depth]
+    return f"by {counted(count, 'epoch')}" if count else "fitted at once, without epochs"
+
+
+def epochs_by_depth(recipe: Recipe) -> dict[Depth, int]:
+    """The epochs of each depth by itself."""
+    return {"probe": 0, "fusion": epochs_of(on_tokens(recipe)), "all": epochs_of(recipe)}
 
 
 def on_tokens(recipe: Recipe) -> Recipe:
