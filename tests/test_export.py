@@ -101,12 +101,12 @@ def test_what_is_not_installed_is_named_with_its_extra(
     monkeypatch.setitem(sys.modules, package, None)  # as Python has it of what cannot be imported
     status, _, errors = command("export", learned, *words, "--out", tmp_path / "out")
     errors = " ".join(errors.split())
-    assert (status, said in errors, "pip install 'tokenfusion[export]'" in errors) == (2, True, True)
+    assert (status, said in errors, "pip install '.[export]' in a copy of" in errors) == (2, True, True)
     if package == "onnxruntime":
         assert main([str(exported), str(digit)]) == 2
         said = capsys.readouterr().err
         assert "onnxruntime is not installed" in said
-        assert "pip install 'tokenfusion-runtime[onnx]'" in said
+        assert "pip install onnxruntime\n" in said
 
 
 @pytest.mark.parametrize(("format", "precision", "batch"), [("openvino", "int8", "dynamic"), ("pt2", "fp32", 4)])

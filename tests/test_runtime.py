@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from tokenfusion_runtime.description import FIELDS, hash_of
 from tokenfusion_runtime.engines import arithmetic
 from tokenfusion_runtime.image import opened, prepare, to_rgb
 
+ROOT = Path(__file__).parents[1]
 NUMBERS = r" *[0-9]+\.[0-9]+%?"
 
 
@@ -83,6 +85,20 @@ def test_the_lines_of_its_readme_run_it(copied, digit, capsys, monkeypatch):
     Image.open(digit).save("image.jpg")
     exec(code, {})
     assert "'label': " in capsys.readouterr().out
+
+
+def test_its_readme_installs_what_the_repository_has(copied):
+    """No index has the runtime, so that it is installed from the repository or a file made of it."""
+    project = tomllib.loads((ROOT / "runtime" / "pyproject.toml").read_text())["project"]
+    text = (copied / "README.md").read_text()
+    format = json.loads((copied / "model.json").read_text())["format"]
+    assert format in project["optional-dependencies"]
+    assert f"pip install './runtime[{format}]'" in text
+    assert (
+        f"pip install './{project['name'].replace('-', '_')}-{project['version']}-py3-none-any.whl[{format}]'" in text
+    )
+    assert "pip install 'tokenfusion" not in text
+    assert "`license` in `model.json`" in " ".join(text.split())
 
 
 def test_each_command_says_what_the_other_ones_folder_is(exported, learned, digit, command, capsys):

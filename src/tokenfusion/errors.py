@@ -2,7 +2,12 @@
 
 from tokenfusion_runtime.errors import InputError
 
-__all__ = ["InputError", "first_line"]
+__all__ = ["InputError", "first_line", "how_to_install"]
+
+
+def how_to_install(extra: str) -> str:
+    """What to do where packages of an extra are missing; no package index has this package."""
+    return f"pip install '.[{extra}]' in a copy of tokenfusion's repository"
 
 
 def first_line(error: BaseException) -> str:

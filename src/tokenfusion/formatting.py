@@ -34,6 +34,21 @@ def bars(console: Console, *columns: Any, **options: Any) -> Iterator[Show]:
         yield show
 
 
+Progress = Callable[[str, int, int], None]
+"""Told what is being done, how much of it is done, and all there is to do."""
+
+
+def unheard(_task: str, _done: int, _total: int) -> None:
+    """A `Progress` that nobody looks at."""
+
+
+@contextmanager
+def counting_tasks() -> Iterator[Progress]:
+    """A bar for each of several tasks, one after the other; gives what to call."""
+    with bars(Console(stderr=True)) as show:
+        yield show
+
+
 @contextmanager
 def counting(task: str) -> Iterator[Callable[[int, int], None]]:
     """A bar for a single task; gives what to call with (done, in all)."""

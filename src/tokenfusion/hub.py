@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenfusion.errors import InputError, first_line
+from tokenfusion.errors import InputError, first_line, how_to_install
 
 FETCHED = ("model.json", "model.safetensors")
 REFERENCE = re.compile(r"hf:/{1,2}(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>.+))?")  # a Path has lost one of the slashes
@@ -86,7 +86,7 @@ def client() -> Any:
         from huggingface_hub.utils import logging
         from huggingface_hub.utils.tqdm import disable_progress_bars
     except ImportError as error:
-        raise InputError("the hub's client is missing; pip install 'tokenfusion[hub]'") from error
+        raise InputError(f"the hub's client is missing; {how_to_install('hub')}") from error
     disable_progress_bars()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     return HfApi(library_name="tokenfusion")

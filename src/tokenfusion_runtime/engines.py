@@ -26,7 +26,7 @@ def onnx_engine(graph: Path, _precision: str, threads: int) -> tuple[Engine, str
     try:
         import onnxruntime
     except ImportError as error:
-        raise InputError(missing("onnxruntime", "onnx")) from error
+        raise InputError(missing("onnxruntime")) from error
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
@@ -49,7 +49,7 @@ def openvino_engine(graph: Path, precision: str, threads: int) -> tuple[Engine, 
     try:
         import openvino
     except ImportError as error:
-        raise InputError(missing("openvino", "openvino")) from error
+        raise InputError(missing("openvino")) from error
 
     core = openvino.Core()
     hint, note = arithmetic(precision, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
@@ -92,9 +92,9 @@ def arithmetic(precision: str, capabilities: Sequence[str]) -> tuple[str, str]:
     return "f32", "this CPU has no bf16; the classifier runs in fp32"
 
 
-def missing(package: str, extra: str) -> str:
+def missing(package: str) -> str:
     """What to say where an engine is not installed."""
-    return f"{package} is not installed, which runs this folder; pip install 'tokenfusion-runtime[{extra}]'"
+    return f"{package} is not installed, which runs this folder; pip install {package}"
 
 
 ENGINES: dict[str, Callable[[Path, str, int], tuple[Engine, str, str]]] = {

@@ -271,7 +271,7 @@ def test_what_cannot_be_served_is_said_before_or_as_it_starts(exported, tmp_path
         status, _, errors = command("serve", *words)
         assert (status, said in " ".join(errors.split())) == (2, True), errors
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    assert "tokenfusion[serve]" in command("serve", exported)[2]
+    assert "pip install '.[serve]' in a copy of" in command("serve", exported)[2]
     assert os.environ.get("BENTOML_HOME") is None
 
 

@@ -182,7 +182,7 @@ def test_a_service_that_is_not_known_is_refused():
 def test_a_service_whose_package_is_absent_is_refused_with_the_command(name, monkeypatch):
     monkeypatch.setattr(sys, "path", [])  # nothing that is not imported yet is installed
     monkeypatch.delitem(sys.modules, name, raising=False)
-    with pytest.raises(InputError, match=rf"loggers={name} needs a package .* `pip install 'tokenfusion\[loggers\]'`"):
+    with pytest.raises(InputError, match=rf"loggers={name} needs a package .* pip install '\.\[loggers\]' in a copy"):
         require_installed((name,))
 
 

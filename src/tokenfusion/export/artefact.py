@@ -11,11 +11,12 @@ from typing import Any
 
 from tokenfusion.checkpoint import load_description
 from tokenfusion.classifier import Classifier
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, how_to_install
 from tokenfusion.evaluate import mistaken_of
 from tokenfusion.export.gate import LIMITS, faults, held_out_images, measure, parity_lines
 from tokenfusion.export.inside import write_inside
 from tokenfusion.files import lock, make_folder, refuse_inside, write_json, write_text
+from tokenfusion.formatting import Progress, unheard
 from tokenfusion.judged import open_judged
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.version import __version__
@@ -37,6 +38,7 @@ def export(
     batch: int | None = None,
     force: bool = False,
     say: Callable[[str], None] = lambda _: None,
+    progress: Progress = unheard,
 ) -> dict[str, Any]:
     """Export a finished run into a folder that answers alike.
 
@@ -48,6 +50,7 @@ def export(
         batch: images of a call; None for any number.
         force: keep the folder though it answers otherwise, and mark it so.
         say: told what the gate finds.
+        progress: told of the images that it judges.
 
     Returns:
         What the folder's `model.json` holds.
@@ -68,7 +71,7 @@ def export(
         if artefact.note:
             say(artefact.note)
         images, labels, split = held_out_images(run, classifier)
-        parity = measure(classifier, artefact.probabilities, images, labels) | {"split": split}
+        parity = measure(classifier, artefact.probabilities, images, labels, progress) | {"split": split}
         errors = parity.pop("surest_errors")
         if precision != "fp32" and description["surest_errors"]:  # by which it abstains: other numbers, other errors
             description["surest_errors"] = errors
@@ -106,7 +109,7 @@ def require_possible(format: str, precision: str, batch: int | None) -> None:
     if missing:
         raise InputError(
             f"format={format} with precision={precision} needs {', '.join(missing)}, not installed; "
-            "pip install 'tokenfusion[export]'"
+            f"{how_to_install('export')}"
         )
     if batch is not None and batch < 1:
         raise InputError(f"batch={batch} has no image; give 1 or more, or dynamic")
@@ -201,25 +204,44 @@ def readme(description: dict[str, Any]) -> str:
     """How the folder is used."""
     parity, forced = description["parity"], description["faults"]
     warning = f"\n**It answers otherwise than its run: {'; '.join(forced)}. It was kept by force.**\n" if forced else ""
-    package, install = "tokenfusion_runtime", f"pip install 'tokenfusion-runtime[{description['format']}]'"
+    package = "tokenfusion_runtime"
     loads = f"import {package}\nclassifier = {package}.load('.')"
     if description["format"] == "pt2":
-        install = "pip install tokenfusion"
         loads = "from pathlib import Path\nfrom tokenfusion.export.artefact import load\nclassifier = load(Path('.'))"
     return f"""# {description["name"]}
 
-{len(description["classes"])} classes, {description["precision"]}, {description["format"]}; license: (fill in)
+{len(description["classes"])} classes, {description["precision"]}, {description["format"]}. Licence: (fill in)
 {warning}
 ```python
-# {install}
 {loads}
 print(classifier.predict("image.jpg")[0].to_dict())
 ```
 
+{installation(description["format"])}
+
 On {parity["n"]} held-out images it is right in {parity["accuracy"]:.2%}, the run that it was exported from in
 {parity["accuracy_run"]:.2%}; {parity["label_agreement"]:.2%} of the labels are the same. Scores are calibrated
 (temperature {description["temperature"]:.3f}, chosen by the run's scores). The rest is in `model.json`.
+
+The licence is for whoever hands the folder on to say, here and as `license` in `model.json`, which is yours to edit: as
+far as the training images allow, and the pretrained weights that the run may have begun with (`began_with` in the
+`model.json` of the run).
 """
+
+
+def installation(format: str) -> str:
+    """What to install where the folder is used; neither package is in an index."""
+    if format == "pt2":
+        return "It needs `tokenfusion`: `pip install .` in a copy of its repository."
+    wheel = f"tokenfusion_runtime-{__version__}-py3-none-any.whl"
+    return f"""It needs `tokenfusion_runtime` (numpy, Pillow and one engine), which is in no package index, but comes
+with `tokenfusion`. In a copy of its repository:
+
+```console
+$ pip install './runtime[{format}]'                # on this machine
+$ pip wheel --no-deps --wheel-dir . ./runtime    # or as a file, which is installed on another one by
+$ pip install './{wheel}[{format}]'
+```"""
 
 
 __all__ = ["LIMITS", "PACKAGES", "PRECISIONS", "export", "load", "readme"]

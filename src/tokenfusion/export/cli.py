@@ -2,11 +2,12 @@
 
 import shlex
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from tokenfusion.errors import InputError
+from tokenfusion.formatting import counting_tasks
 from tokenfusion.imports import first_import
 from tokenfusion.places import require_run
 from tokenfusion.terminal import console
@@ -48,7 +49,9 @@ def export(
     if batch != "dynamic" and not batch.isdecimal():
         raise InputError(f"batch={batch} is no number of images; give one, or dynamic")
     size = None if batch == "dynamic" else int(batch)
-    export_run(run, out, format=format, precision=precision, batch=size, force=force, say=console.print)
+    options: dict[str, Any] = {"format": format, "precision": precision, "batch": size, "force": force}
+    with counting_tasks() as progress:
+        export_run(run, out, **options, say=console.print, progress=progress)
     runs_it = "its README.md says how it is run"  # by torch, and not by the runtime
     if format != "pt2":
         runs_it = f"try: python -m tokenfusion_runtime {shlex.quote(str(out))} IMAGE"

@@ -16,6 +16,7 @@ from tokenfusion.calibrate import surest_errors
 from tokenfusion.classifier import Classifier
 from tokenfusion.data.decoded import Images
 from tokenfusion.evaluate import as_outputs, output_of_class
+from tokenfusion.formatting import Progress, unheard
 from tokenfusion.hardware import resolve_precision
 from tokenfusion.judged import read_own_part
 from tokenfusion.metrics import wilson_interval
@@ -65,9 +66,13 @@ def held_out_images(run: Path, classifier: Classifier) -> tuple[Images, NDArray[
 
 
 def measure(
-    classifier: Classifier, artefact: Callable[[NDArray[np.uint8]], Floats], images: Images, labels: NDArray[Any]
+    classifier: Classifier,
+    artefact: Callable[[NDArray[np.uint8]], Floats],
+    images: Images,
+    labels: NDArray[Any],
+    progress: Progress = unheard,
 ) -> dict[str, Any]:
-    """Let run and artefact judge the same pixels, in batches of 7, 2 and 1 in turn.
+    """Let run and artefact judge the same pixels, in batches of 7, 2 and 1 in turn, and tell of the images judged.
 
     The run's answers are those of its weights in float32, the same on every machine. What `predict` computes in, bf16
     where the hardware has it, is measured beside: nothing is refused for it.
@@ -91,6 +96,7 @@ def measure(
         ours.append(exact.scores(exact.logits(prepared)).numpy())
         theirs.append(artefact(prepared.numpy()))
         shown.append(ours[-1] if precision == "fp32" else classifier.scores(classifier.logits(prepared)).numpy())
+        progress("judging images", batch.stop, len(images))
     run, found, predicted = map(np.concatenate, (ours, theirs, shown))
     said_by_run, said, said_by_predict = (
         labels_of(scores, classifier.thresholds) for scores in (run, found, predicted)

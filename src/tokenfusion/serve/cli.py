@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from tokenfusion.errors import InputError
+from tokenfusion.errors import InputError, how_to_install
 
 
 def serve(
@@ -136,7 +136,7 @@ def require(artefact: Path, **counts: int) -> None:
         InputError: the extra is not installed, there is no such folder, or a number is below 1.
     """
     if importlib.util.find_spec("bentoml") is None:
-        raise InputError("bentoml is not installed, which serves; pip install 'tokenfusion[serve]'")
+        raise InputError(f"bentoml is not installed, which serves; {how_to_install('serve')}")
     if not (artefact / "model.json").is_file():
         raise InputError(f"{artefact} holds no model.json; give a folder that `export` or `train` wrote")
     for name, count in counts.items():

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from tokenfusion.errors import InputError, first_line
+from tokenfusion.errors import InputError, first_line, how_to_install
 from tokenfusion.files import write_json
 from tokenfusion.training.state import Record
 
@@ -190,8 +190,7 @@ def require_installed(names: Sequence[str]) -> None:
     for name in names:
         if find_spec(name) is None:
             raise InputError(
-                f"loggers={name} needs a package that is not installed; `pip install 'tokenfusion[loggers]'`, or leave "
-                "it out"
+                f"loggers={name} needs a package that is not installed; {how_to_install('loggers')}, or leave it out"
             )
 
 
