@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import compress, count
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import make_folder, own_results, write_csv, write_json
+from tokenfusion.formatting import Progress, unheard
 from tokenfusion.judged import judged_images, open_judged
 from tokenfusion.metrics import evaluate_logits, require_finite_logits, risk_coverage
 from tokenfusion.multilabel import cross_fitted, evaluate_multilabel, image_losses, sigmoid_scores, tune_thresholds
@@ -39,7 +41,7 @@ def evaluate(
     run: Path,
     data: str | None = None,
     split: str | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = unheard,
     *,
     root: str = "",
     encoding: str = "",
@@ -56,7 +58,7 @@ def evaluate(
         run: a finished run folder.
         data: labelled images of the run's classes; the run's own held-out images when not given.
         split: "train", "val" or "test" of data that has such parts; by default val, else test, else everything.
-        progress: called with (images read, images in all).
+        progress: told of the images that are read, and then judged.
         root: folder that the paths of `data` start at, where that is a list; its own when not given.
         encoding: of such a list that is in no UTF; guessed when not given.
         out: folder to write to; `place_of` says which when not given.
@@ -89,17 +91,20 @@ def evaluate(
     refuse_other_kind(source, classifier)
     to_output = output_of_class(source, classifier.classes)
     keep = with_training_images
-    judged = judged_images(run, recipe, source, own=own, split=split, keep=keep, progress=progress)
+    reading = partial(progress, "reading images")
+    judged = judged_images(run, recipe, source, own=own, split=split, keep=keep, progress=reading)
     images, skipped, name, own = judged.images, judged.skipped, judged.split, judged.own
     faster = compiled_classifier(classifier, min(BATCH, len(images))) if compile else classifier.packed()
-    logits, labels = collect_logits(faster, images, workers=recipe.workers)
+    judging = partial(progress, "judging images")
+    logits, labels = collect_logits(faster, images, workers=recipe.workers, progress=judging)
     labels = as_outputs(labels, to_output, len(classifier.classes))
     out = out or place_of(run, place, name, own=own)
     cross_fit = own and name == ("val" if (run / "split.csv").exists() else held_out_name(source))
     judge = judge_label_sets if classifier.multi_label else judge_classes
     result, write = judge(classifier, images, logits, labels, cross_fit, len(skipped))
     if corruptions:
-        result["corruptions"] = judge_corrupted(faster, images, to_output, recipe.workers, progress)
+        worse = partial(progress, "judging worse images")
+        result["corruptions"] = judge_corrupted(faster, images, to_output, recipe.workers, worse)
     unreadable = [{"path": image.path, "reason": image.reason} for image in skipped]
     result |= {"cross_fitted": cross_fit, "data": place, "split": name, "own": own, "unreadable": unreadable}
     result |= {"damaged": [{"path": path, "reason": said} for path, said in images.damaged.items()]}
@@ -138,14 +143,15 @@ def judge_label_sets(
 
 
 def judge_corrupted(
-    classifier: Classifier, images: Images, to_output: Tensor, workers: int, progress: Callable[[int, int], None] | None
+    classifier: Classifier, images: Images, to_output: Tensor, workers: int, progress: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """What `measure_corruptions` finds of images whose labels are those of the data."""
     workers = 0 if images.cached else workers
     batches = eval_batches(images, classifier.preprocess, batch_size=BATCH, workers=workers)
     labelled = ((batch, to_output[labels]) for batch, labels in batches)
-    told = (lambda done: progress(done, len(images))) if progress else (lambda _: None)
-    return measure_corruptions(classifier.logits, labelled, images.dataset.groups, told)
+    return measure_corruptions(
+        classifier.logits, labelled, images.dataset.groups, lambda done: progress(done, len(images))
+    )
 
 
 def mistaken_of(run: Path, classes: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -241,15 +247,21 @@ def collect_logits(
     batch_size: int = BATCH,
     workers: int = 0,
     indices: Sequence[int] | None = None,
+    progress: Callable[[int, int], None] = lambda *_: None,
 ) -> tuple[Tensor, Tensor]:
     """Logits (N, K) and labels (N,) of all the images, in order, or of those of some indices.
 
-    `workers` processes decode what is not in memory.
+    `workers` processes decode what is not in memory; `progress` is called with images judged, and images in all.
     """
     workers = 0 if images.cached else workers
     batches = eval_batches(images, classifier.preprocess, batch_size=batch_size, workers=workers, indices=indices)
-    results = [(classifier.logits(batch), labels) for batch, labels in batches]
-    return torch.cat([logits for logits, _ in results]), torch.cat([labels for _, labels in results])
+    logits, labels, done = [], [], 0
+    for batch, some in batches:
+        logits.append(classifier.logits(batch))
+        labels.append(some)
+        done += len(some)
+        progress(done, len(images) if indices is None else len(indices))
+    return torch.cat(logits), torch.cat(labels)
 
 
 def as_outputs(labels: Tensor, to_output: Tensor, outputs: int) -> Tensor:

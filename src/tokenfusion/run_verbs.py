@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from tokenfusion.formatting import counted, counting
+from tokenfusion.formatting import counted, counting_tasks
 from tokenfusion.imports import first_import
 from tokenfusion.places import require_data, require_run
 from tokenfusion.terminal import AsJson, console, show
@@ -63,7 +63,7 @@ def evaluate(
         from tokenfusion.evaluate import evaluation_summary, images_in_words, place_of
         from tokenfusion.report import write_figures
 
-    with counting("images") as progress:
+    with counting_tasks() as progress:
         result = evaluate_run(
             run,
             data,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.token_spans import TokenSpan, all_spans, token_spans
+from tokenfusion.formatting import Progress, unheard
 from tokenfusion.intervals import mean_interval, tango_interval
 from tokenfusion.layers.tokens import size_of
 from tokenfusion.models.fused_model import FusedModel
@@ -30,7 +31,7 @@ WHOLE = "whole branch"
 
 
 @torch.no_grad()
-def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
+def measure_ablation(model: nn.Module, batches: Batches, progress: Progress = unheard) -> dict[str, Any]:
     """Accuracy and loss when the tokens of a source are replaced by their mean, in one layer or in all.
 
     Where: `token_spans`. In a block's input the tokens' stream ends there. An operator's tokens are those that it
@@ -40,6 +41,7 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
     Args:
         model: a fusion, or a transformer that can be walked; run in evaluation mode, and left as it was.
         batches: images of one size, and labels.
+        progress: told of the replacements.
 
     Returns:
         `images`, how many; `top1` and `loss` as it is; `replaced`: for each `layer` and `tokens`, and for each source's
@@ -68,6 +70,7 @@ def measure_ablation(model: nn.Module, batches: Batches) -> dict[str, Any]:
             rows.append(row)
             if layer == WHOLE:
                 losses[source] = new_loss
+            progress("replacing tokens", len(rows), len(groups))
     compared = [
         {"tokens": [one, other], "loss_difference": mean_interval(losses[one] - losses[other])}
         for one, other in combinations(losses, 2)

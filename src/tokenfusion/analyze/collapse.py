@@ -4,7 +4,7 @@ Blocks are compared where their maps have the same tokens and heads: such blocks
 Letters: B batch, L blocks of a group, H heads, N query tokens, M key tokens, C channels.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from math import log
@@ -34,6 +34,7 @@ from tokenfusion.analyze.record import AttentionRecord, attention_layouts, evalu
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import own_folder, write_json
+from tokenfusion.formatting import Progress, unheard
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, size_of
 
@@ -57,13 +58,14 @@ def analyze_collapse(
     *,
     num_images: int = 256,
     out: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = unheard,
 ) -> tuple[dict[str, Any], Path]:
     """Measure a run or an untrained model on images; write `collapse.json` and figures.
 
     Args:
-        run_or_model, data, num_images, progress: as in `open_run_or_model`.
+        run_or_model, data, num_images: as in `open_run_or_model`.
         out: folder to write to; RUN/collapse, or `collapse` for a model's name, when not given.
+        progress: told of the images that are read, and then measured.
 
     Returns:
         what `collapse.json` holds (see `measure_collapse`), with `model`, `feature_maps` (the blocks that have some),
@@ -73,12 +75,15 @@ def analyze_collapse(
         InputError: the model or the data cannot be used, or as in `measure_collapse`.
     """
     folder = output_folder(run_or_model, data, out, "collapse")
-    classifier, images = open_run_or_model(run_or_model, data, num_images, progress)
+    classifier, images = open_run_or_model(run_or_model, data, num_images, partial(progress, "reading images"))
     keep_freed_memory()
-    batches = (
-        classifier.to_input(batch) for batch, _ in eval_batches(images, classifier.preprocess, batch_size=PREPARED)
-    )
-    result = {"model": classifier.name} | measure_collapse(classifier.model, batches)
+
+    def batches() -> Iterator[Tensor]:
+        for done, (batch, _) in enumerate(eval_batches(images, classifier.preprocess, batch_size=PREPARED)):
+            yield classifier.to_input(batch)
+            progress("measuring images", min((done + 1) * PREPARED, len(images)), len(images))
+
+    result = {"model": classifier.name} | measure_collapse(classifier.model, batches())
     pictures = torch.stack([classifier.preprocess.resize(images[i]) for i in range(min(PICTURES, len(images)))])
     features = feature_maps(classifier.model, classifier.to_input(pictures))
     result["feature_maps"] = [found.block for found in features]

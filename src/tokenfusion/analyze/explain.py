@@ -1,7 +1,7 @@
 """What a trained run looks at, drawn over its images: `tokenfusion explain`."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from tokenfusion.analyze.faithfulness import Probability, importance, measure_faithfulness
+from tokenfusion.analyze.faithfulness import LOOKS, Probability, importance, measure_faithfulness
 from tokenfusion.analyze.inputs import open_run_or_model, refuse_inside_images, refuse_multi_label
 from tokenfusion.analyze.record import evaluating
 from tokenfusion.analyze.saliency import require_readable, saliency
@@ -21,6 +21,7 @@ from tokenfusion.data.dataset import printable
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import own_folder, write_bytes, write_json
+from tokenfusion.formatting import Progress, unheard
 from tokenfusion.hardware import autocast
 from tokenfusion.models.base import choose
 from tokenfusion.report.pictures import decode_named, png_of
@@ -73,7 +74,7 @@ def explain(
     *,
     out: Path | None = None,
     faithfulness: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = unheard,
 ) -> tuple[dict[str, Any], Path]:
     """Draw what a run looks at over images; write the overlays and `explain.json`.
 
@@ -85,7 +86,7 @@ def explain(
         out: folder to write to; RUN/explain when not given, and RUN/explain/mistakes of the worst mistakes, where the
             report finds them.
         faithfulness: how many held-out images to measure `measure_faithfulness` on; 0 for none.
-        progress: called with (images done, images in all).
+        progress: told of the images that are explained, and of the measuring of faithfulness, in looks at an image.
 
     Returns:
         what `explain.json` holds: `model`, `method`, `chosen` ("named", the "mistakes", or where there are none the
@@ -113,13 +114,12 @@ def explain(
         entries: list[dict[str, Any]] = []
         for entry in explain_images(classifier, prepared, question, folder):
             entries.append(entry)
-            if progress and named:
-                progress(len(entries), len(named))
+            progress("explaining", len(entries), len(named or shown))
         if named and all("error" in entry for entry in entries):
             first, more = entries[0], f", and {len(entries) - 1} more" * (len(entries) > 1)
             remedy = "give images that can be read, nothing was written"
             raise InputError(f"{first['path']}{more}: {first['error']}; {remedy}")
-        measured = measure_run(run, faithfulness, question) if faithfulness else None
+        measured = measure_run(run, faithfulness, question, progress) if faithfulness else None
         about: dict[str, Any] = {"model": classifier.name, "method": question.method, "chosen": chosen}
         result = about | {"images": entries, "faithfulness": measured}
         write_json(folder / "explain.json", result)
@@ -224,16 +224,23 @@ def safe(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:40].strip("_") or "x"
 
 
-def measure_run(run: Path, num_images: int, question: Question) -> dict[str, Any]:
+def measure_run(run: Path, num_images: int, question: Question, progress: Progress = unheard) -> dict[str, Any]:
     """`measure_faithfulness` of the predicted class of held-out images."""
-    classifier, images = open_run_or_model(str(run), None, num_images)
+    classifier, images = open_run_or_model(str(run), None, num_images, partial(progress, "reading images"))
+    done = 0
+
+    def look(classes: Tensor, looks: int, pixels: Tensor) -> Tensor:
+        nonlocal done
+        done += len(pixels)
+        progress("measuring faithfulness", done, looks)
+        return probability_of(classifier, classes, pixels)
 
     def batches() -> Iterator[tuple[Tensor, dict[str, Tensor], Probability]]:
         for batch, _ in eval_batches(images, classifier.preprocess, batch_size=BATCH):
             pixels = classifier.to_input(batch)
             classes = probabilities_of(classifier, pixels).argmax(1)
             maps = saliency(classifier.model, pixels, classes, question.method, question.branch)
-            yield pixels, maps, partial(probability_of, classifier, classes)
+            yield pixels, maps, partial(look, classes, len(images) * len(maps) * LOOKS)
 
     return {"images": len(images)} | measure_faithfulness(batches())
 

@@ -18,6 +18,8 @@ from tokenfusion.intervals import mean_interval
 
 STEPS = 16
 """Steps between the whole image and none of it."""
+LOOKS = 3 * 2 * (STEPS + 1)
+"""How often the model looks at an image for each of its maps: by three orders, for both curves."""
 BLUR = 5 / 224
 """Standard deviation of the blur, as a share of the image's longer side; the paper's code has 5 pixels of 224."""
 Probability = Callable[[Tensor], Tensor]

@@ -3,7 +3,8 @@
 Letters: B batch, H heads, N query tokens, M key tokens.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from statistics import fmean
@@ -23,6 +24,7 @@ from tokenfusion.data.decoded import Images
 from tokenfusion.data.loader import eval_batches
 from tokenfusion.errors import InputError
 from tokenfusion.files import own_folder, write_json
+from tokenfusion.formatting import Progress, unheard
 from tokenfusion.hardware import keep_freed_memory
 from tokenfusion.intervals import mean_interval
 from tokenfusion.layers.tokens import AttentionLayout, TokenLayout, size_of
@@ -114,13 +116,14 @@ def measure_rollout(model: nn.Module, batches: Batches) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
+def measure_tokens(model: nn.Module, batches: Batches, progress: Progress = unheard) -> dict[str, Any]:
     """Which kind of token decides what a model says.
 
     Args:
         model: a fusion of this package, or a transformer alone, whose attention can be seen; it is left as it was.
         batches: images (B, in_chans, H, W) of one size as the model takes them, with labels (B,); gone through several
             times.
+        progress: told of what takes longest, the replacements.
 
     Returns:
         `images`; `attention`: of each layer, how many tokens of each source CLS attends to, their share, and the share
@@ -140,7 +143,7 @@ def measure_tokens(model: nn.Module, batches: Batches) -> dict[str, Any]:
         refused = why_no_rollout(model, size)
         rollout = {} if refused else measure_rollout(model, batches)
     found = {"attention": attention, "rollout": rollout, "no_rollout": refused}
-    return found | measure_ablation(model, batches)
+    return found | measure_ablation(model, batches, progress)
 
 
 def why_no_rollout(model: nn.Module, size: tuple[int, int]) -> str:
@@ -158,13 +161,14 @@ def analyze_tokens(
     *,
     num_images: int = 256,
     out: Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress = unheard,
 ) -> tuple[dict[str, Any], Path]:
     """Measure which tokens decide in a run, or in an untrained model; write `tokens.json` and a figure.
 
     Args:
-        run_or_model, data, num_images, progress: as in `open_run_or_model`.
+        run_or_model, data, num_images: as in `open_run_or_model`.
         out: folder to write to; RUN/tokens, or `tokens` for a model's name, when not given.
+        progress: told of the images that are read, and of the replacements.
 
     Returns:
         what `tokens.json` holds (see `measure_tokens`), with `model`, `summary` and `figures`; and the folder.
@@ -173,9 +177,10 @@ def analyze_tokens(
         InputError: the model or the data cannot be used, or as in `measure_tokens`.
     """
     folder = output_folder(run_or_model, data, out, "tokens")
-    classifier, images = open_run_or_model(run_or_model, data, num_images, progress)
+    classifier, images = open_run_or_model(run_or_model, data, num_images, partial(progress, "reading images"))
     keep_freed_memory()
-    result = {"model": classifier.name} | measure_tokens(classifier.model, PreparedBatches(classifier, images))
+    batches = PreparedBatches(classifier, images)
+    result = {"model": classifier.name} | measure_tokens(classifier.model, batches, progress)
     result["summary"] = tokens_summary(result)
     with own_folder(folder):
         result["figures"] = draw(result, folder)
