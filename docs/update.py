@@ -17,6 +17,7 @@ import export_page
 import front_page
 import growth_page
 import papers_page
+import pretrained_page
 import results_page
 import serve_page
 import speed_page
@@ -326,6 +327,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "models.md": {"models": models},
     DOCS / "training.md": {"loading": loading, "compiled": speed_page.compiled, "steps": speed_page.steps},
     DOCS / "stages.md": {"pretrained": stages_page.pretrained},
+    pretrained_page.PAGE: {"files": pretrained_page.files},
     DOCS / "papers" / "README.md": {"published": published, "official": speed_page.official, "speed": speed},
     DOCS / "papers" / "cmt.md": {"detector": papers_page.detector},
     DOCS / "papers" / "deepvit.md": {"collapse": papers_page.collapse},

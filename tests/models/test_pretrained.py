@@ -9,6 +9,7 @@ import threading
 import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -20,10 +21,11 @@ from safetensors.torch import save_file
 
 import tokenfusion
 from tokenfusion import Classifier, InputError, create_model
-from tokenfusion.models.pretrained import fetch
+from tokenfusion.models.pretrained import fetch, local_name, place_on_hub, weighted_names
 from tokenfusion.preset import FINE_TUNING, PRETRAINED_PAIR, preset
 
 CNN, VIT = "test_efficientnet", "test_vit"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def build(name, seed=0, **arguments):
@@ -273,3 +275,13 @@ def test_a_check_up_says_what_it_fetches_and_fails_as_training_does(fault, hub, 
     assert ("the hub does not answer; retrying in" in errors) == (fault == "busy")
     assert f"give --pretrained {CNN}.safetensors {VIT}.safetensors" in errors
     assert not list(hub.glob("models--*"))
+
+
+def test_the_page_names_the_files_of_the_default_pair_as_they_are_fetched(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import pretrained_page
+
+    page = pretrained_page.PAGE.read_text()
+    assert f"<!-- files -->\n{pretrained_page.files()}\n<!-- /files -->" in page, "run docs/update.py"
+    for name in weighted_names(PRETRAINED_PAIR):
+        assert all(part in page for part in (*filter(None, place_on_hub(name)), local_name(name)))
