@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from scipy.stats import binom
 from tokenfusion import Classifier
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, halves
 from tokenfusion.metrics import bootstrap_ece, evaluate_logits, reliability
-from tokenfusion_runtime.abstain import DELTA, SurestErrors, tail, why_silent
+from tokenfusion_runtime.abstain import DELTA, SurestErrors, images_needed, tail, why_silent, why_unsure
 
 
 def calibrated_logits(n, k=10, seed=0):
@@ -88,7 +90,10 @@ def test_it_is_said_why_nothing_is_answered():
     )
     assert few.cut(0.221) == -1.0
     assert few.cut(0.220) == math.inf
-    assert why_silent(0.02, [wrong]).startswith("too many of the surest answers on the 149 held-out images")
+    too_many = "too many of the surest answers on the 149 held-out images are wrong to promise 0.02; "
+    assert why_silent(0.02, [wrong]).startswith(f"{too_many}give --abstain 0.")
+    hopeless = SurestErrors(149, tuple(range(1, 150)), (1.0,) * 149)
+    assert why_silent(0.02, [hopeless]) == f"{too_many}train on more images, or on better ones"
     assert why_silent(0.02, [SurestErrors(149, (), ()), wrong]) == why_silent(0.02, []) == ""
 
 
@@ -137,7 +142,29 @@ def test_where_the_model_is_too_unsure_the_label_is_null(command, run, digit):
         assert (said["label"] is not None) == label
         assert said["score"] == said["topk"][0]["score"]
     assert ",,0." in command("predict", run, digit, "--abstain", 0.02, "--format", "csv")[1]
-    assert "unsure" in command("predict", run, digit, "--abstain", 0.02)[1]
+    _, output, errors = command("predict", run, digit, "--abstain", 0.02)
+    assert "unsure" in output
+    assert errors == (
+        "unsure of 1: only scores above 1.000000 are right often enough to promise 0.02; a larger --abstain, or more "
+        "held-out images in training, answer more\n"
+    )
+
+
+def test_help_and_page_say_how_many_held_out_images_a_share_needs(command):
+    needed = {share: images_needed(share) for share in (0.02, 0.05, 0.1)}
+    assert needed == {0.02: 149, 0.05: 59, 0.1: 29}
+    helped = re.sub(r"[│\s]+", " ", command("predict", "--help")[1])
+    page = (Path(__file__).parents[1] / "docs" / "export.md").read_text()
+    for share, images in needed.items():
+        assert re.search(rf"\b{images}( held-out images)? for {share:g}\b", helped), share
+        assert f"{images} at {100 * share:g} %" in " ".join(page.split())
+
+
+def test_where_nothing_is_answered_there_is_one_reason():
+    sure = [SurestErrors(400, (200,), (0.9,))]
+    assert why_unsure(3, 0.02, sure).startswith("unsure of 3: only scores above 0.900000 ")
+    assert why_unsure(0, 0.02, sure) == ""
+    assert why_unsure(3, 0.02, [SurestErrors(12, (), ())]) == ""  # `why_silent` has said it
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_an_unreadable_file_does_not_stop_the_others(classifier, tmp_path):
     assert not good.error
     assert not also_good.error
     assert bad.error
-    assert (bad.label, bad.score) == ("", 0.0)
+    assert (bad.label, bad.score) == ("", None)
     assert bad.to_dict() == {"path": str(tmp_path / "bad.jpg"), "error": bad.error}
 
 

@@ -41,6 +41,8 @@ def test_help_of_the_command_and_of_every_verb(command):
         assert f"Example: tokenfusion {' '.join(words)} " in help_text
         assert "Try it:" not in help_text
     assert "Try it: tokenfusion train digits" in output
+    shown = command("train", "--help")[1].splitlines()
+    assert any("train photos/ --pretrained hub --out" in line for line in shown[:8])
     assert command("--version")[1].strip().count(".") == 2
 
 
@@ -142,6 +144,22 @@ WRONG_PATHS = [
     (("train", "digits", "--pretrained", "--out", "y"), "--pretrained has no value behind it; give hub to fetch"),
     (("train", "digits", "--out", "{run}"), "holds a run already; go on with"),
     (("train", "--resume", "runs/x"), "is not a run (it has no recipe.toml)"),
+    *(
+        ((*words, "{run}", *options), "{run} is a run folder, which `train` wrote; ")
+        for *words, options in [
+            ("train", ("--out", "y")),
+            ("compare", ("--models", "vit_micro", "--out", "y")),
+            ("check", ()),
+            ("evaluate", "{run}", ()),
+            ("analyze", "tokens", "vit_micro", ()),
+            ("predict", "{run}", ("a.png",)),
+            ("explain", "{run}", ()),
+            ("similar", "{run}", ()),
+        ]
+    ),
+    (("predict", "{run}", "nosuch/"), "nosuch/: no such file or folder; this folder has: 'here'"),
+    (("explain", "{run}", "a.png", "b/*.png"), "a.png, and 1 more: no such file or folder"),
+    (("similar", "{run}", "her"), "her: no such file or folder; did you mean here?"),
 ]
 WITHOUT_TORCH = """
 import contextlib, io, json, sys
@@ -164,11 +182,12 @@ json.dump(answers, sys.stdout)
 def test_a_path_that_cannot_be_right_is_refused_before_torch_is_imported(trained, tmp_path):
     words = json.dumps([[word.format(run=trained) for word in words] for words, _ in WRONG_PATHS])
     process = [sys.executable, "-c", WITHOUT_TORCH, words]
+    (tmp_path / "here").mkdir()
     done = subprocess.run(process, cwd=tmp_path, capture_output=True, text=True, check=True)
     for (words, expected), (end, said) in zip(WRONG_PATHS, json.loads(done.stdout), strict=True):
         assert end == "SystemExit(2)", words
-        assert expected.format(here=tmp_path) in said, words
-    assert not list(tmp_path.iterdir())
+        assert expected.format(here=tmp_path, run=trained) in said, words
+    assert list(tmp_path.iterdir()) == [tmp_path / "here"]
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10", "imagenette-160"])

@@ -30,6 +30,7 @@ app = App(
     name="tokenfusion",
     version=__version__,
     help="Train, compare, explain and ship image classifiers that fuse CNN and transformer tokens.\n\n"
+    "Your photographs: tokenfusion train photos/ --pretrained hub --out runs/photos\n\n"
     "Try it: tokenfusion train digits --model tokenfusion_early_micro --out runs/digits",
     error_formatter=options.explain_error,
     default_parameter=Parameter(consume_multiple=True, negative_iterable="", show_default=options.shown_default),
@@ -56,9 +57,14 @@ def train(
 ) -> None:
     """Train a model on labelled images.
 
-    An option wins over the recipe file, and the file over the preset of model and data; the defaults shown come last.
+    Example: tokenfusion train photos/ --pretrained hub --out runs/photos
+
+    That is best for a folder of photographs: it starts from pretrained weights, chooses the rest, and needs no other
+    option; with --dry-run it says how long that would take. From random weights, for many images:
 
     Example: tokenfusion train photos/ --model tokenfusion_early_tiny --img-size 128 --out runs/photos
+
+    An option wins over the recipe file, and the file over the preset of model and data; the defaults shown come last.
 
     Parameters
     ----------

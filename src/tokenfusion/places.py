@@ -4,21 +4,62 @@ A wrong path is then refused at once; what needs more than a look is refused whe
 """
 
 import difflib
+import glob
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenfusion.errors import InputError
 
 
 def require_data(data: str) -> None:
-    """Refuse DATA that is not there; addresses and patterns are looked at later.
+    """Refuse DATA that is not there, or is no images but a run; addresses and patterns are looked at later.
 
     Raises:
-        InputError: there is no such file or folder; the nearest names are offered.
+        InputError: there is no such file or folder, and the nearest are offered; or `train` or `compare` wrote it.
     """
-    if data != "digits" and not names_shards(data) and not os.path.exists(data):
+    if data == "digits" or names_shards(data):
+        return
+    if not os.path.exists(data):
         raise InputError(f"{data}: no such file or folder; {nearest(Path(data))}")
+    refuse_run(data, "DATA is a folder of images with a subfolder per class, or a list of them")
+
+
+RUNS = {"model.json": "a run folder, which `train` wrote", "comparison.json": "a comparison, which `compare` wrote"}
+"""What a folder with a recipe and such a file is."""
+
+
+def refuse_run(place: str, wanted: str) -> None:
+    """Refuse a run's folder where images are wanted, and say where those that it was trained on are named.
+
+    Raises:
+        InputError: it is one.
+    """
+    recipe = os.path.join(place, "recipe.toml")
+    for file, what in RUNS.items():
+        if os.path.isfile(recipe) and os.path.isfile(os.path.join(place, file)):
+            raise InputError(f"{place} is {what}; {wanted}: `data` in {recipe} names those that it was trained on")
+
+
+def require_sources(sources: Sequence[str]) -> None:
+    """Refuse images to predict of which none is there, or one is a run; what is not there beside others is said later.
+
+    Raises:
+        InputError: they are; the names nearest to the first are offered.
+    """
+    for source in sources:
+        refuse_run(source, "SOURCE is image files, or folders of them")
+    later = (source in ("-", "digits") or names_shards(source) for source in sources)
+    if any(later) or any(os.path.lexists(source) or found(source) for source in sources):
+        return
+    more = f", and {len(sources) - 1} more" * (len(sources) > 1)
+    raise InputError(f"{sources[0]}{more}: no such file or folder; {nearest(Path(sources[0]))}")
+
+
+def found(pattern: str) -> bool:
+    """Whether a glob finds anything."""
+    return next(glob.iglob(pattern, recursive=True), None) is not None
 
 
 def require_files(paths: tuple[str, ...], option: str) -> None:
@@ -81,13 +122,21 @@ def names_shards(data: str) -> bool:
 
 
 def nearest(path: Path) -> str:
-    """A hint at what was meant: the names most like the missing one, in the deepest folder that does exist."""
+    """A hint at what was meant: the paths most like the missing one in the deepest folder that does exist, or what else
+    is there, folders first. Hidden files and what systems leave behind are not offered."""
+    from tokenfusion_runtime.walk import DROPPINGS
+
     while not os.path.isdir(path.parent):
         path = path.parent
-    found = sorted(os.listdir(path.parent))
-    close = difflib.get_close_matches(path.name, found, n=3) or found[:3]
-    names = ", ".join(repr(name[:200]) for name in close)
-    return f"{path.parent} has: {names}" if close else f"{path.parent} is empty"
+    there = sorted(os.listdir(path.parent), key=lambda name: (not os.path.isdir(path.parent / name), name))
+    offered = [name for name in there if name[0] != "." and name.casefold() not in DROPPINGS]
+    if close := difflib.get_close_matches(path.name, offered, n=3):
+        return f"did you mean {' or '.join(str(path.parent / name)[:200] for name in close)}?"
+    if not offered:
+        return f"{path.parent} is empty" if not there else f"{path.parent} has hidden files alone"
+    names = ", ".join(repr(name[:200]) for name in offered[:3]) + f" and {len(offered) - 3:,} more" * (len(offered) > 3)
+    where = "this folder" if path.parent == Path() else path.parent
+    return f"{where} has: {names}"
 
 
 def resume_command(run: Path) -> str:

@@ -51,7 +51,7 @@ class SurestErrors:
         Source: Geifman and El-Yaniv, Selective Classification for Deep Neural Networks, 2017 (the bound); Angelopoulos
         et al., Learn then Test, arXiv 2110.01052, section 2 (fixed sequence testing).
         """
-        first = max(math.ceil(math.log(DELTA) / math.log1p(-risk)), self.images // 4)
+        first = max(images_needed(risk), self.images // 4)
         if self.images < first:
             return math.inf
         for errors, rank, score in zip(count(1), self.ranks, self.scores, strict=False):
@@ -67,13 +67,43 @@ def why_silent(risk: float, errors: Sequence[SurestErrors]) -> str:
         risk: the largest share of wrong answers.
         errors: of the model, or of each of its classes; empty where unknown.
     """
-    if not errors or any(one.cut(risk) < math.inf for one in errors):
+    if not errors or answers_some(risk, errors):
         return ""
-    images, needed = errors[0].images, math.ceil(math.log(DELTA) / math.log1p(-risk))
+    images, needed = errors[0].images, images_needed(risk)
     if images >= needed:
-        return f"too many of the surest answers on the {images:,} held-out images are wrong to promise {risk:g}"
+        larger = next((share for share in LARGER if share > risk and answers_some(share, errors)), None)
+        remedy = f"give --abstain {larger:g}" if larger else "train on more images, or on better ones"
+        wrong = f"too many of the surest answers on the {images:,} held-out images are wrong to promise {risk:g}"
+        return f"{wrong}; {remedy}"
     least = math.ceil(1000 * (1 - DELTA ** (1 / images))) / 1000
     return f"{images:,} held-out images cannot promise {risk:g}: {needed:,} are needed, or --abstain {least:g} or more"
+
+
+LARGER = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+"""Shares of wrong answers that are tried in the place of one that cannot be promised."""
+
+
+def images_needed(risk: float) -> int:
+    """The fewest held-out images by which a share of wrong answers can be promised at all: all of them named right."""
+    return math.ceil(math.log(DELTA) / math.log1p(-risk))
+
+
+def answers_some(risk: float, errors: Sequence[SurestErrors]) -> bool:
+    """Whether a model, or a multi-label model of some of its classes, answers where it is sure."""
+    return any(one.cut(risk) < math.inf for one in errors)
+
+
+def why_unsure(unsure: int, risk: float, errors: Sequence[SurestErrors]) -> str:
+    """Why some images are not answered, and what would help; "" where all are, or `why_silent` has said it of all.
+
+    Args:
+        unsure: how many images are not answered.
+        risk, errors: as in `why_silent`, of a model of one class an image.
+    """
+    if not unsure or not errors or errors[0].cut(risk) == math.inf:
+        return ""
+    enough = f"only scores above {errors[0].cut(risk):.6f} are right often enough to promise {risk:g}"
+    return f"unsure of {unsure:,}: {enough}; a larger --abstain, or more held-out images in training, answer more"
 
 
 def tail(errors: int, answers: int, risk: float) -> float:

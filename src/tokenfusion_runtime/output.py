@@ -3,7 +3,7 @@
 import csv
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tokenfusion_runtime.prediction import Prediction
@@ -44,6 +44,14 @@ def print_predictions(
         else:
             print_row(table_cells(prediction, len(names)), wide)
     return failed
+
+
+def noting_unsure(predictions: Iterable[Prediction], noted: list[str]) -> Iterator[Prediction]:
+    """Predictions as they come; the paths of images that the model is too unsure of are noted."""
+    for prediction in predictions:
+        if prediction.abstains:
+            noted.append(prediction.path)
+        yield prediction
 
 
 CONTROL_CHARACTERS = list(map(chr, (*range(32), *range(127, 160), *range(0x2028, 0x202F), *range(0x2066, 0x206A))))
@@ -107,12 +115,8 @@ def table_cells(prediction: Prediction, columns: int) -> list[str]:
     if prediction.error:
         return [prediction.path, *[""] * (columns - 2), f"error: {prediction.error}"]
     if prediction.labels is None:
-        return [
-            prediction.path,
-            prediction.label or "unsure",
-            f"{prediction.score:.1%}",
-            scores_text(prediction.topk[not prediction.abstains :]),
-        ]
+        then = scores_text(prediction.topk[not prediction.abstains :])
+        return [prediction.path, prediction.label or "unsure", f"{prediction.topk[0][1]:.1%}", then]
     others = [(label, score) for label, score in prediction.topk if (label, score) not in prediction.labels]
     below = (f"{label} {score:.1%} < {prediction.thresholds[label]:.1%}" for label, score in others)
     return [prediction.path, scores_text(prediction.labels), ", ".join(below)]

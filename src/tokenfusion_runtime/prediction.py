@@ -41,8 +41,9 @@ class Prediction:
         return self.topk[0][0] if self.topk and not self.abstains else ""
 
     @property
-    def score(self) -> float:
-        return self.topk[0][1] if self.topk else 0.0
+    def score(self) -> float | None:
+        """Of the likeliest class, also where the model abstains; None where the image could not be read."""
+        return self.topk[0][1] if self.topk else None
 
     def to_dict(self) -> dict[str, Any]:
         if self.error:

@@ -42,6 +42,8 @@ def test_where_no_named_image_can_be_read_what_was_drawn_before_stays(command, r
     out = tmp_path / "out"
     assert command("explain", run, digit, "--topk", 1, "--out", out)[0] == 0
     before = (out / "explain.json").read_bytes()
+    for name in ("none.png", "nor.png"):
+        (tmp_path / name).write_bytes(b"no image")
     status, _, errors = command("explain", run, tmp_path / "none.png", tmp_path / "nor.png", "--out", out)
     assert (status, "none.png, and 1 more: " in errors, "nothing was written" in errors) == (2, True, True)
     assert (out / "explain.json").read_bytes() == before

@@ -112,9 +112,12 @@ def test_opening_a_folder_walks_it_once(
 
 
 def test_no_such_path_names_what_is_there(pets_folder: Path) -> None:
-    with pytest.raises(InputError, match=r"pest: no such file or folder; .* has: 'pets'"):
+    (pets_folder / ".ci").mkdir()
+    (pets_folder / "Thumbs.db").touch()
+    (pets_folder / "a list.csv").touch()
+    with pytest.raises(InputError, match=r"pest: no such file or folder; did you mean .*/pets\?"):
         open_dataset(pets_folder.parent / "pest")
-    with pytest.raises(InputError, match=r"has: 'cat', 'dog'"):
+    with pytest.raises(InputError, match=r"has: 'cat', 'dog', 'a list.csv'$"):
         open_dataset(pets_folder / "missing" / "deeper")
     with pytest.raises(InputError, match="no such file"):
         open_dataset("\0")
@@ -133,6 +136,9 @@ def test_a_folder_without_class_folders(tmp_path: Path, pets: Tree, save_tree: S
         open_dataset(alone)
     parent = save_tree(tmp_path / "pets", {"cat/1.png": pets["cat/1.png"], "dog/1.png": pets["dog/1.png"]})
     with pytest.raises(InputError, match=r"1 image directly in it, .*/pets, of which it is a class, or a CSV that"):
+        open_dataset(parent / "cat")
+    (parent / "runs" / "first").mkdir(parents=True)  # what holds runs too holds no classes
+    with pytest.raises(InputError, match=r"put the images of each class into a folder of its own, such as"):
         open_dataset(parent / "cat")
 
 

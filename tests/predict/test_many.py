@@ -287,7 +287,7 @@ def test_a_folder_that_holds_something_else_or_lies_in_the_images_is_refused(unt
         predict_many(untrained, [str(photos)], tmp_path)
     with pytest.raises(InputError, match="lies inside the images"):
         predict_many(untrained, [str(photos)], photos / "out")
-    with pytest.raises(InputError, match=r"no such file or folder; .* has: 'photos'"):
+    with pytest.raises(InputError, match=r"no such file or folder; did you mean .*/photos\?"):
         predict_many(untrained, [str(tmp_path / "fotos")], tmp_path / "out")
 
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, Parameter
 
 from tokenfusion.errors import InputError
-from tokenfusion.formatting import counting
+from tokenfusion.formatting import counting, counting_tasks
 from tokenfusion.imports import first_import
-from tokenfusion.places import require_data, require_run
+from tokenfusion.places import require_data, require_run, require_sources
 from tokenfusion.terminal import AsJson, show
 from tokenfusion_runtime.output import json_text, spelled_out
 
@@ -58,7 +58,7 @@ def collapse(
     with first_import("timm"):
         from tokenfusion.analyze.collapse import analyze_collapse
 
-    with counting("reading images") as progress:
+    with counting_tasks() as progress:
         result, folder = analyze_collapse(run_or_model, data, num_images=num_images, out=out, progress=progress)
     lines = [f"{result['images']:,} images. {result['summary']}", where_written(folder / "collapse.json", result)]
     show(result, as_json, lines=lines)
@@ -93,7 +93,7 @@ def tokens(
     with first_import("timm"):
         from tokenfusion.analyze.tokens import analyze_tokens, table_of
 
-    with counting("reading images") as progress:
+    with counting_tasks() as progress:
         result, folder = analyze_tokens(run_or_model, data, num_images=num_images, out=out, progress=progress)
     lines = [result["summary"], where_written(folder / "tokens.json", result)]
     show(result, as_json, table_of(result), lines)
@@ -140,11 +140,13 @@ def explain(
         Print explain.json instead of a summary.
     """
     require_run(run)
+    if images:
+        require_sources(images)
     with first_import("timm"):
         from tokenfusion.analyze import explain as room
 
     question = room.Question(method, branch, of_class, topk)
-    with counting("explaining") as progress:
+    with counting_tasks() as progress:
         result, folder = room.explain(run, images, question, out=out, faithfulness=faithfulness, progress=progress)
     failed = [image for image in result["images"] if "error" in image]
     for image in failed:
@@ -186,6 +188,7 @@ def similar(
         Print JSON instead of a table.
     """
     require_run(run)
+    require_sources(images)
     with first_import("timm"):
         from tokenfusion.similar import LIKENESS
         from tokenfusion.similar import similar as find_similar

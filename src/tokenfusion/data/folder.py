@@ -118,16 +118,15 @@ def refuse_without_classes(root: Path, files: list[str]) -> None:
 
 
 def holds_classes(folder: Path, one: Path) -> bool:
-    """Whether a folder holds another folder of images beside one that is."""
+    """Whether all other folders beside one hold images, and there is one: folders that hold other things, such as runs
+    and documents, show that what lies here is no class of something."""
     try:
-        return any(
-            not why_ignored(f"{other.name}/{path.name}")
-            for other in folder.iterdir()
-            if other.is_dir() and not other.samefile(one)
-            for path in other.iterdir()
-        )
+        others = [path for path in folder.iterdir() if path.is_dir() and not is_dropping(path.name)]
+        held = [[file.name for file in other.iterdir()] for other in others if not other.samefile(one)]
     except OSError:
         return False
+    images = [sum(not why_ignored(name) for name in names) for names in held]
+    return bool(held) and all(2 * count > len(names) for count, names in zip(images, held, strict=True))
 
 
 def read_tree(files: list[str], folders: list[str]) -> Tree:

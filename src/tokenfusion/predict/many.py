@@ -25,6 +25,7 @@ from tokenfusion.predict.ahead import prepared_ahead
 from tokenfusion.predict.table import COUNTS, Row, read_facts, schema_of, write_table
 from tokenfusion.recipe import Reading
 from tokenfusion.version import __version__
+from tokenfusion_runtime.abstain import why_silent
 from tokenfusion_runtime.description import hash_of
 from tokenfusion_runtime.prediction import Answers
 
@@ -58,6 +59,7 @@ def predict_many(
     images_per_part: int = IMAGES_PER_PART,
     reading: Reading = Reading(),  # noqa: B008 - frozen
     progress: Progress = lambda *_: None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Predict images of any number into a folder of Parquet files, one a shard; those that are there are kept.
 
@@ -76,6 +78,7 @@ def predict_many(
         images_per_part: of images that lie in no shard.
         reading: how lists and Parquet files are understood.
         progress: called after each batch.
+        say: told why nothing is answered, where `abstain` cannot be promised.
 
     Returns:
         What `_manifest.json` holds: the model and its hash, options, numbers of `images`, `errors` and `damaged`, and
@@ -96,6 +99,8 @@ def predict_many(
         require_compiler(classifier.device)
     classifier = compiled_classifier(classifier, batch_size) if compile else classifier.packed()
     answers = classifier.answers(min(topk, len(classifier.classes)), abstain)
+    if silent := "" if abstain is None else why_silent(abstain, classifier.surest_errors):
+        say(f"nothing is answered: {silent}")
     facts: dict[str, Any] = {
         "model": classifier.name,
         "model_sha256": hash_of([folder / "model.safetensors", folder / "model.json"]),
