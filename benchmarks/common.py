@@ -1,11 +1,13 @@
-"""What the benchmarks share: a description of where they ran, timing in turns, and runs that go on where they were."""
+"""What the benchmarks share: a description of where they ran, timing in turns, and work that goes on where it was."""
 
+import argparse
+import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from tokenfusion import training
 from tokenfusion.errors import InputError
+from tokenfusion.files import write_json
 from tokenfusion.hardware import default_device, hardware_name, has_bf16
 from tokenfusion.layers.fast import onednn_linear
 from tokenfusion.recipe import Recipe, load_recipe
@@ -79,6 +82,56 @@ def peak_flops(repetitions: int, clock: Callable[[], float] = time.perf_counter)
             times = time_in_turns(calls, repetitions, clock=clock)
         peaks[precision] = max(2 * int(way.split()[0]) ** 3 / (ms / 1000) for way, ms in times.items())
     return peaks
+
+
+def cell_options(description: str | None, models: Iterable[str], cells: Iterable[str]) -> argparse.ArgumentParser:
+    """Options of a benchmark that measures models in cells, one after the other."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write, or to go on with")
+    parser.add_argument("--only", nargs="+", default=list(models), choices=list(models), help="models")
+    parser.add_argument("--cells", nargs="+", default=list(cells), choices=list(cells))
+    parser.add_argument("--repetitions", type=int, default=5, help="turns")
+    parser.add_argument("--minutes", type=float, default=12.0, help="no further cell is begun after so many")
+    parser.add_argument("--again", action="store_true", help="measure what is there already, too")
+    return parser
+
+
+def result_so_far(path: Path, again: bool, clock: str = "perf_counter") -> dict[str, Any]:
+    """What was measured before, if on the same kind of machine; else a head without rows."""
+    head = {**environment(), "clock": clock, "results": []}
+    if again or not path.exists():
+        return head
+    before: dict[str, Any] = json.loads(path.read_text())
+    for key in ("hardware", "clock", "threads", "versions"):
+        if before[key] != head[key]:
+            raise InputError(f"{path} has {key}={before[key]}, not {head[key]}; give --again, or another --out")
+    return before
+
+
+def measure_cells(
+    result: dict[str, Any],
+    cells: Iterable[tuple[str, str]],
+    measure: Callable[[str, str], dict[str, Any]],
+    options: argparse.Namespace,
+) -> None:
+    """Add the cells that a result lacks, and write it after each, until `--minutes` are over.
+
+    Args:
+        result: as `result_so_far` gives it.
+        cells: a model and its cell, in the order in which they are measured.
+        measure: gives a cell's row.
+        options: as `cell_options` parses them.
+    """
+    start, done = time.monotonic(), {(row["model"], row["cell"]) for row in result["results"]}
+    for name, key in cells:
+        if (name, key) in done:
+            continue
+        if time.monotonic() - start > 60 * options.minutes:
+            print(f"{options.minutes:g} minutes are over before {name} {key}; the same command goes on")
+            return
+        result["results"].append(measure(name, key))
+        print(result["results"][-1], flush=True)
+        write_json(options.out, result)
 
 
 def with_backward(call: Callable[..., Tensor], inputs: list[Tensor]) -> None:

@@ -8,25 +8,19 @@ more in another that finds what the first left on disk (`again`). What the JSON 
 `--minutes` ended goes on where it was; `--again` measures anew.
 """
 
-import argparse
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from common import time_in_turns
-from official import begun
-from papers import infer, learner
-from tokenfusion.classifier import as_placed
+from common import cell_options, measure_cells, result_so_far, time_in_turns
+from papers import inferrer, learner
 from tokenfusion.compiled import compiled
-from tokenfusion.files import write_json
-from tokenfusion.hardware import autocast, default_device, keep_freed_memory, resolve_precision
+from tokenfusion.hardware import as_placed, autocast, default_device, keep_freed_memory, resolve_precision
 from tokenfusion.models import create_model, default_config
 from tokenfusion.processes import in_fresh_process
 
@@ -77,7 +71,7 @@ def in_turns(name: str, key: str, repetitions: int, threads: int, cache: str) ->
     precision = resolve_precision("auto", device)
     images = torch.randn(cell.batch, *default_config(model)["input_size"], device=device)
     images = images.contiguous(memory_format=torch.channels_last)
-    act: Callable[..., Any] = learner if cell.what == "training step" else infer_by
+    act: Callable[..., Any] = learner if cell.what == "training step" else inferrer
     plain = act(model, precision, images)
     plain()
     start = time.perf_counter()
@@ -94,10 +88,6 @@ def in_turns(name: str, key: str, repetitions: int, threads: int, cache: str) ->
     return row
 
 
-def infer_by(model: Any, precision: str, images: Any) -> Callable[[], None]:
-    return partial(infer, model.eval(), precision, images)
-
-
 def difference(model: nn.Module, network: nn.Module, precision: Any, images: Any) -> float:
     """How far logits are apart at most, over the largest one."""
     with torch.inference_mode(), autocast(images.device, precision):
@@ -106,26 +96,10 @@ def difference(model: nn.Module, network: nn.Module, precision: Any, images: Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write, or to go on with")
-    parser.add_argument("--only", nargs="+", default=list(MODELS), help="models")
-    parser.add_argument("--cells", nargs="+", default=list(CELLS), choices=list(CELLS))
-    parser.add_argument("--repetitions", type=int, default=5, help="turns")
-    parser.add_argument("--minutes", type=float, default=15.0, help="no further cell is begun after so many")
-    parser.add_argument("--again", action="store_true", help="measure what is there already, too")
-    options = parser.parse_args()
-    start, result = time.monotonic(), begun(options.out, options.again, "perf_counter")
-    done = {(row["model"], row["cell"]) for row in result["results"]}
-    for name in options.only:
-        for key in options.cells:
-            if (name, key) in done:
-                continue
-            if time.monotonic() - start > 60 * options.minutes:
-                print(f"{options.minutes:g} minutes are over before {name} {key}; the same command goes on")
-                return
-            result["results"].append(measure(name, key, options.repetitions))
-            print(result["results"][-1], flush=True)
-            write_json(options.out, result)
+    options = cell_options(__doc__, MODELS, CELLS).parse_args()
+    cells = [(name, key) for name in options.only for key in options.cells]
+    result = result_so_far(options.out, options.again)
+    measure_cells(result, cells, lambda name, key: measure(name, key, options.repetitions), options)
 
 
 if __name__ == "__main__":

@@ -11,24 +11,18 @@ bf16 are for CPUs that have it. A training step counts as three times a forward 
 `--processor-time` counts the processor time of one thread instead, which other work on the machine changes little.
 """
 
-import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import timm
 import torch
 
-from common import environment, peak_flops, time_in_turns
-from papers import ALONE, images_of, infer, learner
-from tokenfusion.errors import InputError
-from tokenfusion.files import write_json
+from common import cell_options, measure_cells, peak_flops, result_so_far, time_in_turns
+from papers import ALONE, images_of, inferrer, learner
 from tokenfusion.hardware import as_dtype, keep_freed_memory
 from tokenfusion.layers.packed import pack
 from tokenfusion.models.cost import count_model
@@ -55,8 +49,6 @@ CELLS = {
     "train-fp32": Cell("training step", 16, "fp32", 1.5),
     "train-bf16": Cell("training step", 16, "bf16", 1.5, 0.55),
 }
-
-
 SIDES = ("official", "official, memory kept", "ours")
 
 
@@ -98,7 +90,7 @@ def take_turns(connection: Connection, name: str, cell: Cell, side: str, threads
         model = yardstick_of(model)
     elif cell.what == "inference":
         model = pack(model, as_dtype(cell.precision, images.device))
-    act = learner if cell.what == "training step" else infer_by
+    act = learner if cell.what == "training step" else inferrer
     call = act(model, cell.precision, images)
     call()
     connection.send("ready")
@@ -106,49 +98,17 @@ def take_turns(connection: Connection, name: str, cell: Cell, side: str, threads
         connection.send(time_in_turns({side: call}, 1, 0.5, clock)[side])
 
 
-def infer_by(model: Any, precision: str, images: Any) -> Callable[[], None]:
-    return partial(infer, model.eval(), precision, images)
-
-
-def begun(path: Path, again: bool, clock: str) -> dict[str, Any]:
-    """What was measured before, if on the same kind of machine; else a head without rows."""
-    head = {**environment(), "clock": clock, "models": list(ALONE), "cells": list(CELLS), "results": []}
-    if again or not path.exists():
-        return head
-    before: dict[str, Any] = json.loads(path.read_text())
-    for key in ("hardware", "clock", "threads", "versions"):
-        if before[key] != head[key]:
-            raise InputError(f"{path} has {key}={before[key]}, not {head[key]}; give --again, or another --out")
-    return before
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write, or to go on with")
-    parser.add_argument("--only", nargs="+", default=list(ALONE), choices=ALONE, help="models")
-    parser.add_argument("--cells", nargs="+", choices=list(CELLS), help="all that the CPU has the arithmetic for")
-    parser.add_argument("--repetitions", type=int, default=5, help="turns")
-    parser.add_argument("--minutes", type=float, default=12.0, help="no further cell is begun after so many")
-    parser.add_argument("--again", action="store_true", help="measure what is there already, too")
+    parser = cell_options(__doc__, ALONE, CELLS)
     parser.add_argument("--processor-time", action="store_true", help="of one thread, where other work cannot be ended")
     options = parser.parse_args()
     if options.processor_time:
         torch.set_num_threads(1)
     clock = time.process_time if options.processor_time else time.perf_counter
-    start, result = time.monotonic(), begun(options.out, options.again, clock.__name__)
+    result = result_so_far(options.out, options.again, clock.__name__)
     peaks = peak_flops(options.repetitions, clock)
-    done = {(row["model"], row["cell"]) for row in result["results"]}
-    cells = options.cells or [key for key, cell in CELLS.items() if cell.precision in peaks]
-    for key in cells:
-        for name in options.only:
-            if (name, key) in done:
-                continue
-            if time.monotonic() - start > 60 * options.minutes:
-                print(f"{options.minutes:g} minutes are over before {name} {key}; the same command goes on")
-                return
-            result["results"].append(measure(name, key, options.repetitions, peaks, clock))
-            print(result["results"][-1], flush=True)
-            write_json(options.out, result)
+    cells = [(name, key) for key in options.cells if CELLS[key].precision in peaks for name in options.only]
+    measure_cells(result, cells, lambda name, key: measure(name, key, options.repetitions, peaks, clock), options)
 
 
 if __name__ == "__main__":

@@ -76,13 +76,17 @@ def learner(model: nn.Module, precision: str, images: Tensor) -> Callable[[], No
     return partial(step, model.train(), torch.optim.SGD(model.parameters(), lr=1e-4), precision, images)
 
 
+def inferrer(model: nn.Module, precision: str, images: Tensor) -> Callable[[], None]:
+    return partial(infer, model.eval(), precision, images)
+
+
 def measure_pairs(pairs: dict[str, dict[str, nn.Module]], batch: int, what: str, repetitions: int) -> list[Any]:
     rows = []
     for name, pair in pairs.items():
         images = images_of(pair["ours"], batch)
         for precision in PRECISIONS:
             if what == "inference":
-                ways = {way: partial(infer, model.eval(), precision, images) for way, model in pair.items()}
+                ways = {way: inferrer(model, precision, images) for way, model in pair.items()}
             else:
                 ways = {way: learner(model, precision, images) for way, model in pair.items()}
             rows.append({"model": name, "what": what, "batch": batch, "precision": precision})
@@ -96,7 +100,7 @@ def measure_alone(what: str, batch: int) -> list[Any]:
     for name in ALONE:
         model = timm.create_model(name).to(default_device()).eval()
         images = images_of(model, batch)
-        ways = {p: partial(infer, model, p, images) for p in PRECISIONS}
+        ways = {p: inferrer(model, p, images) for p in PRECISIONS}
         if what == "training step":
             ways = {p: learner(model, p, images) for p in PRECISIONS}
         speeds = {precision: 1000 * batch / ms for precision, ms in time_in_turns(ways, 3).items()}

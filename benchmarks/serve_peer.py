@@ -36,7 +36,7 @@ class Classify(litserve.LitAPI):  # type: ignore[misc]
         return list(output)
 
     def encode_response(self, output: Any) -> Any:
-        return self.to_answer.of("", output).to_dict()
+        return self.to_answer.prediction("", output).to_dict()
 
 
 if __name__ == "__main__":

@@ -195,7 +195,7 @@ def test_a_class_of_a_multi_label_model_is_answered_alike():
     from tokenfusion_runtime.prediction import Answers
 
     answers = Answers(("cat", "dog", "emu"), thresholds=(0.5, 0.5, 0.5), cuts=(0.8, 0.8, 0.8))
-    found = answers.of("a.png", np.array([0.95, 0.7, 0.02]))
+    found = answers.prediction("a.png", np.array([0.95, 0.7, 0.02]))
     assert found.labels == (("cat", 0.95),)
     assert found.unsure == ("dog",)  # 0.7 is 0.4 of the way from its threshold to 1
     assert found.to_dict()["unsure"] == ["dog"]

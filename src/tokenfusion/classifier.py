@@ -1,21 +1,17 @@
 """Classifier: a model, its preprocessing and its class names; what every verb after training starts from."""
 
-import math
 import os
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from io import BytesIO
 from itertools import islice
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-import numpy as np
 import timm
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as transforms
 
 from tokenfusion.checkpoint import (
     FORMAT,
@@ -26,12 +22,12 @@ from tokenfusion.checkpoint import (
     load_weights_exactly,
     save_tensors,
 )
-from tokenfusion.data.decode import UnreadableImage, ValueRange, decode_ahead, decode_image, to_rgb
+from tokenfusion.data.decode import UnreadableImage, decode_ahead, decode_given
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.errors import InputError
 from tokenfusion.files import write_json
 from tokenfusion.formatting import counted
-from tokenfusion.hardware import Precision, as_dtype, autocast, default_device, hardware_name
+from tokenfusion.hardware import Precision, as_dtype, as_placed, autocast, default_device, hardware_name
 from tokenfusion.hub import fetch, is_reference
 from tokenfusion.layers.packed import pack
 from tokenfusion.models import create_model, default_config
@@ -41,8 +37,7 @@ from tokenfusion.places import resume_command
 from tokenfusion.recipe import Recipe
 from tokenfusion.version import __version__
 from tokenfusion_runtime.abstain import SurestErrors
-from tokenfusion_runtime.classifier import ImageLike, as_several, content_of
-from tokenfusion_runtime.image import pillow_image
+from tokenfusion_runtime.classifier import ImageLike, as_several
 from tokenfusion_runtime.prediction import Answers, Prediction, cuts_for, require_count
 
 # a child of fork has none of the threads that its parent computed with, and would wait for them forever
@@ -263,8 +258,8 @@ class Classifier:
 
     def uncalibrated(self) -> Self:
         """The same classifier, whose scores are those of the logits as they are; it decides alike."""
-        logits = np.array([logit(threshold) for threshold in self.thresholds]) * self.temperature
-        return replace(self, temperature=1.0, surest_errors=(), thresholds=tuple(map(sigmoid, logits.tolist())))
+        logits = torch.tensor(self.thresholds, dtype=torch.float64).clamp(0, 1).logit() * self.temperature
+        return replace(self, temperature=1.0, surest_errors=(), thresholds=tuple(logits.sigmoid().tolist()))
 
     def predict(
         self,
@@ -346,7 +341,7 @@ class Classifier:
 
     def prepared(self, image: ImageLike) -> Tensor:
         """An image's pixels as the model wants them, or UnreadableImage."""
-        return self.preprocess.resize(decode(image, self.max_pixels, self.preprocess.value_range))
+        return self.preprocess.resize(decode_given(image, self.max_pixels, self.preprocess.value_range))
 
     def predict_prepared(self, prepared: Sequence[Prepared], answers: Answers) -> Iterator[Prediction]:
         """Predictions of what `prepare` gave, one each, in order."""
@@ -363,17 +358,7 @@ class Classifier:
 def predictions_of(prepared: Sequence[Prepared], rows: Iterator[Any], answers: Answers) -> Iterator[Prediction]:
     """Predictions of what `Classifier.prepare` gave, one each, given the probabilities (K,) of each readable image."""
     for path, image in prepared:
-        yield Prediction(path, error=image) if isinstance(image, str) else answers.of(path, next(rows))
-
-
-def logit(share: float) -> float:
-    """The inverse of `sigmoid`, for 0 to 1."""
-    return math.log(share) - math.log1p(-share) if 0 < share < 1 else math.copysign(math.inf, share - 0.5)
-
-
-def sigmoid(value: float) -> float:
-    """1 / (1 + exp(-value))."""
-    return (1 + math.tanh(value / 2)) / 2
+        yield Prediction(path, error=image) if isinstance(image, str) else answers.prediction(path, next(rows))
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -381,26 +366,3 @@ def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     remaining = iter(items)
     while batch := list(islice(remaining, size)):
         yield batch
-
-
-def decode(image: ImageLike, max_pixels: int, value_range: ValueRange | None = None) -> Tensor:
-    """Any way to give an image, as uint8 (3, H, W); files and arrays go through the decoder that training uses.
-
-    Raises:
-        UnreadableImage: it is damaged or too large.
-        InputError: it is none of these ways.
-    """
-    if isinstance(image, str | Path | bytes | BytesIO):
-        return decode_image(content_of(image), max_pixels=max_pixels, value_range=value_range)
-    pillow = pillow_image(image, max_pixels, value_range)
-    try:
-        return transforms.pil_to_tensor(to_rgb(pillow, value_range))
-    except UnreadableImage:
-        raise
-    except (OSError, ValueError, SyntaxError) as error:  # its file is read only now
-        raise UnreadableImage(f"damaged image: {error}") from error
-
-
-def as_placed(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model on a device, its convolutions channels-last."""
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

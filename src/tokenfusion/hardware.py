@@ -19,6 +19,11 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def as_placed(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """The model on a device, its convolutions channels-last."""
+    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 products are done by the hardware rather than emulated."""
     if device.type == "cuda":

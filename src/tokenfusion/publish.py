@@ -10,9 +10,10 @@ from timm.models import filter_pretrained_cfg
 from torch import nn
 
 from tokenfusion.checkpoint import checksum, contiguous_of, load_description, save_tensors
-from tokenfusion.classifier import Classifier, as_placed
+from tokenfusion.classifier import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.files import make_folder, own_folder, write_json, write_text
+from tokenfusion.hardware import as_placed
 from tokenfusion.hub import require_repo, send
 from tokenfusion.json_files import read_json
 from tokenfusion.model_card import model_card

@@ -121,7 +121,7 @@ class ExportedClassifier:
             readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
             rows = iter(self.probabilities(np.stack(readable)) if readable else ())
             for path, pixels in batch:
-                yield Prediction(path, error=pixels) if isinstance(pixels, str) else answers.of(path, next(rows))
+                yield Prediction(path, error=pixels) if isinstance(pixels, str) else answers.prediction(path, next(rows))
 
     def prepare(self, image: ImageLike) -> tuple[str, Pixels | str]:
         """An image's path, "" where it has none, and its prepared pixels or why there are none."""

@@ -82,7 +82,7 @@ class Answers:
     def __post_init__(self) -> None:
         require_count("topk", self.topk, "names no class")
 
-    def of(self, path: str, scores: Floats) -> Prediction:
+    def prediction(self, path: str, scores: Floats) -> Prediction:
         """What probabilities (K,) say of an image."""
         if not np.isfinite(scores).all():
             return Prediction(path, error="the model's scores are not finite")

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenfusion.layers.blocks import DepthwisePool, pad_to_multiple
-from tokenfusion.layers.fast import PointwiseConv
+from tokenfusion.layers.fast_maps import PointwiseConv
 from tokenfusion.models.cmt_blocks import InvertedResidualFeedForward
 
 LAYOUTS = [torch.channels_last, torch.contiguous_format]

@@ -187,7 +187,7 @@ def judge(dataset: Dataset, inspections: list[Inspection], judged: np.ndarray, s
     if not len(read):
         return judge_labels([], dataset.labels[read], read, groups, THUMBNAILS_C)
     if seen is not None:
-        return judge_labels(seen.of(read), dataset.labels[read], read, groups, SEEN_C)
+        return judge_labels(seen.means(read), dataset.labels[read], read, groups, SEEN_C)
     features = thumbnail_features(torch.stack([inspections[index].thumbnail for index in read]))
     return judge_labels([features], dataset.labels[read], read, groups, THUMBNAILS_C)
 

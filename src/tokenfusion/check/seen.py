@@ -60,7 +60,7 @@ class Seen:
     images: np.ndarray
     model: ProbeFusion
 
-    def of(self, images: np.ndarray) -> list[np.ndarray]:
+    def means(self, images: np.ndarray) -> list[np.ndarray]:
         """Means of some images' tokens, as classifiers read them: the CNN's (n, c), the transformer's, both."""
         some = self.features.subset(np.searchsorted(self.images, images))
         means = np.concatenate([self.model.means(self.model.recall(rows)).numpy() for rows in some.batches()])

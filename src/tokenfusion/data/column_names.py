@@ -4,27 +4,16 @@ import re
 from collections.abc import Iterable, Mapping
 
 KNOWN: Mapping[str, tuple[str, ...]] = {
-    "path": (
-        *("path", "file", "filename", "filepath", "image", "imagepath", "imagefile", "imagename", "imagefilename"),
-        *(
-            "img",
-            "imgpath",
-            "imgfile",
-            "imgname",
-            "imageid",
-            "imgid",
-            "picture",
-            "photo",
-            "imageurl",
-            "url",
-            "filenames",
-        ),
-    ),
-    "label": ("label", "class", "category", "target", "classname", "labelname", "categoryname", "classlabel"),
-    "labels": ("labels", "tags", "classes", "categories"),
-    "split": ("split", "subset", "set", "partition", "phase", "dataset", "usage", "fold"),
-    "weight": ("weight", "sampleweight", "weights"),
-    "group": ("group", "groupid", "groups"),
+    role: tuple(names.split())
+    for role, names in {
+        "path": "path file filename filepath image imagepath imagefile imagename imagefilename img imgpath imgfile "
+        "imgname imageid imgid picture photo imageurl url filenames",
+        "label": "label class category target classname labelname categoryname classlabel",
+        "labels": "labels tags classes categories",
+        "split": "split subset set partition phase dataset usage fold",
+        "weight": "weight sampleweight weights",
+        "group": "group groupid groups",
+    }.items()
 }
 """What columns are called, in small letters without spaces; a column of a role's own name is preferred."""
 LESS_USUAL = {"path": ("fname",), "label": ("classid", "labelid", "y", "species")}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from io import BytesIO
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from tokenfusion_runtime.classifier import ImageLike, content_of
 from tokenfusion_runtime.decoding import decoding, printed, printed_after, printed_by
 from tokenfusion_runtime.errors import UnreadableImage
 from tokenfusion_runtime.image import (
@@ -34,6 +36,7 @@ from tokenfusion_runtime.image import (
     large_ones_alone,
     opened,
     orientation,
+    pillow_image,
     refuse_large,
     refuse_missing_blocks,
     to_rgb,
@@ -76,6 +79,24 @@ def decode_image(data: bytes, *, max_pixels: int, value_range: ValueRange | None
             return F.pil_to_tensor(whole_rgb(image, data, value_range))
         refuse_missing_blocks(data, pixels[:, -1, -1].tolist())
         return pixels
+
+
+def decode_given(image: ImageLike, max_pixels: int, value_range: ValueRange | None = None) -> Tensor:
+    """Any way to give an image, as uint8 (3, H, W); files go through `decode_image`, and so does what they hold.
+
+    Raises:
+        UnreadableImage: it is damaged or too large.
+        InputError: it is none of these ways.
+    """
+    if isinstance(image, str | Path | bytes | BytesIO):
+        return decode_image(content_of(image), max_pixels=max_pixels, value_range=value_range)
+    pillow = pillow_image(image, max_pixels, value_range)
+    try:
+        return F.pil_to_tensor(to_rgb(pillow, value_range))
+    except UnreadableImage:
+        raise
+    except (OSError, ValueError, SyntaxError) as error:  # its file is read only now
+        raise UnreadableImage(f"damaged image: {error}") from error
 
 
 def deep_values(data: bytes, *, max_pixels: int) -> np.ndarray | None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -66,7 +66,7 @@ def open_image_folder(root: Path, lists: Sequence[str], files: Sequence[str], re
     named = set(dataset.names) | set(lists)
     others = {file: why_ignored(file) or "not named in the metadata" for file in files if printable(file) not in named}
     note = f"read as an image folder of Hugging Face's, by {', '.join(map(repr, lists[:3]))}"
-    return Dataset(**(vars(dataset) | {"notes": (note, *dataset.notes)} | describe_ignored(others)))
+    return replace(dataset, notes=(note, *dataset.notes), **describe_ignored(others))
 
 
 def metadata_lists(files: Sequence[str]) -> list[str]:
@@ -108,6 +108,18 @@ class Row(NamedTuple):
     group: str
 
 
+class TableRows(NamedTuple):
+    """What a table says."""
+
+    columns: Columns
+    rows: list[Row]
+    told: list[str]
+    """What each row says of its split, as it is written."""
+    several: list[Any]
+    """The cells of the column where an image may have several labels; none without it."""
+    notes: list[str]
+
+
 def from_tables(
     where: str, root: Path, tables: list[tuple[str, Table, str]], reading: Reading, folders_tell: bool = False
 ) -> Dataset:
@@ -116,51 +128,53 @@ def from_tables(
     Where neither a column nor that folder tells the split, the folders in the paths do if `folders_tell`; else a
     warning says that they might.
     """
-    rows: list[Row] = []
-    notes: list[str] = []
-    told: list[tuple[str, str]] = []
-    several, texts, hot = False, list[str](), set[str]()
-    for folder, table, split in tables:
-        columns = choose_columns(table, reading)
-        found = read_rows(table, columns)
-        if columns.labels:
-            texts += [cell.strip() for _, row in table.rows if isinstance(cell := row.get(columns.labels), str)]
-        hot |= set(map(clean_label, columns.one_hot))
-        several = several or bool(columns.labels) or any(len(row.labels) != 1 for row in found)
-        listed = [(row.place, row.path) for row in found]
-        paths, changes = resolve_paths(where, root / folder, listed, bool(reading.root))
-        guessed = not columns.usual or not table.header or bool(columns.left)
-        notes += [*table.notes, *[columns.in_words()] * guessed, *changes]
-        notes += warn_of_bars(table, columns.label)
-        notes += warn_of_no_classes(columns.one_hot, columns.left, table.texts)
-        cells = partial(column_texts, table)
-        notes += [] if columns.group or reading.group_by else warn_of_groups(columns.left, cells)
-        said = split_cells(table, columns) if columns.split else [folder] * len(found)
-        splits = [row.split or split for row in found]
-        by_path = splits_in_paths(paths) if not columns.split and not split else []
-        if by_path and folders_tell:
-            said, splits = map(list, zip(*by_path, strict=True))
-        elif by_path:
-            folders = quoted(sorted({name for name, _ in by_path}))
-            notes.append(
-                f"warning: paths lie in {folders}, which name splits, but no column "
-                "tells them, and all images are taken together; add a column split to keep them apart"
-            )
-        rows += [
-            row._replace(path=os.path.join(folder, path), split=its)
-            for row, path, its in zip(found, paths, splits, strict=True)
-        ]
-        told += [(cell, row.split) for cell, row in zip(said, rows[-len(found) :], strict=True)]
-    if any(split for _, split in told):
-        notes.append(splits_in_words(told))
+    lists = [rows_of_table(where, root, *one, reading, folders_tell) for one in tables]
+    rows = [row for one in lists for row in one.rows]
+    notes = [note for one in lists for note in one.notes]
+    if any(row.split for row in rows):
+        cells = [cell for one in lists for cell in one.told]
+        notes.append(splits_in_words([(cell, row.split) for cell, row in zip(cells, rows, strict=True)]))
+    hot = {clean_label(name) for one in lists for name in one.columns.one_hot}
     if empty := hot - {name for row in rows for name in row.labels}:
         notes.append(f"warning: left out, because no row has a 1 there: {quoted(sorted(empty)[:5])}")
-    refuse_other_separator(where, texts)
+    refuse_other_separator(where, [cell for one in lists for cell in one.several])
+    several = any(one.columns.labels for one in lists) or any(len(row.labels) != 1 for row in rows)
     rows, whole = with_whole_numbers(rows)
     notes += whole
     kept = without_repeats(where, rows)
     notes += [f"{counted(len(rows) - len(kept), 'exact repeat')} of a row, counted once"] * (len(kept) < len(rows))
     return from_rows(where, root, kept, several, notes)
+
+
+def rows_of_table(
+    where: str, root: Path, folder: str, table: Table, split: str, reading: Reading, folders_tell: bool
+) -> TableRows:
+    """What one of the tables that `from_tables` takes says, its paths relative to `root`, and what is to be noted."""
+    columns = choose_columns(table, reading)
+    rows = read_rows(table, columns)
+    listed = [(row.place, row.path) for row in rows]
+    paths, changes = resolve_paths(where, root / folder, listed, bool(reading.root))
+    guessed = not columns.usual or not table.header or bool(columns.left)
+    notes = [*table.notes, *[columns.in_words()] * guessed, *changes]
+    notes += warn_of_bars(table, columns.label)
+    notes += warn_of_no_classes(columns.one_hot, columns.left, table.texts)
+    if not (columns.group or reading.group_by):
+        notes += warn_of_groups(columns.left, lambda column: [str(row.get(column)) for _, row in table.rows])
+    told = split_cells(table, columns) if columns.split else [folder] * len(rows)
+    splits = [row.split or split for row in rows]
+    by_path = splits_in_paths(paths) if not columns.split and not split else []
+    if by_path and folders_tell:
+        told, splits = map(list, zip(*by_path, strict=True))
+    elif by_path:
+        folders = quoted(sorted({name for name, _ in by_path}))
+        notes.append(
+            f"warning: paths lie in {folders}, which name splits, but no column "
+            "tells them, and all images are taken together; add a column split to keep them apart"
+        )
+    placed = zip(rows, paths, splits, strict=True)
+    rows = [row._replace(path=os.path.join(folder, path), split=its) for row, path, its in placed]
+    several = [row.get(columns.labels) for _, row in table.rows] if columns.labels else []
+    return TableRows(columns, rows, told, several, notes)
 
 
 def from_rows(where: str, root: Path, rows: list[Row], several: bool, notes: list[str]) -> Dataset:
@@ -197,10 +211,6 @@ def warn_of_bars(table: Table, label: str) -> list[str]:
     bars = sorted(text for text in table.texts(label) if "|" in text) if label else []
     said = "is taken for one label; where | separates several, call the column labels"
     return [f"warning: {text!r} of {label!r} {said}" for text in bars[:1]]
-
-
-def column_texts(table: Table, column: str) -> list[str]:
-    return [str(row.get(column)) for _, row in table.rows]
 
 
 def split_cells(table: Table, columns: Columns) -> list[str]:
@@ -275,8 +285,9 @@ def refuse_no_class(rows: list[Row]) -> None:
         raise InputError(f"{place}: label {label} stands for no label; take unlabelled images out of the list")
 
 
-def refuse_other_separator(where: str, texts: list[str]) -> None:
+def refuse_other_separator(where: str, cells: list[Any]) -> None:
     """Refuse cells of `labels`, none of which has a |, where they seem to be separated by another character."""
+    texts = [cell.strip() for cell in cells if isinstance(cell, str)]
     joined = next((text for text in texts if {*text} & {*";, "}), "")
     if joined and not any("|" in text for text in texts):
         raise InputError(
@@ -286,6 +297,7 @@ def refuse_other_separator(where: str, texts: list[str]) -> None:
 
 
 def require(row: dict[str, Any], name: str, where: str, role: str) -> str:
+    """What a row says of its image's path or label, which must not be empty."""
     value = row.get(name)
     if role == "path" and isinstance(value, dict) and isinstance(value.get("path"), str):
         value = value["path"]  # as Hugging Face's library writes an image to JSON

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenfusion.layers.fast import Linear, lies_by_pixel, pool_cells
+from tokenfusion.layers.fast import Linear
+from tokenfusion.layers.fast_maps import lies_by_pixel, pool_cells
 from tokenfusion.layers.positions import Grid, PositionTable
 from tokenfusion.layers.tokens import map_to_tokens
 

@@ -1,7 +1,7 @@
 """A model that only infers on a CPU: what its weights are cast, folded and laid out to is kept from call to call.
 
 Its numbers are those of the model as it is, to the bit; `benchmarks/official.py` has what is gained. Nothing tells for
-certain that a weight has changed, hence this is a copy that one asks for, and `layers/fast.py` keeps nothing.
+certain that a weight has changed, hence this is a copy that one asks for, and `fast.py` keeps nothing.
 """
 
 import copy
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from tokenfusion.layers.blocks import DepthwisePool, PaddedConv
-from tokenfusion.layers.fast import ONEDNN, Linear, PointwiseConv, lies_by_pixel, linear
+from tokenfusion.layers.fast import ONEDNN, Linear, cast_to, linear
+from tokenfusion.layers.fast_maps import PointwiseConv, lies_by_pixel
 
 
 def pack(model: nn.Module, kind: torch.dtype) -> nn.Module:
@@ -62,12 +63,6 @@ class PackedProduct(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x.to(self.kind), self.weight, self.bias, "none", [], "")
 
 
-def casts(x: Tensor) -> bool:
-    """Whether products of x are in bfloat16 here."""
-    enabled = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return enabled and x.dtype != torch.float64
-
-
 class PackedLinear(nn.Linear):
     """A linear layer, packed; where no autocast is, as it was."""
 
@@ -79,7 +74,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., K) to (..., O)."""
-        return self.product(x) if casts(x) else linear(x, self.weight, self.bias)
+        return self.product(x) if cast_to(x) == torch.bfloat16 else linear(x, self.weight, self.bias)
 
 
 class PackedPointwise(nn.Module):
@@ -92,7 +87,7 @@ class PackedPointwise(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, C, h, w) to (B, O, h, w)."""
-        if not (lies_by_pixel(features) and casts(features)):
+        if not lies_by_pixel(features) or cast_to(features) != torch.bfloat16:
             return self.conv(features)
         return self.product(features.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tokenfusion.errors import InputError
 from tokenfusion.layers.attend import check_heads
 from tokenfusion.layers.blocks import init_linear_and_norm, rising_rates
-from tokenfusion.layers.fast import PointwiseConv
+from tokenfusion.layers.fast_maps import PointwiseConv
 from tokenfusion.layers.intermediates import FeaturePoint
 from tokenfusion.layers.positions import Grid
 from tokenfusion.layers.tokens import AttentionLayout, TokenGroup, TokenLayout, grid_of, tokens_to_map

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from tokenfusion.layers.attend import Attend, SelfAttention, merge_heads, split_heads
 from tokenfusion.layers.blocks import DepthwisePool, PaddedConv, drop_path, layer_norm
-from tokenfusion.layers.fast import (
+from tokenfusion.layers.fast import Linear
+from tokenfusion.layers.fast_maps import (
     GELU,
-    Linear,
     PointwiseConv,
     convolve_folded,
     convolve_normed,
@@ -137,7 +137,7 @@ class InvertedResidualFeedForward(nn.Module):
         return self.drop(self.project(hidden))
 
     def infer_faster(self, features: Tensor) -> Tensor:
-        """The same by `layers/fast.py`: the norms are part of the convolutions that follow and precede them."""
+        """The same by `layers/fast_maps.py`: the norms are part of the convolutions that follow and precede them."""
         hidden = gelu_in_place(self.expand[0](features))
         hidden = gelu_in_place(convolve_normed(self.expand[2], hidden, self.conv))
         return product_between_norms(self.norm[1], hidden, *self.project)

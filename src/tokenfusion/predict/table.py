@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tokenfusion.classifier import batched
 from tokenfusion.files import write_atomic
 from tokenfusion_runtime.prediction import Prediction
 
@@ -35,7 +36,7 @@ def schema_of(*, multi_label: bool, abstains: bool, embeddings: bool) -> pa.Sche
 def write_table(
     path: Path, schema: pa.Schema, batches: Iterable[Sequence[Row]], facts: dict[str, Any]
 ) -> dict[str, Any]:
-    """Write predictions, whole or not at all, a row group in memory at a time.
+    """Write predictions, whole or not at all, one row group in memory.
 
     Args:
         path: of the file.
@@ -53,15 +54,11 @@ def write_table(
 
     def write(temporary: Path) -> None:
         with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            waiting: list[Row] = []
-            for batch in chain(batches, [None]):
-                waiting += batch or ()
-                while len(waiting) >= ROWS or (waiting and batch is None):
-                    writer.write_table(as_table(waiting[:ROWS], schema))
-                    del waiting[:ROWS]
-                counts["images"] += len(batch or ())
-                counts["errors"] += sum(bool(prediction.error) for prediction, *_ in batch or ())
-                counts["damaged"] += sum(bool(damage) for *_, damage in batch or ())
+            for rows in batched(chain.from_iterable(batches), ROWS):
+                writer.write_table(as_table(rows, schema))
+                counts["images"] += len(rows)
+                counts["errors"] += sum(bool(prediction.error) for prediction, *_ in rows)
+                counts["damaged"] += sum(bool(damage) for *_, damage in rows)
             writer.add_key_value_metadata({KEY: json.dumps(facts | counts, ensure_ascii=False).encode()})
 
     write_atomic(path, write)

@@ -209,8 +209,8 @@ def multilabel_sentences(evaluation: dict[str, Any]) -> list[str]:
 def expectation(evaluation: dict[str, Any], key: str) -> str:
     """What a 95 % interval says."""
     low, high = evaluation[key]
-    of = of_groups(evaluation)
-    return f"On other images like these, expect between {percent(low)} and {percent(high)} (95% interval{of})."
+    groups = of_groups(evaluation)
+    return f"On other images like these, expect between {percent(low)} and {percent(high)} (95% interval{groups})."
 
 
 def judged_on(trained_on: str, evaluation: dict[str, Any]) -> str:

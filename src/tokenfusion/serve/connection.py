@@ -61,15 +61,12 @@ def connection_for(seconds: float, most: int) -> type[H11Protocol]:
 
         def resume_writing(self) -> None:
             super().resume_writing()
-            if self.reading is not None:
-                self.reading.cancel()
-                self.reading = None
+            cancel(self.reading)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.wait_for("")
+            cancel(self.reading)
             idle.pop(self, None)
-            if self.reading is not None:
-                self.reading.cancel()
             super().connection_lost(exc)
 
         def what_is_owed(self) -> str:
@@ -84,8 +81,7 @@ def connection_for(seconds: float, most: int) -> type[H11Protocol]:
             if owed == self.owed:
                 return
             self.owed = owed
-            if self.owing is not None:
-                self.owing.cancel()
+            cancel(self.owing)
             self.owing = self.loop.call_later(seconds, self.hang_up) if owed else None
 
         def hang_up(self) -> None:
@@ -119,3 +115,9 @@ def connection_for(seconds: float, most: int) -> type[H11Protocol]:
             self.transport.close()
 
     return Connection
+
+
+def cancel(timer: asyncio.TimerHandle | None) -> None:
+    """Stop a timer, if there is one."""
+    if timer is not None:
+        timer.cancel()

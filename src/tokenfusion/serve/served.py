@@ -73,7 +73,7 @@ class Served:
         readable = [pixels for pixels in prepared if not isinstance(pixels, str)]
         rows = iter(await self.batches(np.stack(readable)) if readable else ())
         return [
-            Prediction(name, error=pixels) if isinstance(pixels, str) else answers.of(name, next(rows))
+            Prediction(name, error=pixels) if isinstance(pixels, str) else answers.prediction(name, next(rows))
             for name, pixels in zip(names, prepared, strict=True)
         ]
 
