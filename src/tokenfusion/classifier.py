@@ -346,19 +346,13 @@ class Classifier:
     def predict_prepared(self, prepared: Sequence[Prepared], answers: Answers) -> Iterator[Prediction]:
         """Predictions of what `prepare` gave, one each, in order."""
         readable = [image for _, image in prepared if isinstance(image, Tensor)]
-        rows = iter(self.scores(self.logits(torch.stack(readable))).numpy() if readable else ())
-        return predictions_of(prepared, rows, answers)
+        scores = self.scores(self.logits(torch.stack(readable))).numpy() if readable else ()
+        return answers.predictions(prepared, scores)
 
     def scores(self, logits: Tensor) -> Tensor:
         """Calibrated probabilities (B, K): of one class an image by softmax, of any number of them by sigmoid."""
         logits = logits / self.temperature
         return logits.sigmoid() if self.multi_label else logits.softmax(1)
-
-
-def predictions_of(prepared: Sequence[Prepared], rows: Iterator[Any], answers: Answers) -> Iterator[Prediction]:
-    """Predictions of what `Classifier.prepare` gave, one each, given the probabilities (K,) of each readable image."""
-    for path, image in prepared:
-        yield Prediction(path, error=image) if isinstance(image, str) else answers.prediction(path, next(rows))
 
 
 def batched(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

@@ -119,9 +119,7 @@ class ExportedClassifier:
     def _batches(self, images: Iterator[ImageLike], batch_size: int, answers: Answers) -> Iterator[Prediction]:
         while batch := [self.prepare(image) for image in islice(images, batch_size)]:
             readable = [pixels for _, pixels in batch if not isinstance(pixels, str)]
-            rows = iter(self.probabilities(np.stack(readable)) if readable else ())
-            for path, pixels in batch:
-                yield Prediction(path, error=pixels) if isinstance(pixels, str) else answers.prediction(path, next(rows))
+            yield from answers.predictions(batch, self.probabilities(np.stack(readable)) if readable else ())
 
     def prepare(self, image: ImageLike) -> tuple[str, Pixels | str]:
         """An image's path, "" where it has none, and its prepared pixels or why there are none."""

@@ -1,6 +1,6 @@
 """From probabilities to what is said of an image; the same for a run and for what was exported from it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
@@ -81,6 +81,17 @@ class Answers:
 
     def __post_init__(self) -> None:
         require_count("topk", self.topk, "names no class")
+
+    def predictions(self, prepared: Iterable[tuple[str, object]], scores: Iterable[Floats]) -> Iterator[Prediction]:
+        """Predictions of images, of each its path and its pixels or why there are none.
+
+        Args:
+            prepared: the images.
+            scores: the probabilities (K,) of each that has pixels.
+        """
+        rows = iter(scores)
+        for path, pixels in prepared:
+            yield Prediction(path, error=pixels) if isinstance(pixels, str) else self.prediction(path, next(rows))
 
     def prediction(self, path: str, scores: Floats) -> Prediction:
         """What probabilities (K,) say of an image."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from tokenfusion.classifier import Classifier, Prepared, predictions_of
+from tokenfusion.classifier import Classifier, Prepared
 from tokenfusion.compiled import compiled_classifier, require_compiler
 from tokenfusion.data.decode import Hearing, UnreadableImage, decode_image
 from tokenfusion.data.kinds import is_path
@@ -248,7 +248,7 @@ def predict_batch(classifier: Classifier, heard: Sequence[Heard], answers: Answe
         found = classifier.predict_prepared(batch, answers)
         return [(prediction, None, said) for prediction, said in zip(found, damage, strict=True)]
     logits, vectors = classifier.logits_and_embeddings(torch.stack(readable))
-    predictions = predictions_of(batch, iter(classifier.scores(logits).numpy()), answers)
+    predictions = answers.predictions(batch, classifier.scores(logits).numpy())
     remaining = iter(vectors.numpy())
     rows = zip(predictions, batch, damage, strict=True)
     return [(found, None if isinstance(pixels, str) else next(remaining), said) for found, (_, pixels), said in rows]

@@ -71,11 +71,8 @@ class Served:
     ) -> list[Prediction]:
         """Predictions of what `decode` gave, in order; of an image that cannot be read, why."""
         readable = [pixels for pixels in prepared if not isinstance(pixels, str)]
-        rows = iter(await self.batches(np.stack(readable)) if readable else ())
-        return [
-            Prediction(name, error=pixels) if isinstance(pixels, str) else answers.prediction(name, next(rows))
-            for name, pixels in zip(names, prepared, strict=True)
-        ]
+        scores = await self.batches(np.stack(readable)) if readable else ()
+        return list(answers.predictions(zip(names, prepared, strict=True), scores))
 
     async def decode(self, files: Sequence[bytes], has_gone: Callable[[], Awaitable[bool]]) -> list[Pixels | str]:
         """The prepared pixels of a request's image files, or why there are none.
