@@ -60,9 +60,14 @@ NAMES = tokenfusion.list_models()
 MICRO = [name for name in NAMES if name.endswith("_micro")]
 SMALL = [*MICRO, *ALTERNATIVES]
 OFFICIAL = ["crossvit_9_dagger_224", "deepvit_s", "cmt_ti", "tokenfusion_layerwise_tiny"]
-# of the alternatives, those that have an operation of their own to export
-EXPORTED = [*MICRO, "crossvit-pairwise", "deepvit-layer_norm", "cmt-plain-attention", "cmt-plain-ffn"]
-# where every block is traced alike, and takes its time
+# at a size that is not the model's own; each family at its own is in tests/test_export_families.py
+EXPORTED = (
+    "tokenfusion_layerwise_micro",
+    "crossvit-pairwise",
+    "deepvit-layer_norm",
+    "cmt-plain-attention",
+    "cmt-plain-ffn",
+)
 SHALLOW = {
     "crossvit_micro": {"depths": (1, 1)},
     "deepvit_micro": {"depth": 2},
@@ -85,6 +90,11 @@ def build(name, **kwargs):
         model_cls, arguments = ALTERNATIVES[name]
         return model_cls(**({"num_classes": CLASSES} | arguments | kwargs))
     return tokenfusion.create_model(name, **({"num_classes": CLASSES} | kwargs))
+
+
+def shallow(name):
+    """A model of fewer blocks, where every block is traced alike, and takes its time."""
+    return build(name, **(SHALLOW_CLASSES[ALTERNATIVES[name][0]] if name in ALTERNATIVES else SHALLOW.get(name, {})))
 
 
 @pytest.fixture(scope="module", params=[*SMALL, *OFFICIAL])
@@ -308,7 +318,7 @@ def test_gradient_checkpointing_changes_nothing_not_even_running_statistics(name
 
 @pytest.mark.parametrize("name", ALTERNATIVES)
 def test_compiles_without_a_graph_break(name):
-    model = build(name, **SHALLOW_CLASSES[ALTERNATIVES[name][0]]).eval()
+    model = shallow(name).eval()
     torch._dynamo.reset()
     with torch.no_grad():
         expected = model(images(40, 72))  # a size is looked at once, outside the graph
@@ -318,7 +328,7 @@ def test_compiles_without_a_graph_break(name):
 
 @micro
 def test_compiles_for_training_to_the_same_gradient(name):
-    model, other = (build(name, **SHALLOW.get(name, {})).train() for _ in range(2))
+    model, other = (shallow(name).train() for _ in range(2))
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     compiled(images(32, 32)).square().sum().backward()
@@ -329,7 +339,7 @@ def test_compiles_for_training_to_the_same_gradient(name):
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_exports_for_any_batch(name):
-    model = build(name, **SHALLOW.get(name, {})).eval()
+    model = shallow(name).eval()
     program = torch.export.export(model, (images(40, 72),), dynamic_shapes=({0: torch.export.Dim("batch")},))
     three = torch.cat([images(40, 72), images(40, 72)[:1]])
     with torch.no_grad():
