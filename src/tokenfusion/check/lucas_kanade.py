@@ -2,7 +2,8 @@
 
 The overlay scales and shifts width and height, x' = a x + b and y' = c y + d, and is found by Gauss-Newton steps on the
 squared difference, from blurred to sharp: Lucas and Kanade, "An iterative image registration technique", 1981; Baker
-and Matthews, "Lucas-Kanade 20 years on", IJCV 2004. Shapes: `B` pairs, `S` side of a thumbnail.
+and Matthews, "Lucas-Kanade 20 years on", IJCV 2004. Phase correlation, which libraries have, finds shifts alone, and
+copies are cropped too. Shapes: `B` pairs, `S` side of a thumbnail.
 """
 
 import torch
