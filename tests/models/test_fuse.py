@@ -23,6 +23,7 @@ from tokenfusion.models.token_fusion import STRATEGIES
 SIZE, CLASSES = 64, 5
 SMALL = {"img_size": SIZE, "patch_size": 16, "embed_dim": 24, "depth": 4, "num_heads": 3, "num_classes": CLASSES}
 OURS = {"img_size": SIZE, "num_classes": CLASSES}
+NARROW = {"dims": (16, 32), "heads": (2, 2), "depths": (1, 1)}
 TRANSFORMERS = {
     "vit": lambda: VisionTransformer(**SMALL, dynamic_img_size=True),
     "siglip": lambda: VisionTransformer(**SMALL, class_token=False, global_pool="avg"),
@@ -30,8 +31,8 @@ TRANSFORMERS = {
     "deit": lambda: VisionTransformerDistilled(**SMALL),
     "beit": lambda: Beit(**SMALL, use_rel_pos_bias=True, use_abs_pos_emb=False),
     "eva": lambda: Eva(**SMALL, use_rot_pos_emb=True),
-    "deepvit_micro": lambda: tokenfusion.create_model("deepvit_micro", depth=4, **OURS),
-    "crossvit_micro": lambda: tokenfusion.create_model("crossvit_micro", **OURS),
+    "deepvit_micro": lambda: tokenfusion.create_model("deepvit_micro", dim=32, heads=2, depth=4, **OURS),
+    "crossvit_micro": lambda: tokenfusion.create_model("crossvit_micro", **NARROW, **OURS),
 }
 BOTH_WAYS = [
     *("resnet18", "regnety_002", "convnext_atto", "efficientnet_b0", "mobilenetv3_small_050", "mobilenetv4_conv_small"),
@@ -151,7 +152,8 @@ def test_every_cell_of_the_grid_starts_as_its_transformer_and_learns_or_is_refus
     alone = copy.deepcopy(transformer).eval()
 
     def build():
-        return tokenfusion.fuse("resnet_micro", transformer, strategy, operator, img_size=SIZE).eval()
+        cnn = tokenfusion.create_model("resnet_micro", stem=8, dims=(8, 16, 24))
+        return tokenfusion.fuse(cnn, transformer, strategy, operator, img_size=SIZE).eval()
 
     if vit in REFUSED.get((strategy, operator), ()):
         with pytest.raises(InputError, match=r"does not fit .*: .*; take another operator"):
@@ -479,8 +481,8 @@ def test_tensors_of_older_runs_are_found_by_their_present_names(old, present):
 
 def test_a_compiled_pair_says_nothing(recwarn):
     """Dynamo warned of the thread's number, which it cannot trace."""
-    shallow = {"dims": (16, 32), "depths": (1, 1), "heads": (1, 2), "pooling": (2, 1)}
-    cnn, vit = tokenfusion.create_model("cmt_micro", **shallow), tokenfusion.create_model("vit_micro", depth=2)
+    shallow = {"dims": (16,), "depths": (1,), "heads": (1,), "pooling": (2,)}
+    cnn, vit = tokenfusion.create_model("cmt_micro", **shallow), tokenfusion.create_model("vit_micro", depth=1)
     model = without_zeros(tokenfusion.fuse(cnn, vit, "layerwise", "cross")).eval()
     torch._dynamo.reset()
     with torch.no_grad():
