@@ -20,7 +20,7 @@ CASES = [  # B, H, N, D, rows of a tile: heads and widths of the variants, odd o
     (1, 12, 197, 33, 128),
     (3, 12, 7, 32, 16),
     (1, 16, 37, 35, 32),
-    (1, 4, 33, 16, 16),
+    (1, 4, 18, 16, 16),
     (2, 5, 17, 64, 32),
     (3, 1, 16, 5, 16),
     (3, 3, 1, 7, 16),
@@ -114,7 +114,7 @@ def test_running_statistics_of_two_passes(case, momentum):
 
 
 @pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", [(1, 12, 20, 33, 32), (1, 4, 33, 16, 32)], ids=str)
+@pytest.mark.parametrize("case", [(1, 12, 20, 33, 32), (1, 4, 18, 16, 16)], ids=str)
 def test_sixteen_bits_with_sums_in_float32(case, kind):
     compare(case, random_mixing(case[1]).train(), kind)
 
