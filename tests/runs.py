@@ -20,7 +20,7 @@ def small_recipe(**changes):
     return Recipe(**values | changes)
 
 
-TINY = "fuse(wide(resnet_micro,0.1),wide(vit_micro,0.1),early)"
+TINY = "fuse(wide(resnet_micro,0.1),wide(with(vit_micro,depth=2),0.1),early)"
 """A model with all that a checkpoint may hold, BatchNorm's statistics included; an epoch of digits takes a second."""
 
 

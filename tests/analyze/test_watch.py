@@ -35,7 +35,7 @@ def watched(run):
 
 
 def train(run, measure=watch_collapse, **changes):
-    start(small_recipe(model="wide(vit_micro,0.5)", **changes), run, Console(quiet=True), measure)
+    start(small_recipe(model="wide(with(vit_micro,depth=3),0.5)", **changes), run, Console(quiet=True), measure)
     return run
 
 

@@ -183,7 +183,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path, whole):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 360 kB, which holds one checkpoint of 210 kB but not another beside it."""
+    """A disk of 360 kB, which holds one checkpoint of 190 kB but not another beside it."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=360k", "tmpfs", str(folder)]
