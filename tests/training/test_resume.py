@@ -183,10 +183,10 @@ def test_a_damaged_checkpoint_is_named(tmp_path, whole):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A disk of 360 kB, which holds one checkpoint of 190 kB but not another beside it."""
+    """A disk of 260 kB, which holds one checkpoint of 140 kB but not another beside it."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=360k", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=260k", "tmpfs", str(folder)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no disk can be mounted here: that takes Linux and the rights of root")
     yield folder
