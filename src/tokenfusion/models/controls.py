@@ -55,12 +55,13 @@ def build_wide(name: str, factor: str, *, pretrained: bool = False, **arguments:
     try:
         with torch.device("meta"):
             plain = build()
+            wide = widen(plain, times, build)
             if model not in CHECKED:
                 size = image_size(arguments["img_size"] or default_config(plain)["input_size"][1:])
                 # what does not fit together fails here, and not when training starts
-                count_costs(widen(plain, times, build), torch.empty(1, arguments["in_chans"], *size))
+                count_costs(wide, torch.empty(1, arguments["in_chans"], *size))
                 CHECKED.add(model)
-        return widen(plain, times, build)
+        return wide.train() if torch.get_default_device().type == "meta" else widen(plain, times, build)
     except InputError:
         raise
     except (*REFUSALS, AttributeError) as error:
