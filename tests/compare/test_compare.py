@@ -32,7 +32,8 @@ from tokenfusion.data.open import open_dataset
 from tokenfusion.errors import InputError
 from tokenfusion.recipe import load_recipe
 
-CNN, VIT = MODELS = ["wide(resnet_micro,0.5)", "wide(with(vit_micro,depth=2),0.5)"]  # which learns something in an epoch
+# which learn something in an epoch
+CNN, VIT = MODELS = ["wide(resnet_micro,0.5)", "wide(with(vit_micro,depth=2),0.5)"]
 MEAN = f"mean({CNN},{VIT})"
 RECIPE = small_recipe(epochs=1, drop_path=0.0)
 OPTIONS = ("digits", "--img-size", 8, "--batch-size", 128, "--lr", 4e-3, "--ema", 0.9)
