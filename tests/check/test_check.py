@@ -216,6 +216,7 @@ def test_the_command_that_check_prints_trains(command, data, tmp_path, monkeypat
     (printed,) = (line for line in output.splitlines() if "better be left out" in line)
     count, words = printed.split("; ")
     assert count == "2 images had better be left out"
+    assert "add --pretrained hub to that: " in output
     status, output, errors = command(*shlex.split(words)[1:], *TINY_RUN)
     assert status == 0, errors
     assert "2 images excluded" in output

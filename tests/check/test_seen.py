@@ -53,6 +53,7 @@ def test_labels_are_judged_by_what_training_then_takes_from_the_cache(
     assert status == 0, errors
     (printed,) = (line for line in output.splitlines() if "better be left out" in line)
     assert shlex.join(map(str, (colours, *words[:-4], "--exclude"))) in printed  # training begins with the same weights
+    assert "add --pretrained" not in output
     assert f"loading the weights of {CNN} and {VIT}" in errors
     found = json.loads((tmp_path / "check" / "check.json").read_text())
     judged = found["labels"]

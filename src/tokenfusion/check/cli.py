@@ -82,6 +82,8 @@ def check(
     command = f"; tokenfusion train {shlex.join([data, *options])}"
     trains = result["quarantined"] and not result["train_refuses"]
     print(f"{counted(result['quarantined'], 'image')} had better be left out{command * bool(trains)}")
+    if trains and not pretrained:
+        print("add --pretrained hub to that: `train` then starts from pretrained weights, best where images are few")
     print(f"open {folder / 'check.html'}")
 
 
