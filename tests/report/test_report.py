@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from tokenfusion.metrics import wilson_interval
 from tokenfusion.recipe import Recipe, dump_recipe
 from tokenfusion.report import write_figures, write_report
 from tokenfusion.report.confusion import draw_heatmap, shortened
+from tokenfusion.report.page import prose
 from tokenfusion.report.run import MAX_MISTAKES
 
 SCRIPT = "<script>alert(1)</script>"
@@ -270,6 +272,13 @@ def test_cost_skipped_images_and_recipe(run: Path) -> None:
         ["c.png", "cat", "train", "truncated at 120 of 4,096 bytes"],
     ]
     assert (run / "recipe.toml").read_text().strip() in page.text["recipe"]
+
+
+def test_long_names_are_broken_behind_their_signs_and_nothing_else_is_changed() -> None:
+    said = prose("a & b of fuse(tf_efficientnet_lite0,<b>,probe) in `runs/x`")
+    broken = "fuse(<wbr>tf_<wbr>efficientnet_<wbr>lite0,<wbr>&lt;b&gt;,probe)"
+    assert str(said) == f"a &amp; b of {broken} in <code>runs/x</code>"
+    assert re.sub("<wbr>|</?code>", "", said) == "a &amp; b of fuse(tf_efficientnet_lite0,&lt;b&gt;,probe) in runs/x"
 
 
 def test_what_a_list_left_out_is_told_with_its_reasons(run: Path) -> None:

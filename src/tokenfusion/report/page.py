@@ -68,13 +68,19 @@ def visible(text: object) -> str:
 
 
 def prose(text: object) -> Markup:
-    """Sentences, in which what stands between backticks is set as code."""
-    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", str(escape(visible(text)))))
+    """Sentences, in which what stands between backticks is set as code, and long names may be broken."""
+    broken = re.sub(r"\S{25,}", lambda word: with_breaks(word[0]), str(escape(visible(text))))
+    return Markup(re.sub(r"`([^`\n]+)`", r"<code>\1</code>", broken))
 
 
 def breakable(text: object) -> Markup:
     """Text with long names, as of models and files, that may be broken behind their signs rather than amid words."""
-    return Markup(re.sub(r"([(,/_])(?=\S)", r"\1<wbr>", str(escape(visible(text)))))
+    return Markup(with_breaks(str(escape(visible(text)))))
+
+
+def with_breaks(escaped: str) -> str:
+    """HTML without elements that may be broken behind signs which stand amid a word."""
+    return re.sub(r"(?<=\w)([(,/_])(?=\S)", r"\1<wbr>", escaped)
 
 
 def name_of(text: object) -> Markup:
