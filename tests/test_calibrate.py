@@ -12,6 +12,10 @@ from scipy.stats import binom
 
 from tokenfusion import Classifier
 from tokenfusion.calibrate import choose_temperature, cross_fitted_temperatures, halves
+from tokenfusion.data.decoded import read_images
+from tokenfusion.data.open import open_dataset
+from tokenfusion.data.preprocess import Preprocess
+from tokenfusion.evaluate import calibrated
 from tokenfusion.metrics import bootstrap_ece, evaluate_logits, reliability
 from tokenfusion_runtime.abstain import DELTA, SurestErrors, images_needed, tail, why_silent, why_unsure
 
@@ -99,6 +103,37 @@ def test_it_is_said_why_nothing_is_answered():
 
 def test_of_equal_scores_the_wrong_come_first():
     assert SurestErrors.among([0.5, 0.9, 0.5], [True, True, False]) == SurestErrors(3, (2,), (0.5,))
+
+
+class Saying(torch.nn.Module):
+    """Gives the next of some logits, whatever it sees."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.left = logits
+
+    def forward(self, images):
+        said, self.left = self.left.split([len(images), len(self.left) - len(images)])
+        return said
+
+
+def test_scores_that_round_to_1_are_equal_scores():
+    """A thousand images of which three in four are right by logits of 1.1, and 601 by logits that float32 cannot tell
+    from certainty, of which the last is wrong: it is not to be answered, however slightly less sure it is."""
+    images, _ = read_images(open_dataset("digits"), range(1601), max_pixels=64, cache_bytes=2**20)
+    gaps = torch.cat([torch.full((1000,), 1.1), torch.full((601,), 60.0)])
+    gaps[-1], wrong = 25.0, torch.arange(1601) % 4 == 0
+    wrong[1000:1600], wrong[1600] = False, True
+    true, false = images.labels, (images.labels + 1) % 10
+    logits = torch.full((1601, 10), -100.0)
+    logits[range(1601), torch.where(wrong, true, false)] = 0.0
+    logits[range(1601), torch.where(wrong, false, true)] = gaps
+    preprocess = Preprocess((8, 8), 3, (0.5,) * 3, (0.5,) * 3)
+    names = tuple(map(str, range(10)))
+    found = calibrated(Classifier("saying", Saying(logits), names, preprocess, torch.device("cpu"), "fp32"), images)
+    scores, answers = found.scores(logits).numpy(), found.answers(abstain=0.005)
+    assert scores[1600].max() == scores[1000].max() == 1.0
+    assert answers.prediction("", scores[1600]).abstains
 
 
 def test_the_share_of_wrong_answers_is_kept():

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from dataclasses import replace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from tokenfusion import Classifier, InputError
 from tokenfusion.data.preprocess import Preprocess
 from tokenfusion.export import artefact
 from tokenfusion.export.deployable import trace
-from tokenfusion.export.gate import batches_of, faults, measure, parity_lines
+from tokenfusion.export.gate import LIMITS, batches_of, faults, measure, parity_lines
 from tokenfusion.export.inside import write_inside
 from tokenfusion_runtime.__main__ import main
 
@@ -35,7 +36,8 @@ def test_the_folder_holds_what_it_takes_to_answer_alike(exported, learned):
     for key in ("classes", "preprocess", "temperature", "thresholds", "surest_errors", "max_pixels"):
         assert said[key] == run[key]
     parity = said["parity"]
-    assert (parity["n"], parity["label_agreement"], sorted(parity["batches"])) == (359, 1.0, [1, 2, 7])
+    assert (parity["n"], parity["label_agreement"], sorted(parity["batches"])) == (359, 1.0, [1, 2, 7, 64])
+    assert not {"furthest", "surest_errors"} & parity.keys()
     assert parity["probability_difference"] < 1e-4
     assert parity["accuracy"] == parity["accuracy_run"] > 0.8
     assert not said["forced"]
@@ -43,6 +45,8 @@ def test_the_folder_holds_what_it_takes_to_answer_alike(exported, learned):
     assert (said["license"], said["tokenfusion"]) == ("", tokenfusion.__version__)
     assert "Resize" not in {node.op_type for node in onnx.load(exported / "model.onnx").graph.node}
     assert "tokenfusion_runtime.load('.')" in (exported / "README.md").read_text()
+    assert parity["engine"] == f"onnxruntime {version('onnxruntime')}"
+    assert f"by {parity['engine']} on\n{parity['hardware']}." in (exported / "README.md").read_text()
     assert {path.name for path in exported.parent.iterdir()} <= {exported.name, f".{exported.name}.lock"}
 
 
@@ -158,7 +162,7 @@ def test_an_operator_that_a_format_lacks_is_said_before_any_image_is_read(run, t
             return torch.special.bessel_j0(images.mean((2, 3)) @ torch.ones(images.shape[1], 10))
 
     odd = replace(Classifier.load(run), model=Bessel())
-    monkeypatch.setattr(artefact.Classifier, "load", lambda _: odd)
+    monkeypatch.setattr(artefact.Classifier, "load", lambda *_: odd)
     monkeypatch.setattr(artefact, "held_out_images", lambda *_: pytest.fail("images were read"))
     with pytest.raises(InputError, match=r"cannot be exported to ONNX: .*bessel_j0.*; try --format pt2"):
         artefact.export(run, tmp_path / "out", format=format)
@@ -192,12 +196,39 @@ def test_the_gate_names_the_images_that_differ(learned):
     assert (parity["surest_errors"][0]["images"], len(parity["surest_errors"][0]["ranks"])) == (8, 8 - right)
     said = " ".join(faults(parity, "fp32"))
     assert "87.50% of the labels are the same" in said
-    assert "a probability differs by" in said
+    assert "a probability of 3.png differs by" in said
     assert "labels" in " ".join(faults(parity, "bf16"))
-    nothing = measure(classifier, lambda images: np.full((len(images), 10), np.nan), Eight(), np.zeros(8, int))
-    assert faults(nothing, "fp32")  # numbers that are none pass no gate
     assert [len(batch) for batch in batches_of(13)] == [7, 2, 1, 3]
+    assert {*map(len, batches_of(74))} == {7, 2, 1, 64}
     assert (parity["pixel_difference"], parity["pixel_share"]) == (0, 0.0)  # nothing was resized
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_numbers_that_are_none_pass_no_gate(learned, precision):
+    """Of one image of eight, which the run takes for a class that NumPy takes such scores for."""
+    exact = replace(Classifier.load(learned), precision="fp32")
+    exact = replace(exact, model=torch.nn.Sequential(exact.model, Likely(0)))
+
+    def broken(images):
+        scores = exact.scores(exact.logits(torch.from_numpy(images))).numpy()
+        scores[images[:, 0, 0, 0] == 90] = np.nan
+        return scores
+
+    parity = measure(exact, broken, Eight(), np.zeros(8, int))
+    assert (parity["not_finite"], parity["differing"], parity["accuracy"]) == (1, ["3.png"], 7 / 8)
+    assert "of 1 of 8 images a score is no number" in faults(parity, precision)
+    assert np.isfinite(parity["surest_errors"][0]["scores"]).all()
+
+
+class Likely(torch.nn.Module):
+    """Makes a class the likeliest of any image."""
+
+    def __init__(self, label):
+        super().__init__()
+        self.label = label
+
+    def forward(self, logits):
+        return logits + 99 * torch.eye(logits.shape[1])[self.label]
 
 
 @pytest.mark.parametrize(
@@ -218,6 +249,7 @@ def test_an_artefact_that_answers_otherwise_is_refused_and_kept_only_by_force(ex
     from tokenfusion.export import onnx as onnx_file
 
     monkeypatch.setattr(onnx_file, "to_onnx", lambda *_: turned(onnx.load(exported / "model.onnx")))
+    monkeypatch.setattr("tokenfusion.classifier.default_device", lambda: pytest.fail("a GPU's float32 may be TF32"))
     with pytest.raises(InputError, match=r"answers otherwise than .*labels are the same.*digits:.*--force"):
         artefact.export(learned, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -243,7 +275,7 @@ def test_what_predict_computes_in_is_measured_beside_the_run_in_fp32(learned):
     assert 1e-4 < found["predict"]["probability_difference"] < 0.1
     assert faults(found, "fp32") == []
     (line,) = [line for line in parity_lines(found) if "`predict`" in line]
-    assert line.startswith("`predict` computes in bf16 on this machine: greatest difference from the artefact 0.")
+    assert line.startswith("`predict` computes in bf16 on this CPU: greatest difference from the artefact 0.")
 
 
 def turned(graph):

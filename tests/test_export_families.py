@@ -106,7 +106,10 @@ def test_every_family_passes_the_gate(kind, tmp_path):
     assert (said["parity"]["n"], said["forced"]) == (12, False)
     exported, classifier = artefact.load(tmp_path / "out"), Classifier.load(run)
     assert exported.multi_label == classifier.multi_label
-    assert exported.note == note_of(precision)
+    assert exported.note == said["parity"]["note"] == note_of(precision)
+    assert f"{said['parity']['hardware']}{f' ({exported.note})' * bool(exported.note)}." in (
+        tmp_path / "out" / "README.md"
+    ).read_text(encoding="utf-8")
     files = sorted(map(str, (run / "data" / "val").glob("*/*.png")))
     tolerance = 1e-4 if precision == "fp32" else 0.05
     for one, other in zip(exported.predict(files), replace(classifier, precision="fp32").predict(files), strict=True):

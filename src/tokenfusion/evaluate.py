@@ -392,7 +392,7 @@ def calibrated(classifier: Classifier, images: Images, workers: int = 0) -> Clas
     logits, labels = collect_logits(classifier, images, workers=workers)
     require_finite_logits(logits)
     classifier = replace(classifier, temperature=choose_temperature(logits, labels))
-    scores = classifier.scores(logits.double())
+    scores = classifier.scores(logits)  # in float32, as predictions have them: what rounds to 1 is a tie there too
     if classifier.multi_label:
         thresholds = tune_thresholds(scores.numpy(), labels.numpy())
         classifier = replace(classifier, thresholds=tuple(thresholds.tolist()))

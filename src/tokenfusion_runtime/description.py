@@ -71,9 +71,9 @@ def is_number(value: Any, low: float = -math.inf, high: float = math.inf) -> boo
     return type(value) in (int, float) and math.isfinite(value) and low <= value <= high
 
 
-def is_whole(value: Any, low: int = 1) -> bool:
-    """Whether it is a whole number, from `low` on."""
-    return type(value) is int and value >= low
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, from 1 on."""
+    return type(value) is int and value >= 1
 
 
 def is_list(value: Any, item: Callable[[Any], bool], least: int = 0) -> bool:
@@ -102,7 +102,7 @@ def is_preprocess(value: Any) -> bool:
 
 def is_errors(value: Any) -> bool:
     """Whether it is a `SurestErrors` as a dictionary."""
-    if not isinstance(value, dict) or not is_whole(value.get("images"), 0):
+    if not isinstance(value, dict) or not is_whole(value.get("images")):
         return False
     ranks, scores = value.get("ranks", ()), value.get("scores", ())
     return is_list(ranks, is_whole) and is_list(scores, is_number) and len(ranks) == len(scores)

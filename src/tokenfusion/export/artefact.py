@@ -6,8 +6,11 @@ import importlib.util
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from tokenfusion.checkpoint import load_description
 from tokenfusion.classifier import Classifier
@@ -17,6 +20,7 @@ from tokenfusion.export.gate import LIMITS, faults, held_out_images, measure, pa
 from tokenfusion.export.inside import write_inside
 from tokenfusion.files import lock, make_folder, refuse_inside, write_json, write_text
 from tokenfusion.formatting import Progress, unheard
+from tokenfusion.hardware import hardware_name
 from tokenfusion.judged import open_judged
 from tokenfusion.recipe import Recipe, load_recipe
 from tokenfusion.version import __version__
@@ -26,6 +30,7 @@ from tokenfusion_runtime.description import FORMAT, hash_of, read_description, r
 PRECISIONS = {"onnx": ("fp32", "int8"), "openvino": ("fp32", "fp16", "bf16", "int8"), "pt2": ("fp32",)}
 """What each format has; the CPU's ONNX Runtime computes neither fp16 nor bf16."""
 MOST_BATCH = 4096
+CPU = torch.device("cpu")
 PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("onnx", "onnxscript", "openvino"), "pt2": ()}
 
 
@@ -59,7 +64,7 @@ def export(
         InputError: the run or the format cannot be used, or the artefact answers otherwise than the run.
     """
     require_possible(format, precision, batch)
-    classifier = Classifier.load(run)
+    classifier = Classifier.load(run, CPU)  # whose float32 is float32: a GPU rounds convolutions to TF32
     recipe = Recipe(**load_recipe(run / "recipe.toml"))
     refuse_inside(out, recipe.data)
     with new_folder(out) as folder:
@@ -72,10 +77,12 @@ def export(
             say(artefact.note)
         images, labels, split = held_out_images(run, classifier)
         parity = measure(classifier, artefact.probabilities, images, labels, progress) | {"split": split}
+        parity |= {"hardware": hardware_name(CPU), "engine": engine_of(format), "note": artefact.note}
         errors = parity.pop("surest_errors")
         if precision != "fp32" and description["surest_errors"]:  # by which it abstains: other numbers, other errors
             description["surest_errors"] = errors
         found = faults(parity, precision)
+        del parity["furthest"]  # what passes names no image of the data
         for line in parity_lines(parity):
             say(line)
         if found and not force:
@@ -200,6 +207,12 @@ def load(folder: Path) -> runtime.ExportedClassifier:
     return runtime.ExportedClassifier(description, engine)
 
 
+def engine_of(format: str) -> str:
+    """What runs a format, and its version: others may choose other ways."""
+    package = {"onnx": "onnxruntime", "pt2": "torch"}.get(format, format)
+    return f"{package} {version(package)}"
+
+
 def readme(description: dict[str, Any]) -> str:
     """How the folder is used."""
     parity, forced = description["parity"], description["faults"]
@@ -220,7 +233,8 @@ print(classifier.predict("image.jpg")[0].to_dict())
 {installation(description["format"])}
 
 On {parity["n"]} held-out images it is right in {parity["accuracy"]:.2%}, the run that it was exported from in
-{parity["accuracy_run"]:.2%}; {parity["label_agreement"]:.2%} of the labels are the same. Scores are calibrated
+{parity["accuracy_run"]:.2%}; {parity["label_agreement"]:.2%} of the labels are the same, by {parity["engine"]} on
+{parity["hardware"]}{f" ({parity['note']})" * bool(parity["note"])}. Scores are calibrated
 (temperature {description["temperature"]:.3f}, chosen by the run's scores). The rest is in `model.json`.
 
 The licence is for whoever hands the folder on to say, here and as `license` in `model.json`, which is yours to edit: as

@@ -36,7 +36,7 @@ def export(
     format
         ONNX, OpenVINO, or PyTorch's own archive.
     precision
-        Arithmetic of the artefact; int8 is calibrated on training images.
+        Arithmetic of the artefact, of fp16 its stored weights alone; int8 is calibrated on training images.
     batch
         Images of a call: a number, or dynamic.
     force

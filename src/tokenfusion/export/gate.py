@@ -25,8 +25,9 @@ from tokenfusion_runtime.image import prepare
 from tokenfusion_runtime.prediction import Floats
 
 MOST_IMAGES = 2000
-BATCHES = (7, 2, 1)
-"""Sizes of the batches that the artefact is given in turn."""
+BATCHES = (7, 2, 1, 64)
+"""Sizes of the batches that the artefact is given in turn; engines choose their ways by size, and 64 is what `predict`
+gives at once."""
 SHOWN = 10
 """Images that differ which are named."""
 PIXEL_LEVELS, PIXEL_SHARE = 2, 1e-4
@@ -72,18 +73,20 @@ def measure(
     labels: NDArray[Any],
     progress: Progress = unheard,
 ) -> dict[str, Any]:
-    """Let run and artefact judge the same pixels, in batches of 7, 2 and 1 in turn, and tell of the images judged.
+    """Let run and artefact judge the same pixels, in batches of 7, 2, 1 and 64 in turn, and tell of the images judged.
 
     The run's answers are those of its weights in float32, the same on every machine. What `predict` computes in, bf16
     where the hardware has it, is measured beside: nothing is refused for it.
 
     Returns:
-        What `model.json` holds as `parity`: `n`, `probability_difference` (greatest), `label_agreement`,
-        `accuracy_run` and `accuracy` (of multi-label models all classes of an image right), `accuracy_difference_ci95`
+        What `model.json` holds as `parity`: `n`, `probability_difference` (greatest) and `furthest`, the name of its
+        image, `not_finite`: of how many images a score is no number, which are neither right nor alike,
+        `label_agreement`, `accuracy_run` and `accuracy` (of multi-label models all classes of an image right),
+        `accuracy_difference_ci95`
         (paired, normal; without a change Wilson's of none to either side), `pixel_difference`
         (greatest between the run's resize and the runtime's, grey levels), `pixel_share` (of values more than one off),
         `batches`, `differing`: names of the first images with other labels, `predict`: the same of the classifier
-        as `predict` runs it on this machine, in its `precision`, and `surest_errors`: where the artefact's errors lie.
+        as `predict` runs it on this CPU, in its `precision`, and `surest_errors`: where the artefact's errors lie.
     """
     exact = replace(classifier, precision="fp32")
     precision = resolve_precision(classifier.precision, classifier.device)
@@ -101,13 +104,19 @@ def measure(
     said_by_run, said, said_by_predict = (
         labels_of(scores, classifier.thresholds) for scores in (run, found, predicted)
     )
-    same, as_predicted = ((other == said).reshape(len(run), -1).all(1) for other in (said_by_run, said_by_predict))
+    finite = np.isfinite(found).all(1)
+    same, as_predicted = (
+        (other == said).reshape(len(run), -1).all(1) & finite for other in (said_by_run, said_by_predict)
+    )
     right_run, right = ((answers == labels).reshape(len(run), -1).all(1) for answers in (said_by_run, said))
+    right &= finite
     change = right.astype(float) - right_run
     half = 1.96 * float(change.std()) / math.sqrt(len(change)) if change.any() else wilson_interval(0, len(change))[1]
     return {
         "n": len(run),
-        "probability_difference": greatest_difference(run, found),
+        "probability_difference": float(greatest_differences(run, found).max()),
+        "furthest": images.names[greatest_differences(run, found).argmax()],
+        "not_finite": int((~finite).sum()),
         "label_agreement": float(same.mean()),
         "accuracy_run": float(right_run.mean()),
         "accuracy": float(right.mean()),
@@ -117,20 +126,22 @@ def measure(
         "batches": list(BATCHES),
         "surest_errors": [
             asdict(one)
-            for one in surest_errors(torch.from_numpy(found), torch.from_numpy(labels), classifier.thresholds)
+            for one in surest_errors(
+                torch.from_numpy(np.nan_to_num(found)), torch.from_numpy(labels), classifier.thresholds
+            )
         ],
         "differing": [images.names[index] for index in np.flatnonzero(~same)[:SHOWN]],
         "predict": {
             "precision": precision,
-            "probability_difference": greatest_difference(predicted, found),
+            "probability_difference": float(greatest_differences(predicted, found).max()),
             "label_agreement": float(as_predicted.mean()),
         },
     }
 
 
-def greatest_difference(scores: Floats, others: Floats) -> float:
-    """Of two probabilities; 1 where one is no number."""
-    return float(np.nan_to_num(np.abs(scores - others), nan=1.0).max())
+def greatest_differences(scores: Floats, others: Floats) -> Floats:
+    """Of the probabilities (N, K) of each image, (N,); 1 where one is no number."""
+    return np.nan_to_num(np.abs(scores - others), nan=1.0).max(1)
 
 
 def batches_of(count: int) -> Iterator[range]:
@@ -155,8 +166,13 @@ def faults(parity: dict[str, Any], precision: str) -> list[str]:
         text
         for exceeded, text in (
             (
+                parity["not_finite"] > 0,
+                f"of {parity['not_finite']:,} of {parity['n']:,} images a score is no number",
+            ),
+            (
                 parity["probability_difference"] > limits.probability,
-                f"a probability differs by {parity['probability_difference']:.2g}, at most {limits.probability:g} may",
+                f"a probability of {parity['furthest']} differs by {parity['probability_difference']:.2g}, at most "
+                f"{limits.probability:g} may",
             ),
             (
                 parity["label_agreement"] < limits.agreement,
@@ -187,7 +203,7 @@ def parity_lines(parity: dict[str, Any]) -> list[str]:
         f"(95 % interval of the difference {low:+.2%} to {high:+.2%})",
         f"  greatest difference of a pixel        {parity['pixel_difference']} grey level(s), "
         f"more than one in a share of {parity['pixel_share']:.2g}",
-        f"`predict` computes in {shown['precision']} on this machine: greatest difference from the artefact "
+        f"`predict` computes in {shown['precision']} on this CPU: greatest difference from the artefact "
         f"{shown['probability_difference']:.2g}, same labels {shown['label_agreement']:.2%}",
     ]
     return lines + [f"  differs: {name}" for name in parity["differing"]]
