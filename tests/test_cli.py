@@ -370,16 +370,16 @@ def test_predict_csv_has_columns_for_as_many_classes_as_are_named(command, run, 
 
 
 UNUSED = {"scipy", "sklearn", "pandas", "pyarrow", "matplotlib", "jinja2", "tensorboard", "torchmetrics"}
-UNUSED |= {"onnx", "onnxruntime", "openvino", "nncf", "bentoml", "datasets", "transformers"}
+UNUSED |= {"onnx", "onnxruntime", "openvino", "nncf", "bentoml", "datasets", "transformers", "torch._dynamo"}
 """What other verbs need, and takes long to import."""
 
 
 def test_names_that_are_not_utf8_are_predicted_all_the_same_and_nothing_is_imported_for_other_verbs(
-    run, tmp_path, digit
+    learned, tmp_path, digit
 ):
     name = os.fsencode(tmp_path) + b"/\xff.png"
     shutil.copy(digit, name)
-    words = [sys.executable, "-X", "importtime", "-m", "tokenfusion", "predict", str(run), "-", "--format", "json"]
+    words = [sys.executable, "-X", "importtime", "-m", "tokenfusion", "predict", str(learned), "-", "--format", "json"]
     done = subprocess.run(words, input=name + b"\n" + os.fsencode(digit), capture_output=True, check=True)
     assert [json.loads(line)["label"] for line in done.stdout.splitlines()] != []
     assert len(done.stdout.splitlines()) == 2

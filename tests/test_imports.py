@@ -29,6 +29,29 @@ def test_a_first_import_is_not_searched_for_garbage():
     subprocess.run([sys.executable, "-c", FIRST], check=True, env=environment)
 
 
+WITHOUT_COMPILER = """
+import sys
+from tokenfusion.imports import COMPILER, LaterCompiler, import_timm_alone
+import torch
+disable = torch.compiler.disable
+import_timm_alone()
+import timm, torchvision
+assert "torch._dynamo" not in sys.modules and torch.compiler.disable is disable
+kept = torchvision.ops.roi_align.__globals__["is_compile_supported"]
+sys.modules[COMPILER] = LaterCompiler(COMPILER)
+from torch._dynamo.utils import counters
+assert counters is sys.modules[COMPILER].counters
+assert kept("cpu") is sys.modules[COMPILER].is_compile_supported("cpu")
+image = torchvision.tv_tensors.wrap(torch.ones(3, 4, 4), like=torchvision.tv_tensors.Image(torch.zeros(3, 4, 4)))
+assert type(image) is torchvision.tv_tensors.Image
+"""
+
+
+def test_the_compiler_is_imported_when_something_of_it_is_called():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", WITHOUT_COMPILER], check=True, env=environment)
+
+
 FUNCTIONS = {"predict": (print_images, write_predictions), "serve": ()}
 """Verbs that import elsewhere than in themselves; a service's process does it by itself."""
 

@@ -13,7 +13,7 @@ from cyclopts import Parameter
 
 from tokenfusion.errors import InputError
 from tokenfusion.formatting import Show
-from tokenfusion.imports import first_import
+from tokenfusion.imports import first_import, import_timm_alone
 from tokenfusion.places import require_run, require_sources
 from tokenfusion.recipe import Reading
 from tokenfusion.terminal import AsJson, end_stopped
@@ -170,6 +170,7 @@ def print_images(
     from tokenfusion_runtime.output import first_widths, noting_unsure, print_predictions, spelled_out
 
     with first_import("timm"):
+        import_timm_alone()
         from tokenfusion.classifier import Classifier
         from tokenfusion.data.decode import damaged_in_words
 
