@@ -223,11 +223,11 @@ class Bench:
     def malformed(self, _: dict[str, Any]) -> dict[str, Any]:
         with self.serve("--seconds", 5) as service:
             pids = {one.pid for one in service.workers}
-            statuses = asyncio.run(ask_all(service.port, self.files, self.classifier.description["name"]))
+            told = asyncio.run(ask_all(service.port, self.files, self.classifier.description["name"]))
             after = asyncio.run(self.load(service).closed(1, requests=20))
             return {
-                "requests": sum(statuses.values()),
-                "statuses": statuses,
+                "requests": sum(sum(counts.values()) for counts in told.values()),
+                "told": told,
                 "workers_lost": len(pids - {one.pid for one in service.workers}),
                 "right_afterwards": after["answered"] - after["wrong"],
             }

@@ -32,7 +32,7 @@ def figures() -> str:
         *(peer(row) for row in rows if "peer" in row),
         *(burst(row) for row in rows if "burst" in row),
         *(memory(row) for row in rows if "memory" in row),
-        *(malformed(row) for row in rows if "malformed" in row),
+        *(malformed(row) for row in rows if "told" in row.get("malformed", {})),
         *(kill(row) for row in rows if "kill" in row),
     ]
     return "\n\n".join(parts)
@@ -107,8 +107,16 @@ def peer(row: Row) -> str:
         f"**Beside LitServe** {one['version']} with the same runtime and batch size (32), in turns, {name_of(row)}: "
         f"{ours:,.0f} images/s against {theirs:,.0f}, {ours / theirs:.2f} times. Where "
         f"{one['60 %']['ours']['arrivals_per_s']:,.0f} requests a second arrive by chance, half are answered within "
-        f"{p50} ms and 99 % within {p99}; LitServe's within {their_p50} and {their_p99}."
+        f"{p50} ms and 99 % within {p99}; LitServe's within {their_p50} and {their_p99}. Without an answer were "
+        f"{unanswered(one, 'ours')} and {unanswered(one, 'litserve')}."
     )
+
+
+def unanswered(one: Row, side: str) -> str:
+    """How many requests of a side's turns had none, or 429."""
+    turns = [*one["turns"][side], one["60 %"][side]]
+    short = sum(turn["requests"] - turn["answered"] for turn in turns)
+    return f"{short:,} of {sum(turn['requests'] for turn in turns):,}{' of ours' if side == 'ours' else ' of its'}"
 
 
 def burst(row: Row) -> str:
@@ -154,10 +162,12 @@ def memory(row: Row) -> str:
 def malformed(row: Row) -> str:
     """What 200 requests that are none are told."""
     one = row["malformed"]
-    said = ", ".join(f"{status} {count}×" for status, count in one["statuses"].items())
+    heading = [f"{one['requests']} malformed requests, {name_of(row)}", "told"]
+    told = {kind: ", ".join(f"{n} × {status}" for status, n in found.items()) for kind, found in one["told"].items()}
     return (
-        f"**{one['requests']} malformed requests** ({said}): {one['workers_lost']} workers lost, and "
-        f"{one['right_afterwards']} of 20 requests afterwards answered rightly."
+        f"{table(heading, [list(line) for line in told.items()])}\n\n{one['workers_lost']} workers were lost, and "
+        f"{one['right_afterwards']} of 20 requests afterwards answered rightly. A JPEG with some bytes overwritten may "
+        "well be one still: it is answered as `predict` answers the same file."
     )
 
 

@@ -29,6 +29,11 @@ REFUSALS = {
 REASONS = {"type": "object", "properties": {name: {"type": "string"} for name in ("value", "reason", "remedy")}}
 """What the JSON of a refusal says."""
 
+ANY_JSON = {"application/json": {"schema": {"type": "object"}}}
+TENSORS = {**ANY_JSON, "application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+NAME = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+"""Of the classifier, as GET /v1/model says it."""
+
 PROTOCOL = (
     "The paths below /v2 are those of the [Open Inference Protocol]"
     "(https://github.com/kserve/open-inference-protocol); GET /v2/models/NAME says what the classifier takes and gives."
@@ -57,25 +62,47 @@ def openapi(classes: Sequence[str]) -> dict[str, Any]:
         "info": {"title": "tokenfusion", "version": __version__, "description": PROTOCOL},
         "components": {
             "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
-            "schemas": {"Refusal": {"type": "object", "properties": {"error": REASONS}}},
+            "schemas": {
+                "Refusal": {"type": "object", "properties": {"error": REASONS}},
+                "ProtocolRefusal": {"type": "object", "properties": {"error": {"type": "string"}}},
+            },
         },
         "security": [{}, {"token": []}],
         "paths": {
             "/v1/predict": {"post": predict | {"requestBody": body, "parameters": [topk, abstain]}},
             "/v1/explain": {"post": explain | {"requestBody": body, "parameters": [branch]}},
             "/v1/model": {"get": operation("What the classifier is, and the limits", about)},
-            "/livez": {"get": operation("200 while the process lives", {}) | {"security": []}},
-            "/readyz": {"get": operation("200 when it answers", {}) | {"security": []}},
             "/metrics": {"get": operation("Measures for Prometheus", {"text/plain": {}})},
+            "/livez": health("200 while the process lives"),
+            "/readyz": health("200 when it answers"),
+            "/healthz": health("200 when it answers"),
+            "/v2": {"get": operation("What the server is", ANY_JSON, "ProtocolRefusal")},
+            "/v2/health/live": health("200 while the process lives"),
+            "/v2/health/ready": health("200 when it answers"),
+            "/v2/models/{name}": {
+                "parameters": [NAME],
+                "get": operation("Inputs and outputs", ANY_JSON, "ProtocolRefusal"),
+            },
+            "/v2/models/{name}/ready": {"parameters": [NAME]} | health("200 when it answers"),
+            "/v2/models/{name}/infer": {
+                "parameters": [NAME],
+                "post": operation("Probabilities and labels", TENSORS, "ProtocolRefusal")
+                | {"requestBody": {"required": True, "content": TENSORS}},
+            },
         },
     }
 
 
-def operation(summary: str, content: dict[str, Any]) -> dict[str, Any]:
+def operation(summary: str, content: dict[str, Any], refusal: str = "Refusal") -> dict[str, Any]:
     """An address, its answer and its refusals."""
-    refused = {"application/json": {"schema": {"$ref": "#/components/schemas/Refusal"}}}
+    refused = {"application/json": {"schema": {"$ref": f"#/components/schemas/{refusal}"}}}
     refusals = {str(status): {"description": why, "content": refused} for status, why in REFUSALS.items()}
     return {"summary": summary, "responses": {"200": {"description": "the answer", "content": content}} | refusals}
+
+
+def health(summary: str) -> dict[str, Any]:
+    """An address of health, which needs no token."""
+    return {"get": operation(summary, {}) | {"security": []}}
 
 
 def parameter(name: str, kind: str, what: str, default: Any = None) -> dict[str, Any]:
