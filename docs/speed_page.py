@@ -27,7 +27,9 @@ def beside_official(found: dict[str, Any]) -> str:
         rates = (f"{speeds[side]:.1f}" for side in ("official", "ours"))
         kept = f"{speeds['ours'] / speeds[KEPT]:.2f}×" if KEPT in speeds else "not measured"
         ratio = f"{row['ratio']:.2f}×"
-        rows.append([row["model"], what, row["precision"], *rates, ratio, f"{row['aim']}×", kept, of_peak])
+        needed = f"{row['aim'] * row['share_of_peak']['official']:.0%}"
+        aim = f"{row['aim']}×"
+        rows.append([row["model"], what, row["precision"], *rates, ratio, aim, kept, of_peak, needed])
         cell = f"{row['model']} ({what}, {row['precision']})"
         missed += [cell] * (row["ratio"] < row["aim"])
         short += [cell] * (share < (row["share_aim"] or 0))
@@ -39,6 +41,7 @@ def beside_official(found: dict[str, Any]) -> str:
     how = "processor time of one thread" if found["clock"] == "process_time" else f"{found['threads']} threads"
     over_kept = "ratio where the official code's memory is kept, too"
     heading = ["model", "what", "precision", "official images/s", "ours", "ratio", "aim", over_kept, "of the peak"]
+    heading += ["the aim takes of it"]
     done = {(row["model"], row["cell"]) for row in found["results"]}
     cells = list(product(found.get("models", ()), found.get("cells", ())))
     lacking = [f"{model} {cell}" for model, cell in cells if (model, cell) not in done]

@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
@@ -65,6 +66,17 @@ def test_sigterm_and_sigint_finish_what_is_under_way_and_exit_with_0(running, fo
     _, errors = running.process.communicate(timeout=60)
     assert (running.process.returncode, errors) == (0, "")
     assert not any(os.path.exists(f"/proc/{worker}") for worker in workers)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which signals a process heeds")
+def test_sigterm_before_it_listens_ends_it_with_0(folder):
+    process = start(folder)
+    heeded = Path(f"/proc/{process.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", heeded.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    said, errors = process.communicate(timeout=DEADLINE)
+    assert (process.returncode, said, errors) == (0, "", "")
 
 
 def test_each_of_several_workers_takes_its_share_of_the_queue_and_no_more(running):

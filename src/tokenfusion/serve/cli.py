@@ -3,6 +3,7 @@
 import importlib.util
 import inspect
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -105,6 +106,7 @@ def serve(
         host=host,
     )
     settings.read_token()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until the launcher heeds it, whose imports take a while
     from tokenfusion.serve.launch import launch
 
     status = launch(settings, port, lambda text: print(text, flush=True))
