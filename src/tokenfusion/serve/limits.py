@@ -1,4 +1,4 @@
-"""What of a request is read: so many bytes, images and seconds, and no more."""
+"""What a request may take: so many bytes, images and seconds, and no more."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tokenfusion.serve.refusal import Refused
+from tokenfusion.serve.refusal import Refused, overloaded
 from tokenfusion.serve.settings import Settings
 
 RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
@@ -115,3 +116,34 @@ def form_of(body: bytes, headers: Headers, settings: Settings) -> Given:
     if not images:
         raise Refused("form", "the form", "there is no image in it", "give one or more files")
     return Given(tuple(images), several=True)
+
+
+class InTime:
+    """An ASGI application that begins to answer within some seconds, or refuses.
+
+    BentoML's own forgets to stop its clock: what a request left, some 5 kB, would stay until its seconds were over.
+
+    Args:
+        app: what answers.
+        seconds: that it has.
+    """
+
+    def __init__(self, app: ASGIApp, seconds: float) -> None:
+        self.app, self.seconds = app, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+
+        async def passed_on(message: Message) -> None:
+            if not clock.expired():
+                clock.reschedule(None)
+            await send(message)
+
+        try:
+            async with asyncio.timeout(self.seconds) as clock:
+                await self.app(scope, receive, passed_on)
+        except TimeoutError:
+            if not clock.expired():
+                raise
+            await overloaded("waited").response(scope["path"])(scope, receive, send)

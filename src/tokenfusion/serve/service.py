@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import bentoml
+from bentoml._internal.server.http.traffic import TimeoutMiddleware
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, Response
 from starlette.routing import Route
 
 from tokenfusion.serve.holder import Holder
-from tokenfusion.serve.limits import read_images
+from tokenfusion.serve.limits import InTime, read_images
 from tokenfusion.serve.measure import STAGE_SECONDS
 from tokenfusion.serve.openapi import openapi
 from tokenfusion.serve.protocol import Protocol
@@ -68,7 +70,8 @@ class Addresses:
             *self.protocol.routes(),
             *(Route(address, page(name)) for address, name in FILES.items()),
         ]
-        return Starlette(routes=routes, exception_handlers={Refused: refuse}, lifespan=watched)
+        in_time = Middleware(InTime, seconds=3 * self.settings.seconds)
+        return Starlette(routes=routes, middleware=[in_time], exception_handlers={Refused: refuse}, lifespan=watched)
 
     async def predict(self, request: Request) -> Response:
         """The answers of `predict`: an object for an image, a list for a form of several."""
@@ -187,14 +190,16 @@ def page(name: str) -> Endpoint:
     return give
 
 
-def service(app: Starlette, settings: Settings) -> Any:
-    """The BentoML service around the addresses: measures, health, the bound on requests, time."""
+def service(app: Starlette, settings: Settings) -> Starlette:
+    """BentoML around the addresses: measures, health, the bound on requests. Their time is for `InTime` to bound."""
 
     bento: Any = bentoml.service(
         name="tokenfusion",
         workers=settings.workers,
-        traffic={"max_concurrency": settings.queue, "timeout": 3 * settings.seconds},
+        traffic={"max_concurrency": settings.queue},
         logging={"access": {"enabled": False}},
     )(type("Classify", (), {}))
     bento.mount_asgi_app(app)
-    return bento
+    around: Starlette = bento.to_asgi(is_main=True)
+    around.user_middleware = [one for one in around.user_middleware if one.cls is not TimeoutMiddleware]
+    return around

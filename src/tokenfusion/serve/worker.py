@@ -51,7 +51,7 @@ def application(settings: Settings) -> ASGIApp:
     def pattern(path: str) -> str:
         return path.replace(f"/models/{holder.served.about['name']}", "/models/{name}", 1)
 
-    bento = service(addresses, settings).to_asgi(is_main=True)
+    bento = service(addresses, settings)
     free = frozenset({*FILES, "/openapi.json"})
     app: ASGIApp = Guard(bento, paths, pattern, lambda: holder.token, free, settings.loopback)
     if settings.origins:
