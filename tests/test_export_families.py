@@ -39,7 +39,8 @@ SHALLOW = {
     "crossvit_micro": {"depths": (1, 1), "encoders": 1},
     "deepvit_micro": {"depth": 2},
     "cmt_micro": {"dims": (32, 64), "depths": (1, 1), "heads": (1, 2), "pooling": (2, 1)},
-    "vit_micro": {"depth": 3},
+    "vit_micro": {"depth": 2},
+    "resnet_micro": {"strides": (2, 2, 2), "dims": (48, 96), "depths": (1, 1)},
 }
 """What makes a model shallow: every block is traced alike, and takes its time."""
 
@@ -156,7 +157,7 @@ def test_onnx_in_int8_passes_the_gate_where_it_is_as_right_as_the_run_and_is_ref
 
 def test_onnx_in_int8_takes_depthwise_convolutions(tmp_path):
     require_packages("onnx", "nncf")
-    run = save_run(tmp_path / "run", "mobilenetv2_035")
+    run = save_run(tmp_path / "run", "test_efficientnet")
     artefact.export(run, tmp_path / "out", precision="int8", force=True)  # random weights leave images undecided
     red = next((run / "data" / "val" / "red").iterdir())
     exact, rounded = Classifier.load(run).predict(red)[0], artefact.load(tmp_path / "out").predict(red)[0]

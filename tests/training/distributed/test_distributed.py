@@ -57,17 +57,17 @@ def losses_of(size, recipe, run):
     return first
 
 
-CALM = {"epochs": 1, "batch_size": 64, "precision": "fp32", "drop_path": 0.0, "mixup": 0.2, "cutmix": 1.0}
+CALM = {"epochs": 1, "precision": "fp32", "drop_path": 0.0, "mixup": 0.2, "cutmix": 1.0}
 """Everything but dropout, at rates so low that the rounding of sums does not grow into another course of training."""
 
 
 def test_the_loss_curve_and_the_metrics_do_not_depend_on_the_number_of_processes(tmp_path):
     recipe = tiny_recipe(**CALM | {"lr": 5e-5})
     curves = {size: losses_of(size, recipe, tmp_path / f"{size}") for size in (1, 2, 4)}
-    assert len(curves[1]) == 22
+    assert len(curves[1]) == 11
     records = {size: json.loads((tmp_path / f"{size}" / "metrics.jsonl").read_text()) for size in curves}
     for size in (2, 4):
-        assert curves[size][:20] == pytest.approx(curves[1][:20], abs=1e-5)
+        assert curves[size] == pytest.approx(curves[1], abs=1e-5)
         measured = evaluate(tmp_path / f"{size}")  # in this process alone
         assert measured["n"] == 359  # does not divide by 2 or 4
         assert records[size]["val_top1"] == pytest.approx(measured["top1"], abs=1e-7)
@@ -78,13 +78,13 @@ def test_the_loss_curve_and_the_metrics_do_not_depend_on_the_number_of_processes
 def test_batches_computed_in_parts_are_shared_part_by_part(tmp_path):
     recipe = tiny_recipe(**CALM | {"lr": 2e-5, "optimizer": "adamw", "accumulate": 2})
     alone, together = (losses_of(size, recipe, tmp_path / f"{size}") for size in (1, 2))
-    assert together[:20] == pytest.approx(alone[:20], abs=1e-5)
+    assert together == pytest.approx(alone, abs=1e-5)
 
 
 def test_each_side_is_asked_by_several_processes_as_by_one(tmp_path):
     recipe = tiny_recipe(**CALM | {"lr": 2e-5, "optimizer": "adamw", "side_loss": 1.0})
     alone, together = (losses_of(size, recipe, tmp_path / f"{size}") for size in (1, 2))
-    assert together[:20] == pytest.approx(alone[:20], abs=1e-5)
+    assert together == pytest.approx(alone, abs=1e-5)
 
 
 def test_a_share_is_a_slice_of_each_part_with_the_image_before_it():
@@ -325,7 +325,7 @@ def test_shared_weights_learn_as_whole_ones_do(tmp_path):
     recipe = tiny_recipe(**CALM | {"lr": 2e-5, "optimizer": "adamw", "ema": 0.0})
     alone = losses_of(1, recipe, tmp_path / "alone")
     together = losses_of(2, replace(recipe, parallel="fsdp"), tmp_path / "together")
-    assert together[:20] == pytest.approx(alone[:20], abs=1e-5)
+    assert together == pytest.approx(alone, abs=1e-5)
     record = json.loads((tmp_path / "together" / "metrics.jsonl").read_text())
     assert record["val_loss"] == pytest.approx(evaluate(tmp_path / "together")["loss"], abs=1e-5)
 
