@@ -157,7 +157,7 @@ def test_onnx_in_int8_passes_the_gate_where_it_is_as_right_as_the_run_and_is_ref
 
 def test_onnx_in_int8_takes_depthwise_convolutions(tmp_path):
     require_packages("onnx", "nncf")
-    run = save_run(tmp_path / "run", "test_efficientnet")
+    run = save_run(tmp_path / "run", "mobilenetv2_035")
     artefact.export(run, tmp_path / "out", precision="int8", force=True)  # random weights leave images undecided
     red = next((run / "data" / "val" / "red").iterdir())
     exact, rounded = Classifier.load(run).predict(red)[0], artefact.load(tmp_path / "out").predict(red)[0]
