@@ -42,6 +42,21 @@ def shared() -> Path:
     return path
 
 
+LONG = (
+    "test_front_page.py",
+    "test_distributed.py",
+    "test_re_attention.py",
+    "test_resume.py",
+    "test_pretrained_stages.py",
+)
+"""Files with tests of many seconds."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes long begins first, so that no test process is left with it while the others are done."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 def pytest_collection_finish() -> None:
     """All packages are imported: the garbage collector need not look through them again and again."""
     gc.freeze()

@@ -69,6 +69,28 @@ def test_multiply_adds_are_those_that_pytorch_counts(name):
     assert 2 * count_macs(name, img_size=(96, 64)) == counter.get_total_flops()
 
 
+# quantity and source: how far ours may be, absolutely (half of the last digit printed) and by share
+TOLERANCES = {
+    ("parameters_m", "code"): {"abs": 0.0051},
+    ("gmacs", "code"): {"rel": 0.01},
+    ("gmacs", "paper"): {"abs": 0.051},
+    ("gmacs_without_attention", "code"): {"rel": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_and_cost_are_those_published(papers, name):
+    row = papers[name]
+    ours = {
+        "parameters_m": row["parameters"] / 1e6,
+        "gmacs": row["macs"] / 1e9,
+        "gmacs_without_attention": (row["macs"] - row["attention_macs"]) / 1e9,
+    }
+    for (quantity, source), tolerance in TOLERANCES.items():
+        if figure := PUBLISHED[name].get(quantity, {}).get(source):
+            assert ours[quantity] == pytest.approx(float(figure), **tolerance), (quantity, source)
+
+
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("crossvit")])
 def test_the_official_count_of_crossvit_leaves_attention_products_out(papers, name):
     published = papers[name]["published"]

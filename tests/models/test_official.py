@@ -9,11 +9,7 @@ import torch.nn.functional as F
 from golden import NAMES, golden, golden_images, official_state
 
 from tokenfusion import weights
-from tokenfusion.models import cmt, crossvit, deepvit
-from tokenfusion.models.cost import count_costs
-from tokenfusion.models.published import PUBLISHED
-
-VARIANTS = crossvit.OFFICIAL | deepvit.OFFICIAL | cmt.OFFICIAL
+from tokenfusion.models import crossvit
 
 
 def build(name):
@@ -67,29 +63,6 @@ def test_training_loss_and_gradients(in_float64):
 def on_meta(name, **kwargs):
     with torch.device("meta"):
         return timm.create_model(name, **kwargs).eval().requires_grad_(False)
-
-
-# quantity and source: how far ours may be, absolutely (half of the last digit printed) and by share
-TOLERANCES = {
-    ("parameters_m", "code"): {"abs": 0.0051},
-    ("gmacs", "code"): {"rel": 0.01},
-    ("gmacs", "paper"): {"abs": 0.051},
-    ("gmacs_without_attention", "code"): {"rel": 0.01},
-}
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_parameters_and_cost(name):
-    model = on_meta(name)
-    counts = count_costs(model.requires_grad_(), torch.empty(1, 3, *model.img_size, device="meta"))
-    ours = {
-        "parameters_m": counts.parameters / 1e6,
-        "gmacs": counts.macs / 1e9,
-        "gmacs_without_attention": (counts.macs - counts.attention_macs) / 1e9,
-    }
-    for (quantity, source), tolerance in TOLERANCES.items():
-        if figure := PUBLISHED[name].get(quantity, {}).get(source):
-            assert ours[quantity] == pytest.approx(float(figure), **tolerance), (quantity, source)
 
 
 @pytest.mark.parametrize("name", crossvit.OFFICIAL)
