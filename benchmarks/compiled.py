@@ -36,6 +36,10 @@ MODELS = (
 )
 
 
+CLASSES = 64
+"""As many as a batch has images: each gets another label."""
+
+
 class Cell(NamedTuple):
     """What is timed."""
 
@@ -67,7 +71,7 @@ def in_turns(name: str, key: str, repetitions: int, threads: int, cache: str) ->
     torch.manual_seed(0)
     keep_freed_memory()
     cell, device = CELLS[key], default_device()
-    model = as_placed(create_model(name, num_classes=10), device)
+    model = as_placed(create_model(name, num_classes=CLASSES), device)
     precision = resolve_precision("auto", device)
     images = torch.randn(cell.batch, *default_config(model)["input_size"], device=device)
     images = images.contiguous(memory_format=torch.channels_last)

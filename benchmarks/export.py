@@ -2,7 +2,8 @@
 
     python benchmarks/export.py --out benchmarks/results/export.json [--models cmt_s] [--minutes 15]
 
-All ways of a model take turns in one run; what is compared are ratios within it. Each starts at uint8 pixels and ends
+All ways of a model take turns in one run; what is compared are ratios within it. Models that the JSON has are kept, so
+that a run which `--minutes` ended goes on where it was; `--again` measures anew. Each starts at uint8 pixels and ends
 at probabilities. The peers: the papers' public code, transcribed in `yardsticks.py`, timm's own CrossViT, a DeiT of
 timm's for the Token Fusion presets (whose cost stands beside), and a pair's two parents, one after the other. Weights
 are random, which changes no speed; int8 is calibrated on a few made-up images, so that its accuracy is the business of
@@ -26,7 +27,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from common import environment, peak_flops, time_in_turns
+from common import peak_flops, result_so_far, time_in_turns
 from tokenfusion import Classifier
 from tokenfusion.errors import InputError
 from tokenfusion.export import artefact
@@ -130,6 +131,7 @@ def measure(name: str, folder: Path, repetitions: int, peaks: dict[str, float]) 
         ways["peer"], refusals = {}, [f"the peer: {error}"]
     cost = {who: macs_of(one) for who, one in (("ours", ours), ("peer", theirs))}
     result: dict[str, Any] = {"model": name, "peer": PEERS[name], "gmacs": {k: v / 1e9 for k, v in cost.items()}}
+    result["peak_gflops"] = {precision: flops / 1e9 for precision, flops in peaks.items()}
     result["notes"] = refusals + sorted({one.note for found in ways.values() for one in found.values() if one.note})
     for batch in BATCHES:
         calls: dict[str, Callable[[], Any]] = {}
@@ -161,16 +163,15 @@ def macs_of(classifier: Classifier) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write, or to go on with")
     parser.add_argument("--models", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--minutes", type=float, default=15.0, help="no further model is begun after so many")
+    parser.add_argument("--again", action="store_true", help="measure what is there already, too")
     options = parser.parse_args()
-    begun = time.monotonic()
-    peaks = peak_flops(options.repetitions)
-    result: dict[str, Any] = {**environment(), "peak_gflops": {k: v / 1e9 for k, v in peaks.items()}}
-    result |= {"models": list(PEERS), "results": []}
-    for name in options.models:
+    begun, result = time.monotonic(), result_so_far(options.out, options.again) | {"models": list(PEERS)}
+    peaks, done = peak_flops(options.repetitions), {row["model"] for row in result["results"]}
+    for name in [name for name in options.models if name not in done]:
         if time.monotonic() - begun > 60 * options.minutes:
             print(f"{name} is left out: {options.minutes:g} minutes are over")
             continue

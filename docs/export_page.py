@@ -31,7 +31,11 @@ def shipped() -> str:
         notes += [f"{name}, {re.sub(r'! For more information[^;]*', '', note)}" for note in result["notes"]]
     measured = [result["model"] for result in found["results"]]
     unmeasured = [f"`{name}`" for name in found["models"] if name not in measured]
-    peaks = ", ".join(f"{gflops:,.0f} GFLOP/s in {precision}" for precision, gflops in found["peak_gflops"].items())
+    peaks = ", ".join(
+        f"{min(gflops):,.0f} to {max(gflops):,.0f} GFLOP/s in {precision}"
+        for precision in found["results"][0]["peak_gflops"]
+        if (gflops := [result["peak_gflops"][precision] for result in found["results"]])
+    )
     heading = ["model", "peer", "GMACs, ours / peer", "batch", *ways, "share of the bf16 peak"]
     return (
         f"Images per second over those of the peer in PyTorch, fp32, on {found['hardware']}, {found['threads']} "
@@ -40,7 +44,7 @@ def shipped() -> str:
         f"{table(heading, rows)}\n\nThe aims, 3× in bf16 and 5× in int8, are missed by {', '.join(missed) or 'none'}. "
         f"Slower than the peer in PyTorch, fp32, at batch 1 or 8: {listed(slower) if slower else 'none'}."
         + f" Notes: {'; '.join(notes)}." * bool(notes)
-        + f" Not measured: {listed(unmeasured)}." * bool(unmeasured)
+        + (f" Not measured: {listed(unmeasured)}." if unmeasured else "")
         + load_before(found)
     )
 
