@@ -252,8 +252,13 @@ def installation(format: str) -> str:
 with `tokenfusion`. In a copy of its repository:
 
 ```console
-$ pip install './runtime[{format}]'                # on this machine
-$ pip wheel --no-deps --wheel-dir . ./runtime    # or as a file, which is installed on another one by
+$ pip install './runtime[{format}]'
+```
+
+On a machine without one, the file that the first line writes is installed by the second:
+
+```console
+$ pip wheel --no-deps --wheel-dir . ./runtime
 $ pip install './{wheel}[{format}]'
 ```"""
 
