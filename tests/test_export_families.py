@@ -37,8 +37,8 @@ RUNS = {
 
 SHALLOW = {
     "crossvit_micro": {"depths": (1, 1), "encoders": 1},
-    "deepvit_micro": {"depth": 2},
-    "cmt_micro": {"dims": (32, 64), "depths": (1, 1), "heads": (1, 2), "pooling": (2, 1)},
+    "deepvit_micro": {"depth": 1},
+    "cmt_micro": {"dims": (32,), "depths": (1,), "heads": (1,), "pooling": (2,)},
     "vit_micro": {"depth": 2},
     "resnet_micro": {"strides": (2, 2, 2), "dims": (48, 96), "depths": (1, 1)},
 }
