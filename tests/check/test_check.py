@@ -217,6 +217,9 @@ def test_the_command_that_check_prints_trains(command, data, tmp_path, monkeypat
     count, words = printed.split("; ")
     assert count == "2 images had better be left out"
     assert "add --pretrained hub to that: " in output
+    page = " ".join((tmp_path / "check-photos" / "check.html").read_text().split())
+    assert "as training from random weights has it: " in page
+    assert "shows theirs. Images that keep less than" in page
     status, output, errors = command(*shlex.split(words)[1:], *TINY_RUN)
     assert status == 0, errors
     assert "2 images excluded" in output

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.io import encode_jpeg
 
 from tokenfusion.check.crop import MANY
-from tokenfusion.check.duplicates import MAX_IMAGES
+from tokenfusion.check.duplicates import MAX_IMAGES, SAME
 from tokenfusion.check.labels import MIN_IMAGES
 from tokenfusion.data.dataset import Dataset
 from tokenfusion.data.decode import UnreadableImage
@@ -76,6 +76,7 @@ def write_check(path: Path, dataset: Dataset, result: dict[str, Any], max_pixels
         "splits": [name for name in ("train", "val", "test", "") if name in result["classes"][0]["images"]],
         "many": MANY,
         "max_images": MAX_IMAGES,
+        "same": SAME,
     }
     write_page(path, "check.html", values)
 
