@@ -192,6 +192,8 @@ def test_the_card_says_what_was_measured(command, run):
         precision = "–" if scores["precision"] is None else f"{scores['precision']:.2%}"
         assert f"| {name} | {scores['n']} | {precision} |" in card
     assert "| epochs | 4 |" in card
+    assert "|  |" not in card.partition("## Training")[2].partition("## Results")[0]  # settings of nothing
+    assert f"| cross-entropy before calibration | {result['loss']:.4f} |" in card
     assert "equal to the bit" in card
     assert card.startswith("---\nlibrary_name: timm\n")
     (run / "hub" / "README.md").write_text("mine")

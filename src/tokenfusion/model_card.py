@@ -82,7 +82,8 @@ Images of {size[0]}×{size[1]} pixels, {channels} channel(s), normalised as `con
 
 def training(description: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
     hidden = {"data", "exclude", "warm_start_from", "workers", "cache_mb", "save_minutes", "every", "loggers", "recipe"}
-    shown = {key: value for key, value in recipe.items() if key not in hidden and not str(key).endswith("_dir")}
+    named = (item for item in recipe.items() if item[0] not in hidden and not str(item[0]).endswith("_dir"))
+    shown = {key: value for key, value in named if value not in ("", (), [])}
     rows = "\n".join(f"| {key} | {value} |" for key, value in shown.items())
     data = Path(str(recipe.get("data", "")).rstrip("/")).name or "unknown"
     names = ", ".join(map(plain, description["classes"][:MAX_CLASSES]))
@@ -114,7 +115,7 @@ def measures(evaluation: Mapping[str, Any]) -> str:
         rows.append(("accuracy", share(evaluation["top1"]), between(evaluation["top1_ci95"])))
         if len(evaluation["per_class"]) > 5:
             rows.append(("accuracy of five guesses", share(evaluation["top5"]), ""))
-    rows.append(("cross-entropy", f"{evaluation['loss']:.4f}", ""))
+    rows.append(("cross-entropy before calibration", f"{evaluation['loss']:.4f}", ""))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
