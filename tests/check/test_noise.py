@@ -73,11 +73,27 @@ def test_flipped_labels_come_first_and_the_precision_is_told_at_each_rank():
     hits = [dispute.image < 1030 for dispute in disputes]
     assert 20 <= sum(hits) <= len(hits) <= 1.2 * sum(hits)
     assert all(d.suggestion == true[d.image - 1000] for d, hit in zip(disputes, hits, strict=True) if hit)
-    assert all(dispute.wrong >= 0.5 for dispute in disputes)
+    assert all(dispute.wrong >= 0.5 or dispute.precision >= 0.75 for dispute in disputes)
     assert [d.wrong for d in disputes] == sorted((d.wrong for d in disputes), reverse=True)
     means = [np.mean([d.wrong for d in disputes[: rank + 1]]) for rank in range(len(disputes))]
     assert [d.precision for d in disputes] == pytest.approx(means)
     assert judgement.share == pytest.approx(0.05, abs=0.02)
+
+
+@pytest.mark.parametrize(("strength", "further"), [(1.0, False), (3.0, True), (5.0, False)])
+def test_what_is_likelier_right_is_disputed_only_while_three_quarters_of_all_are_wrong(strength, further):
+    """By a weak classifier too few of the disputes are wrong, and a strong one leaves no label in doubt."""
+    true = np.arange(3000) % 3
+    features = np.eye(3)[true] * strength + np.random.default_rng(0).normal(size=(3000, 3))
+    labels = np.where(np.arange(3000) < 150, (true + 1) % 3, true)
+    disputes = judge_labels([features], labels, np.arange(3000), None, 1.0).disputes
+    likely, rest = ([d for d in disputes if (d.wrong >= 0.5) == first] for first in (True, False))
+    assert disputes == likely + rest
+    assert len(likely) > 0
+    assert all(d.wrong >= 0.25 and d.precision >= 0.75 for d in rest)
+    assert (sum(d.image < 150 for d in rest) > 3) == further
+    if further:
+        assert np.mean([d.image < 150 for d in disputes]) == pytest.approx(rest[-1].precision, abs=0.07)
 
 
 def test_a_class_that_a_fold_has_not_met_is_no_answer_there():
