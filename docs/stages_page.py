@@ -59,17 +59,17 @@ def pretrained(name: str = "pretrained") -> str:
 
 def trained_operators(found: dict[str, Any]) -> list[str]:
     """What training an operator on kept tokens adds to the votes; nothing where none was trained."""
-    rows, told = [], []
+    rows, told, image = [], [], 100 / found["test_images"]
     for count, draws in draws_by_count(found):
         gains = {operator: gain(operator, "votes", draws) for operator in OPERATORS}
         if any(gains.values()):
-            rows.append([f"{count:,}", str(len(draws)), *map(signed, gains.values())])
-            told += [f"`{name}` with {count:,} images" for name, one in gains.items() if one and one[0] > 0]
+            trained = [draw for draw in draws if OPERATORS.keys() & draw.keys()]
+            rows.append([f"{count:,}", str(len(trained)), *map(signed, gains.values())])
+            told += [f"`{name}` with {count:,} images" for name, one in gains.items() if one and one[0] > image]
     if not rows:
         return []
-    verdict = (
-        f"Intervals above 0: {', '.join(told)}." if told else "No interval is above 0: the votes alone do as well."
-    )
+    above = f"above one test image, {image:.2f} points: "
+    verdict = f"Intervals {above}{', '.join(told)}." if told else f"No interval is {above}the votes alone do as well."
     heading = ["training images", "draws", *(f"`{operator}`" for operator in OPERATORS)]
     return [
         "What fuses, trained on kept tokens from the votes on, by operator: points over the votes.",
@@ -110,10 +110,11 @@ def have(draws: list[dict[str, Any]], way: str) -> bool:
 
 
 def gain(way: str, rival: str, draws: list[dict[str, Any]]) -> tuple[float, float] | None:
-    """The 95 % interval, in points, of what a way names more than another, paired by draw; None if not measured."""
-    if not (have(draws, way) and have(draws, rival)):
+    """The 95 % interval, in points, of what a way names more than another, paired by draw, of the draws that have both;
+    None where none has."""
+    gains = [100 * (draw[way] - draw[rival]) for draw in draws if way in draw and rival in draw]
+    if not gains:
         return None
-    gains = [100 * (draw[way] - draw[rival]) for draw in draws]
     half = t.ppf(0.975, len(gains) - 1) * stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
     return fmean(gains) - half, fmean(gains) + half
 

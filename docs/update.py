@@ -9,6 +9,7 @@ Reads `docs/demo.txt` (what `make demo` printed), the models themselves, `tokenf
 import re
 import tomllib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 
@@ -326,7 +327,10 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "README.md": {"pays": pays, "photographs": photographs, "install": front_page.install, "demo": demo},
     DOCS / "models.md": {"models": models},
     DOCS / "training.md": {"loading": loading, "compiled": speed_page.compiled, "steps": speed_page.steps},
-    DOCS / "stages.md": {"pretrained": stages_page.pretrained},
+    DOCS / "stages.md": {
+        "pretrained": stages_page.pretrained,
+        "digits": partial(stages_page.pretrained, "pretrained_digits"),
+    },
     pretrained_page.PAGE: {"files": pretrained_page.files},
     DOCS / "papers" / "README.md": {"published": published, "official": speed_page.official, "speed": speed},
     DOCS / "papers" / "cmt.md": {"detector": papers_page.detector},

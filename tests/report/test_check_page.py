@@ -47,6 +47,13 @@ def test_faults_and_times_are_told_of_the_set_in_which_they_were_planted(check_p
     assert "By two pretrained parents it took 31.2 s, of which 12 s looking (aim: 60 s besides looking)" in text
 
 
+def test_the_aim_is_held_against_sets_with_flips_enough(check_page: ModuleType) -> None:
+    assert "Aim" not in check_page.check()
+    rows = [row("parents", found, 580) | {"flipped": 500} for found in (440, 450)]
+    assert "the first 600: 89.0% on large (missed)." in check_page.aim({"large": {"labels": rows}})
+    assert "the first 600: 90.0% on large (reached)." in check_page.aim({"large": {"labels": rows[1:]}})
+
+
 def test_labels_are_the_mean_of_the_draws_and_ranks_that_one_lacks_are_dashes(check_page: ModuleType) -> None:
     rows = [line for line in check_page.check().splitlines() if line.startswith(("| photographs", "| small"))]
     assert rows == [

@@ -41,7 +41,7 @@ def test_gains_are_paired_by_draw_and_what_is_not_measured_is_a_dash(page: Modul
     assert "| 4,000 | 2 | 62.50% | 75.00% | 84.38% | +9.38 ± 39.71 |" in lines  # t of one degree of freedom is 12.7
     assert "Not in every row more than: mean of the two." in lines
     assert "| 500 | 2 | – | – | – | – | -6.25 ± 79.41 |" in lines  # by operator, query the last
-    assert "No interval is above 0: the votes alone do as well." in lines
+    assert "No interval is above one test image, 0.02 points: the votes alone do as well." in lines
 
 
 def test_a_way_that_some_rows_lack_is_judged_by_the_others(page: ModuleType, tmp_path: Path) -> None:
