@@ -22,17 +22,17 @@ import os, subprocess, sys, time
 began = time.perf_counter()
 process = subprocess.Popen(sys.argv[1:], stdout=subprocess.DEVNULL)
 _, status, used = os.wait4(process.pid, 0)
-print(time.perf_counter() - began, used.ru_maxrss / 1024, status)
+print(time.perf_counter() - began, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024, status)
 """
 """A small process that starts a command: one that is started by a large one counts that one's memory as its own."""
 
 
-def whole(command: list[str]) -> tuple[float, float]:
-    """Seconds of a process, and its greatest memory in MB."""
+def whole(command: list[str]) -> tuple[float, float, float]:
+    """Seconds of a process from start to end, those that the processors worked, and its greatest memory in MB."""
     done = subprocess.run([sys.executable, "-S", "-c", LAUNCH, *command], capture_output=True, text=True, check=True)
-    seconds, memory, status = map(float, done.stdout.split())
+    seconds, worked, memory, status = map(float, done.stdout.split())
     assert status == 0, (command, done.stderr)
-    return seconds, memory
+    return seconds, worked, memory
 
 
 def main() -> None:
@@ -51,7 +51,7 @@ def main() -> None:
         said = json.loads((export / "model.json").read_text())
         name = f"tokenfusion_runtime, {said['format']} {said['precision']}"
         commands[name] = [sys.executable, "-m", "tokenfusion_runtime", str(export), str(given.image)]
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in commands}
     for turn in range(given.turns + 1):
         for name, command in commands.items():
             one = whole(command)
@@ -60,10 +60,11 @@ def main() -> None:
     rows: list[dict[str, Any]] = [
         {
             "command": name,
-            "seconds": statistics.median(seconds for seconds, _ in turns),
-            "fastest": min(seconds for seconds, _ in turns),
-            "slowest": max(seconds for seconds, _ in turns),
-            "mb": statistics.median(mb for _, mb in turns),
+            "seconds": statistics.median(seconds for seconds, *_ in turns),
+            "fastest": min(seconds for seconds, *_ in turns),
+            "slowest": max(seconds for seconds, *_ in turns),
+            "processor_seconds": statistics.median(worked for _, worked, _ in turns),
+            "mb": statistics.median(mb for *_, mb in turns),
         }
         for name, turns in found.items()
     ]
