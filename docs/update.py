@@ -330,6 +330,7 @@ BLOCKS: dict[Path, dict[str, Callable[[], str]]] = {
     DOCS / "stages.md": {
         "pretrained": stages_page.pretrained,
         "digits": partial(stages_page.pretrained, "pretrained_digits"),
+        "cost": stages_page.cost,
     },
     pretrained_page.PAGE: {"files": pretrained_page.files},
     DOCS / "papers" / "README.md": {"published": published, "official": speed_page.official, "speed": speed},

@@ -47,10 +47,23 @@ def test_gains_are_paired_by_draw_and_what_is_not_measured_is_a_dash(page: Modul
 def test_a_way_that_some_rows_lack_is_judged_by_the_others(page: ModuleType, tmp_path: Path) -> None:
     some = [draw | {"larger_260": draw["votes"] - 0.0625} for draw in FEW]
     lines = told(page, tmp_path, [*some, *MANY])
-    assert "Token votes name more, with intervals above 0 in every row, than: larger CNN, 260 px." in lines
+    assert (
+        "Token votes name more, with intervals above 0 in every row that has both, than: larger CNN, 260 px." in lines
+    )
 
 
 def test_all_weights_are_told_of_the_draws_that_have_them(page: ModuleType, tmp_path: Path) -> None:
     lines = told(page, tmp_path, [FEW[0] | TUNED, FEW[1]])
     assert "| 500 | 1 | 62.50% | 80.00% | 75.00% | 1.5 | 5 |" in lines
     assert not any("All weights" in line for line in told(page, tmp_path, FEW))
+
+
+@pytest.mark.parametrize(("seconds", "memory", "said"), [(300.0, 2900.0, "reached"), (300.0, 3100.0, "missed")])
+def test_the_cost_is_held_against_the_aim(
+    page: ModuleType, tmp_path: Path, seconds: float, memory: float, said: str
+) -> None:
+    row = {"photographs": 5000, "options": "--img-size 112", "stages": {"seconds": {"fit": 9.0}}}
+    row |= {"seconds": {"train": seconds, "evaluate": 30.0}, "peak_mb": {"train": memory, "evaluate": 900.0}}
+    found = {"rows": [row], "hardware": "AMD EPYC", "load_average_before": [0.2]}
+    (tmp_path / "folder.json").write_text(json.dumps(found))
+    assert f"5.5 minutes and {memory / 1000:.1f} GB (aim: less than 6 and 3, {said})" in page.cost()
