@@ -44,7 +44,7 @@ def data(tmp_path_factory) -> Path:
 
 
 def recipe_of(data: Path, **changes):
-    values = {"model": "wide(with(vit_micro,depth=3),0.5)", "epochs": 10, "batch_size": 32, "ema": 0.0}
+    values = {"model": "wide(vit_micro,0.5)", "epochs": 10, "batch_size": 32, "ema": 0.0}
     return small_recipe(data=str(data), **values | changes)
 
 
