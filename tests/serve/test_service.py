@@ -94,6 +94,8 @@ def huge():
         ("/etc/passwd", None, {}, 404, "/docs"),
         ("/schema.json", None, {}, 404, "/docs"),
         ("/v1/explain", pictures(1)[0], {}, 501, "gradients"),
+        ("/v1/model", None, {"X": "x" * 40_000}, 400, "more than 32,768 bytes of headers"),
+        (f"/v1/model?{'x' * 40_000}", None, {}, 400, "more than 32,768 bytes of headers"),
     ],
 )
 def test_what_is_refused_is_said_by_value_reason_and_remedy(served, path, body, headers, status, words):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Container
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tokenfusion.serve.limits import MAX_HEADERS
 from tokenfusion.serve.refusal import Refused, overloaded
 
 HEALTH = frozenset({"/livez", "/readyz", "/healthz"})
@@ -55,7 +56,10 @@ class Guard:
 
     def refused(self, scope: Scope) -> Refused | None:
         """Why a request may not be answered; None where it may."""
-        path, host = scope["path"], header(scope, b"host")
+        path, host, size = scope["path"], header(scope, b"host"), size_of_headers(scope)
+        if size > MAX_HEADERS:  # h11 bounds those alone that come in parts
+            reason = f"it has more than {MAX_HEADERS:,} bytes of headers"
+            return Refused("not_http", f"{size:,} bytes", reason, "send fewer")
         pattern, wanted = self.pattern(path), self.token()
         if self.loopback and not wanted and not names_loopback(host):  # a page may have its own name lead here
             reason = "not a name of this machine, to which alone the service listens without a token"
@@ -68,6 +72,12 @@ class Guard:
                 "no_token", "Authorization", "not the token of this service", "send Authorization: Bearer TOKEN"
             )
         return None
+
+
+def size_of_headers(scope: Scope) -> int:
+    """Bytes of a request's headers and address."""
+    address = len(scope.get("raw_path") or b"") + len(scope.get("query_string", b""))
+    return address + sum(len(name) + len(value) for name, value in scope["headers"])
 
 
 def header(scope: Scope, name: bytes) -> str:

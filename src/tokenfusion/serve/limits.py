@@ -16,6 +16,9 @@ from tokenfusion.serve.settings import Settings
 RAW = ("", "application/octet-stream", "application/x-www-form-urlencoded")
 """Content types, besides image/*, of a body that is an image; the last is what curl says of any --data-binary."""
 
+MAX_HEADERS = 2**15
+"""Bytes of a request's headers and address."""
+
 
 @dataclass(frozen=True)
 class Given:

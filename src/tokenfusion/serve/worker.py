@@ -17,13 +17,11 @@ from starlette.types import ASGIApp
 from tokenfusion.serve.connection import connection_for
 from tokenfusion.serve.guard import Guard
 from tokenfusion.serve.holder import Holder, describe_failure
+from tokenfusion.serve.limits import MAX_HEADERS
 from tokenfusion.serve.refusal import MODEL
 from tokenfusion.serve.service import FILES, Addresses, service
 from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, WAIT, Settings
 from tokenfusion_runtime.engines import leave_out_converter
-
-MAX_HEADERS = 2**15
-"""Bytes of a request's headers."""
 
 SECONDS_KEPT = 75
 """That a connection stays open without a request, longer than clients keep theirs: none asks on a closed one."""
