@@ -39,9 +39,12 @@ def figures() -> str:
 
 
 def loads(rows: list[Row]) -> str:
-    """How busy the machine was when the parts began; a part's own load of the part before stays in the average."""
-    first = max(next(iter(row["measured"].values()))["load_average_before"][0] for row in rows)
-    return f"Of a minute before, {first:g} processes on average wanted a core."
+    """How busy the machine was when the parts began."""
+    before = [part["load_average_before"][0] for row in rows for part in row["measured"].values()]
+    return (
+        f"In the minute before a part began {min(before):g} to {max(before):g} processes on average wanted a core, "
+        "those of the part before among them. Each part is a run of its own, and its figures are for comparing within."
+    )
 
 
 def name_of(row: Row) -> str:
@@ -77,7 +80,12 @@ def short(rows: list[Row]) -> str:
                 f"request, HTTP and what BentoML does around it, {more:.1f} ms more, in one process, of which Python "
                 f"runs one thread at a time. The service used {used:.1f} cores meanwhile."
             )
-    return " ".join(said) or "The aim is reached."
+    of_graph = ", ".join(f"{row['throughput']['share_of_graph']:.0%}" for row in rows)
+    chosen = (
+        "What the aim calls the runtime alone is taken to be its `predict`, which decodes the same files; of the graph "
+        f"alone, whose images are decoded before, it is {of_graph}."
+    )
+    return " ".join([*said, chosen])
 
 
 def latency(rows: list[Row]) -> str:

@@ -30,7 +30,7 @@ def test_who_has_no_answer_in_time_is_refused():
 
     start, body = asked(never)
     assert (start["status"], dict(start["headers"])[b"retry-after"]) == (429, b"1")
-    assert b"more requests are under way" in body["body"]
+    assert b"not answered in the time" in body["body"]
 
 
 def test_an_answer_that_has_begun_is_not_cut():

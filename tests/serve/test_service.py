@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -124,6 +125,19 @@ def test_measures_count_requests_batches_stages_and_refusals_but_no_address_that
     assert "nowhere" not in served.ask("/metrics")[2].decode()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells which files are open")
+def test_clients_that_come_faster_than_they_are_answered_open_no_more_files_than_there_may_be(served):
+    (worker,), image, most = served.workers(), pictures(1)[0], 0
+    head = f"POST /v1/predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(image)}\r\n\r\n".encode()
+    for number in range(3000):
+        with socket.create_connection(("127.0.0.1", served.port), timeout=DEADLINE) as connection:
+            connection.sendall(head + image)
+        if number % 50 == 0:
+            most = max(most, len(os.listdir(f"/proc/{worker}/fd")))
+    assert most < 900
+    assert served.ask("/readyz")[0] == 200
+
+
 def test_every_address_of_the_description_is_there_and_its_examples_are_answers(served):
     from tokenfusion.serve.refusal import KINDS
 
@@ -147,7 +161,9 @@ def test_a_service_for_this_machine_alone_is_asked_by_its_names(served, host):
     assert served.ask("/v1/model", headers={"Host": host})[0] == 200
 
 
-@pytest.mark.parametrize("host", ["evil.example:3000", "localhost.evil.example", "192.0.2.1", "[2001:db8::1]", "[::1"])
+@pytest.mark.parametrize(
+    "host", ["evil.example:3000", "localhost.evil.example", "[::1].evil.example", "192.0.2.1", "[2001:db8::1]", "[::1"]
+)
 @pytest.mark.parametrize("path", ["/", "/v1/model", "/livez", "/metrics", "/v2/models/tiny"])
 def test_a_page_whose_own_name_was_made_to_lead_here_is_refused(served, host, path):
     status, _, text = served.ask(path, headers={"Host": host})
@@ -200,7 +216,7 @@ def test_more_requests_than_it_takes_get_429_slow_ones_408_and_those_under_way_t
         status, headers, text = guarded.ask("/v2/models/tiny", headers=bearer())
         assert (status, headers["retry-after"], type(json.loads(text)["error"])) == (429, "1", str)
         assert 'kind="queue_full",status="429"' in guarded.ask("/metrics", headers=bearer())[2].decode()
-        for path in HEALTH:
+        for path in (*HEALTH, "/", "/page.js", "/openapi.json", "/static_content/swagger-ui.css"):
             assert guarded.ask(path)[0] == 200
         late.sendall(image[-1:])
         assert rest_of(late)[0] == 200

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Callable, Container
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -90,11 +91,11 @@ def names_loopback(host: str) -> bool:
 
     Any port will do: where one is forwarded, clients name the other end's.
     """
-    name = host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0]
-    if not host or name.lower() == "localhost":
+    found = re.fullmatch(r"(\[[^]]*\]|[^:]*)(:\d*)?", host)
+    if not host or (found and found[1].lower() == "localhost"):
         return True
     try:
-        return ipaddress.ip_address(name.strip("[]")).is_loopback
+        return found is not None and ipaddress.ip_address(found[1].strip("[]")).is_loopback
     except ValueError:
         return False
 

@@ -24,7 +24,7 @@ from prometheus_client.multiprocess import mark_process_dead
 from psutil import NoSuchProcess
 
 from tokenfusion.errors import InputError
-from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, WAIT, Settings
+from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, WAIT, WAITING_CONNECTIONS, Settings
 
 SECONDS_BETWEEN_LOOKS = 0.5
 """How often it looks whether a worker has died."""
@@ -170,9 +170,9 @@ def listen(host: str, port: int) -> CircusSocket:
         raise InputError(f"host={host} is no numeric address; give one, such as 127.0.0.1 or 0.0.0.0") from error
     family = socket.AF_INET6 if version == 6 else socket.AF_INET
     try:
-        listening = CircusSocket("http", host, port, family, backlog=2048)
+        listening = CircusSocket("http", host, port, family, backlog=WAITING_CONNECTIONS)
         listening.bind((host, port))
-        listening.listen(2048)
+        listening.listen(WAITING_CONNECTIONS)
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{host}:{port} cannot be listened on: {reason}; give another --host or --port") from error

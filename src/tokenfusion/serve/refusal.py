@@ -79,8 +79,14 @@ class Refused(Exception):  # noqa: N818 - says what became of the request
 
 def overloaded(kind: str) -> Refused:
     """What is said where more is asked for than can be answered."""
-    reason = "more requests are under way than the service takes"
-    return Refused(kind, "this request", reason, "ask again after Retry-After seconds")
+    if kind == "waited":
+        reason, remedy = (
+            "it was not answered in the time that the service gives a request",
+            "ask again, for fewer images",
+        )
+    else:
+        reason, remedy = "more requests are under way than the service takes", "ask again after Retry-After seconds"
+    return Refused(kind, "this request", reason, remedy)
 
 
 def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:

@@ -1,14 +1,14 @@
 """The service: its addresses, and BentoML around them, which counts, bounds and watches over the requests."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import bentoml
-from bentoml._internal.server.http.traffic import TimeoutMiddleware
+from bentoml._internal.server.http.traffic import MaxConcurrencyMiddleware, TimeoutMiddleware
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
@@ -190,8 +190,11 @@ def page(name: str) -> Endpoint:
     return give
 
 
-def service(app: Starlette, settings: Settings) -> Starlette:
-    """BentoML around the addresses: measures, health, the bound on requests. Their time is for `InTime` to bound."""
+def service(app: Starlette, settings: Settings, uncounted: Iterable[str]) -> Starlette:
+    """BentoML around the addresses: measures, health, the bound on requests, but for those of `uncounted` addresses.
+
+    Their time is for `InTime` to bound.
+    """
 
     bento: Any = bentoml.service(
         name="tokenfusion",
@@ -202,4 +205,8 @@ def service(app: Starlette, settings: Settings) -> Starlette:
     bento.mount_asgi_app(app)
     around: Starlette = bento.to_asgi(is_main=True)
     around.user_middleware = [one for one in around.user_middleware if one.cls is not TimeoutMiddleware]
+    for one in around.user_middleware:
+        if one.cls is MaxConcurrencyMiddleware:  # the page is there however many requests are under way
+            skipped: Any = one.kwargs["skip_paths"]
+            one.kwargs["skip_paths"] = [*skipped, *uncounted]
     return around

@@ -18,6 +18,9 @@ CANNOT_START = 3
 WAIT = "TOKENFUSION_SERVE_WAIT"
 """Environment variable with the seconds that a worker waits before it starts, others having died before it."""
 
+WAITING_CONNECTIONS = 2048
+"""That the system keeps for the workers to accept."""
+
 FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 """Environment variable with the folder that the workers of a service share."""
 

@@ -15,12 +15,12 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from tokenfusion.serve.connection import connection_for
-from tokenfusion.serve.guard import Guard
+from tokenfusion.serve.guard import STATIC, Guard
 from tokenfusion.serve.holder import Holder, describe_failure
 from tokenfusion.serve.limits import MAX_HEADERS
 from tokenfusion.serve.refusal import MODEL
 from tokenfusion.serve.service import FILES, Addresses, service
-from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, WAIT, Settings
+from tokenfusion.serve.settings import CAME_UP, CANNOT_START, FOLDER, WAIT, WAITING_CONNECTIONS, Settings
 from tokenfusion_runtime.engines import leave_out_converter
 
 SECONDS_KEPT = 75
@@ -28,6 +28,9 @@ SECONDS_KEPT = 75
 
 IDLE_CONNECTIONS = 512
 """That may be open besides as many as there may be requests under way; with those files stay below the usual 1,024."""
+
+ACCEPTED_AT_ONCE = 64
+"""Connections that asyncio opens before it looks whether there are too many."""
 
 PR_SET_PDEATHSIG = 1
 """Of Linux's prctl.h."""
@@ -49,8 +52,8 @@ def application(settings: Settings) -> ASGIApp:
     def pattern(path: str) -> str:
         return path.replace(f"/models/{holder.served.about['name']}", "/models/{name}", 1)
 
-    bento = service(addresses, settings)
     free = frozenset({*FILES, "/openapi.json"})
+    bento = service(addresses, settings, free | STATIC)
     app: ASGIApp = Guard(bento, paths, pattern, lambda: holder.token, free, settings.loopback)
     if settings.origins:
         shown = ["Retry-After", "X-Branches", MODEL]
@@ -84,6 +87,15 @@ def end_with_launcher() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class Server(uvicorn.Server):
+    """uvicorn's, but that as many connections may wait to be accepted as before it took over the socket."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for one in sockets or ():
+            one.listen(WAITING_CONNECTIONS)
+
+
 def main() -> None:
     """Answer until SIGTERM, and then what has been asked."""
     end_with_launcher()
@@ -101,14 +113,15 @@ def main() -> None:
         http=connection_for(settings.seconds, settings.queue + IDLE_CONNECTIONS),
         h11_max_incomplete_event_size=MAX_HEADERS,
         ws="none",
-        log_level="warning",
+        log_level="error",  # of each bad request its client is told
+        backlog=ACCEPTED_AT_ONCE,
         access_log=False,
         server_header=False,
         timeout_keep_alive=SECONDS_KEPT,
         timeout_graceful_shutdown=int(3 * settings.seconds) + 1,
     )
     with socket.socket(fileno=int(sys.argv[1])) as listening:
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
 
 
 if __name__ == "__main__":
