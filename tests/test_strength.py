@@ -280,7 +280,7 @@ def test_moments_that_fit_no_weight_are_refused(run, command, name):
 
 def test_deep_json_is_damage(run, command):
     (run / "model.json").write_text("[" * 100_000)
-    status, _, errors = command("predict", run, "a.png")
+    status, _, errors = command("predict", run, __file__)
     assert status == 2
     assert "damaged" in errors
 
