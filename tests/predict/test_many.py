@@ -269,7 +269,7 @@ def test_what_is_there_is_kept_and_what_is_damaged_is_written_anew(untrained, ph
         ({"run": 1}, "was written by another model"),
         ({"topk": 1}, "was written with topk=3, not 1"),
         ({"embeddings": True}, "was written with embeddings=False, not True"),
-        ({"images_per_part": 2}, "was written of other images"),
+        ({"images_per_part": 2}, "was written of other images, or with another --images-per-part"),
     ],
 )
 def test_what_another_model_or_other_options_wrote_is_refused(untrained, photos, tmp_path, change, reason):

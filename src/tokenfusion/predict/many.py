@@ -153,7 +153,8 @@ def refuse_others(out: Path, parts: Sequence[Part]) -> None:
     others = sorted(path.name for path in out.iterdir() if path.name not in ours and not path.name.startswith("."))
     if others:
         raise InputError(
-            f"{out} holds {others[0]!r}, which is no prediction of these images; give another --out, or remove it"
+            f"{out} holds {others[0]!r}, which is no prediction of these images in parts of this size; give the "
+            "images and --images-per-part of before, or another --out"
         )
 
 
@@ -170,7 +171,10 @@ def is_written(out: Path, part: Part, facts: dict[str, Any]) -> bool:
     for name in COMPARED:
         if there.get(name) != wanted[name]:
             what = f"{name}={there.get(name)!r}, not {wanted[name]!r}"
-            what = {"content": "of other images", "model_sha256": "by another model"}.get(name, f"with {what}")
+            what = {
+                "content": "of other images, or with another --images-per-part",
+                "model_sha256": "by another model",
+            }.get(name, f"with {what}")
             raise InputError(f"{path} was written {what}; give another --out, or remove it")
     return True
 
