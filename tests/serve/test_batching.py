@@ -150,7 +150,7 @@ def test_other_work_that_waits_too_long_is_refused():
     async def run():
         batches = Batches(Model(), 4, 0)
         async with batches.between:
-            with pytest.raises(Refused, match="more requests are under way") as refused:
+            with pytest.raises(Refused, match="not answered in the time") as refused:
                 await batches.in_turn(lambda: None, stays)
         batches.close()
         return refused.value.status
