@@ -22,7 +22,13 @@ pytest.importorskip("bentoml", reason="the extra `serve` is not installed")
 def test_the_folder_for_docker_pins_all_that_is_imported_and_runs_as_no_root(tmp_path, command):
     yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
     export, out = write_export(tmp_path / "export"), tmp_path / "docker"
-    assert command("serve", export, "--dockerfile", out)[0] == 0
+    mask = os.umask(0o077)
+    try:
+        assert command("serve", export, "--dockerfile", out)[0] == 0
+    finally:
+        os.umask(mask)
+    modes = {path.stat().st_mode & 0o777 for path in (out, *out.rglob("*")) if path != out / "secret"}
+    assert modes == {0o755, 0o644}  # users of containers are others
     assert command("serve", export, "--dockerfile", out)[0] == 2  # it is there now
     file = (out / "Dockerfile").read_text()
     assert file.index("useradd") < file.index("USER serve") < file.index("ENTRYPOINT")
@@ -94,6 +100,23 @@ def test_the_folder_for_triton_names_the_graph_its_tensors_and_its_labels(tmp_pa
     assert f'name: "{graph.output[0].name}" data_type: TYPE_FP32' in config
     assert ("max_batch_size: 0" in config, "dynamic_batching" in config) == (bool(batch), not batch)
     assert (folder / "labels.txt").read_text().split() == NAMES
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": ".."}, "name '..' gives no folder"),
+        ({"name": "/"}, "name '/' gives no folder"),
+        ({"classes": ["red", "green\nblue", "grey"]}, "line break"),
+    ],
+)
+def test_no_name_leads_out_of_the_folder_for_triton_and_no_class_makes_two_lines(tmp_path, command, change, words):
+    export = write_export(tmp_path / "export")
+    description = json.loads((export / "model.json").read_text()) | change
+    (export / "model.json").write_text(json.dumps(description))
+    status, _, errors = command("serve", export, "--layout", "triton", "--out", tmp_path / "models")
+    assert (status, words in " ".join(errors.split())) == (2, True)
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_run_half_an_order_and_options_that_would_be_lost_are_refused(tmp_path, command):

@@ -240,6 +240,35 @@ def test_an_answer_that_was_lost_with_its_worker_is_asked_for_again(page):
     assert done(page, "1 of 1 images done").locator(".named").count() == 1
 
 
+@pytest.fixture
+def put(exported, served):
+    """Puts other files in the place of those that are served, and waits until the service answers by them."""
+    before = {name: (exported / name).read_bytes() for name in ("model.onnx", "model.json")}
+
+    def put(files):
+        for name, content in files.items():
+            (exported / name).write_bytes(content)
+        wanted = json.loads(files["model.json"])["classes"]
+        served.wait_until(lambda: json.loads(served.ask("/v1/model")[2])["classes"] == wanted)
+
+    yield put
+    put(before)
+
+
+def test_an_open_page_says_of_another_classifier_what_that_one_is(page, put, tmp_path):
+    hand_over(page, "drop", [("a.png", pictures(1)[0])])
+    assert "images like the 200" in done(page, "1 of 1 images done").inner_text()
+    other = write_export(tmp_path / "other", seed=1)
+    description = json.loads((other / "model.json").read_text())
+    description |= {"classes": ["uno", "dos", "tres"], "surest_errors": []}
+    put({"model.onnx": (other / "model.onnx").read_bytes(), "model.json": json.dumps(description).encode()})
+    hand_over(page, "drop", [("b.png", pictures(1)[0])])
+    card = done(page, "2 of 2 images done").nth(1)
+    assert card.locator(".named").inner_text() in description["classes"]
+    assert "which says little" in card.inner_text()
+    assert "uno, dos, tres; scores are not calibrated" in page.locator("#about").inner_text()
+
+
 def test_the_service_going_away_is_said_and_trying_again_works(page, served, shared_service):
     page.get_by_text("tiny knows").wait_for()
     served.stop()
@@ -250,6 +279,7 @@ def test_the_service_going_away_is_said_and_trying_again_works(page, served, sha
     shared_service()
     card.get_by_role("button", name="Try a.png again").click()
     card.locator(".named").wait_for()
+    assert page.evaluate("document.activeElement.className") == "card"  # not lost with its button
     assert page.get_by_role("status").inner_text() == "1 of 1 images done"
 
 
@@ -267,6 +297,7 @@ def test_where_each_branch_of_a_run_looked_is_shown_beside_the_image(browser, tm
         looked.wait_for()
         sides = "image => image.decode().then(() => [image.naturalWidth, image.naturalHeight])"
         width, height = looked.evaluate(sides)
+        assert page.evaluate("document.activeElement.className") == "card"
         assert width == 2 * height > 0
         assert page.evaluate("document.documentElement.scrollWidth") <= 320
         keep(page, "maps")

@@ -49,16 +49,23 @@ def write_docker(export: Path, out: Path) -> None:
     (out / "secret").mkdir(mode=0o700)  # which keeps others of this machine out: in a container it is another's
     write_text(out / "secret" / "token", secrets.token_urlsafe(32) + "\n")
     write_text(out / "prometheus.yml", PROMETHEUS)
+    for path in (out, *out.rglob("*")):  # users of containers are others, whatever this one's umask
+        if path != out / "secret":
+            path.chmod(0o755 if path.is_dir() else 0o644)
 
 
 def write_triton(export: Path, out: Path) -> None:
     """Write a model repository: OUT/NAME/1/ with the graph, OUT/NAME/config.pbtxt and labels.txt.
 
     Raises:
-        InputError: as `write_docker`.
+        InputError: as `write_docker`; or no folder can have the classifier's name, or no line that of a class.
     """
     description = require_deployable(export, out)
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", description["name"]).strip("_")
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", description["name"]).strip("_.")
+    if not name:
+        raise InputError(f"the classifier's name {description['name']!r} gives no folder; name it in its model.json")
+    if broken := [one for one in description["classes"] if len(f"{one}.".splitlines()) > 1]:
+        raise InputError(f"the class {broken[0]!r} has a line break, and labels.txt a class a line; rename it")
     folder = out / name
     (folder / "1").mkdir(parents=True)
     for file in description["files"]:
@@ -136,6 +143,7 @@ COPY packages /app/packages
 COPY model /app/model
 ENV PYTHONPATH=/app/packages PYTHONDONTWRITEBYTECODE=1
 USER serve
+# another --port is to be named here, in compose.yaml and in prometheus.yml too
 EXPOSE 3000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s CMD \\
     ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:3000/readyz', timeout=4)"]

@@ -69,6 +69,7 @@ function element(name, text, className = "") {
 function add(files) {
   for (const file of files) {
     const item = $("card").content.firstElementChild.cloneNode(true);
+    item.tabIndex = -1; // where the focus goes when its button has gone
     const card = { file, item, answer: item.querySelector(".answer"), name: file.name || "pasted image", found: null };
     const thumbnail = item.querySelector("img");
     thumbnail.src = card.url = URL.createObjectURL(file);
@@ -104,7 +105,10 @@ async function judge(card) {
     const abstain = $("abstain").value ? `&abstain=${$("abstain").value}` : "";
     const type = card.file.type.startsWith("image/") ? card.file.type : "application/octet-stream";
     const asked = { method: "POST", body: card.file, headers: { "Content-Type": type } };
-    card.found = await (await ask(`v1/predict?topk=${TOPK}${abstain}`, asked)).json();
+    const answer = await ask(`v1/predict?topk=${TOPK}${abstain}`, asked);
+    card.by = answer.headers.get("X-Model-SHA256");
+    if (card.by !== model?.sha256) await connect(); // the service has loaded another classifier
+    card.found = await answer.json();
     show(card, ...answered(card));
   } catch (error) {
     if (!(error instanceof Told)) console.error(error);
@@ -115,7 +119,7 @@ async function judge(card) {
     if (error.again === false) return show(card, alert);
     const again = element("button", "Try again");
     again.setAttribute("aria-label", `Try ${card.name} again`);
-    again.onclick = () => send(card);
+    again.onclick = () => { send(card); card.item.focus(); };
     show(card, alert, again);
   }
 }
@@ -129,12 +133,13 @@ const percent = (score) => `${(100 * score).toFixed(1)}\u00a0%`;
 
 function answered(card) {
   const { label, labels, unsure, score, topk } = card.found, parts = [];
+  const known = card.by === model?.sha256 ? model : null; // of another classifier nothing is said
   if (labels) {
     parts.push(element("p", labels.length ? labels.map((one) => one.label).join(", ") : "none of these", "named"));
     if (unsure?.length) parts.push(element("p", `Not sure about: ${unsure.join(", ")}`, "note"));
   } else {
     parts.push(element("p", label === null ? "none of these" : label, "named"));
-    const judged = model?.calibration.held_out_images;
+    const judged = known?.calibration.held_out_images;
     const right = judged
       ? `Of images like the ${judged} it was judged by, ${score > 0.999 ? "more than 99.9\u00a0%" : `about ${percent(score)}`} of such answers are right; what is of no class gets one too`
       : `Its score is ${percent(score)}, which says little of how often such answers are right`;
@@ -148,12 +153,12 @@ function answered(card) {
     rows.append(item);
   }
   parts.push(rows);
-  const often = Object.entries(model?.mistaken?.[label] ?? {}).sort((one, other) => other[1] - one[1]);
+  const often = Object.entries(known?.mistaken?.[label] ?? {}).sort((one, other) => other[1] - one[1]);
   if (often.length) {
     const others = often.slice(0, 3).map(([name, share]) => `${name} (${percent(share)})`).join(", ");
     parts.push(element("p", `“${label}” is sometimes said of what is really: ${others}`, "note mistaken"));
   }
-  if (model?.explains) {
+  if (known?.explains) {
     const look = element("button", "Where did it look?");
     look.setAttribute("aria-label", `Where did it look in ${card.name}?`);
     look.onclick = () => explain(card, look);
@@ -173,6 +178,7 @@ async function explain(card, look) {
   } catch (error) {
     look.replaceWith(element("p", error.message, "error"));
   }
+  if (document.activeElement === document.body) card.item.focus();
 }
 
 function progress() {
