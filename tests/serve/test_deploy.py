@@ -108,6 +108,7 @@ def test_the_folder_for_triton_names_the_graph_its_tensors_and_its_labels(tmp_pa
         ({"name": ".."}, "name '..' gives no folder"),
         ({"name": "/"}, "name '/' gives no folder"),
         ({"classes": ["red", "green\nblue", "grey"]}, "line break"),
+        ({"classes": ["red", "\udcff", "grey"]}, "no UTF-8"),
     ],
 )
 def test_no_name_leads_out_of_the_folder_for_triton_and_no_class_makes_two_lines(tmp_path, command, change, words):
@@ -117,6 +118,14 @@ def test_no_name_leads_out_of_the_folder_for_triton_and_no_class_makes_two_lines
     status, _, errors = command("serve", export, "--layout", "triton", "--out", tmp_path / "models")
     assert (status, words in " ".join(errors.split())) == (2, True)
     assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize("order", [["--dockerfile"], ["--layout", "triton", "--out"]])
+def test_no_folder_to_deploy_by_is_written_into_the_export_that_it_copies(tmp_path, command, order):
+    export = write_export(tmp_path / "export")
+    status, _, errors = command("serve", export, *order, export / "deploy")
+    assert (status, "lies inside" in " ".join(errors.split())) == (2, True)
+    assert not (export / "deploy").exists()
 
 
 def test_a_run_half_an_order_and_options_that_would_be_lost_are_refused(tmp_path, command):

@@ -269,6 +269,34 @@ def test_an_open_page_says_of_another_classifier_what_that_one_is(page, put, tmp
     assert "uno, dos, tres; scores are not calibrated" in page.locator("#about").inner_text()
 
 
+def test_answers_of_another_classifier_are_kept_and_downloaded_beside_those_of_this_one(page, served):
+    about = json.loads(served.ask("/v1/model")[2]) | {"sha256": "another", "classes": list("abcd"), "multi_label": True}
+    about["calibration"] |= {"held_out_images": None}
+    shares = tuple(zip("abcd", (0.8, 0.6, 0.1, 0.1), strict=True))
+    found = Prediction("a.png", topk=shares, labels=shares[:2]).to_dict()
+    page.route("**/v1/model", lambda route: route.fulfill(json=about))
+    page.route("**/v1/predict*", lambda route: route.fulfill(json=found, headers={"X-Model-SHA256": "another"}))
+    page.reload()
+    page.get_by_text("tiny knows 4 classes").wait_for()
+    assert not page.locator("#abstain").is_visible()
+    hand_over(page, "drop", [("a.png", pictures(1)[0])])
+    before = done(page, "1 of 1 images done").inner_text()
+    page.unroute_all()
+    hand_over(page, "drop", [("b.png", pictures(1)[0])])
+    cards = done(page, "2 of 2 images done")
+    assert cards.nth(0).inner_text() == before
+    page.get_by_text("tiny knows 3 classes").wait_for()
+    assert page.locator("#abstain").is_visible()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download CSV").click()
+    heading, first, second = csv.reader(io.StringIO(Path(download.value.path()).read_text()))
+    assert heading == ["path", *csv_columns(4, multi_label=True), "error"]
+    assert first[:3] == ["a.png", "a|b", "0.800000|0.600000"]
+    assert second[:2] == ["b.png", cards.nth(1).locator(".named").inner_text()]
+    assert second[1:3] == second[3:5]
+    assert len(first) == len(second) == len(heading)
+
+
 def test_the_service_going_away_is_said_and_trying_again_works(page, served, shared_service):
     page.get_by_text("tiny knows").wait_for()
     served.stop()
@@ -301,6 +329,16 @@ def test_where_each_branch_of_a_run_looked_is_shown_beside_the_image(browser, tm
         assert width == 2 * height > 0
         assert page.evaluate("document.documentElement.scrollWidth") <= 320
         keep(page, "maps")
+
+        def by_another(route):
+            answer = route.fetch()
+            route.fulfill(response=answer, headers=answer.headers | {"x-model-sha256": "another"})
+
+        page.route("**/v1/explain", by_another)
+        page.locator("#files").set_input_files({"name": "b.png", "mimeType": "image/png", "buffer": pictures(1)[0]})
+        page.get_by_role("button", name="Where did it look in b.png?").click()
+        page.get_by_text("has loaded another classifier since").wait_for()
+        assert page.locator(".map").count() == 1
 
 
 def test_the_description_for_programs_is_drawn_and_asks_with_a_form_of_files(page, served, exported):

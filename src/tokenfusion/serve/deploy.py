@@ -64,8 +64,12 @@ def write_triton(export: Path, out: Path) -> None:
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", description["name"]).strip("_.")
     if not name:
         raise InputError(f"the classifier's name {description['name']!r} gives no folder; name it in its model.json")
-    if broken := [one for one in description["classes"] if len(f"{one}.".splitlines()) > 1]:
-        raise InputError(f"the class {broken[0]!r} has a line break, and labels.txt a class a line; rename it")
+    for one in description["classes"]:
+        if len(f"{one}.".splitlines()) > 1 or one.encode(errors="ignore").decode() != one:
+            raise InputError(
+                f"the class {one!r} has a line break, or is no UTF-8, and labels.txt has a class a line; rename it in "
+                "the data, then train and export again"
+            )
     folder = out / name
     (folder / "1").mkdir(parents=True)
     for file in description["files"]:
@@ -93,7 +97,7 @@ def require_deployable(export: Path, out: Path) -> dict[str, Any]:
     """An exported folder's description.
 
     Raises:
-        InputError: it is a run, of a format that needs torch, damaged, or `out` is there already.
+        InputError: it is a run, of a format that needs torch, damaged, or `out` is there already or inside it.
     """
     description = read_description(export)
     if description["format"] not in ENGINES:
@@ -103,6 +107,8 @@ def require_deployable(export: Path, out: Path) -> dict[str, Any]:
     require_whole(export, description)
     if out.exists():
         raise InputError(f"{out} exists; give another folder, or remove it")
+    if out.resolve().is_relative_to(export.resolve()):
+        raise InputError(f"{out} lies inside {export}, whose files are copied; give a folder outside")
     return description
 
 

@@ -52,7 +52,7 @@ async function connect() {
   const trust = held ? `scores are calibrated on ${held.toLocaleString("en")} images` : "scores are not calibrated";
   const names = model.classes.slice(0, 12).join(", ") + (model.classes.length > 12 ? ", …" : "");
   $("about").textContent = `${model.name} knows ${model.classes.length} classes: ${names}; ${trust}.`;
-  if (!held) $("abstain").parentElement.hidden = true;
+  $("abstain").parentElement.hidden = !held && !$("abstain").value; // what was chosen stays, and can be changed
   for (const option of $("abstain").options) {
     option.disabled = option.value in model.calibration.not_promised; // with it nothing at all would be answered
     option.textContent = option.textContent.replace(" (cannot be promised)", "") + (option.disabled ? " (cannot be promised)" : "");
@@ -171,6 +171,7 @@ async function explain(card, look) {
   look.disabled = true;
   try {
     const answer = await ask("v1/explain", { method: "POST", body: card.file, headers: { "Content-Type": "application/octet-stream" } });
+    if (answer.headers.get("X-Model-SHA256") !== card.by) throw new Told("The service has loaded another classifier since; give the image again");
     const map = element("img", "", "map"), branches = answer.headers.get("X-Branches");
     map.src = URL.createObjectURL(await answer.blob());
     map.alt = `Where it looked, from left to right: ${branches}`;
@@ -191,7 +192,9 @@ function progress() {
 
 function csv() {
   const quoted = (cell) => (/[",\r\n]/.test(cell) ? `"${String(cell).replaceAll('"', '""')}"` : String(cell));
-  const several = model?.multi_label, most = Math.min(TOPK, model?.classes.length ?? TOPK);
+  const answers = cards.map((card) => card.found).filter((found) => found && !found.error); // of several classifiers, maybe
+  const several = model?.multi_label || answers.some((found) => found.labels);
+  const most = Math.max(Math.min(TOPK, model?.classes.length ?? TOPK), ...answers.map((found) => found.topk.length));
   const ranked = Array.from({ length: most }, (_, i) => [`label_${i + 1}`, `score_${i + 1}`]).flat();
   const heading = several ? ["path", "labels", "scores", ...ranked, "error"] : ["path", "label", "score", ...ranked.slice(2), "error"];
   const lines = [heading];
@@ -199,7 +202,8 @@ function csv() {
     let cells = [];
     if (!found.error) {
       cells = found.topk.flatMap((row) => [row.label, row.score.toFixed(6)]);
-      if (several) cells.unshift(found.labels.map((row) => row.label).join("|"), found.labels.map((row) => row.score.toFixed(6)).join("|"));
+      const named = found.labels ?? (found.label === null ? [] : [found]);
+      if (several) cells.unshift(named.map((row) => row.label).join("|"), named.map((row) => row.score.toFixed(6)).join("|"));
       else if (found.label === null) cells[0] = "";
     }
     const empty = Array(heading.length - 2 - cells.length).fill("");
