@@ -3,7 +3,7 @@
 import multiprocessing
 import signal
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -34,9 +34,10 @@ def fresh_process() -> ProcessPoolExecutor:
     process = ProcessPoolExecutor(1, mp_context=context, initializer=die_of_interrupts)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # until the process answers it as it should
     try:
-        process.submit(int).result()
+        wait([begun := process.submit(int)])
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    begun.result()  # where Ctrl-C ended it, that has been answered by now
     return process
 
 
